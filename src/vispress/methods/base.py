@@ -1,0 +1,181 @@
+"""What every compression method is: hyper-parameters, placements, and a rule that makes a plan."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
+from vispress.errors import BudgetError, ConfigError
+from vispress.types import Placement, Positions, Signal, TokenPlan, VisualTokens
+
+Evidence = Literal["code", "paper", "reconstructed", "control"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor(ABC):
+    """A compression method with its hyper-parameters; immutable, holds no tensors.
+
+    Args:
+        keep_ratio: Fraction of visual tokens kept, in `(0, 1]`.
+        num_tokens: Visual tokens kept per image, at least 1.
+        mean_keep_ratio: In-LLM methods: the fraction kept as a mean over decoder layers.
+
+    Raises:
+        BudgetError: More than one budget, or one out of its range.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for tables: what is kept, and why."""
+    paper: ClassVar[str]
+    """Short citation with arXiv id, or "control"."""
+    evidence: ClassVar[Evidence] = "code"
+    reads: ClassVar[frozenset[Signal]] = frozenset()
+    rounding: ClassVar[Rounding] = "round"
+    exact: ClassVar[bool] = True
+    """False: `plan` may keep another count than asked (grids, adaptive counts) and reports it."""
+    merges: ClassVar[bool] = False
+    """True: survivors do not keep their own values."""
+    default_positions: ClassVar[Positions] = "compact"
+
+    keep_ratio: float | None = None
+    num_tokens: int | None = None
+    mean_keep_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [f for f in ("keep_ratio", "num_tokens", "mean_keep_ratio") if getattr(self, f) is not None]
+        if len(given) > 1:
+            raise BudgetError(f"give one budget, got {' and '.join(given)}")
+        for field in ("keep_ratio", "mean_keep_ratio"):
+            if (value := getattr(self, field)) is not None:
+                check_ratio(field, value)
+        if self.num_tokens is not None:
+            Budget(num_tokens=self.num_tokens)
+            if self.num_tokens < 1:
+                raise BudgetError(f"num_tokens must be at least 1, got {self.num_tokens}")
+        self.validate()
+
+    def validate(self) -> None:  # noqa: B027  (optional to fill in, not abstract)
+        """Check own hyper-parameters; raise `ConfigError` naming the value and its range."""
+
+    def signals(self) -> frozenset[Signal]:
+        """What this instance reads (a hyper-parameter may swap one signal of `reads` for another)."""
+        return self.reads
+
+    def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
+        """Encoder layers whose attention is read, 0-based; by default the one that gives the features."""
+        return (feature_layer,)
+
+    @abstractmethod
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        """Where the method acts in an LLM of `num_layers` decoder layers, ascending.
+
+        Raises:
+            BudgetError: No budget is set and the method has no published schedule.
+            ConfigError: A layer is out of range.
+        """
+
+    @abstractmethod
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        """Decide for a bucket of images. Never called with `num_keep >= N` (that is the identity)."""
+
+    def budget(self, num_layers: int, layer: int = 0) -> Budget:
+        """The single budget of a method with one placement before `layer`.
+
+        Raises:
+            BudgetError: None is set, or the mean cannot be reached.
+        """
+        if self.mean_keep_ratio is not None:
+            ratio = ratio_for_mean(self.mean_keep_ratio, layer, num_layers)
+            return Budget(keep_ratio=ratio, rounding=self.rounding)
+        if self.keep_ratio is None and self.num_tokens is None:
+            raise BudgetError(f"{self.name} needs a budget: give keep_ratio in (0, 1] or num_tokens")
+        return Budget(keep_ratio=self.keep_ratio, num_tokens=self.num_tokens, rounding=self.rounding)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Field values, for YAML and reports."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePruner(Compressor):
+    """A method that scores tokens and keeps the best: only `score` is to be written."""
+
+    per_segment: ClassVar[bool] = False
+    """True: the budget is split over sub-images and frames; newline tokens are kept (NL-KEEP)."""
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
+        """Importance of each token, higher = kept, fp32. NaN counts as the lowest."""
+
+    @final
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        """Keep the `num_keep` best; ties keep the earlier token."""
+        score = self.score(tokens)
+        if not self.per_segment or not tokens.segmented:
+            return TokenPlan(keep=top_indices(score, num_keep))
+        return TokenPlan(keep=top_per_segment(score, tokens.segments(), num_keep))
+
+
+def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
+    """Ascending indices `[B, K]` of the highest scores; ties keep the earlier token, NaN is lowest."""
+    clean = torch.where(score.isnan(), float("-inf"), score)
+    order = clean.argsort(dim=-1, descending=True, stable=True)
+    return order[:, :num_keep].sort(dim=-1).values
+
+
+def segment_shares(segments: Int[Tensor, "N"], num_keep: int) -> dict[int, int]:
+    """Split a budget over the segments of one image (host tensor), newline tokens (-1) first.
+
+    Newlines are kept and count towards the budget; when it cannot hold all newlines and one token a
+    segment, they are dropped. The rest is split in proportion to segment sizes.
+    """
+    ids, counts = segments.unique(return_counts=True)
+    sizes = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    newlines = sizes.pop(-1, 0)
+    if num_keep < newlines + len(sizes):
+        newlines = 0
+    shares = allocate(num_keep - newlines, list(sizes.values()))
+    return {-1: newlines} | dict(zip(sizes, shares, strict=True))
+
+
+def top_per_segment(
+    score: Float[Tensor, "B N"], segments: Int[Tensor, "B N"], num_keep: int
+) -> Int[Tensor, "B K"]:
+    """As `top_indices`, with the budget split by `segment_shares`.
+
+    Args:
+        score: Higher = kept.
+        segments: On the host; equal rows (an unpruned bucket) are handled at once.
+        num_keep: K, per image.
+    """
+    if bool((segments == segments[:1]).all()):
+        return _top_in_segments(score, segments[0], num_keep)
+    rows = [
+        _top_in_segments(row[None], own, num_keep)
+        for row, own in zip(score, segments, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def _top_in_segments(score: Tensor, segments: Tensor, num_keep: int) -> Tensor:
+    picked = []
+    for segment, share in segment_shares(segments, num_keep).items():
+        places = torch.where(segments == segment)[0].to(score.device)
+        picked.append(places[top_indices(score[:, places], share)])
+    return torch.cat(picked, dim=1).sort(dim=1).values
+
+
+def check_layer(name: str, layer: int, num_layers: int, *, low: int = 1) -> None:
+    """Refuse a decoder layer outside `[low, num_layers)`.
+
+    Raises:
+        ConfigError: The layer is out of range.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or not low <= layer < num_layers:
+        raise ConfigError(f"{name} must be an integer in [{low}, {num_layers}), got {layer!r}")

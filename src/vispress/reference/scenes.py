@@ -1,0 +1,323 @@
+"""Scenes: 96 x 96 pictures of coloured shapes, handwritten digits and a sign, with ground truth.
+
+A scene is a pure function of (seed, split, index): the same three give the same pixels anywhere.
+Objects stand in rows (or columns) without overlap; places within a row are continuous.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vispress.reference.digits import Alpha, Split, handwritten, printed, warp
+from vispress.reference.words import COLORS, SHAPES
+
+IMAGE_SIZE: Final = 96
+PATCH_SIZE: Final = 8
+GRID: Final = IMAGE_SIZE // PATCH_SIZE
+NUM_PATCHES: Final = GRID * GRID
+
+_BOX: Final = 22  # side of the square that holds one object
+_WINDOW: Final = 24  # side of the pasted alpha mask
+_MARGIN: Final = 16  # canvas border, so that masks never need clipping
+_VARIANTS: Final = 96  # precomputed masks a shape
+
+_RGB: Final = np.array(
+    [
+        (215, 35, 40),
+        (35, 165, 60),
+        (45, 75, 225),
+        (240, 220, 45),
+        (150, 45, 190),
+        (245, 135, 25),
+        (60, 215, 225),
+        (245, 245, 245),
+    ],
+    dtype=np.float32,
+)
+
+Kind = Literal["shape", "digit", "sign"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing in a scene.
+
+    Args:
+        kind: `"shape"`, `"digit"` (handwritten) or `"sign"` (two printed digits).
+        value: Index into `SHAPES`, the digit, or the two-digit number `0..99`.
+        color: Index into `COLORS`; -1 for a sign.
+        dot: Index into `COLORS` of the small dot inside a shape; -1 for none.
+        x: Horizontal centre in pixels.
+        y: Vertical centre in pixels.
+        patches: Raster indices in `[0, 144)` of the visual tokens that show it, ascending.
+        dot_patches: Likewise for its dot; empty without one.
+    """
+
+    kind: Kind
+    value: int
+    color: int
+    dot: int
+    x: float
+    y: float
+    patches: tuple[int, ...] = ()
+    dot_patches: tuple[int, ...] = ()
+
+    @property
+    def row(self) -> int:
+        """Third of the picture from the top, `0..2`."""
+        return min(2, int(self.y * 3 / IMAGE_SIZE))
+
+    @property
+    def column(self) -> int:
+        """Third of the picture from the left, `0..2`."""
+        return min(2, int(self.x * 3 / IMAGE_SIZE))
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture and everything that is true about it.
+
+    Args:
+        pixels: uint8, shape (96, 96, 3).
+        items: What was drawn, in drawing order.
+        what: Index into `WHAT_WORDS` a patch, uint8, shape (144,).
+        color: Index into `COLOR_WORDS` a patch, uint8, shape (144,).
+        dot: Index into `DOT_WORDS` a patch, uint8, shape (144,).
+        center: 1 where a patch holds the centre of an item, uint8, shape (144,).
+    """
+
+    pixels: NDArray[np.uint8]
+    items: tuple[Item, ...]
+    what: NDArray[np.uint8]
+    color: NDArray[np.uint8]
+    dot: NDArray[np.uint8]
+    center: NDArray[np.uint8]
+
+
+def draw_scene(seed: int, split: Split, index: int, *, busy: float = 1.0) -> Scene:
+    """Draw one scene.
+
+    Args:
+        seed: Any non-negative number.
+        split: Which handwritten digits are used; also part of the seed.
+        index: Number of the scene within the seed and split.
+        busy: In `(0, 1]`; scales the number of shapes (a curriculum starts lower).
+
+    Returns:
+        The scene; equal arguments give equal scenes.
+    """
+    rng = np.random.default_rng((seed, 0 if split == "train" else 1, index))
+    items = _place(rng, _cast(rng, busy))
+    canvas = _background(rng)
+    coverage = np.zeros((len(items), GRID, GRID), dtype=np.float32)
+    labels = np.zeros((4, NUM_PATCHES), dtype=np.uint8)
+    best = np.zeros(NUM_PATCHES, dtype=np.float32)
+    done = []
+    for i, item in enumerate(items):
+        coverage[i] = _draw(rng, canvas, item, split)
+        done.append(_label(item, coverage[i].reshape(-1), labels, best, rng, canvas))
+    inner = canvas[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
+    noise = rng.integers(-9, 10, inner.shape, dtype=np.int8)
+    pixels = np.clip(inner + noise, 0, 255).astype(np.uint8)
+    return Scene(pixels, tuple(done), labels[0], labels[1], labels[2], labels[3])
+
+
+def _cast(rng: np.random.Generator, busy: float) -> list[tuple[Kind, int, int, int]]:
+    """Choose what is in the scene: (kind, value, color, dot) each."""
+    most = max(3, round(8 * busy))
+    n_shapes = int(rng.integers(3, most + 1))
+    # a small palette repeats colours and shapes, so that counts vary
+    colors = rng.permutation(len(COLORS))[: rng.integers(2, 6)]
+    shapes = rng.permutation(len(SHAPES))[: rng.integers(2, 6)]
+    cast: list[tuple[Kind, int, int, int]] = []
+    for _ in range(n_shapes):
+        color, shape = int(rng.choice(colors)), int(rng.choice(shapes))
+        dot = -1
+        if rng.random() < 0.5:
+            dot = int((color + rng.integers(1, len(COLORS))) % len(COLORS))
+        cast.append(("shape", shape, color, dot))
+    for color in rng.permutation(len(COLORS))[: rng.integers(1, 4)]:
+        cast.append(("digit", int(rng.integers(10)), int(color), -1))
+    if rng.random() < 0.8:
+        cast.append(("sign", int(rng.integers(100)), -1, -1))
+    return cast
+
+
+def _place(rng: np.random.Generator, cast: list[tuple[Kind, int, int, int]]) -> list[Item]:
+    """Give every member of the cast a centre: four lanes, at most four in each, no overlap."""
+    lanes = rng.permutation(16)[: len(cast)] % 4
+    flip = rng.random() < 0.5
+    items = []
+    for lane in range(4):
+        members = np.flatnonzero(lanes == lane)
+        if not len(members):
+            continue
+        gaps = rng.dirichlet(np.ones(len(members) + 1)) * (IMAGE_SIZE - _BOX * len(members))
+        along = np.cumsum(gaps[:-1]) + _BOX * np.arange(len(members)) + _BOX / 2
+        for member, u in zip(members, along, strict=True):
+            v = 12 + 24 * lane + float(rng.uniform(-1.5, 1.5))
+            x, y = (v, float(u)) if flip else (float(u), v)
+            items.append(Item(*cast[member], x, y))
+    return items
+
+
+def _background(rng: np.random.Generator) -> NDArray[np.float32]:
+    """A dim canvas: low-frequency colour plus a grating."""
+    side = IMAGE_SIZE + 2 * _MARGIN
+    base = rng.uniform(55, 110) + rng.uniform(-22, 22, (4, 4, 3))
+    up = _upsample(side)
+    canvas = np.einsum("yi,ijc,xj->yxc", up, base, up, optimize=True)
+    t = np.arange(side) * rng.uniform(0.1, 0.7)
+    angle = rng.uniform(0, np.pi)
+    wave = np.sin(np.cos(angle) * t[:, None] + np.sin(angle) * t[None, :] + rng.uniform(0, 6.3))
+    canvas += (rng.uniform(0, 12) * wave)[..., None]
+    return canvas.astype(np.float32)
+
+
+@cache
+def _upsample(side: int) -> NDArray[np.float64]:
+    """Linear interpolation from 4 knots to `side` pixels, shape (side, 4)."""
+    at = np.linspace(0, 3, side)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
+
+
+@cache
+def _shape_masks() -> Alpha:
+    """Antialiased masks, shape (8, variants, 24, 24): sizes and small rotations of each shape."""
+    rng = np.random.default_rng(0)
+    masks = np.zeros((len(SHAPES), _VARIANTS, _WINDOW, _WINDOW), dtype=np.float32)
+    axis = np.arange(_WINDOW) + 0.5 - _WINDOW / 2
+    for variant in range(_VARIANTS):
+        radius, angle = rng.uniform(8.3, 10.2), rng.uniform(-0.15, 0.15)
+        fx, fy = rng.uniform(-0.5, 0.5, 2)
+        x, y = (axis - fx)[None, :], (axis - fy)[:, None]
+        u = (np.cos(angle) * x + np.sin(angle) * y) / radius
+        v = (np.cos(angle) * y - np.sin(angle) * x) / radius
+        for shape, name in enumerate(SHAPES):
+            masks[shape, variant] = np.clip(0.5 - _distance(name, u, v) * radius, 0, 1)
+    return masks
+
+
+def _distance(name: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Signed distance to the outline of a shape of about unit radius, negative inside."""
+    r, au, av = np.hypot(u, v), np.abs(u), np.abs(v)
+    if name == "circle":
+        return r - 0.92
+    if name == "ring":
+        return np.abs(r - 0.72) - 0.23
+    if name == "square":
+        return np.maximum(au, av) - 0.82
+    if name == "diamond":
+        return (au * 1.15 + av * 0.95 - 1.0) / 1.49
+    if name == "triangle":
+        return np.maximum(v - 0.8, (2 * au - v - 0.95) / np.sqrt(5))
+    if name == "cross":
+        return np.minimum(np.maximum(au - 1.0, av - 0.3), np.maximum(av - 1.0, au - 0.3))
+    if name == "crescent":
+        return np.maximum(r - 0.97, 0.72 - np.hypot(u - 0.5, v))
+    # star: five edges between radius 1.05 and 0.45
+    theta = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    px, py = r * np.cos(theta), r * np.sin(theta)
+    ex, ey = 0.45 * np.cos(np.pi / 5) - 1.05, 0.45 * np.sin(np.pi / 5)
+    return (-(py * ex - (px - 1.05) * ey)) / np.hypot(ex, ey)
+
+
+def _window(x: float, y: float) -> tuple[slice, slice]:
+    """Rows and columns of the canvas under a mask centred at (x, y)."""
+    left, top = round(x + _MARGIN - _WINDOW / 2), round(y + _MARGIN - _WINDOW / 2)
+    return slice(top, top + _WINDOW), slice(left, left + _WINDOW)
+
+
+def _paste(
+    rng: np.random.Generator,
+    canvas: NDArray[np.float32],
+    alpha: Alpha,
+    where: tuple[slice, slice],
+    rgb: NDArray[np.float32],
+) -> Alpha:
+    """Blend a colour through a mask; returns the covered pixels a patch, shape (12, 12)."""
+    jitter = rgb + rng.uniform(-12, 12, 3)
+    canvas[where] += alpha[..., None] * (jitter.astype(np.float32) - canvas[where])
+    full = np.zeros(canvas.shape[:2], dtype=np.float32)
+    full[where] = alpha
+    inner = full[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
+    return inner.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum((1, 3))
+
+
+def _draw(
+    rng: np.random.Generator, canvas: NDArray[np.float32], item: Item, split: Split
+) -> Alpha:
+    """Draw an item without its dot; returns covered pixels a patch, shape (12, 12)."""
+    where = _window(item.x, item.y)
+    if item.kind == "shape":
+        alpha = _shape_masks()[item.value, rng.integers(_VARIANTS)]
+        return _paste(rng, canvas, alpha, where, _RGB[item.color])
+    wild = 1.0 if split == "train" else 0.3
+    if item.kind == "digit":
+        pool = handwritten(split)[item.value]
+        alpha = warp(
+            pool[rng.integers(len(pool))],
+            (_WINDOW, _WINDOW),
+            float(rng.uniform(2.35, 2.75)),
+            float(rng.uniform(-0.2, 0.2)) * wild,
+            float(rng.uniform(-0.25, 0.25)) * wild,
+        )
+        return _paste(rng, canvas, alpha, where, _RGB[item.color])
+    plate = np.zeros((_WINDOW, _WINDOW), dtype=np.float32)
+    plate[3:-3, 1:-1] = 1.0
+    covered = _paste(rng, canvas, plate, where, np.array([235, 232, 215], dtype=np.float32))
+    ink = np.zeros((_WINDOW, _WINDOW), dtype=np.float32)
+    for place, digit in enumerate((item.value // 10, item.value % 10)):
+        glyph = warp(
+            printed()[digit],
+            (10, 18),
+            float(rng.uniform(1.65, 1.9)),
+            float(rng.uniform(-0.06, 0.06)),
+            float(rng.uniform(-0.1, 0.2)),
+        )
+        ink[3:21, 2 + 10 * place : 12 + 10 * place] = glyph
+    _paste(rng, canvas, ink, where, np.array([25, 25, 30], dtype=np.float32))
+    return covered
+
+
+def _label(
+    item: Item,
+    covered: Alpha,
+    labels: NDArray[np.uint8],
+    best: Alpha,
+    rng: np.random.Generator,
+    canvas: NDArray[np.float32],
+) -> Item:
+    """Draw the dot, write the item's dense labels, and return it with its patches filled in."""
+    mine = np.flatnonzero(covered >= 6.0)
+    if not len(mine):
+        mine = np.array([int(covered.argmax())])
+    wins = mine[covered[mine] > best[mine]]
+    best[wins] = covered[wins]
+    if item.kind == "sign":
+        first = wins % GRID * PATCH_SIZE + PATCH_SIZE / 2 <= item.x
+        tens, units = divmod(item.value, 10)
+        labels[0, wins] = 1 + len(SHAPES) + np.where(first, tens, units)
+        labels[1, wins] = 1 + len(COLORS) + np.where(first, 0, 1)
+    else:
+        offset = 1 if item.kind == "shape" else 1 + len(SHAPES)
+        labels[0, wins] = offset + item.value
+        labels[1, wins] = 1 + item.color
+    center = int(item.y // PATCH_SIZE) * GRID + int(item.x // PATCH_SIZE)
+    labels[3, center] = 1
+    dots: tuple[int, ...] = ()
+    if item.dot >= 0:
+        axis = np.arange(_WINDOW) + 0.5 - _WINDOW / 2
+        dx, dy = rng.uniform(-1.5, 1.5, 2)
+        r = np.hypot((axis - dx)[None, :], (axis - dy)[:, None])
+        alpha = np.clip(3.4 - r, 0, 1).astype(np.float32)
+        area = _paste(rng, canvas, alpha, _window(item.x, item.y), _RGB[item.dot]).reshape(-1)
+        seen = np.flatnonzero(area >= 5.0)
+        labels[2, seen] = 1 + item.dot
+        dots = tuple(seen.tolist())
+    return Item(
+        item.kind, item.value, item.color, item.dot, item.x, item.y, tuple(mine.tolist()), dots
+    )

@@ -1,0 +1,84 @@
+"""Words of the reference world: what can be drawn, how it is called, and the fixed vocabulary.
+
+One list decides the token ids, so the order here is part of the checkpoint.
+"""
+
+from typing import Final
+
+SHAPES: Final = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
+PLURALS: Final = (
+    "circles",
+    "squares",
+    "triangles",
+    "diamonds",
+    "crosses",
+    "rings",
+    "stars",
+    "crescents",
+)
+COLORS: Final = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white")
+DIGITS: Final = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+NUMBERS: Final = ("zero", "one", "two", "three", "four", "five")
+ROWS: Final = ("top", "middle", "bottom")
+COLUMNS: Final = ("left", "center", "right")
+SIDES: Final = ("left", "right", "above", "below")
+
+PAD: Final = "<pad>"
+BOS: Final = "<s>"
+EOS: Final = "</s>"
+UNKNOWN: Final = "<unk>"
+IMAGE: Final = "<image>"
+SPECIAL: Final = (PAD, BOS, EOS, UNKNOWN, IMAGE)
+
+_GLUE: Final = (
+    "nothing",
+    "first",
+    "last",
+    "sign",
+    "digit",
+    "dot",
+    "shape",
+    "shapes",
+    "color",
+    "number",
+    "what",
+    "which",
+    "where",
+    "how",
+    "many",
+    "is",
+    "are",
+    "there",
+    "a",
+    "the",
+    "in",
+    "on",
+    "at",
+    "of",
+    "from",
+    "side",
+    "yes",
+    "no",
+    "above",
+    "below",
+    "?",
+    ":",
+)
+
+VOCABULARY: Final[tuple[str, ...]] = (
+    *SPECIAL,
+    *SHAPES,
+    *PLURALS,
+    *COLORS,
+    *DIGITS,
+    *NUMBERS,
+    *ROWS,
+    *COLUMNS,
+    *_GLUE,
+)
+WORD_ID: Final[dict[str, int]] = {word: index for index, word in enumerate(VOCABULARY)}
+
+# what a patch can be called by the dense labels; index 0 is background in each list
+WHAT_WORDS: Final = ("nothing", *SHAPES, *DIGITS)
+COLOR_WORDS: Final = ("nothing", *COLORS, "first", "last")
+DOT_WORDS: Final = ("nothing", *COLORS)

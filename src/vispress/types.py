@@ -1,0 +1,249 @@
+"""The values that methods, adapters and the runtime exchange. Tensors only, no models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vispress.budget import Budget
+from vispress.errors import BudgetError
+
+Positions = Literal["original", "compact"]
+
+
+class Stage(StrEnum):
+    """Where in the model a placement acts."""
+
+    ENCODER = "encoder"
+    PRE_LLM = "pre_llm"
+    IN_LLM = "in_llm"
+
+
+class Signal(StrEnum):
+    """What a compressor may read beside the features; declared in `Compressor.reads`."""
+
+    CLS_ATTENTION = "cls_attention"
+    COLUMN_ATTENTION = "column_attention"
+    VISION_KEYS = "vision_keys"
+    VISION_FEATURES = "vision_features"
+    PROJECTOR = "projector"
+    TEXT_EMBEDDINGS = "text_embeddings"
+    QUERY_ATTENTION = "query_attention"
+    TRANSITION = "transition"
+    GRID = "grid"
+    CROPS = "crops"
+    IMAGE_COUNT = "image_count"
+
+
+class Queries(StrEnum):
+    """Whose attention rows `query_attention` holds."""
+
+    LAST = "last"
+    """The last valid token of the sequence: Q = 1."""
+    TEXT_AFTER = "text_after"
+    """All valid non-visual tokens behind the image's last token: Q = their count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a compressor acts, how much it keeps there, and what it must have seen.
+
+    Args:
+        stage: PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`.
+        budget: What is kept of the tokens that reached the compressor's first placement.
+        layer: Decoder layer (0-based) before which rows are dropped; 0 for PRE_LLM.
+        queries: Rows of `query_attention`, if the method reads it.
+        attention_of: `"previous"`: the attention of layer `layer - 1`, as it ran. `"next"`: what
+            layer `layer` would compute on the rows that are still there (only q and k are computed).
+        transitions: Decoder layers whose module inputs and outputs are measured up to here.
+    """
+
+    stage: Stage
+    budget: Budget
+    layer: int = 0
+    queries: Queries | None = None
+    attention_of: Literal["previous", "next"] = "previous"
+    transitions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropLayout:
+    """Where the tokens of a composed image lie: AnyRes crops and newlines, tiles, video frames.
+
+    The tensors live on the host, so that methods can split budgets without a device sync.
+
+    Args:
+        segment: `[N0]` int64; the sub-image (0 is the AnyRes thumbnail, or the first tile or
+            frame) of each original token, -1 for newline tokens.
+        row: `[N0]` int64; row inside the sub-image, -1 for newline tokens.
+        col: `[N0]` int64; column inside the sub-image, -1 for newline tokens.
+    """
+
+    segment: Int[Tensor, "N0"]
+    row: Int[Tensor, "N0"]
+    col: Int[Tensor, "N0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """What one decoder layer did to its rows, for its attention (0) and MLP (1) module.
+
+    `x` is the module's normalised input, `y` its output before the residual addition.
+
+    Args:
+        layer: Decoder layer.
+        magnitude: `[B, 2, N]` fp32, `|y| / |x|` of the visual tokens.
+        cosine: `[B, 2, N]` fp32, `cos(x, y)` of the visual tokens.
+        sequence_cosine: `[B, 2, L]` fp32, the same for every row of the sequence in that layer.
+        sequence_valid: `[B, L]` bool, False on padding.
+    """
+
+    layer: int
+    magnitude: Float[Tensor, "B 2 N"]
+    cosine: Float[Tensor, "B 2 N"]
+    sequence_cosine: Float[Tensor, "B 2 L"]
+    sequence_valid: Bool[Tensor, "B L"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokens:
+    """A bucket of images (or videos) with equal N and geometry; no padding, one row an image.
+
+    Signals are `None` unless the compressor declares them. Attention is post-softmax over all keys
+    of its layer (text and [CLS] included), so rows over visual tokens do not sum to 1.
+
+    Args:
+        features: `[B, N, D]`; projected tokens (PRE_LLM) or hidden states (IN_LLM), model dtype.
+        index: `[B, N]` int64 ascending; place of each token in the image's original raster.
+        num_original: Tokens the image had at the start (N0); equals N unless pruned before.
+        cls_attention: `[B, H, N]`, [CLS] row of the encoder layer that gives the features; or
+            `[B, E, H, N]` when `Compressor.encoder_layers` asks for E != 1 layers, in its order.
+        column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS] row.
+        vision_keys: `[B, Hv, N, Dh]`, keys of the feature layer of the encoder.
+        vision_features: `[B, N, Dv]`, input of the projector for each token.
+        projector: Maps `[..., N, Dv]` to `[..., N, D]`.
+        text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
+        query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
+        transition: One entry a measured layer so far, ascending.
+        grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
+        crops: Geometry when they are not.
+        image_count: Images in the sample that each bucket row belongs to, `[B]` int64.
+    """
+
+    features: Float[Tensor, "B N D"]
+    index: Int[Tensor, "B N"]
+    num_original: int
+    cls_attention: Float[Tensor, "B *EH N"] | None = None
+    column_attention: Float[Tensor, "B *EH N"] | None = None
+    vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
+    vision_features: Float[Tensor, "B N Dv"] | None = None
+    projector: Callable[[Tensor], Tensor] | None = None
+    text_embeddings: Float[Tensor, "B T D"] | None = None
+    query_attention: Float[Tensor, "B H Q N"] | None = None
+    transition: tuple[Transition, ...] | None = None
+    grid: tuple[int, int, int] | None = None
+    crops: CropLayout | None = None
+    image_count: Int[Tensor, "B"] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Images in the bucket."""
+        return self.features.shape[0]
+
+    @property
+    def num_visual(self) -> int:
+        """Tokens of each image now (N)."""
+        return self.features.shape[1]
+
+    @property
+    def segmented(self) -> bool:
+        """Whether the image is composed of sub-images or frames."""
+        return self.crops is not None or (self.grid is not None and self.grid[0] > 1)
+
+    def segments(self) -> Int[Tensor, "B N"]:
+        """Sub-image or frame of each token (-1: newline), on the host; 0 for a plain image.
+
+        Synchronises only for images that were pruned before.
+        """
+        if self.crops is not None:
+            places = self.crops.segment
+        else:
+            size = self.num_original if self.grid is None else self.grid[1] * self.grid[2]
+            places = torch.arange(self.num_original) // size
+        if self.num_visual == self.num_original:
+            return places.expand(self.batch, -1)
+        return places[self.index.cpu()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPlan:
+    """What to keep of each image, and what becomes of the rest.
+
+    Args:
+        keep: `[B, K]` int64 into N, strictly ascending; or, from adaptive methods, one `[K_b]` an image.
+        assign: `[B, N]` int64; which kept slot (0..K-1) each token is folded into, -1 for none.
+            Survivors that keep themselves must name their own slot.
+        weight: `[B, N]` float; a slot's new value is the sum of weight * value over its tokens.
+        merge_on: What is merged: the tokens themselves, or the projector's input (then projected).
+        features: `[B, K, D]`; values that take the kept places (in place of merging).
+    """
+
+    keep: Int[Tensor, "B K"] | tuple[Int[Tensor, "K"], ...]
+    assign: Int[Tensor, "B N"] | None = None
+    weight: Float[Tensor, "B N"] | None = None
+    merge_on: Literal["features", "vision_features"] = "features"
+    features: Float[Tensor, "B K D"] | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Kept tokens of each image, from shapes (no device sync)."""
+        if isinstance(self.keep, Tensor):
+            return (self.keep.shape[1],) * self.keep.shape[0]
+        return tuple(int(k.shape[0]) for k in self.keep)
+
+    def check(self, tokens: VisualTokens, num_keep: int, *, exact: bool) -> None:
+        """Compare the plan's shapes with what was asked (no device sync).
+
+        Raises:
+            BudgetError: A count is not `num_keep` (or, for `exact=False`, lies outside 0..N).
+            ValueError: A shape does not fit the tokens.
+        """
+        counts = self.counts
+        if len(counts) != tokens.batch:
+            raise ValueError(f"plan has {len(counts)} images, the bucket has {tokens.batch}")
+        for count in counts:
+            if exact and count != num_keep:
+                raise BudgetError(f"plan keeps {count} tokens of an image, the budget is {num_keep}")
+            if count > tokens.num_visual:
+                raise BudgetError(f"plan keeps {count} of {tokens.num_visual} tokens")
+        if (self.assign is None) != (self.weight is None):
+            raise ValueError("assign and weight come together")
+        shape = (tokens.batch, tokens.num_visual)
+        if self.assign is not None and tuple(self.assign.shape) != shape:
+            raise ValueError(f"assign has shape {tuple(self.assign.shape)}, expected {shape}")
+        if self.features is not None and self.assign is not None:
+            raise ValueError("a plan has either features or assign and weight")
+
+    def check_values(self, tokens: VisualTokens) -> None:
+        """Compare the plan's values with the contract (synchronises; for tests and debugging).
+
+        Raises:
+            ValueError: Indices are out of range or not strictly ascending.
+        """
+        for keep in self.keep:
+            inside = bool(((keep >= 0) & (keep < tokens.num_visual)).all())
+            if not inside or not bool((keep[1:] > keep[:-1]).all()):
+                raise ValueError("keep must be strictly ascending indices into the visual tokens")
+        if self.assign is not None:
+            slots = max(self.counts, default=0)
+            if not bool(((self.assign >= -1) & (self.assign < slots)).all()):
+                raise ValueError(f"assign must be in [-1, {slots})")
+
+
+def full_index(batch: int, num_visual: int, device: torch.device) -> Int[Tensor, "B N"]:
+    """The index of tokens none of which was dropped yet."""
+    return torch.arange(num_visual, device=device).expand(batch, num_visual)
