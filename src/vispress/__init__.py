@@ -1,0 +1,42 @@
+"""vispress: pluggable visual-token compression for multimodal LLMs.
+
+Importing is light: transformers, triton and matplotlib are imported when they are first needed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vispress.adapters.base import register_adapter
+    from vispress.api import compress_model, compressed, compression_report, remove_compression
+    from vispress.registry import list_methods, register_method
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "compress_model",
+    "compressed",
+    "compression_report",
+    "list_methods",
+    "register_adapter",
+    "register_method",
+    "remove_compression",
+]
+
+_HOME = {
+    "compress_model": "vispress.api",
+    "compressed": "vispress.api",
+    "compression_report": "vispress.api",
+    "remove_compression": "vispress.api",
+    "list_methods": "vispress.registry",
+    "register_method": "vispress.registry",
+    "register_adapter": "vispress.adapters.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'vispress' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

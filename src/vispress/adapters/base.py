@@ -1,0 +1,194 @@
+"""What the runtime must know about a model family. Everything here may know transformers."""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vispress.errors import ConfigError, UnsupportedModelError
+from vispress.types import CropLayout, Signal
+
+Modality = Literal["image", "video"]
+"""Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
+
+
+class ModelAdapter(ABC):
+    """Where things are in one model family. Stateless: holds a reference to the base model only.
+
+    Args:
+        base: The base model (e.g. `LlavaModel`), which owns vision encoder and language model.
+    """
+
+    family: ClassVar[str]
+    """Name for users, e.g. `"llava"`."""
+    base_classes: ClassVar[tuple[str, ...]]
+    """Class names of base models this adapter serves."""
+    has_cls: ClassVar[bool] = False
+    """Whether the vision encoder has a [CLS] token at index 0 of its sequence."""
+    mrope: ClassVar[bool] = False
+    """Whether positions have three axes (then `compact` positions are not defined)."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base: Any = base
+
+    # --- the language model
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder stack that is called with `inputs_embeds`."""
+        return self.base.language_model  # type: ignore[no-any-return]
+
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        """Its decoder layers in order; each has `self_attn`, `mlp` and `input_layernorm`."""
+        return self.base.language_model.layers  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def placeholders(self) -> Mapping[Modality, int]:
+        """Token id that stands for one visual token, for each modality the model reads."""
+
+    # --- the vision side
+
+    @abstractmethod
+    def encoder_attentions(self) -> Sequence[nn.Module]:
+        """Attention modules of the vision encoder, one a layer (they use `ALL_ATTENTION_FUNCTIONS`)."""
+
+    @abstractmethod
+    def feature_layer(self) -> int:
+        """Index into `encoder_attentions` of the layer whose output becomes the visual tokens.
+
+        For windowed encoders, the last layer with full attention (window columns do not compare).
+        """
+
+    def global_layers(self) -> Sequence[int]:
+        """Encoder layers with full attention (all, unless the encoder has window attention)."""
+        return range(len(self.encoder_attentions()))
+
+    @property
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """The module between encoder and LLM (projector or merger), called once a forward."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """Apply the projector to `[..., N, Dv]` token inputs as `projector_inputs` returns them."""
+        return self.projector(features)  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Turn what the projector received into per-patch (or per-merged-token) rows.
+
+        Args:
+            modality: Image or video.
+            raw: First positional argument of the projector's forward.
+            call: Arguments of `get_<modality>_features` by name.
+
+        Returns:
+            A tensor that `pack` accepts.
+        """
+
+    @abstractmethod
+    def pack(
+        self, modality: Modality, values: Tensor, call: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Carry encoder-side values to visual tokens, exactly as the model carries features.
+
+        Stitching, unpadding, pooling, 2x2 merging (mean) and un-permuting happen here; newline tokens
+        get zeros. With one value a merged token already (projector inputs of mergers) only the order is
+        restored.
+
+        Args:
+            modality: Image or video.
+            values: `[P, n, C]`, P encoder sequences (crops, tiles, frames) of n patches ([CLS] removed);
+                or `[S, C]` for encoders that run all patches in one packed sequence.
+            call: Arguments of `get_<modality>_features` by name.
+
+        Returns:
+            `[N_i, C]` for each image or video, in the order of the model's features.
+        """
+
+    @abstractmethod
+    def layouts(
+        self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
+    ) -> Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]:
+        """`(grid, crops)` of each image or video with `counts[i]` visual tokens; one is None."""
+
+    def signals(self) -> frozenset[Signal]:
+        """Signals this family can give."""
+        always = set(Signal) - {Signal.CLS_ATTENTION}
+        return frozenset(always | ({Signal.CLS_ATTENTION} if self.has_cls else set()))
+
+    # --- checks
+
+    def check(self) -> None:
+        """Refuse a configuration the runtime would get wrong (override to add rules).
+
+        Raises:
+            UnsupportedModelError: Names the setting and what works.
+        """
+
+
+A = TypeVar("A", bound="type[ModelAdapter]")
+_ADAPTERS: dict[str, type[ModelAdapter]] = {}
+
+
+def register_adapter(*base_classes: str) -> Callable[[A], A]:
+    """Class decorator: serve base models whose class (or a parent) has one of these names.
+
+    Raises:
+        ConfigError: No name is given, or a name is served by another adapter.
+    """
+    if not base_classes:
+        raise ConfigError("register_adapter needs at least one base-model class name")
+
+    def add(cls: A) -> A:
+        for name in base_classes:
+            known = _ADAPTERS.get(name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ConfigError(f"{name} is already served by adapter {known.__qualname__}")
+            _ADAPTERS[name] = cls
+        cls.base_classes = base_classes
+        return cls
+
+    return add
+
+
+def list_families() -> list[str]:
+    """Names of the supported model families, sorted."""
+    import vispress.adapters  # noqa: F401  (registers the built-in ones)
+
+    return sorted({cls.family for cls in _ADAPTERS.values()})
+
+
+def find_adapter(model: nn.Module) -> ModelAdapter:
+    """The adapter for a model, looking through wrappers (PEFT, pipelines' models, heads).
+
+    Raises:
+        UnsupportedModelError: No part of the model is a supported base model.
+    """
+    import vispress.adapters  # noqa: F401  (registers the built-in ones)
+
+    if not isinstance(model, nn.Module):
+        hint = " (pass its .model)" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UnsupportedModelError(f"expected a torch module, got {type(model).__name__}{hint}")
+    for module in model.modules():
+        for parent in type(module).__mro__:
+            if parent.__name__ in _ADAPTERS:
+                adapter = _ADAPTERS[parent.__name__](module)
+                adapter.check()
+                return adapter
+    name = type(model).__name__
+    close = difflib.get_close_matches(name, _ADAPTERS, n=1, cutoff=0.6)
+    hint = f" (did you mean a model built on {close[0]}?)" if close else ""
+    raise UnsupportedModelError(
+        f"no adapter for {name}{hint}; supported families: {', '.join(list_families())}. "
+        "Add one with @vispress.register_adapter"
+    )
+
+
+def raster(h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Row and column of each place of an `h x w` grid in raster order, on the host."""
+    rows = torch.arange(h).repeat_interleave(w)
+    return rows, torch.arange(w).repeat(h)

@@ -1,0 +1,97 @@
+"""Stage 1: the vision encoder and the projector learn to see, from dense labels alone."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from vispress.reference.dense import DenseBatch, DenseHeads, collate
+from vispress.reference.loop import Budget, Run, stream
+from vispress.reference.model import encode_image, normalise
+from vispress.reference.optim import make_optimizer
+from vispress.reference.scenes import draw_scene
+
+BATCH: Final = 32
+PEAK: Final = 3e-3
+FLOOR: Final = 0.1
+SCORES: Final = ("what", "color", "dot", "center", "content")
+
+
+class VisionStream(Dataset[DenseBatch]):
+    """Batch number -> freshly drawn scenes with dense labels.
+
+    Args:
+        seed: Seed of the scenes.
+        batch: Scenes a batch.
+    """
+
+    def __init__(self, seed: int, batch: int) -> None:
+        self.seed = seed
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> DenseBatch:
+        first = step * self.batch
+        return collate([draw_scene(self.seed, "train", first + i) for i in range(self.batch)])
+
+
+def train_vision(
+    model: LlavaForConditionalGeneration,
+    heads: DenseHeads,
+    folder: Path,
+    *,
+    seed: int,
+    budget: Budget,
+    resume: bool,
+    device: torch.device,
+    workers: int = 1,
+    batch: int = BATCH,
+) -> None:
+    """Train in place.
+
+    Args:
+        model: The model; its decoder layers are not touched.
+        heads: Dense heads, trained along.
+        folder: Log and state.
+        seed: Seed of the scenes.
+        budget: When to end.
+        resume: Continue from the state in `folder` if there is one.
+        device: Where `model` and `heads` are.
+        workers: Processes that draw.
+        batch: Images a step.
+    """
+    words = model.get_input_embeddings()
+    modules: dict[str, torch.nn.Module] = {
+        "vision": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "words": words,
+        "heads": heads,
+    }
+    optimizer = make_optimizer(modules, lr=PEAK)
+    settings = {"stage": "vision", "seed": seed, "batch": batch}
+    run = Run(
+        folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings
+    )
+    if resume:
+        run.resume()
+    batches = stream(VisionStream(seed, batch), run.at.step, workers=workers)
+    sums: dict[str, Any] = {}
+    with tqdm(total=100, desc="vision", unit="%") as bar:
+        while run.progress < 1:
+            data: DenseBatch = next(batches).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                seen = encode_image(model, normalise(data.pixels))
+                loss, scores = heads(*seen, words.weight, data)
+            run.advance(loss, batch)
+            for key, value in {"loss": loss.detach(), **scores}.items():
+                sums[key] = sums.get(key, 0.0) + value
+            if run.at.step % 50 == 0:
+                run.log({k: float(v) / 50 for k, v in sums.items()})
+                bar.set_postfix({k: f"{float(v) / 50:.3f}" for k, v in sums.items()})
+                sums = {}
+            if run.at.step % 500 == 0:
+                run.save()
+            bar.update(min(100.0, 100 * run.progress) - bar.n)
+    run.save()
