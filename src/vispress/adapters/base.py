@@ -28,6 +28,8 @@ class ModelAdapter(ABC):
     """Class names of base models this adapter serves."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a [CLS] token at index 0 of its sequence."""
+    packed: ClassVar[bool] = False
+    """Whether the encoder runs all images as one packed sequence (`pack` then gets `[S, C]`)."""
     mrope: ClassVar[bool] = False
     """Whether positions have three axes (then `compact` positions are not defined)."""
 
@@ -72,9 +74,17 @@ class ModelAdapter(ABC):
     def projector(self) -> nn.Module:
         """The module between encoder and LLM (projector or merger), called once a forward."""
 
-    def project(self, features: Tensor) -> Tensor:
-        """Apply the projector to `[..., N, Dv]` token inputs as `projector_inputs` returns them."""
-        return self.projector(features)  # type: ignore[no-any-return]
+    def project(self, projector: nn.Module, features: Tensor) -> Tensor:
+        """Apply the projector (or a clone in another dtype) to `[..., N, Dv]` token inputs.
+
+        Args:
+            projector: `self.projector` or a clone of it.
+            features: Token inputs as `pack(projector_inputs(...))` gives them.
+
+        Returns:
+            `[..., N, D]`.
+        """
+        return projector(features)  # type: ignore[no-any-return]
 
     @abstractmethod
     def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:

@@ -47,12 +47,20 @@ class Compressor(ABC):
     mean_keep_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        given = [f for f in ("keep_ratio", "num_tokens", "mean_keep_ratio") if getattr(self, f) is not None]
+        for field in fields(self):
+            # YAML has lists only; a list would make the object unhashable
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+        given = [
+            f
+            for f in ("keep_ratio", "num_tokens", "mean_keep_ratio")
+            if getattr(self, f) is not None
+        ]
         if len(given) > 1:
             raise BudgetError(f"give one budget, got {' and '.join(given)}")
-        for field in ("keep_ratio", "mean_keep_ratio"):
-            if (value := getattr(self, field)) is not None:
-                check_ratio(field, value)
+        for name in ("keep_ratio", "mean_keep_ratio"):
+            if (value := getattr(self, name)) is not None:
+                check_ratio(name, value)
         if self.num_tokens is not None:
             Budget(num_tokens=self.num_tokens)
             if self.num_tokens < 1:
@@ -63,11 +71,11 @@ class Compressor(ABC):
         """Check own hyper-parameters; raise `ConfigError` naming the value and its range."""
 
     def signals(self) -> frozenset[Signal]:
-        """What this instance reads (a hyper-parameter may swap one signal of `reads` for another)."""
+        """What this instance reads (a hyper-parameter may swap a signal of `reads` for another)."""
         return self.reads
 
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
-        """Encoder layers whose attention is read, 0-based; by default the one that gives the features."""
+        """Encoder layers whose attention is read, 0-based; by default the feature layer alone."""
         return (feature_layer,)
 
     @abstractmethod
@@ -81,7 +89,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """Decide for a bucket of images. Never called with `num_keep >= N` (that is the identity)."""
+        """Decide for a bucket of images. Never called with `num_keep >= N` (the identity)."""
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.
@@ -93,8 +101,12 @@ class Compressor(ABC):
             ratio = ratio_for_mean(self.mean_keep_ratio, layer, num_layers)
             return Budget(keep_ratio=ratio, rounding=self.rounding)
         if self.keep_ratio is None and self.num_tokens is None:
-            raise BudgetError(f"{self.name} needs a budget: give keep_ratio in (0, 1] or num_tokens")
-        return Budget(keep_ratio=self.keep_ratio, num_tokens=self.num_tokens, rounding=self.rounding)
+            raise BudgetError(
+                f"{self.name} needs a budget: give keep_ratio in (0, 1] or num_tokens"
+            )
+        return Budget(
+            keep_ratio=self.keep_ratio, num_tokens=self.num_tokens, rounding=self.rounding
+        )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Field values, for YAML and reports."""
@@ -122,8 +134,13 @@ class ScorePruner(Compressor):
         return TokenPlan(keep=top_per_segment(score, tokens.segments(), num_keep))
 
 
+def upcast(x: Tensor) -> Tensor:
+    """The tensor in at least fp32: half types are widened, fp64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
-    """Ascending indices `[B, K]` of the highest scores; ties keep the earlier token, NaN is lowest."""
+    """Ascending indices `[B, K]` of the highest scores; ties keep the earlier, NaN is lowest."""
     clean = torch.where(score.isnan(), float("-inf"), score)
     order = clean.argsort(dim=-1, descending=True, stable=True)
     return order[:, :num_keep].sort(dim=-1).values
@@ -135,7 +152,7 @@ def segment_shares(segments: Int[Tensor, "N"], num_keep: int) -> dict[int, int]:
     Newlines are kept and count towards the budget; when it cannot hold all newlines and one token a
     segment, they are dropped. The rest is split in proportion to segment sizes.
     """
-    ids, counts = segments.unique(return_counts=True)
+    ids, counts = torch.unique(segments, return_counts=True)
     sizes = dict(zip(ids.tolist(), counts.tolist(), strict=True))
     newlines = sizes.pop(-1, 0)
     if num_keep < newlines + len(sizes):
@@ -157,8 +174,7 @@ def top_per_segment(
     if bool((segments == segments[:1]).all()):
         return _top_in_segments(score, segments[0], num_keep)
     rows = [
-        _top_in_segments(row[None], own, num_keep)
-        for row, own in zip(score, segments, strict=True)
+        _top_in_segments(row[None], own, num_keep) for row, own in zip(score, segments, strict=True)
     ]
     return torch.cat(rows)
 

@@ -125,6 +125,10 @@ class Run:
         self.at.step += 1
         self.at.images += images
 
+    def skip_time(self) -> None:
+        """Do not count what happened since the last `advance` (evaluation, say)."""
+        self._tick = time.perf_counter()
+
     def log(self, values: dict[str, Any]) -> None:
         """Append a line to `log.jsonl`, with the counters."""
         line = {

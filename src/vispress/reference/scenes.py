@@ -152,7 +152,7 @@ def _place(rng: np.random.Generator, cast: list[tuple[Kind, int, int, int]]) -> 
     flip = rng.random() < 0.5
     items = []
     for lane in range(4):
-        members = np.flatnonzero(lanes == lane)
+        members = rng.permutation(np.flatnonzero(lanes == lane))
         if not len(members):
             continue
         gaps = rng.dirichlet(np.ones(len(members) + 1)) * (IMAGE_SIZE - _BOX * len(members))

@@ -1,0 +1,66 @@
+"""Argument checks shared by the public faces. Shapes and dtypes only: values would cost a sync."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Refuse tensors that are not fp16, bf16, fp32 or fp64.
+
+    Raises:
+        TypeError: Names the first such tensor and its dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+
+
+def check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Refuse tensors of another dtype.
+
+    Raises:
+        TypeError: Names the first such tensor, its dtype and the one expected.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+
+
+def check_shape(**tensors: tuple[Tensor | None, tuple[int | None, ...]]) -> None:
+    """Refuse tensors whose shape is not the one expected; `None` in a shape fits any size.
+
+    Raises:
+        ValueError: Names the first such tensor, its shape and the one expected.
+    """
+    for name, (tensor, expected) in tensors.items():
+        if tensor is None:
+            continue
+        fits = tensor.dim() == len(expected) and all(
+            want is None or got == want for got, want in zip(tensor.shape, expected, strict=True)
+        )
+        if not fits:
+            wanted = tuple("*" if size is None else size for size in expected)
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(tensor.shape)}")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Refuse tensors on different devices.
+
+    Raises:
+        ValueError: Lists every tensor's device.
+    """
+    devices = {name: str(t.device) for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"tensors must share one device, got {devices}")
+
+
+def check_count(name: str, value: int, low: int, high: int) -> None:
+    """Refuse a count outside `[low, high]`.
+
+    Raises:
+        ValueError: Names the value and its range.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")

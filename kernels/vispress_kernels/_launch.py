@@ -1,0 +1,34 @@
+"""How kernels are launched: by rule from the shapes, on the device of the tensors.
+
+Nothing here is autotuned: a choice that depended on timing would change the order of sums between
+runs, and with it which of two nearly equal tokens is kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rule = dict[str, int]
+"""Block sizes, `num_warps` and `num_stages` of one launch."""
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`, for `n >= 1`."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(n: int, d: int) -> int:
+    """`n / d`, rounded up."""
+    return -(-n // d)
+
+
+def launch(kernel: Any, programs: int, *args: Any, on: Tensor, **options: Any) -> None:
+    """Run `programs` programs of a Triton kernel on the device of `on`; none for 0.
+
+    One grid axis carries everything, because the other two end at 65,535. Triton launches on the
+    current device, which is not where the tensors are when a model is spread over several.
+    """
+    if programs:
+        with torch.cuda.device_of(on):
+            kernel[(programs,)](*args, **options, enable_fp_fusion=True)

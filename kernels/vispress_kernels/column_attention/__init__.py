@@ -1,0 +1,75 @@
+"""How much attention each token receives, without the attention map."""
+
+import torch
+from torch import Tensor
+
+from vispress_kernels._backend import Backend, resolve_backend
+from vispress_kernels._checks import check_device, check_dtype, check_floating, check_shape
+from vispress_kernels.column_attention.reference import column_attention_reference, segment_bounds
+
+__all__ = ["column_attention", "column_attention_reference"]
+
+
+def column_attention(
+    q: Tensor,
+    k: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    valid: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    mean_heads: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean over all queries of the softmax weights each key receives, in fp32.
+
+    Bound by the tensor cores: q k^T is computed twice (each row's log-sum-exp, then each column)
+    and no S x S map is stored. The kernel has no backward (`"auto"` runs the reference where one is
+    needed).
+
+    Args:
+        q: Queries `[B, H, S, Dh]` as the layer uses them, fp16, bf16, fp32 or fp64, any strides.
+        k: Keys `[B, Hk, S, Dh]` of the same dtype; Hk divides H.
+        cu_seqlens: Bounds `[M + 1]` int32 or int64, from 0 to S, of segments packed along S, which
+            attend only inside themselves. The mean is then over the key's own segment.
+        valid: `[B, S]` bool, False on padding, which counts neither as key nor as query.
+        causal: Whether a query sees only keys up to its own place.
+        scale: Factor on the logits; `Dh ** -0.5` when left out.
+        mean_heads: Average over heads too.
+        backend: `"auto"`, `"torch"` or `"triton"`.
+
+    Returns:
+        `[B, H, S]`, or `[B, S]` with `mean_heads`; fp32 (fp64 for fp64 inputs). Padding gets 0.
+
+    Raises:
+        ValueError: Shapes or devices disagree, or Hk does not divide H.
+        TypeError: A dtype is not one named above.
+    """
+    check_shape(q=(q, (None, None, None, None)))
+    B, H, S, Dh = q.shape
+    check_shape(k=(k, (B, None, S, Dh)))
+    if k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(f"q has {H} heads, which the {k.shape[1]} heads of k do not divide")
+    check_floating(q=q)
+    check_dtype(q.dtype, k=k)
+    check_device(q=q, k=k, cu_seqlens=cu_seqlens, valid=valid)
+    bounds = None
+    if cu_seqlens is not None:
+        check_shape(cu_seqlens=(cu_seqlens, (None,)))
+        if cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
+            raise TypeError(
+                "cu_seqlens must hold at least two int32 or int64 bounds, got "
+                f"{len(cu_seqlens)} of {cu_seqlens.dtype}"
+            )
+        bounds = segment_bounds(cu_seqlens, S)
+    if valid is not None:
+        check_dtype(torch.bool, valid=valid)
+        check_shape(valid=(valid, (B, S)))
+    scale = Dh**-0.5 if scale is None else scale
+    if resolve_backend(backend, q, k, has_backward=False) == "torch":
+        out = column_attention_reference(q, k, bounds, valid, scale, causal)
+    else:
+        from vispress_kernels.column_attention.kernel import column_attention_triton
+
+        out = column_attention_triton(q, k, bounds, valid, scale, causal)
+    return out.mean(1) if mean_heads else out

@@ -1,0 +1,239 @@
+"""`column_attention` in two Triton launches: each row's log-sum-exp, then each column's mean.
+
+Bound by the tensor cores: q k^T is computed twice and stored never. The column pass walks the
+queries of one block of keys in order, so nothing is added atomically.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vispress_kernels._launch import Rule, ceil_div, launch, next_power_of_2
+from vispress_kernels.column_attention.reference import query_counts
+
+
+@triton.jit
+def _scores(
+    q,  # [BLOCK_M, BLOCK_D]
+    k,  # [BLOCK_D, BLOCK_N]
+    o_m,
+    o_n,
+    scale,
+    S,
+    start_ptr,
+    valid_ptr,
+    CAUSAL: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    """Logits of one block, -inf where a query may not see a key."""
+    m_m = o_m < S
+    m_n = o_n < S
+    allowed = m_m[:, None] & m_n[None, :]
+    if CAUSAL:
+        allowed = allowed & (o_n[None, :] <= o_m[:, None])
+    if HAS_BOUNDS:  # positions of one segment share its start
+        start_m = tl.load(start_ptr + o_m, mask=m_m, other=-1)
+        start_n = tl.load(start_ptr + o_n, mask=m_n, other=-1)
+        allowed = allowed & (start_m[:, None] == start_n[None, :])
+    if HAS_VALID:
+        valid_m = tl.load(valid_ptr + o_m, mask=m_m, other=0) != 0
+        valid_n = tl.load(valid_ptr + o_n, mask=m_n, other=0) != 0
+        allowed = allowed & valid_m[:, None] & valid_n[None, :]
+    logits = tl.dot(q, k, input_precision="tf32x3") * scale
+    return tl.where(allowed, logits, float("-inf"))
+
+
+@triton.jit
+def row_lse_kernel(
+    q_ptr,  # [B, H, S, Dh], any strides
+    k_ptr,  # [B, Hk, S, Dh], any strides
+    bounds_ptr,  # [2, S] int64: start and end of each position's segment, or unused
+    valid_ptr,  # [B, S] uint8, or unused
+    lse_ptr,  # [B, H, S] fp32
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    scale,
+    H,
+    S,
+    Dh,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(S, BLOCK_M)
+    i_m = pid % blocks
+    i_bh = pid // blocks
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < Dh
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    p_k = k_ptr + i_b * stride_kb + (i_h // GROUP) * stride_kh
+    q = tl.load(
+        p_q + o_m[:, None] * stride_qs + o_d[None, :] * stride_qd,
+        mask=(o_m < S)[:, None] & m_d[None, :],
+        other=0.0,
+    )
+    begin = tl.zeros((), tl.int64)
+    end = begin + S
+    last = tl.minimum((i_m + 1) * BLOCK_M, S)
+    if HAS_BOUNDS:
+        begin = tl.load(bounds_ptr + i_m * BLOCK_M)
+        end = tl.load(bounds_ptr + S + last - 1)
+    if CAUSAL:
+        end = tl.minimum(end, last)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        k = tl.load(
+            p_k + o_n[None, :] * stride_ks + o_d[:, None] * stride_kd,
+            mask=m_d[:, None] & (o_n < S)[None, :],
+            other=0.0,
+        )
+        logits = _scores(
+            q, k, o_m, o_n, scale, S, bounds_ptr, valid_ptr + i_b * S if HAS_VALID else valid_ptr,
+            CAUSAL, HAS_BOUNDS, HAS_VALID,
+        )  # fmt: skip
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+        peak = new_peak
+    # a row without keys: exp(logit - inf) is 0 in every column
+    lse = tl.where(total > 0.0, peak + tl.log(total), float("inf"))
+    tl.store(lse_ptr + i_bh * S + o_m, lse, mask=o_m < S)
+
+
+@triton.jit
+def column_mean_kernel(
+    q_ptr,  # [B, H, S, Dh], any strides
+    k_ptr,  # [B, Hk, S, Dh], any strides
+    bounds_ptr,  # [2, S] int64, or unused
+    valid_ptr,  # [B, S] uint8, or unused
+    lse_ptr,  # [B, H, S] fp32
+    count_ptr,  # [B, S] int64: queries averaged over
+    out_ptr,  # [B, H, S] fp32
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_kd,
+    stride_cb,
+    stride_cs,
+    scale,
+    H,
+    S,
+    Dh,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(S, BLOCK_N)
+    i_n = pid % blocks
+    i_bh = pid // blocks
+    i_b = i_bh // H
+    i_h = i_bh % H
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < Dh
+    p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
+    p_k = k_ptr + i_b * stride_kb + (i_h // GROUP) * stride_kh
+    k = tl.load(
+        p_k + o_n[None, :] * stride_ks + o_d[:, None] * stride_kd,
+        mask=m_d[:, None] & (o_n < S)[None, :],
+        other=0.0,
+    )
+    begin = tl.zeros((), tl.int64)
+    end = begin + S
+    if HAS_BOUNDS:
+        begin = tl.load(bounds_ptr + i_n * BLOCK_N)
+        end = tl.load(bounds_ptr + S + tl.minimum((i_n + 1) * BLOCK_N, S) - 1)
+    if CAUSAL:
+        begin = tl.maximum(begin, i_n * BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        q = tl.load(
+            p_q + o_m[:, None] * stride_qs + o_d[None, :] * stride_qd,
+            mask=(o_m < S)[:, None] & m_d[None, :],
+            other=0.0,
+        )
+        logits = _scores(
+            q, k, o_m, o_n, scale, S, bounds_ptr, valid_ptr + i_b * S if HAS_VALID else valid_ptr,
+            CAUSAL, HAS_BOUNDS, HAS_VALID,
+        )  # fmt: skip
+        lse = tl.load(lse_ptr + i_bh * S + o_m, mask=o_m < S, other=float("inf"))
+        total += tl.sum(tl.exp(logits - lse[:, None]), axis=0)
+    count = tl.load(count_ptr + i_b * stride_cb + o_n * stride_cs, mask=o_n < S, other=1)
+    mean = total / tl.maximum(count, 1).to(tl.float32)
+    tl.store(out_ptr + i_bh * S + o_n, mean, mask=o_n < S)
+
+
+def launch_rule(Dh: int, itemsize: int) -> Rule:
+    """Blocks for heads of Dh; fp32 and wide heads take smaller ones to fit shared memory."""
+    block = 64 if Dh <= 128 and itemsize == 2 else 32
+    return {
+        "BLOCK_M": block,
+        "BLOCK_N": block,
+        "BLOCK_D": max(16, next_power_of_2(Dh)),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def column_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    bounds: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """Launch the kernels; arguments as in `column_attention_reference`."""
+    B, H, S, Dh = q.shape
+    out = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out
+    lse = torch.empty_like(out)
+    counts = query_counts(bounds, valid, (B, S)).to(q.device)
+    valid = None if valid is None else valid.contiguous().view(torch.uint8)
+    rule = launch_rule(Dh, q.element_size())
+    options = {
+        "GROUP": H // k.shape[1],
+        "CAUSAL": causal,
+        "HAS_BOUNDS": bounds is not None,
+        "HAS_VALID": valid is not None,
+        **rule,
+        "on": q,
+    }
+    programs = B * H * ceil_div(S, rule["BLOCK_M"])
+    strides = (*q.stride(), *k.stride())
+    sizes = (scale, H, S, Dh)
+    launch(row_lse_kernel, programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
+    launch(
+        column_mean_kernel, programs, q, k, bounds, valid, lse, counts, out,
+        *strides, *counts.stride(), *sizes, **options,
+    )  # fmt: skip
+    return out

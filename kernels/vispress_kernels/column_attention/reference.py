@@ -1,0 +1,63 @@
+"""What `column_attention` means, in plain torch, a block of query rows at a time."""
+
+import torch
+from torch import Tensor
+
+
+def segment_bounds(cu_seqlens: Tensor, S: int) -> Tensor:
+    """First position and end of each position's segment, `[2, S]` int64, without a sync."""
+    places = torch.arange(S, device=cu_seqlens.device)
+    ends = cu_seqlens.to(torch.int64)
+    segment = torch.searchsorted(ends, places, right=True)
+    return torch.stack([ends[segment - 1], ends[segment.clamp(max=len(ends) - 1)]])
+
+
+def query_counts(bounds: Tensor | None, valid: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """Valid queries in each key's segment, `[B, S]` int64."""
+    B, S = shape
+    if valid is None and bounds is None:
+        return torch.full((), S, dtype=torch.int64).expand(B, S)
+    if valid is None:
+        assert bounds is not None
+        return (bounds[1] - bounds[0]).expand(B, S)
+    before = torch.nn.functional.pad(valid.to(torch.int64).cumsum(1), (1, 0))  # [B, S + 1]
+    if bounds is None:
+        return before[:, -1:].expand(B, S)
+    return before[:, bounds[1]] - before[:, bounds[0]]
+
+
+def column_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    bounds: Tensor | None,
+    valid: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """Mean over valid queries of the softmax of `scale * q k^T`; differentiable.
+
+    A block of rows has at most as many scores as the keys have elements.
+    """
+    B, H, S, Dh = q.shape
+    Hk = k.shape[1]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys = k.to(dtype)[:, :, None].transpose(-1, -2)  # [B, Hk, 1, Dh, S]
+    total = torch.zeros(B, H, S, dtype=dtype, device=q.device)
+    places = torch.arange(S, device=q.device)
+    step = max(1, min(S, Dh * Hk // max(H, 1)))
+    for begin in range(0, S, step):
+        here = places[begin : begin + step]
+        queries = q[:, :, begin : begin + step].to(dtype).unflatten(1, (Hk, H // Hk))
+        logits = (queries @ keys).flatten(1, 2) * scale  # [B, H, step, S]
+        allowed = torch.ones(1, 1, len(here), S, dtype=torch.bool, device=q.device)
+        if causal:
+            allowed = allowed & (places <= here[:, None])
+        if bounds is not None:
+            allowed = allowed & (bounds[0] == bounds[0, here, None])
+        if valid is not None:
+            allowed = allowed & valid[:, None, None, :] & valid[:, None, here, None]
+        weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
+        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+        total = total + weights.sum(-2)
+    counts = query_counts(bounds, valid, (B, S)).to(total)
+    return total / counts.clamp(min=1)[:, None]

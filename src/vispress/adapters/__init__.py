@@ -1,0 +1,3 @@
+"""Model families; importing this package registers the built-in adapters."""
+
+from vispress.adapters import llava as llava

@@ -1,0 +1,84 @@
+"""YAML and back: `method` plus the fields of that method's dataclass, nothing else."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vispress.errors import ConfigError
+from vispress.methods.base import Compressor
+from vispress.registry import get_method
+
+
+def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
+    """A compressor from its name and hyper-parameters.
+
+    Raises:
+        UnsupportedMethodError: Unknown method.
+        ConfigError: Unknown hyper-parameter; the message names the valid ones.
+        BudgetError: A budget is doubled or out of range.
+    """
+    cls = get_method(name)
+    valid = [field.name for field in fields(cls)]
+    for key in hyperparameters:
+        if key not in valid:
+            close = difflib.get_close_matches(str(key), valid, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"{name} has no hyper-parameter {key!r}{hint}; valid: {', '.join(valid)}")
+    # YAML has lists where dataclasses hold tuples
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()}
+    return cls(**values)
+
+
+def from_mapping(data: Any, where: str = "configuration") -> Compressor | list[Compressor]:
+    """A compressor, or a chain, from parsed YAML.
+
+    Args:
+        data: `{"method": name, field: value, ...}`, or `{"chain": [such mappings]}`.
+        where: Named in errors.
+
+    Raises:
+        ConfigError: The shape is wrong.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be a mapping with a key 'method', got {type(data).__name__}")
+    if "chain" in data:
+        if set(data) != {"chain"} or not isinstance(data["chain"], list) or not data["chain"]:
+            raise ConfigError(f"{where}: 'chain' must be the only key and a non-empty list")
+        parts = [from_mapping(item, f"{where}, chain[{i}]") for i, item in enumerate(data["chain"])]
+        return [part for part in parts if isinstance(part, Compressor)]
+    if not isinstance(data.get("method"), str):
+        raise ConfigError(f"{where} needs a key 'method' with a method's name, got {sorted(map(str, data))}")
+    return make_compressor(data["method"], **{str(k): v for k, v in data.items() if k != "method"})
+
+
+def load_config(path: str | Path) -> Compressor | list[Compressor]:
+    """A compressor, or a chain, from a YAML file.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or has unknown keys.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return from_mapping(data, str(path))
+
+
+def to_mapping(method: Compressor) -> dict[str, Any]:
+    """The inverse of `from_mapping` for one compressor; unset (None) fields are left out."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in method.hyperparameters().items()}
+    return {"method": method.name} | {k: v for k, v in values.items() if v is not None}
+
+
+def save_config(method: Compressor, path: str | Path) -> None:
+    """Write a compressor as YAML."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(to_mapping(method), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,63 @@
+"""Average pooling: each token of a smaller grid is the mean of its window.
+
+Control; adaptive windows `[floor(i n / n'), ceil((i + 1) n / n'))` along rows and columns.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vispress.methods.base import Compressor, Evidence
+from vispress.methods.checks import check_choice
+from vispress.methods.grids import Values, resample, signals_for
+from vispress.registry import register_method
+from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+
+
+def window_means(large: int, small: int) -> Float[Tensor, "small large"]:
+    """Mean over the adaptive window of each of `small` places, as a matrix in fp64."""
+    place, window = torch.arange(large), torch.arange(small)[:, None]
+    start, end = window * large // small, -((window + 1) * large // -small)
+    inside = (place >= start) & (place < end)
+    return inside.double() / (end - start)
+
+
+@final
+@register_method("avg_pool")
+@dataclass(frozen=True, kw_only=True)
+class AvgPool(Compressor):
+    """Resample each image to a smaller grid by averaging.
+
+    The count is the largest grid of about the image's aspect within the budget.
+
+    Args:
+        on: `"features"`, the visual tokens, or `"vision_features"`, before the projector.
+
+    Raises:
+        ConfigError: `on` is another word.
+    """
+
+    summary: ClassVar[str] = "means over windows, on a smaller grid"
+    paper: ClassVar[str] = "control"
+    evidence: ClassVar[Evidence] = "control"
+    reads: ClassVar[frozenset[Signal]] = signals_for("features")
+    exact: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+
+    on: Values = "features"
+
+    def validate(self) -> None:
+        check_choice("on", self.on, get_args(Values))
+
+    def signals(self) -> frozenset[Signal]:
+        return signals_for(self.on)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
+
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        """Gradients flow through the new values."""
+        return resample(tokens, num_keep, window_means, self.on)

@@ -1,0 +1,51 @@
+"""Checks of hyper-parameters; every message names the field, its range and the value received."""
+
+from collections.abc import Collection, Sequence
+
+from vispress.errors import ConfigError
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Refuse a value that is none of `choices`.
+
+    Raises:
+        ConfigError: The value is not among them.
+    """
+    if isinstance(value, bool) or value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_integer(name: str, value: object, *, low: int | None = None) -> None:
+    """Refuse anything but an integer of at least `low`.
+
+    Raises:
+        ConfigError: Another type, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or (low is not None and value < low):
+        bound = "" if low is None else f" >= {low}"
+        raise ConfigError(f"{name} must be an integer{bound}, got {value!r}")
+
+
+def check_number(name: str, value: object, *, low: float, high: float = float("inf")) -> None:
+    """Refuse anything but a finite number in `[low, high]`.
+
+    Raises:
+        ConfigError: Another type, or out of range.
+    """
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not low <= value < float("inf") or value > high:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a number in [{low}, {high}], got {value!r}")
+
+
+def check_ascending(name: str, values: Sequence[object], *, low: int) -> None:
+    """Refuse anything but a non-empty, strictly ascending run of integers from `low` up.
+
+    Raises:
+        ConfigError: Empty, another type, too small, or out of order.
+    """
+    if not isinstance(values, tuple) or not values:
+        raise ConfigError(f"{name} must be a non-empty list of integers, got {values!r}")
+    for value in values:
+        check_integer(name, value, low=low)
+    if list(values) != sorted(set(values)):
+        raise ConfigError(f"{name} must be strictly ascending, got {values!r}")

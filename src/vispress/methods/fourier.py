@@ -1,0 +1,94 @@
+"""Fourier-VLM: keep the low frequencies of the feature map, on a smaller grid.
+
+Wang et al., "Fourier-VLM: Compressing Vision Tokens in the Frequency Domain for Large
+Vision-Language Models", 2025, arXiv:2508.06038.
+Source: the released compressor (2-D DCT, low-frequency corner, inverse DCT at the reduced size).
+Follows the code: orthonormal DCT-II along rows and columns of the encoder's map, inverse at the
+size of the corner, at least fp32, before the projector.
+Differs: two small matrix products in place of an FFT; any grid that fits the budget. `rescale` is
+ours: the orthonormal pair multiplies means by `sqrt(HW / H'W')`, which only fine-tuned checkpoints
+expect. Published accuracy needs fine-tuned weights. AnyRes and video go sub-image by sub-image
+(reconstructed); on Qwen (`on="features"`) positions are not laid out again for the smaller grid.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vispress.errors import ConfigError
+from vispress.methods.base import Compressor, Evidence
+from vispress.methods.checks import check_choice
+from vispress.methods.grids import Values, resample, signals_for
+from vispress.registry import register_method
+from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+
+
+def low_pass(large: int, small: int, *, rescale: bool) -> Float[Tensor, "small large"]:
+    """DCT-II of `large` places, cut to `small` coefficients, and an inverse DCT of that size; fp64.
+
+    Args:
+        large: Places before.
+        small: Places after, at most `large`.
+        rescale: Divide by `sqrt(large / small)`, so that a constant stays what it is.
+    """
+    product = _dct(small).mT @ _dct(large)[:small]
+    return product / math.sqrt(large / small) if rescale else product
+
+
+def _dct(n: int) -> Tensor:
+    """Orthonormal DCT-II as a matrix `[frequency, place]`."""
+    place = torch.arange(n, dtype=torch.float64)
+    matrix = math.sqrt(2 / n) * torch.cos(math.pi / n * torch.outer(place, place + 0.5))
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+@final
+@register_method("fourier")
+@dataclass(frozen=True, kw_only=True)
+class Fourier(Compressor):
+    """Resample each image to a smaller grid by cutting high frequencies, before the projector.
+
+    The count is the largest grid of about the image's aspect within the budget.
+
+    Args:
+        rescale: Keep means as they are; False for checkpoints fine-tuned with the released
+            compressor.
+        on: `"vision_features"`, before the projector, or `"features"`, behind it (Qwen).
+
+    Raises:
+        ConfigError: A value is not among its choices.
+    """
+
+    summary: ClassVar[str] = "low frequencies of the feature map (2-D DCT), on a smaller grid"
+    paper: ClassVar[str] = "Wang et al. 2025, arXiv:2508.06038"
+    evidence: ClassVar[Evidence] = "code"
+    reads: ClassVar[frozenset[Signal]] = signals_for("vision_features")
+    exact: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+
+    rescale: bool = True
+    on: Values = "vision_features"
+
+    def validate(self) -> None:
+        if not isinstance(self.rescale, bool):
+            raise ConfigError(f"rescale must be true or false, got {self.rescale!r}")
+        check_choice("on", self.on, get_args(Values))
+
+    def signals(self) -> frozenset[Signal]:
+        return signals_for(self.on)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
+
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        """Gradients flow through the new values."""
+
+        def matrix(large: int, small: int) -> Tensor:
+            return low_pass(large, small, rescale=self.rescale)
+
+        return resample(tokens, num_keep, matrix, self.on)

@@ -1,0 +1,149 @@
+"""Grid methods: each sub-image or frame goes to a smaller grid `h' x w'` of the same aspect.
+
+The tokens at the centres of the new cells are the kept ones (uniform sampling); `resample` puts
+values there that mix all tokens of the sub-image, the same linear map along rows and columns for
+every channel. The product `h' w'` seldom meets a budget exactly: it never exceeds it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vispress.errors import UnsupportedMethodError
+from vispress.methods.base import segment_shares, upcast
+from vispress.methods.segments import GEOMETRY
+from vispress.types import Signal, TokenPlan, VisualTokens
+
+Values = Literal["vision_features", "features"]
+"""What is resampled: the projector's input (then projected), or the visual tokens themselves."""
+
+Matrix = Callable[[int, int], Float[Tensor, "small large"]]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Full grid of one sub-image; tensors on the host.
+
+    Args:
+        places: `[h, w]`; the tokens in raster order.
+        small: `(h', w')`, the grid it goes to.
+    """
+
+    places: Int[Tensor, "h w"]
+    small: tuple[int, int]
+
+    @property
+    def centres(self) -> Int[Tensor, "m"]:
+        """Token nearest to the centre of each new cell, in raster order."""
+        (h, w), (rows, cols) = self.places.shape, self.small
+        return self.places[middles(h, rows)][:, middles(w, cols)].flatten()
+
+
+def signals_for(on: Values) -> frozenset[Signal]:
+    """What `resample` reads."""
+    if on == "features":
+        return GEOMETRY
+    return GEOMETRY | {Signal.VISION_FEATURES, Signal.PROJECTOR}
+
+
+def middles(large: int, small: int) -> Int[Tensor, "small"]:
+    """Centres of `small` equal cells over `large` places: `floor((i + 0.5) large / small)`."""
+    return (2 * torch.arange(small) + 1) * large // (2 * small)
+
+
+def small_grid(h: int, w: int, num_keep: int) -> tuple[int, int]:
+    """The grid of at most `num_keep` cells that cannot grow along either axis, closest in aspect.
+
+    Ties: more cells, then fewer rows. `num_keep` must be at least 1.
+    """
+    grids = [(rows, min(w, num_keep // rows)) for rows in range(1, min(h, num_keep) + 1)]
+    whole = [(r, c) for r, c in grids if r == h or (r + 1) * c > num_keep]
+    # aspect to 9 digits: mirrored grids tie whatever the rounding of log
+    return min(whole, key=lambda g: (round(abs(log(g[0] * w / (g[1] * h))), 9), -g[0] * g[1], g[0]))
+
+
+def rasters(tokens: VisualTokens, num_keep: int) -> tuple[list[Raster], Int[Tensor, "newlines"]]:
+    """Every sub-image with its new grid, and the newline tokens that are kept.
+
+    Raises:
+        UnsupportedMethodError: The tokens are no full grids (pruned before, or a ragged layout).
+    """
+    if tokens.num_visual != tokens.num_original or (tokens.grid is None and tokens.crops is None):
+        raise UnsupportedMethodError(
+            f"grid methods need whole images with a known grid, got {tokens.num_visual} of "
+            f"{tokens.num_original} tokens, grid={tokens.grid}; let them act first"
+        )
+    segments = tokens.segments()[0]
+    found, newlines = [], segments.new_empty(0)
+    for segment, share in segment_shares(segments, num_keep).items():
+        places = torch.where(segments == segment)[0]
+        if segment == -1:
+            newlines = places[:share]
+        elif share:
+            raster = _raster(tokens, places)
+            h, w = raster.shape
+            found.append(Raster(raster, small_grid(h, w, share)))
+    return found, newlines
+
+
+def _raster(tokens: VisualTokens, places: Tensor) -> Tensor:
+    if tokens.crops is None:
+        assert tokens.grid is not None
+        return places.view(tokens.grid[1:])
+    # unpadded crops are a rectangle somewhere inside the encoder's grid
+    row, col = tokens.crops.row[places], tokens.crops.col[places]
+    row, col = row - row.min(), col - col.min()
+    h, w = int(row.max()) + 1, int(col.max()) + 1
+    order = (row * w + col).sort().indices
+    if h * w != len(places) or not torch.equal((row * w + col)[order], torch.arange(h * w)):
+        raise UnsupportedMethodError(
+            f"grid methods need full rectangles, got {len(places)} tokens on {h} x {w}"
+        )
+    return places[order].view(h, w)
+
+
+def sample(tokens: VisualTokens, num_keep: int) -> TokenPlan:
+    """Keep the tokens at the centres of the new cells, as they are."""
+    found, newlines = rasters(tokens, num_keep)
+    keep = torch.cat([*(raster.centres for raster in found), newlines]).sort().values
+    return TokenPlan(keep=keep.to(tokens.features.device).expand(tokens.batch, -1))
+
+
+def resample(tokens: VisualTokens, num_keep: int, matrix: Matrix, on: Values) -> TokenPlan:
+    """Replace the tokens at the centres of the new cells by mixtures of their sub-image.
+
+    Args:
+        tokens: The bucket.
+        num_keep: Upper bound of the count.
+        matrix: Gives the map from `large` to `small` places along one axis, as `matrix(large,
+            small)`.
+        on: What is mixed.
+    """
+    found, newlines = rasters(tokens, num_keep)
+    source = tokens.features if on == "features" else tokens.vision_features
+    assert source is not None  # declared in `signals`
+    mixed = torch.cat([_mix(source, raster, matrix) for raster in found], dim=1).to(source.dtype)
+    if on == "vision_features":
+        assert tokens.projector is not None
+        mixed = tokens.projector(mixed)
+    device = source.device
+    values = torch.cat(
+        [mixed.to(tokens.features.dtype), tokens.features[:, newlines.to(device)]], 1
+    )
+    keep, order = torch.cat([*(raster.centres for raster in found), newlines]).sort()
+    return TokenPlan(
+        keep=keep.to(device).expand(tokens.batch, -1), features=values[:, order.to(device)]
+    )
+
+
+def _mix(source: Tensor, raster: Raster, matrix: Matrix) -> Tensor:
+    h, w = raster.places.shape
+    x = upcast(source[:, raster.places.to(source.device)])  # [B, h, w, D]
+    along_h = matrix(h, raster.small[0]).to(x)
+    along_w = matrix(w, raster.small[1]).to(x)
+    return torch.einsum("rh,bhwd,cw->brcd", along_h, x, along_w).flatten(1, 2)

@@ -1,0 +1,110 @@
+"""Schedules of methods that drop tokens at several depths: layers, and a budget for each.
+
+Three ways to ask, in `stage_budgets`:
+
+* no budget: the published ratios of the original token count;
+* `keep_ratio` or `mean_keep_ratio`: the mean of visual tokens over decoder layers. The ratios are
+  the published ones raised to a common power, the one-parameter family that runs through the
+  published point (power 1), keeps the ratios non-increasing and reaches 1 (power 0) and 0. Ours,
+  no paper's;
+* `num_tokens`: what is left after the last placement; earlier ones keep the published proportion to
+  it (`0.5, 0.25, 0.125` gives `4n, 2n, n`). Ours too.
+"""
+
+import math
+from collections.abc import Sequence
+
+from vispress.budget import Budget, check_ratio, scaled_layers
+from vispress.errors import BudgetError, ConfigError
+from vispress.methods.base import Compressor, check_layer
+from vispress.methods.checks import check_ascending
+
+
+def check_schedule(
+    layers: Sequence[int] | None, ratios: Sequence[float] | None, published: Sequence[int]
+) -> None:
+    """Refuse layers out of order, and ratios that grow, leave `(0, 1]` or are too many or few.
+
+    Args:
+        layers: As given by the user; None for `published`.
+        ratios: As given by the user; None where any number of layers has ratios.
+        published: The layers that stand in for None.
+
+    Raises:
+        ConfigError: Either list is malformed, or their lengths differ.
+        BudgetError: A ratio is out of range.
+    """
+    if layers is not None:
+        check_ascending("layers", layers, low=1)
+    if ratios is not None:
+        if not isinstance(ratios, tuple) or not ratios:
+            raise ConfigError(f"ratios must be a non-empty list of numbers, got {ratios!r}")
+        for ratio in ratios:
+            check_ratio("ratios", ratio)
+        if list(ratios) != sorted(ratios, reverse=True):
+            raise ConfigError(f"ratios must not grow from stage to stage, got {ratios!r}")
+        stages = published if layers is None else layers
+        if len(stages) != len(ratios):
+            raise ConfigError(f"ratios and layers must be equally long: {ratios!r}, {stages!r}")
+
+
+def stage_layers(
+    layers: tuple[int, ...] | None, published: Sequence[int], num_layers: int
+) -> tuple[int, ...]:
+    """The given layers, checked against the LLM's depth, or the published ones scaled to it.
+
+    Raises:
+        ConfigError: A layer is out of range, or the LLM has too few layers.
+    """
+    if layers is None:
+        return scaled_layers(published, num_layers)
+    for layer in layers:
+        check_layer("layers", layer, num_layers)
+    return layers
+
+
+def power_ratios(
+    published: Sequence[float], mean_keep_ratio: float, layers: Sequence[int], num_layers: int
+) -> tuple[float, ...]:
+    """Published ratios raised to the common power that gives this mean over decoder layers.
+
+    Raises:
+        BudgetError: Layers that keep everything hold more than the mean allows.
+    """
+    check_ratio("keep_ratio", mean_keep_ratio)
+    spans = [end - start for start, end in zip(layers, [*layers[1:], num_layers], strict=True)]
+    exponents = [-math.log2(ratio) for ratio in published]  # ratio = 0.5 ** exponent
+
+    def mean(x: float) -> float:
+        later = math.fsum(span * math.pow(x, e) for span, e in zip(spans, exponents, strict=True))
+        return (layers[0] + later) / num_layers
+
+    if mean(0.0) >= mean_keep_ratio and mean_keep_ratio < 1.0:
+        raise BudgetError(
+            f"a mean of {mean_keep_ratio} over {num_layers} layers cannot be reached when the "
+            f"first placement is before layer {layers[0]}: the minimum is above {mean(0.0):.3f}; "
+            "ask for more or give earlier `layers`"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < mean_keep_ratio else (low, middle)
+    return tuple(math.pow(high, e) for e in exponents)
+
+
+def stage_budgets(
+    compressor: Compressor, published: Sequence[float], layers: Sequence[int], num_layers: int
+) -> tuple[Budget, ...]:
+    """A budget for each layer, as the module's docstring says.
+
+    Raises:
+        BudgetError: The mean cannot be reached.
+    """
+    if (last := compressor.num_tokens) is not None:
+        counts = (round(last * ratio / published[-1]) for ratio in published)
+        return tuple(Budget(num_tokens=count) for count in counts)
+    mean = compressor.keep_ratio
+    if mean is None:
+        mean = compressor.mean_keep_ratio
+    ratios = published if mean is None else power_ratios(published, mean, layers, num_layers)
+    return tuple(Budget(keep_ratio=ratio, rounding=compressor.rounding) for ratio in ratios)

@@ -1,0 +1,78 @@
+"""Plans made sub-image by sub-image (AnyRes crops, tiles) or frame by frame.
+
+For methods that are no `ScorePruner`; the budget is split by `segment_shares`, newlines first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vispress.methods.base import segment_shares
+from vispress.types import Signal, VisualTokens
+
+GEOMETRY = frozenset({Signal.GRID, Signal.CROPS})
+"""What a per-segment method reads to know its segments."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One sub-image or frame of some rows of the bucket.
+
+    Args:
+        rows: Rows of the bucket that have these places.
+        places: `[n]`; tokens of the part, ascending, on the device of the features.
+        share: How many of them are to be kept; for newlines, all or none.
+        newline: Whether these are newline tokens, which carry no picture.
+    """
+
+    rows: slice
+    places: Int[Tensor, "n"]
+    share: int
+    newline: bool = False
+
+
+def split(tokens: VisualTokens, num_keep: int) -> list[list[Part]]:
+    """The parts of each group of bucket rows; one group, unless images were pruned before."""
+    device = tokens.features.device
+    if not tokens.segmented:
+        places = torch.arange(tokens.num_visual, device=device)
+        return [[Part(slice(None), places, num_keep)]]
+    segments = tokens.segments()
+    if bool((segments == segments[:1]).all()):
+        groups = [(slice(None), segments[0])]
+    else:
+        groups = [(slice(b, b + 1), own) for b, own in enumerate(segments)]
+    return [
+        [
+            Part(rows, torch.where(own == segment)[0].to(device), share, newline=segment == -1)
+            for segment, share in segment_shares(own, num_keep).items()
+            if share
+        ]
+        for rows, own in groups
+    ]
+
+
+def keep_by_segment(
+    tokens: VisualTokens, num_keep: int, pick: Callable[[Part], Int[Tensor, "b share"]]
+) -> Int[Tensor, "B K"]:
+    """Ascending indices of what `pick` chooses in each part; newlines are kept as they are.
+
+    Args:
+        tokens: The bucket.
+        num_keep: K, per image.
+        pick: Gives `share` distinct indices into `part.places` for each of the part's rows.
+    """
+    index = torch.arange(tokens.batch, device=tokens.features.device)
+    kept = []
+    for parts in split(tokens, num_keep):
+        picked = [
+            part.places.expand(len(index[part.rows]), -1)
+            if part.newline
+            else part.places[pick(part)]
+            for part in parts
+        ]
+        kept.append(torch.cat(picked, dim=1).sort(dim=1).values)
+    return torch.cat(kept)

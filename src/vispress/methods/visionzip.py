@@ -1,0 +1,116 @@
+"""VisionZip: keep the tokens [CLS] attends to most, and fold the rest into a few contextual ones.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025,
+arXiv:2412.04467.
+Source: https://github.com/dvlab-research/VisionZip at 3151f6d (Apache-2.0).
+Follows the code: targets at equal steps over the remaining tokens; every other token goes to the
+target with the most similar encoder keys (mean over heads); a contextual token is its target
+*plus* the mean of what it got (not the mean of the group), before the projector.
+Differs: the encoder's [CLS] token itself is no visual token here and is not forwarded (the code's
+`dominant` counts it); tokens stay in raster order, contextual ones at their target's place (the
+code appends them); AnyRes newlines are kept within the budget. `scores="column_mean"` for encoders
+without [CLS] follows a third-party port.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vispress.methods.base import Compressor, Evidence, top_indices, upcast
+from vispress.methods.checks import check_choice, check_integer
+from vispress.methods.diversity import unit
+from vispress.methods.encoder import Scores, attention_signals, encoder_attention
+from vispress.methods.segments import GEOMETRY, split
+from vispress.registry import register_method
+from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+
+PUBLISHED_SHARE = 10 / 64
+"""Contextual tokens among all kept, in the published 54 + 10, 108 + 20 and 162 + 30."""
+
+
+def owners(
+    score: Float[Tensor, "b n"], metric: Float[Tensor, "b n d"], dominant: int, contextual: int
+) -> Int[Tensor, "b n"]:
+    """Into which token each one is folded; survivors into themselves, -1 where there is no target.
+
+    Targets are every step-th of the tokens that are not dominant, the first `contextual` of them.
+    """
+    top = top_indices(score, dominant)
+    owner = torch.full_like(score, -1, dtype=torch.int64).scatter(1, top, top)
+    if not contextual:
+        return owner
+    count = score.shape[1] - dominant
+    rest = (owner >= 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+    target = rest[:, :: max(1, count // contextual)][:, :contextual]
+    rows = torch.arange(len(score), device=score.device)[:, None]
+    similarity = metric[rows, rest] @ metric[rows, target].mT  # [b, count, contextual]
+    owner = owner.scatter(1, rest, target.gather(1, similarity.argmax(dim=2)))
+    return owner.scatter(1, target, target)
+
+
+@final
+@register_method("visionzip")
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Compressor):
+    """Prune and merge before the projector; the question plays no part.
+
+    Args:
+        contextual: Merged tokens among the kept of each sub-image (all, if that keeps no more);
+            None for the published 10 of 64.
+        scores: `"cls"`, or `"column_mean"` (mean attention received) for encoders without [CLS].
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    summary: ClassVar[str] = "most attended by [CLS]; the rest folded into contextual tokens"
+    paper: ClassVar[str] = "Yang et al., CVPR 2025, arXiv:2412.04467"
+    evidence: ClassVar[Evidence] = "code"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {
+        Signal.CLS_ATTENTION,
+        Signal.VISION_KEYS,
+        Signal.VISION_FEATURES,
+        Signal.PROJECTOR,
+    }
+    merges: ClassVar[bool] = True
+
+    contextual: int | None = None
+    scores: Scores = "cls"
+
+    def validate(self) -> None:
+        check_choice("scores", self.scores, get_args(Scores))
+        if self.contextual is not None:
+            check_integer("contextual", self.contextual, low=0)
+
+    def signals(self) -> frozenset[Signal]:
+        return attention_signals(self.reads, self.scores)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
+
+    def split_budget(self, num_keep: int) -> tuple[int, int]:
+        """Dominant and contextual tokens of a sub-image."""
+        asked = round(num_keep * PUBLISHED_SHARE) if self.contextual is None else self.contextual
+        return num_keep - min(asked, num_keep), min(asked, num_keep)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        assert tokens.vision_keys is not None  # declared in `reads`
+        score = encoder_attention(tokens, self.scores)
+        metric = unit(upcast(tokens.vision_keys).mean(dim=1))
+        owner = torch.full_like(score, -1, dtype=torch.int64)
+        for part in (part for parts in split(tokens, num_keep) for part in parts):
+            counts = (part.share, 0) if part.newline else self.split_budget(part.share)
+            here, keys = (t[part.rows][:, part.places] for t in (score, metric))
+            into = owners(here, keys, *counts)
+            owner[part.rows, part.places] = torch.where(into < 0, into, part.places[into])
+        survives = owner == torch.arange(owner.shape[1], device=owner.device)
+        keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
+        folded, into = (owner >= 0) & ~survives, owner.clamp(min=0)
+        assign = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
+        count = torch.zeros_like(score).scatter_add(1, into, folded.to(score)).gather(1, into)
+        weight = torch.where(folded, 1 / count.clamp(min=1), 1.0).to(score)
+        return TokenPlan(keep=keep, assign=assign, weight=weight, merge_on="vision_features")

@@ -1,0 +1,94 @@
+"""Writing and reading the reference model as an ordinary Hugging Face folder."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from vispress.reference.attention import FULL, PACKED
+from vispress.reference.processor import build_processor
+
+SHIPPED: Final = Path(__file__).parent / "checkpoint"
+FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
+
+
+def for_training(model: LlavaForConditionalGeneration) -> None:
+    """Switch to the attention functions of packed training."""
+    model.model.vision_tower.set_attn_implementation(FULL)
+    model.model.language_model.set_attn_implementation(PACKED)
+
+
+def for_inference(model: LlavaForConditionalGeneration) -> None:
+    """Switch back to SDPA, as the loaded model has it."""
+    model.set_attn_implementation("sdpa")
+
+
+def export(
+    model: LlavaForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float16
+) -> None:
+    """Write weights, configuration, tokenizer and processor, replacing the folder at the end.
+
+    Args:
+        model: The model; not changed.
+        folder: What `read` takes.
+        dtype: Storage type; fp16 keeps three more bits of these small weights than bf16.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    stored = copy.deepcopy(model)
+    for_inference(stored)
+    stored.to(dtype).eval().save_pretrained(temporary)
+    build_processor().save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)  # noqa: PTH105 - a rename, so that no half folder is ever seen
+
+
+def read(
+    folder: Path, *, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a folder that `export` wrote, offline.
+
+    Args:
+        folder: The folder.
+        dtype: Type of the loaded weights.
+
+    Returns:
+        The model in eval mode on the CPU, and its processor.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or weights do not fit the configuration.
+    """
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise _error(folder, f"{', '.join(missing)} missing")
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            attn_implementation="sdpa",
+        )
+        processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _error(folder, f"{type(error).__name__}: {error}") from error
+    # transformers only warns and fills the gaps with random weights
+    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
+    if wrong:
+        raise _error(folder, json.dumps(wrong))
+    return model.eval(), processor
+
+
+def _error(folder: Path, what: str) -> Exception:
+    from vispress.errors import CheckpointError
+
+    return CheckpointError(
+        f"the reference checkpoint in {folder} is damaged ({what}). Reinstall the package, or "
+        "write a new one with `vispress train-reference`"
+    )

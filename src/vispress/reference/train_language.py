@@ -1,0 +1,150 @@
+"""Stage 2: the language model learns to answer, all questions about a scene in one sequence."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
+
+from vispress.reference.attention import PREFIX
+from vispress.reference.dense import DenseHeads
+from vispress.reference.loop import Budget, Run, stream
+from vispress.reference.model import encode_image, normalise
+from vispress.reference.optim import make_optimizer
+from vispress.reference.packing import LanguageStream, PackedBatch
+
+BATCH: Final = 16
+SLOTS: Final = 7
+PEAK: Final = 3e-3
+FLOOR: Final = 0.03
+EASY: Final = 4_000
+
+# the vision side is nearly done: it moves slowly and keeps what it knows
+SCALES: Final = {"vision": 0.2, "projector": 0.3, "heads": 0.3}
+EARLY_UNTIL: Final = 0.8
+
+
+def packed_hidden(model: LlavaForConditionalGeneration, batch: PackedBatch) -> tuple[Tensor, ...]:
+    """Last hidden states of packed sequences.
+
+    Args:
+        model: The model.
+        batch: B packed sequences of length L.
+
+    Returns:
+        Hidden states (B, L, D), projected features (B, 144, D) and the two [CLS] states (B, Dv).
+    """
+    features, cls, last = encode_image(model, normalise(batch.dense.pixels))
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    embeds = torch.cat([embeds[:, :1], features.to(embeds.dtype), embeds[:, PREFIX:]], dim=1)
+    hidden = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=batch.mask(torch.get_autocast_dtype(embeds.device.type)),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden, features, cls, last
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration, hidden: Tensor, batch: PackedBatch, *, early: bool
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of answer words and end token, and accuracy of the first answer word.
+
+    Args:
+        model: Its output embedding reads `hidden`.
+        hidden: Shape (B, L, D).
+        batch: The labels.
+        early: Whether to ask for the first word before the question has ended, too.
+    """
+    labels = batch.labels.flatten()
+    # the position before an answer's first word is the colon: its successor has a label as well
+    first = (batch.early.roll(1, dims=1) >= 0) & (batch.early < 0)
+    at = labels >= 0
+    logits = model.lm_head(hidden.flatten(0, 1)[at]).float()
+    loss = F.cross_entropy(logits, labels[at])
+    hits = (logits.argmax(-1) == labels[at])[first.flatten()[at]].float().mean()
+    if early:
+        sooner = batch.early.flatten()
+        at = sooner >= 0
+        logits = model.lm_head(hidden.flatten(0, 1)[at]).float()
+        loss = loss + F.cross_entropy(logits, sooner[at])
+    return loss, hits.detach()
+
+
+def train_language(
+    model: LlavaForConditionalGeneration,
+    heads: DenseHeads,
+    folder: Path,
+    *,
+    seed: int,
+    budget: Budget,
+    resume: bool,
+    device: torch.device,
+    workers: int = 1,
+    batch: int = BATCH,
+    easy: int = EASY,
+    every: int = 500,
+    report: Callable[[Run], None] | None = None,
+) -> None:
+    """Train in place.
+
+    Args:
+        model: The model after stage 1.
+        heads: Dense heads after stage 1; their loss stays on with a small weight.
+        folder: Log and state.
+        seed: Seed of scenes and questions.
+        budget: When to end.
+        resume: Continue from the state in `folder` if there is one.
+        device: Where `model` and `heads` are.
+        workers: Processes that draw.
+        batch: Images a step.
+        easy: The first so many images show fewer objects.
+        every: Steps between saved states.
+        report: Called after each saved state (evaluation, export).
+    """
+    words = model.get_input_embeddings()
+    modules: dict[str, torch.nn.Module] = {
+        "vision": model.model.vision_tower,
+        "projector": model.model.multi_modal_projector,
+        "language": model.model.language_model,
+        "heads": heads,
+    }
+    optimizer = make_optimizer(modules, lr=PEAK, scales=SCALES)
+    settings = {"stage": "language", "seed": seed, "batch": batch, "easy": easy}
+    run = Run(
+        folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings
+    )
+    if resume:
+        run.resume()
+    data: Dataset[PackedBatch] = LanguageStream(seed, batch, SLOTS, easy)
+    batches = stream(data, run.at.step, workers=workers)
+    sums: dict[str, Any] = {}
+    with tqdm(total=100, desc="language", unit="%") as bar:
+        while run.progress < 1:
+            packed: PackedBatch = next(batches).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden, *seen = packed_hidden(model, packed)
+                early = run.progress < EARLY_UNTIL
+                loss, hits = answer_loss(model, hidden, packed, early=early)
+                dense, scores = heads(*seen, words.weight, packed.dense)
+            run.advance(loss + 0.1 * dense, batch)
+            for key, value in {"loss": loss.detach(), "first": hits, **scores}.items():
+                sums[key] = sums.get(key, 0.0) + value
+            if run.at.step % 50 == 0:
+                run.log({k: float(v) / 50 for k, v in sums.items()})
+                bar.set_postfix({k: f"{float(v) / 50:.3f}" for k, v in sums.items()})
+                sums = {}
+            if run.at.step % every == 0:
+                run.save()
+                if report is not None:
+                    report(run)
+            bar.update(min(100.0, 100 * run.progress) - bar.n)
+    run.save()
+    if report is not None:
+        report(run)

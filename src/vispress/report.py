@@ -1,0 +1,206 @@
+"""What a compressed prefill kept, and what that cost: plain data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vispress.flops import CONVENTIONS, flops
+
+if TYPE_CHECKING:
+    from vispress.runtime.record import Record
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    """What one placement kept of one image.
+
+    Args:
+        method: Name of the compressor.
+        stage: `"pre_llm"` or `"in_llm"`.
+        layer: Decoder layer before which rows were dropped.
+        num_kept: Tokens of the image left after it.
+        kept: Their indices in the image's own raster, ascending.
+    """
+
+    method: str
+    stage: str
+    layer: int
+    num_kept: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image or video of a sample.
+
+    Args:
+        modality: `"image"` or `"video"`.
+        num_visual: Visual tokens it had.
+        num_kept: Visual tokens left at the last layer.
+        kept: Their indices in the image's own raster, ascending.
+        positions: Positions of all its tokens in the logical (padded) sequence.
+        grid: `(t, h, w)` of the raster, or None for composed images.
+        placements: What each placement kept.
+    """
+
+    modality: str
+    num_visual: int
+    num_kept: int
+    kept: tuple[int, ...]
+    positions: tuple[int, ...]
+    grid: tuple[int, int, int] | None
+    placements: tuple[PlacementReport, ...]
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """One sample of the batch, with its images in the order of the prompt."""
+
+    images: tuple[ImageReport, ...]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Prefill FLOPs of visual tokens in one published convention, summed over samples."""
+
+    compressed: float
+    uncompressed: float
+
+    @property
+    def ratio(self) -> float:
+        """Compressed over uncompressed (1.0 without visual tokens)."""
+        return self.compressed / self.uncompressed if self.uncompressed else 1.0
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The last prefill of a compressed model.
+
+    Args:
+        samples: One entry a sample.
+        num_layers: Decoder layers.
+        kv_bytes: Bytes of keys and values in the cache after the prefill (0 without a cache).
+        flops: By convention: `"mac3"`, `"flop3"`, `"fastv2"`.
+        visual_per_layer: `[layer][sample]`, visual tokens of this prefill that enter each layer.
+        notes: What was decided when the model was compressed (scaled layers, substitutes, positions).
+    """
+
+    samples: tuple[SampleReport, ...]
+    num_layers: int
+    kv_bytes: int
+    flops: Mapping[str, Flops]
+    visual_per_layer: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...]
+    _alive: tuple[Tensor, ...] = field(repr=False, compare=False)
+
+    def alive(self, layer: int) -> Tensor:
+        """`[B, L]` bool: positions of the full logical sequence that enter decoder layer `layer`.
+
+        Padding counts as not alive; L includes tokens that were in the cache before.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must be in [0, {self.num_layers}), got {layer}")
+        return self._alive[layer]
+
+    @property
+    def mean_keep_ratio(self) -> float:
+        """Visual tokens kept, as a mean over decoder layers (1.0 without visual tokens)."""
+        total = sum(image.num_visual for sample in self.samples for image in sample.images)
+        kept = sum(map(sum, self.visual_per_layer))
+        return kept / (total * self.num_layers) if total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dictionaries (without `alive`)."""
+        return {
+            "samples": [asdict(sample) for sample in self.samples],
+            "num_layers": self.num_layers,
+            "kv_bytes": self.kv_bytes,
+            "flops": {
+                name: {"compressed": f.compressed, "uncompressed": f.uncompressed, "ratio": f.ratio}
+                for name, f in self.flops.items()
+            },
+            "visual_per_layer": [list(counts) for counts in self.visual_per_layer],
+            "mean_keep_ratio": self.mean_keep_ratio,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{b}.{i} {image.modality}: {image.num_kept} of {image.num_visual} visual tokens ("
+            + ", ".join(f"{p.method}@{p.layer}: {p.num_kept}" for p in image.placements)
+            + ")"
+            for b, sample in enumerate(self.samples)
+            for i, image in enumerate(sample.images)
+        ]
+        lines.append(
+            f"mean over layers {self.mean_keep_ratio:.3f}, KV cache {self.kv_bytes / 2**20:.2f} MiB, "
+            f"visual FLOPs x{self.flops['mac3'].ratio:.3f}"
+        )
+        return "\n".join([*lines, *self.notes])
+
+
+def build_report(record: "Record") -> CompressionReport:
+    """Turn the record of a prefill into data (copies small tensors to the host)."""
+    layers = len(record.layer_alive)
+    batch = record.layer_alive[0].shape[0]
+    samples: list[list[ImageReport]] = [[] for _ in range(batch)]
+    for image in record.images:
+        placements = []
+        for trace in image.trace:
+            step = record.steps[trace.step]
+            kept = tuple(trace.index.tolist())
+            where = step.placement
+            placements.append(
+                PlacementReport(step.method.name, where.stage.value, where.layer, len(kept), kept)
+            )
+        last = placements[-1]
+        positions = tuple((image.positions + record.past).tolist())
+        samples[image.sample].append(
+            ImageReport(
+                image.modality, image.num_visual, last.num_kept, last.kept, positions, image.grid,
+                tuple(placements),
+            )
+        )  # fmt: skip
+    per_layer = _visual_per_layer(record, batch)
+    totals = [sum(i.num_visual for i in images) for images in samples]
+    costs = {
+        name: Flops(
+            sum(
+                flops([counts[b] for counts in per_layer], record.width, record.mlp_width, name)
+                for b in range(batch)
+            ),
+            sum(flops([n] * layers, record.width, record.mlp_width, name) for n in totals),
+        )
+        for name in CONVENTIONS
+    }
+    return CompressionReport(
+        samples=tuple(SampleReport(tuple(images)) for images in samples),
+        num_layers=layers,
+        kv_bytes=record.kv_bytes,
+        flops=costs,
+        visual_per_layer=per_layer,
+        notes=tuple(record.notes),
+        _alive=tuple(record.layer_alive),
+    )
+
+
+def _visual_per_layer(record: "Record", batch: int) -> tuple[tuple[int, ...], ...]:
+    """Counts of this prefill's visual tokens that are alive in each layer."""
+    visual = torch.zeros(batch, record.layer_alive[0].shape[1], dtype=torch.bool)
+    for image in record.images:
+        visual[image.sample, image.positions + record.past] = True
+    seen: dict[int, tuple[int, ...]] = {}
+    out: list[tuple[int, ...]] = []
+    for alive in record.layer_alive:
+        if id(alive) not in seen:
+            seen[id(alive)] = tuple((alive.cpu() & visual).sum(1).tolist())
+        out.append(seen[id(alive)])
+    return tuple(out)
+
+

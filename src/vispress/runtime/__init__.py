@@ -1,0 +1,1 @@
+"""The mechanism: hooks, cache layers, per-forward state, attention rows. Knows transformers."""

@@ -1,0 +1,299 @@
+"""Attach compressors to a model instance: hooks in, hooks out, nothing left behind."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality, ModelAdapter
+from vispress.methods.base import Compressor
+from vispress.runtime import prefill
+from vispress.runtime.attention import _SINK, watch, watching
+from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink
+from vispress.runtime.select import Step
+from vispress.runtime.state import ForwardState
+from vispress.types import Signal
+
+Backend = Literal["auto", "torch", "triton"]
+STATE = "vispress_state"
+ATTRIBUTE = "_vispress_attachment"
+
+
+@dataclass(eq=False)
+class Call:
+    """What the base model's forward was called with; lives as long as that call."""
+
+    attachment: "Attachment"
+    arguments: Mapping[str, Any]
+    captures: dict[Modality, Capture] = field(default_factory=dict)
+
+
+_CALLS: ContextVar[tuple[Call, ...]] = ContextVar("vispress_calls", default=())
+
+
+class Attachment:
+    """Compressors on one model: what is attached, and how to take it off again.
+
+    Args:
+        adapter: Knows the model.
+        methods: The chain of compressors.
+        steps: Their placements in the order they act.
+        notes: Remarks for reports.
+        backend: Kernel backend.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        methods: Sequence[Compressor],
+        steps: Sequence[Step],
+        notes: Sequence[str],
+        backend: Backend,
+    ) -> None:
+        self.backend: Backend = backend
+        self.adapter, self.methods, self.steps, self.notes = adapter, methods, steps, tuple(notes)
+        self.record: Any = None
+        self._undo: list[Callable[[], None]] = []
+        wanted = frozenset().union(*(method.signals() for method in methods))
+        self.encoder_signals = wanted & {
+            Signal.CLS_ATTENTION,
+            Signal.COLUMN_ATTENTION,
+            Signal.VISION_KEYS,
+            Signal.VISION_FEATURES,
+        }
+        self.reads_text = Signal.TEXT_EMBEDDINGS in wanted
+        self.first_layer = min(step.placement.layer for step in steps)
+
+    # --- what the compressors want to see
+
+    def encoder_layers(self, method: Compressor, signal: Signal) -> tuple[int, ...]:
+        """Encoder layers whose attention `method` reads, as far as they can be compared."""
+        layers = method.encoder_layers(
+            len(self.adapter.encoder_attentions()), self.adapter.feature_layer()
+        )
+        if signal is Signal.COLUMN_ATTENTION:
+            comparable = set(self.adapter.global_layers())
+            layers = tuple(layer for layer in layers if layer in comparable)
+        return layers or (self.adapter.feature_layer(),)
+
+    def all_encoder_layers(self) -> tuple[int, ...]:
+        """Every encoder layer that must be watched, ascending."""
+        layers: set[int] = set()
+        for method in self.methods:
+            for signal in method.signals() & {Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION}:
+                layers |= set(self.encoder_layers(method, signal))
+        return tuple(sorted(layers))
+
+    def attention_layers(self) -> set[int]:
+        """Decoder layers whose attention rows are read."""
+        return {
+            p.layer if p.attention_of == "next" else p.layer - 1
+            for p in (step.placement for step in self.steps)
+            if p.queries is not None
+        }
+
+    def transition_layers(self) -> set[int]:
+        """Decoder layers whose module inputs and outputs are measured."""
+        return {layer for step in self.steps for layer in step.placement.transitions}
+
+    # --- on and off
+
+    def attach(self) -> None:
+        """Install all hooks."""
+        adapter, base = self.adapter, self.adapter.base
+        self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
+        self._hook(base.register_forward_hook(self._base_ends, always_call=True))
+        for modality in adapter.placeholders():
+            self._wrap(base, f"get_{modality}_features", self._get_features, modality)
+        language_model: Any = adapter.language_model
+        pre, post = self._language_model_starts, self._language_model_ends
+        self._hook(language_model.register_forward_pre_hook(pre, with_kwargs=True))
+        self._hook(language_model.register_forward_hook(post, with_kwargs=True, always_call=True))
+        for number, layer in enumerate(adapter.decoder_layers):
+            starts = partial(self._layer_starts, number)
+            self._hook(layer.register_forward_pre_hook(starts, with_kwargs=True))
+        for number in self.attention_layers():
+            self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
+        for number in self.transition_layers():
+            self._measure(number)
+        self._attach_encoder()
+        if hasattr(language_model, "_deepstack_process"):
+            self._wrap(language_model, "_deepstack_process", self._deepstack)
+        self._set(base, ATTRIBUTE, self)
+
+    def _attach_encoder(self) -> None:
+        modules = self.adapter.encoder_attentions()
+        layers = set(self.all_encoder_layers())
+        if Signal.VISION_KEYS in self.encoder_signals:
+            layers.add(self.adapter.feature_layer())
+        for layer in layers:
+            self._undo.append(watch(modules[layer]))
+        if Signal.VISION_FEATURES in self.encoder_signals:
+            self._hook(self.adapter.projector.register_forward_pre_hook(self._projector_starts))
+
+    def detach(self) -> None:
+        """Take everything off again, in reverse order."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        module.__dict__[name] = value
+        self._undo.append(partial(_forget, module, name))
+
+    def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any], *args: Any) -> None:
+        """Shadow a bound method on the instance (never on the class)."""
+        if not hasattr(module, name):
+            return
+        previous = module.__dict__.get(name)
+        module.__dict__[name] = Shadow(partial(wrapper, *args), Original(module, name, previous))
+        self._undo.append(partial(_restore, module, name, previous))
+
+    def _measure(self, number: int) -> None:
+        layer: Any = self.adapter.decoder_layers[number]
+        for module, sub in enumerate((layer.self_attn, layer.mlp)):
+            hook = partial(self._module_ran, number, module)
+            self._hook(sub.register_forward_hook(hook, with_kwargs=True))
+
+    # --- hooks
+
+    def _base_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        call = Call(self, bound.arguments | bound.arguments.get("kwargs", {}))
+        for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
+            if (capture := getattr(output, CAPTURE_ATTRIBUTE, None)) is not None:
+                call.captures[modality] = capture
+        _CALLS.set((*_CALLS.get(), call))
+
+    def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        _CALLS.set(tuple(c for c in _CALLS.get()[:-1]))
+
+    def _current(self) -> Call | None:
+        calls = _CALLS.get()
+        return calls[-1] if calls and calls[-1].attachment is self else None
+
+    def _get_features(
+        self, modality: Modality, original: "Original", *args: Any, **kwargs: Any
+    ) -> Any:
+        sink = EncoderSink(self.adapter, self.encoder_signals, self.all_encoder_layers())
+        bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
+        arguments = bound.arguments | bound.arguments.get("kwargs", {})
+        with watching(sink if self.encoder_signals else None):
+            output = original(*args, **kwargs)
+        features = getattr(output, "pooler_output", output)
+        capture = Capture(self.adapter, modality, list(features), arguments, sink)
+        if not isinstance(output, tuple | list | Tensor):
+            setattr(output, CAPTURE_ATTRIBUTE, capture)
+        if (call := self._current()) is not None:
+            call.captures[modality] = capture
+        return output
+
+    def _projector_starts(self, module: nn.Module, args: Any) -> None:
+        sink = _SINK.get()
+        if isinstance(sink, EncoderSink):
+            sink.projector_input = args[0]
+
+    def _language_model_starts(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = self._current() or Call(self, {})
+        state, kwargs = prefill.begin(self, call.arguments, call.captures, module, args, kwargs)
+        if state is None:
+            return None
+        state.sink = _SINK.set(state)
+        return (), kwargs | {STATE: state}
+
+    def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        state: ForwardState | None = kwargs.get(STATE)
+        if state is None:
+            return None
+        if state.sink is not None:
+            _SINK.reset(state.sink)
+            state.sink = None
+        if output is None:  # the forward raised
+            return None
+        return prefill.finish(self, state, output)
+
+    def _layer_starts(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        state: ForwardState | None = kwargs.get(STATE)
+        if state is None:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != STATE}
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
+        if state.short(number):
+            kwargs = state.layer_kwargs(number, hidden, kwargs)
+        return (hidden, *args[1:]), kwargs
+
+    @torch.no_grad()
+    def _module_ran(
+        self, number: int, part: int, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        state = _SINK.get()
+        if isinstance(state, ForwardState) and state.attachment is self and not state.peeking:
+            x = args[0] if args else kwargs["hidden_states"]
+            prefill.measure(state, number, part, x, output[0] if isinstance(output, tuple) else output)
+
+    def _deepstack(
+        self, original: "Original", hidden: Tensor, visual: Tensor, embeds: Tensor
+    ) -> Tensor:
+        """Qwen3-VL adds early encoder features between layers: hand it the rows that still live."""
+        state = _SINK.get()
+        if isinstance(state, ForwardState) and state.attachment is self and not state.untouched:
+            rows = state.last.to(hidden.device)
+            visual = visual.to(hidden.device)
+            number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
+            here = visual.gather(1, rows.index)
+            here = here if rows.valid is None else here & rows.valid
+            embeds = embeds.to(hidden.device)[number.gather(1, rows.index)[here]]
+            visual = here
+        result: Tensor = original(hidden, visual, embeds)
+        return result
+
+
+class Original:
+    """A bound method found again through its module, so that copies of the model keep working."""
+
+    def __init__(self, module: nn.Module, name: str, previous: Any) -> None:
+        self.module, self.name, self.previous = module, name, previous
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What the instance had before: its own shadow, or the class's method."""
+        if self.previous is not None:
+            return self.previous  # type: ignore[no-any-return]
+        return getattr(type(self.module), self.name).__get__(self.module)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class Shadow:
+    """Stands on an instance in place of a bound method; shows that method's signature."""
+
+    def __init__(self, wrapper: Callable[..., Any], original: Original) -> None:
+        self.wrapper, self.original = wrapper, original
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() passes only the arguments it finds here
+        return inspect.signature(self.original.function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.original, *args, **kwargs)
+
+
+def _forget(module: nn.Module, name: str) -> None:
+    del module.__dict__[name]
+
+
+def _restore(module: nn.Module, name: str, previous: Any) -> None:
+    if previous is None:
+        del module.__dict__[name]
+    else:
+        module.__dict__[name] = previous

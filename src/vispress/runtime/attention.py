@@ -1,0 +1,156 @@
+"""Attention rows, recomputed from the q and k that the model's own attention is called with.
+
+One attention function is registered per underlying implementation. Attention modules that are to be
+watched get a view of their config that names it; it shows q and k to the sink of the current
+context, if there is one, and then calls the model's own implementation.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_PREFIX = "vispress_watching_"
+
+
+class Sink(Protocol):
+    """Receives what a watched attention module is about to compute."""
+
+    def observe(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Args: module, post-RoPE query `[B, H, Q, D]` and key `[B, Hkv, S, D]`, mask as passed."""
+
+
+_SINK: ContextVar[Sink | None] = ContextVar("vispress_sink", default=None)
+
+
+@contextmanager
+def watching(sink: Sink | None) -> Iterator[None]:
+    """Send what watched attention modules compute to `sink` inside the block (this context only)."""
+    token = _SINK.set(sink)
+    try:
+        yield
+    finally:
+        _SINK.reset(token)
+
+
+class ConfigView:
+    """A config seen through, with another attention implementation named on top."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_vispress_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_vispress_config":  # not there yet while being copied
+            raise AttributeError(name)
+        return getattr(self._vispress_config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._vispress_config, name, value)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _register(self._vispress_config._attn_implementation or "eager")
+
+
+def watch(module: nn.Module) -> Callable[[], None]:
+    """Let a module's attention be seen by sinks; returns the undo."""
+    original = module.config
+    if isinstance(original, ConfigView):  # several placements may want one layer
+        return lambda: None
+    module.config = ConfigView(original)  # type: ignore[assignment]
+    return partial(setattr, module, "config", original)
+
+
+def _register(implementation: str) -> str:
+    """Make sure the watching twin of an implementation exists; returns its name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if implementation.startswith(_PREFIX):
+        return implementation
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_watched_attention, implementation))
+    return name
+
+
+def _watched_attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sink = _SINK.get()
+    if sink is not None:
+        sink.observe(module, query, key, attention_mask, kwargs)
+    if implementation == "eager":  # not in the registry: each modeling file has its own
+        run = sys.modules[_defining_module(module)].eager_attention_forward
+    else:
+        run = ALL_ATTENTION_FUNCTIONS[implementation]
+    return run(module, query, key, value, attention_mask, **kwargs)
+
+
+def _defining_module(module: nn.Module) -> str:
+    for cls in type(module).__mro__:
+        if hasattr(sys.modules.get(cls.__module__), "eager_attention_forward"):
+            return cls.__module__
+    raise RuntimeError(f"no eager attention found for {type(module).__name__}")
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, allowed: Tensor | None, scaling: float
+) -> Tensor:
+    """Post-softmax attention of a few queries.
+
+    Args:
+        query: `[B, H, R, D]`, the wanted rows.
+        key: `[B, Hkv, S, D]`; heads are shared in groups (GQA).
+        allowed: `[B, 1, R, S]` bool (True = attend), or float (added), or None for all keys.
+        scaling: Factor on the logits.
+
+    Returns:
+        `[B, H, R, S]` in fp32 (fp64 for fp64 inputs).
+    """
+    B, H, R, D = query.shape
+    groups = H // key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(B, key.shape[1], groups * R, D).to(dtype)
+    logits = (grouped @ key.to(dtype).transpose(-1, -2) * scaling).view(B, H, R, -1)
+    if allowed is not None:
+        if allowed.dtype == torch.bool:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        else:
+            logits = logits + allowed.to(dtype)
+    # a row with no key at all (padding) gives zeros, not NaN
+    return logits.softmax(dim=-1).nan_to_num(0.0)
+
+
+def column_means(query: Tensor, key: Tensor, scaling: float, *, block: int = 256) -> Tensor:
+    """Mean over query rows of the attention map, without storing the map.
+
+    Args:
+        query: `[B, H, S, D]`.
+        key: `[B, H, S, D]`.
+        scaling: Factor on the logits.
+        block: Query rows at a time.
+
+    Returns:
+        `[B, H, S]` in fp32 (fp64 for fp64 inputs).
+    """
+    total = None
+    for rows in query.split(block, dim=2):
+        part = attention_rows(rows, key, None, scaling).sum(dim=2)
+        total = part if total is None else total + part
+    assert total is not None
+    return total / query.shape[2]

@@ -1,0 +1,163 @@
+"""What one call of `get_image_features` or `get_video_features` showed: features and signals."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality, ModelAdapter
+from vispress.runtime.attention import attention_rows, column_means
+from vispress.types import CropLayout, Signal
+
+CAPTURE_ATTRIBUTE = "_vispress_capture"
+
+
+class EncoderSink:
+    """Collects what the asked signals need while the vision encoder runs.
+
+    Args:
+        adapter: The family.
+        wanted: Signals to collect.
+        layers: Encoder layers whose attention is read.
+    """
+
+    def __init__(
+        self, adapter: ModelAdapter, wanted: frozenset[Signal], layers: Sequence[int]
+    ) -> None:
+        self._modules = adapter.encoder_attentions()
+        self._feature_layer = adapter.feature_layer()
+        self._has_cls = adapter.has_cls
+        self._wanted = wanted
+        self._layers = layers
+        self.attention: dict[tuple[Signal, int], list[Tensor]] = {}
+        self.keys: list[Tensor] = []
+        self.projector_input: Tensor | None = None
+
+    @torch.no_grad()
+    def observe(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Called by a watched encoder attention, once a layer or once an image and layer."""
+        layer = next((i for i in self._layers if self._modules[i] is module), None)
+        is_feature_layer = self._modules[self._feature_layer] is module
+        for q, k in _split_packed(query, key, kwargs):
+            if layer is not None:
+                self._attention(layer, q, k, float(kwargs["scaling"]))
+            if is_feature_layer and Signal.VISION_KEYS in self._wanted:
+                self.keys.append(k[:, :, 1:] if self._has_cls else k)
+
+    def _attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        if Signal.CLS_ATTENTION in self._wanted:
+            row = attention_rows(query[:, :, :1], key, None, scaling)[:, :, 0, 1:]
+            self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row)
+        if Signal.COLUMN_ATTENTION in self._wanted:
+            mean = column_means(query, key, scaling)
+            mean = mean[..., 1:] if self._has_cls else mean
+            self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
+
+
+def _split_packed(query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """One pair an image when a varlen kernel gets all images in one packed sequence."""
+    ends = kwargs.get("cu_seq_lens_q")
+    if ends is None:
+        return [(query, key)]
+    sizes = (ends[1:] - ends[:-1]).tolist()
+    return list(zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True))
+
+
+class Capture:
+    """Features and signals of the images (or videos) of one encoder call.
+
+    Args:
+        adapter: The family.
+        modality: Image or video.
+        features: What the model will scatter into the sequence, `[N_i, D]` for each.
+        call: Arguments of the call by name.
+        sink: What the encoder showed.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        modality: Modality,
+        features: Sequence[Tensor],
+        call: Mapping[str, Any],
+        sink: EncoderSink,
+    ) -> None:
+        self.modality = modality
+        self.counts = tuple(len(feature) for feature in features)
+        self.layouts: Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]
+        self.layouts = adapter.layouts(modality, self.counts, call)
+        self._signals: dict[tuple[Signal, int], tuple[Tensor, ...]] = {}
+
+        def pack(values: Tensor) -> tuple[Tensor, ...]:
+            return tuple(v.reshape(len(v), -1) for v in adapter.pack(modality, values, call))
+
+        for (signal, layer), parts in sink.attention.items():
+            heads = [part.transpose(1, 2) for part in parts]  # [P, n, H]
+            self._signals[signal, layer] = pack(_join(heads, adapter.packed))
+        if sink.keys:
+            keys = [part.transpose(1, 2).flatten(2) for part in sink.keys]  # [P, n, H * Dh]
+            self._signals[Signal.VISION_KEYS, 0] = pack(_join(keys, adapter.packed))
+            self.key_heads = sink.keys[0].shape[1]
+        if sink.projector_input is not None:
+            rows = adapter.projector_inputs(modality, sink.projector_input, call)
+            self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
+
+    def attention(self, signal: Signal, layers: Sequence[int], number: int) -> Tensor:
+        """`[E, H, N]` (or `[H, N]` for one layer) of image `number`."""
+        rows = torch.stack([self._signals[signal, layer][number].T for layer in layers])
+        return rows[0] if len(layers) == 1 else rows
+
+    def keys(self, number: int) -> Tensor:
+        """`[Hv, N, Dh]` of image `number`."""
+        flat = self._signals[Signal.VISION_KEYS, 0][number]
+        return flat.view(len(flat), self.key_heads, -1).transpose(0, 1)
+
+    def vision_features(self, number: int) -> Tensor:
+        """`[N, Dv]` of image `number`."""
+        return self._signals[Signal.VISION_FEATURES, 0][number]
+
+
+def _join(parts: Sequence[Tensor], packed: bool) -> Tensor:
+    """`[P, n, C]`, or `[S, C]` when the encoder runs its images one by one in a packed sequence."""
+    if packed:
+        return torch.cat([part.flatten(0, 1) for part in parts], dim=0)
+    return torch.cat(list(parts), dim=0)
+
+
+def projector_function(adapter: ModelAdapter) -> Callable[[Tensor], Tensor]:
+    """The projector, computing in the dtype of its input.
+
+    Weights that cannot be cast (quantised or offloaded) are used as they are, in their own dtype.
+    """
+
+    def project(x: Tensor) -> Tensor:
+        projector = adapter.projector
+        weights = list(projector.parameters())
+        own = weights[0].dtype if weights else x.dtype
+        if own == x.dtype:
+            return adapter.project(projector, x)
+        if any(w.is_meta or not w.dtype.is_floating_point for w in weights):
+            floating = own if own.is_floating_point else torch.get_default_dtype()
+            return adapter.project(projector, x.to(floating)).to(x.dtype)
+        return adapter.project(_clone(projector, x.dtype), x)
+
+    return project
+
+
+def _clone(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A hook-free twin with cast weights; the original is untouched (other threads may be using it)."""
+    twin = object.__new__(type(module))
+    fresh = nn.Module()
+    own = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward")}
+    twin.__dict__.update(own)
+    twin.__dict__.update({k: v for k, v in fresh.__dict__.items() if "hooks" in k})
+    twin._parameters = {  # type: ignore[assignment]
+        k: None if p is None else p.to(dtype) for k, p in module._parameters.items()
+    }
+    twin._modules = {  # type: ignore[assignment]
+        k: None if m is None else _clone(m, dtype) for k, m in module._modules.items()
+    }
+    return twin

@@ -1,0 +1,282 @@
+"""The course of one language-model call: begin, enter each layer, finish."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from vispress_kernels.transition_scores import transition_scores
+
+from vispress.adapters.base import Modality
+from vispress.runtime import masks
+from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
+from vispress.runtime.capture import Capture, projector_function
+from vispress.runtime.images import Image, find_images, make_buckets
+from vispress.runtime.record import Record
+from vispress.runtime.rows import Rows, all_rows, gather_rows
+from vispress.runtime.select import apply, decide, write_values
+from vispress.runtime.state import EnoughSeen, ForwardState, Seen, Wanted
+from vispress.types import Queries
+
+if TYPE_CHECKING:
+    from vispress.runtime.attach import Attachment
+
+_CODES: dict[Modality, int] = {"image": 1, "video": 2}
+
+
+def begin(
+    attachment: "Attachment",
+    arguments: Mapping[str, Any],
+    captures: Mapping[Modality, Capture],
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[ForwardState | None, dict[str, Any]]:
+    """Decide what this call is: nothing of ours, a decode step on a short cache, or a prefill.
+
+    Args:
+        attachment: The compressed model.
+        arguments: What the base model was called with.
+        captures: What its vision encoder gave in (or before) this call.
+        module: The language model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The state (None when the call is untouched), and keyword arguments that hold all arguments.
+    """
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
+    given |= bound.get("kwargs", {})
+    cache: Cache | None = given.get("past_key_values")
+    if not captures and not is_compressed(cache):
+        return None, given
+    masks.check_implementation(attachment.adapter.language_model.config._attn_implementation)
+    embeds: Tensor = given["inputs_embeds"] if given.get("inputs_embeds") is not None else (
+        module.get_input_embeddings()(given["input_ids"])
+    )
+    if cache is None and captures and _caches(module, given):
+        cache = given["past_key_values"] = DynamicCache(config=module.config)
+    if cache is not None:
+        check_cache(cache)
+    state = _make_state(attachment, arguments, given, cache, embeds)
+    if captures:
+        _find(attachment, state, arguments, captures, embeds)
+        given["inputs_embeds"], given["input_ids"] = _before_llm(attachment, state, embeds), None
+    return state, given
+
+
+def _caches(module: nn.Module, given: Mapping[str, Any]) -> bool:
+    use_cache = given.get("use_cache")
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    checkpointing = module.training and getattr(module, "is_gradient_checkpointing", False)
+    return bool(use_cache) and not checkpointing
+
+
+def _make_state(
+    attachment: "Attachment",
+    arguments: Mapping[str, Any],
+    given: Mapping[str, Any],
+    cache: Cache | None,
+    embeds: Tensor,
+) -> ForwardState:
+    B, Q = embeds.shape[:2]
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask = given.get("attention_mask")
+    mask_2d = next(
+        (m for m in (mask, arguments.get("attention_mask")) if isinstance(m, Tensor) and m.ndim == 2), None
+    )
+    mask_4d = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    if mask_2d is None and mask_4d:
+        mask_2d = _mask_2d(mask, past, B)
+    elif mask_2d is not None:
+        mask_2d = mask_2d.bool()
+    position_ids = given.get("position_ids")
+    if position_ids is None:
+        position_ids = torch.arange(past, past + Q, device=embeds.device).unsqueeze(0)
+    chunk = None if mask_2d is None else mask_2d[:, past : past + Q]
+    if chunk is not None and (Q == 1 or bool(chunk.all())):
+        chunk = None
+        if past == 0 or bool(mask_2d.all()):  # type: ignore[union-attr]
+            mask_2d = None
+    counts = (Q,) * B if chunk is None else tuple(chunk.sum(1).tolist())
+    return ForwardState(
+        attachment=attachment,
+        rows=[(0, all_rows(B, Q, counts, embeds.device))],
+        past=past,
+        cache=cache,
+        mask_2d=mask_2d,
+        chunk_valid=chunk,
+        mask_4d=mask_4d,
+        position_ids=position_ids if position_ids.ndim == 2 else None,
+    )
+
+
+def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
+    """Which logical positions are real, read off a 4-D mask: a real token sees itself."""
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor):
+        return None
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    own = seen.diagonal(offset=past, dim1=-2, dim2=-1)
+    return torch.cat([seen[:, -1, :past], own], dim=1).expand(batch, -1)
+
+
+def _find(
+    attachment: "Attachment",
+    state: ForwardState,
+    arguments: Mapping[str, Any],
+    captures: Mapping[Modality, Capture],
+    embeds: Tensor,
+) -> None:
+    """Locate the images and set up what must be read from attention."""
+    placeholders = attachment.adapter.placeholders()
+    marks = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    for modality, token in placeholders.items():
+        marks = marks.masked_fill(_placeholder_mask(attachment, arguments, token, embeds), _CODES[modality])
+    valid = torch.ones_like(marks) if state.chunk_valid is None else state.chunk_valid.to(marks.device)
+    host_marks, host_valid = torch.stack([marks, valid.long()]).cpu()  # the one sync of a prefill
+    ordered = [captures[modality] for modality in placeholders if modality in captures]
+    images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
+    state.images = images
+    if attachment.reads_text:
+        text = (host_valid.bool() & (host_marks == 0)).to(embeds.device)
+        state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]
+    queries = {step.placement.queries for step in attachment.steps} - {None}
+    by_text = attachment.reads_text or Queries.TEXT_AFTER in queries
+    state.buckets = make_buckets(images, embeds.device, by_text=by_text)
+    for step in attachment.steps:
+        placement = step.placement
+        if placement.queries is None:
+            continue
+        layer = placement.layer if placement.attention_of == "next" else placement.layer - 1
+        if not any(w.layer == layer and w.queries is placement.queries for w in state.wanted):
+            rows = _query_positions(placement.queries, images, host_valid.bool())
+            width = max(map(len, rows))
+            padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
+            positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+            state.wanted.append(Wanted(layer, placement.queries, positions, [len(r) for r in rows]))
+
+
+def _placeholder_mask(
+    attachment: "Attachment", arguments: Mapping[str, Any], token: int, embeds: Tensor
+) -> Tensor:
+    input_ids = arguments.get("input_ids")
+    if input_ids is not None:
+        return (input_ids == token).to(embeds.device)
+    given: Tensor = arguments["inputs_embeds"]
+    table = attachment.adapter.base.get_input_embeddings()
+    own = table(torch.tensor(token, device=given.device))
+    return (given == own).all(-1).to(embeds.device)
+
+
+def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:
+    """Chunk positions of the wanted rows of each sample."""
+    if queries is Queries.LAST:
+        return [row.nonzero()[-1].tolist() for row in valid]
+    rows: list[list[int]] = [[] for _ in range(valid.shape[0])]
+    for image in images:  # the first image of a sample has the longest list
+        rows[image.sample] = max(rows[image.sample], image.text_after.tolist(), key=len)
+    return rows
+
+
+def _before_llm(attachment: "Attachment", state: ForwardState, embeds: Tensor) -> Tensor:
+    """Take the placements before the LLM; new values go into the full-length embeddings."""
+    project = projector_function(attachment.adapter)
+    whole, hidden = state.last, embeds
+    for step in attachment.steps:
+        if step.placement.layer > 0:
+            break
+        decision = decide(state, step, hidden)
+        if decision is not None:
+            embeds = write_values(decision, whole, hidden, embeds, project)
+            state.rows.append((0, decision.rows))
+            hidden = gather_rows(embeds, decision.rows.index)
+    return embeds
+
+
+def enter_layer(
+    state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Hidden states that enter decoder layer `number`: rows are dropped here."""
+    if not state.images:
+        return hidden
+    if number == 0:
+        return hidden if state.rows_at(0).whole else gather_rows(hidden, state.rows_at(0).to(hidden.device).index)
+    attachment = state.attachment
+    project = projector_function(attachment.adapter)
+    if number in state.decided:  # a checkpointed layer runs again: no second decision
+        for decision in state.decided[number]:
+            hidden = apply(decision, hidden, project)
+        return hidden
+    state.decided[number] = []
+    for step in attachment.steps:
+        if step.placement.layer != number:
+            continue
+        if step.placement.queries is not None and step.placement.attention_of == "next":
+            _peek(state, number, module, hidden, kwargs)
+        decision = decide(state, step, hidden)
+        if decision is not None:
+            hidden = apply(decision, hidden, project)
+            state.rows.append((number, decision.rows))
+            state.decided[number].append(decision)
+    return hidden
+
+
+@torch.no_grad()
+def _peek(
+    state: ForwardState, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Read attention rows of a layer that has not run, on the rows that are still there."""
+    arguments = state.peek_kwargs(number, hidden, kwargs)
+    state.peeking = True
+    # dropout inside projections (LoRA) must not move the generators of the real run
+    devices = [hidden.device] if hidden.is_cuda and layer.training else []
+    try:
+        with torch.random.fork_rng(devices=devices, enabled=layer.training):
+            layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)
+    except EnoughSeen:
+        pass
+    finally:
+        state.peeking = False
+
+
+def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:
+    """Note how far a module (0 attention, 1 MLP) moved its rows."""
+    magnitude, cosine = transition_scores(x.detach(), y.detach())
+    if part == 0:
+        rows = state.rows_at(number)
+        zeros = torch.zeros_like(magnitude)
+        state.transitions[number] = Seen(
+            rows, torch.stack([magnitude, zeros], dim=1), torch.stack([cosine, zeros], dim=1)
+        )
+    else:
+        state.transitions[number].magnitude[:, 1] = magnitude
+        state.transitions[number].cosine[:, 1] = cosine
+
+
+def finish(attachment: "Attachment", state: ForwardState, output: Any) -> Any:
+    """Expand the hidden states to the logical length and leave a record for reports."""
+    if state.images:
+        attachment.record = Record.of(attachment, state, kv_bytes(state.cache))
+    if state.untouched:
+        return None
+    if isinstance(output, tuple):
+        return (_expand(output[0], state.last), *output[1:])
+    output.last_hidden_state = _expand(output.last_hidden_state, state.last)
+    if output.get("hidden_states") is not None:  # input of layer 0, then the output of each layer
+        output.hidden_states = tuple(
+            _expand(hidden, state.rows_at(number - 1)) if number else hidden
+            for number, hidden in enumerate(output.hidden_states)
+        )
+    return output
+
+
+def _expand(hidden: Tensor, rows: Rows) -> Tensor:
+    """`[B, P, D]` to `[B, Q, D]`: dropped places carry the nearest earlier survivor."""
+    if rows.whole or hidden.shape[1] != rows.size:
+        return hidden
+    return gather_rows(hidden, rows.to(hidden.device).place)

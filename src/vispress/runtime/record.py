@@ -1,0 +1,83 @@
+"""What is remembered of a prefill; turned into a report only when one is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vispress.runtime.cache import Compressed
+from vispress.runtime.images import Image
+
+if TYPE_CHECKING:
+    from vispress.runtime.attach import Attachment
+    from vispress.runtime.select import Step
+    from vispress.runtime.state import ForwardState
+
+
+@dataclass(eq=False)
+class Record:
+    """The facts of one prefill; tensors stay on their device.
+
+    Args:
+        steps: Placements, in the order they acted.
+        notes: Remarks made when the model was compressed.
+        images: With their traces.
+        layer_alive: `[B, past + Q]` bool a decoder layer; layers with the same rows share one tensor.
+        kv_bytes: Keys and values in the cache after the prefill.
+        width: LLM hidden size.
+        mlp_width: LLM MLP size.
+        past: Logical length before the prefill.
+    """
+
+    steps: Sequence["Step"]
+    notes: Sequence[str]
+    images: Sequence[Image]
+    layer_alive: Sequence[Tensor]
+    kv_bytes: int
+    width: int
+    mlp_width: int
+    past: int
+
+    @classmethod
+    def of(cls, attachment: "Attachment", state: "ForwardState", kv_bytes: int) -> "Record":
+        """The record of a finished call."""
+        config: Any = attachment.adapter.language_model.config
+        seen: dict[int, Tensor] = {}
+        layers = [_alive(state, layer, seen) for layer in range(len(attachment.adapter.decoder_layers))]
+        return cls(
+            attachment.steps,
+            attachment.notes,
+            state.images,
+            layers,
+            kv_bytes,
+            config.hidden_size,
+            config.intermediate_size,
+            state.past,
+        )
+
+
+def _alive(state: "ForwardState", layer: int, seen: dict[int, Tensor]) -> Tensor:
+    rows = state.rows_at(layer)
+    held = None
+    if state.cache is not None and layer < len(state.cache.layers):
+        held = state.cache.layers[layer]
+    slots = held.slots if isinstance(held, Compressed) and held.slots.logical else None
+    key = id(rows) if slots is None else id(slots)
+    if key in seen:
+        return seen[key]
+    batch, full = rows.index.shape[0], state.past + rows.length
+    if slots is not None:
+        alive = torch.zeros(batch, full + 1, dtype=torch.bool, device=slots.positions.device)
+        target = slots.positions
+        target = target if slots.valid is None else target.masked_fill(~slots.valid, full)
+        alive = alive.scatter(1, target, True)[:, :-1]
+    else:
+        chunk = state.row_validity(rows) if rows.whole else rows.alive
+        before = torch.ones(batch, state.past, dtype=torch.bool, device=chunk.device)
+        if state.mask_2d is not None:
+            before = state.mask_2d[:, : state.past].to(chunk.device)
+        alive = torch.cat([before, chunk], dim=1)
+    seen[key] = alive
+    return alive

@@ -1,0 +1,137 @@
+"""Which rows of the current chunk live from a decoder layer on, and how tensors follow them."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """The rows of one stage: a right-aligned selection of the chunk's logical positions.
+
+    Args:
+        index: `[B, P]` int64, logical position within the chunk; arbitrary where invalid.
+        valid: `[B, P]` bool, or None when every row is a real token. Invalid rows stand left.
+        length: Logical length of the chunk (Q).
+        counts: Valid rows of each sample, on the host.
+        dropped: `[B, Q]` bool, visual tokens dropped so far by placements with compact positions.
+        whole: The stage before any placement: every logical position, padding included.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    length: int
+    counts: tuple[int, ...]
+    dropped: Tensor | None = None
+    whole: bool = False
+    _twins: dict[torch.device, "Rows"] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Physical rows (P)."""
+        return self.index.shape[1]
+
+    @cached_property
+    def alive(self) -> Tensor:
+        """`[B, Q]` bool: which logical positions have a row."""
+        if self.whole:
+            return torch.ones_like(self.index, dtype=torch.bool)
+        alive = torch.zeros(
+            self.index.shape[0], self.length + 1, dtype=torch.bool, device=self.index.device
+        )
+        target = self.index if self.valid is None else self.index.masked_fill(~self.valid, self.length)
+        return alive.scatter(1, target, True)[:, :-1]
+
+    @cached_property
+    def place(self) -> Tensor:
+        """`[B, Q]` int64: the row of each logical position; for dead ones, of the nearest earlier.
+
+        Positions before the first survivor point to it.
+        """
+        if self.whole:
+            return self.index
+        first = torch.tensor(
+            [self.size - count for count in self.counts], device=self.index.device
+        ).unsqueeze(1)
+        return first + (self.alive.long().cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """`[B, P]` int64: by how much compact position ids are smaller, or None for no change."""
+        if self.dropped is None:
+            return None
+        before = self.dropped.long().cumsum(1)  # a survivor is never dropped: inclusive == exclusive
+        return before.gather(1, self.index)
+
+    @cached_property
+    def total_shift(self) -> Tensor | None:
+        """`[B]` int64: the shift of everything behind the chunk."""
+        return None if self.dropped is None else self.dropped.sum(1)
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows on another device (sharded models); one twin a device."""
+        if self.index.device == device:
+            return self
+        if device not in self._twins:
+            self._twins[device] = Rows(
+                self.index.to(device),
+                None if self.valid is None else self.valid.to(device),
+                self.length,
+                self.counts,
+                None if self.dropped is None else self.dropped.to(device),
+                self.whole,
+            )
+        return self._twins[device]
+
+
+def all_rows(batch: int, length: int, counts: tuple[int, ...], device: torch.device) -> Rows:
+    """The stage before any placement: every logical position has its row, padding included."""
+    index = torch.arange(length, device=device).expand(batch, length)
+    return Rows(index, None, length, counts, whole=True)
+
+
+def narrow(
+    rows: Rows, drop: Tensor, drop_counts: tuple[int, ...], *, compact: bool, valid: Tensor | None
+) -> tuple[Rows, Tensor]:
+    """Drop logical positions (and, at the first placement, padding).
+
+    Args:
+        rows: Current rows.
+        drop: `[B, Q]` bool, visual tokens to drop now.
+        drop_counts: How many that is for each sample, on the host.
+        compact: Whether later position ids close the gap.
+        valid: `[B, P]` bool, current rows that are real tokens, or None for all.
+
+    Returns:
+        The new rows, and `[B, P']` the place of each in the current ones.
+    """
+    counts = tuple(have - gone for have, gone in zip(rows.counts, drop_counts, strict=True))
+    size = max(counts)
+    keep = ~drop.gather(1, rows.index)
+    if valid is not None:
+        keep = keep & valid
+    # stable: survivors keep their order and end up at the right, whatever fills the left is invalid
+    local = keep.long().argsort(dim=1, stable=True)[:, rows.size - size :]
+    new_valid = None
+    if min(counts) < size:
+        pad = torch.tensor([size - count for count in counts], device=keep.device)
+        new_valid = torch.arange(size, device=keep.device) >= pad.unsqueeze(1)
+    dropped = rows.dropped
+    if compact:
+        dropped = drop if dropped is None else dropped | drop
+    return Rows(rows.index.gather(1, local), new_valid, rows.length, counts, dropped), local
+
+
+def gather_rows(x: Tensor, local: Tensor) -> Tensor:
+    """`x[b, local[b, p]]` for `[B, P, D]`, differentiable."""
+    return x.gather(1, local.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def gather_rotary(x: Tensor, index: Tensor) -> Tensor:
+    """Rotary table rows: `[B or 1, Q, D]` or `[3, B or 1, Q, D]`, gathered along the axis -2."""
+    wanted = (*x.shape[:-3], index.shape[0], x.shape[-2], x.shape[-1])
+    x = x.expand(wanted)
+    where = index.unsqueeze(-1).expand(*index.shape, x.shape[-1])
+    return x.gather(-2, where.expand(*x.shape[:-3], *where.shape))

@@ -1,0 +1,185 @@
+"""One placement at work: gather signals, ask the compressor, turn its plans into rows and values."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vispress_kernels.merge_tokens import merge_tokens
+
+from vispress.errors import BudgetError
+from vispress.methods.base import Compressor
+from vispress.runtime.images import Bucket, Trace
+from vispress.runtime.rows import Rows, gather_rows, narrow
+from vispress.runtime.signals import visual_tokens
+from vispress.runtime.state import ForwardState
+from vispress.types import Placement, Positions, TokenPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One placement of one compressor, in the order the steps are taken.
+
+    Args:
+        number: Place in that order.
+        compressor: Number of the compressor in the chain.
+        method: The compressor.
+        placement: Where it acts and how much it keeps.
+        positions: What becomes of position ids.
+    """
+
+    number: int
+    compressor: int
+    method: Compressor
+    placement: Placement
+    positions: Positions
+
+
+@dataclass(eq=False)
+class Change:
+    """New values for the kept tokens of one bucket."""
+
+    before: Bucket
+    kept: Bucket
+    plan: TokenPlan
+
+
+@dataclass(eq=False)
+class Decision:
+    """What a placement did; a checkpointed recompute repeats it on new hidden states.
+
+    Args:
+        before: Rows that entered.
+        rows: Rows that stay.
+        local: `[B, P']`, place of each in `before`.
+        changes: Buckets whose survivors change value.
+    """
+
+    before: Rows
+    rows: Rows
+    local: Tensor
+    changes: list[Change]
+
+
+def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
+    """Ask the compressor about every bucket; None when nothing is dropped or changed.
+
+    Args:
+        state: The call; its buckets move on.
+        step: The placement.
+        hidden: `[B, P, D]`, rows that would enter the placement's layer.
+    """
+    rows = state.last.to(hidden.device)
+    drop = torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
+    drop_counts = [0] * hidden.shape[0]
+    changes: list[Change] = []
+    after: list[Bucket] = []
+    for bucket in state.buckets:
+        for part, plan in _plans(state, step, bucket.to(hidden.device), rows, hidden):
+            kept = part
+            if plan is not None:
+                assert isinstance(plan.keep, Tensor)
+                kept = part.kept(plan.keep)
+                gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(1, plan.keep, False)
+                drop[part.sample.unsqueeze(1), part.positions] = gone
+                if plan.features is not None or plan.assign is not None:
+                    changes.append(Change(part, kept, plan))
+            for number, image in enumerate(part.images):
+                drop_counts[image.sample] += part.num_visual - kept.num_visual
+                image.trace.append(Trace(step.number, kept.index[number]))
+            after.append(kept)
+    state.buckets = after
+    if not any(drop_counts) and not changes:
+        return None
+    valid = rows.valid
+    if rows.whole and state.chunk_valid is not None:
+        valid = state.chunk_valid.to(hidden.device)
+    new, local = narrow(
+        rows, drop, tuple(drop_counts), compact=step.positions == "compact", valid=valid
+    )
+    if new.size == 0:
+        raise BudgetError("nothing is left of the prompt: it holds visual tokens only, none is kept")
+    return Decision(rows, new, local, changes)
+
+
+def apply(decision: Decision, hidden: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """The surviving rows of `hidden`, changed where the plans say so (differentiable)."""
+    out = gather_rows(hidden, decision.local)
+    return write_values(decision, decision.rows, hidden, out, project)
+
+
+def write_values(
+    decision: Decision, rows: Rows, hidden: Tensor, out: Tensor, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Put the new values of changed tokens into `out`.
+
+    Placements before the LLM write into the full-length embeddings, outside of any checkpointed layer,
+    so that gradients of encoder and projector flow once.
+
+    Args:
+        decision: What changes.
+        rows: Rows of `out`.
+        hidden: `[B, P, D]`, rows that entered the placement.
+        out: `[B, P', D]`; not modified.
+        project: The projector.
+    """
+    for change in decision.changes:
+        values = _values(change, decision.before, hidden, project)
+        sample = change.kept.sample.unsqueeze(1)
+        local = rows.place[sample, change.kept.positions]
+        out = out.index_put((sample.expand_as(local), local), values.to(out.dtype))
+    return out
+
+
+def _values(
+    change: Change, rows: Rows, hidden: Tensor, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`[Bk, K, D]` new values of the kept tokens."""
+    plan, before = change.plan, change.before
+    if plan.features is not None:
+        return plan.features
+    assert plan.assign is not None
+    assert plan.weight is not None
+    slots = change.kept.num_visual
+    if plan.merge_on == "vision_features":
+        inputs = torch.stack(
+            [image.capture.vision_features(image.number) for image in before.images]
+        ).to(hidden.device)
+        inputs = gather_rows(inputs, before.index)
+        return project(merge_tokens(inputs, plan.assign, slots, weight=plan.weight))
+    own = hidden[before.sample.unsqueeze(1), rows.place[before.sample.unsqueeze(1), before.positions]]
+    return merge_tokens(own, plan.assign, slots, weight=plan.weight)
+
+
+def _plans(
+    state: ForwardState, step: Step, bucket: Bucket, rows: Rows, hidden: Tensor
+) -> Iterator[tuple[Bucket, TokenPlan | None]]:
+    """The bucket and its plan; a ragged plan comes image by image. No plan: all tokens stay."""
+    placement, method = step.placement, step.method
+    bucket.entered.setdefault(step.compressor, bucket.num_visual)
+    num_keep = placement.budget.resolve(bucket.entered[step.compressor])
+    if num_keep >= bucket.num_visual:
+        yield bucket, None
+        return
+    if num_keep == 0:
+        empty = bucket.index.new_empty(len(bucket.images), 0)
+        yield bucket, TokenPlan(keep=empty)
+        return
+    tokens = visual_tokens(state, step.method, placement, bucket, rows, hidden)
+    plan = method.plan(tokens, num_keep)
+    plan.check(tokens, num_keep, exact=method.exact)
+    if isinstance(plan.keep, Tensor):
+        yield bucket, plan
+        return
+    for number, keep in enumerate(plan.keep):
+        one = slice(number, number + 1)
+        yield (
+            bucket.row(number),
+            TokenPlan(
+                keep=keep[None],
+                assign=None if plan.assign is None else plan.assign[one],
+                weight=None if plan.weight is None else plan.weight[one],
+                merge_on=plan.merge_on,
+                features=None if plan.features is None else plan.features[one, : len(keep)],
+            ),
+        )

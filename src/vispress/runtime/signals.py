@@ -1,0 +1,134 @@
+"""Fill a bucket's VisualTokens with the signals a compressor declares, and nothing else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispress.methods.base import Compressor
+from vispress.runtime.capture import projector_function
+from vispress.runtime.images import Bucket
+from vispress.runtime.rows import Rows
+from vispress.runtime.state import ForwardState
+from vispress.types import Placement, Queries, Signal, Transition, VisualTokens
+
+
+def visual_tokens(
+    state: ForwardState,
+    method: Compressor,
+    placement: Placement,
+    bucket: Bucket,
+    rows: Rows,
+    hidden: Tensor,
+) -> VisualTokens:
+    """The bucket as a method sees it.
+
+    Args:
+        state: The call.
+        method: Whose signals to fill.
+        placement: Where the method acts.
+        bucket: Images with equal N.
+        rows: Rows that enter the placement's layer.
+        hidden: `[B, P, D]`, their hidden states.
+    """
+    reads = method.signals()
+    sample = bucket.sample.unsqueeze(1)
+    local = rows.place[sample, bucket.positions]
+    first = bucket.images[0]
+    signals = _encoder_signals(state, method, bucket, reads)
+    if Signal.QUERY_ATTENTION in reads:
+        signals["query_attention"] = _query_attention(state, placement, bucket, local)
+    if Signal.TRANSITION in reads:
+        signals["transition"] = _transitions(state, placement, bucket)
+    if Signal.TEXT_EMBEDDINGS in reads:
+        signals["text_embeddings"] = _text_embeddings(state, bucket)
+    if Signal.IMAGE_COUNT in reads:
+        counts = state.images_per_sample
+        signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
+    return VisualTokens(
+        features=hidden[sample, local],
+        index=bucket.index,
+        num_original=first.num_visual,
+        grid=first.grid,
+        crops=first.crops,
+        **signals,
+    )
+
+
+def _encoder_signals(
+    state: ForwardState, method: Compressor, bucket: Bucket, reads: frozenset[Signal]
+) -> dict[str, Any]:
+    adapter = state.attachment.adapter
+    device = bucket.index.device
+    out: dict[str, Any] = {}
+
+    def stacked(values: list[Tensor], axis: int) -> Tensor:
+        """Images to rows; only the tokens that are still there."""
+        whole = torch.stack(values).to(device)
+        if bucket.num_visual == bucket.images[0].num_visual:
+            return whole
+        shape = [1] * whole.ndim
+        shape[0], shape[axis] = len(values), -1
+        wanted = list(whole.shape)
+        wanted[axis] = bucket.num_visual
+        return whole.gather(axis, bucket.index.view(shape).expand(wanted))
+
+    for signal in (Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION):
+        if signal in reads:
+            layers = state.attachment.encoder_layers(method, signal)
+            values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
+            out[signal.value] = stacked(values, values[0].ndim)
+    if Signal.VISION_KEYS in reads:
+        out["vision_keys"] = stacked([i.capture.keys(i.number) for i in bucket.images], 2)
+    if Signal.VISION_FEATURES in reads:
+        inputs = [i.capture.vision_features(i.number) for i in bucket.images]
+        out["vision_features"] = stacked(inputs, 1)
+    if Signal.PROJECTOR in reads:
+        out["projector"] = projector_function(adapter)
+    return out
+
+
+def _query_attention(
+    state: ForwardState, placement: Placement, bucket: Bucket, local: Tensor
+) -> Tensor:
+    """`[Bk, H, Q, N]` of the rows that the placement names."""
+    layer = placement.layer if placement.attention_of == "next" else placement.layer - 1
+    want = next(w for w in state.wanted if w.layer == layer and w.queries is placement.queries)
+    assert want.rows is not None
+    device = bucket.index.device
+    probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]
+    if placement.queries is Queries.TEXT_AFTER:
+        # rows of a sample are its text behind the first image; behind this image is a tail of them
+        picks = torch.tensor([want.tail(image) for image in bucket.images], device=device)
+        probs = probs.gather(2, picks[:, None, :, None].expand(-1, probs.shape[1], -1, probs.shape[3]))
+    slots = local + want.offset
+    wanted = slots[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
+    return probs.gather(3, wanted)
+
+
+def _transitions(state: ForwardState, placement: Placement, bucket: Bucket) -> tuple[Transition, ...]:
+    out = []
+    for layer in placement.transitions:
+        seen = state.transitions[layer]
+        rows: Rows = seen.rows
+        sample = bucket.sample.unsqueeze(1)
+        local = rows.place.to(bucket.index.device)[sample, bucket.positions]
+        pick = local.unsqueeze(1).expand(-1, 2, -1)
+        magnitude = seen.magnitude.to(pick.device)[bucket.sample]
+        cosine = seen.cosine.to(pick.device)[bucket.sample]
+        out.append(
+            Transition(
+                layer=layer,
+                magnitude=magnitude.gather(2, pick),
+                cosine=cosine.gather(2, pick),
+                sequence_cosine=cosine,
+                sequence_valid=state.row_validity(rows).to(pick.device)[bucket.sample],
+            )
+        )
+    return tuple(out)
+
+
+def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
+    """`[Bk, T, D]`, right-aligned; samples of one bucket have equally many text tokens."""
+    assert state.text_embeddings is not None
+    return torch.stack([state.text_embeddings[image.sample] for image in bucket.images])

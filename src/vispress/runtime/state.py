@@ -1,0 +1,338 @@
+"""The state of one forward call: stages of rows, signals seen, and what each layer is handed."""
+
+from collections.abc import Sequence
+from contextvars import Token
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vispress.runtime import masks
+from vispress.runtime.attention import attention_rows
+from vispress.runtime.cache import (
+    Compressed,
+    Slots,
+    buffer_length,
+    layer_at,
+    physical_length,
+    upgrade,
+)
+from vispress.runtime.images import Bucket, Image
+from vispress.runtime.rows import Rows, gather_rotary
+from vispress.types import Queries
+
+if TYPE_CHECKING:
+    from vispress.runtime.attach import Attachment
+    from vispress.runtime.select import Decision
+
+
+class EnoughSeen(Exception):  # noqa: N818  (control flow, not an error)
+    """Ends a peek at a layer's attention once its rows are read."""
+
+
+@dataclass(eq=False)
+class Wanted:
+    """Attention rows to read from one layer.
+
+    Args:
+        layer: Decoder layer that computes them.
+        queries: Whose rows.
+        positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat one).
+        lengths: Real rows of each sample, on the host.
+    """
+
+    layer: int
+    queries: Queries
+    positions: Tensor
+    lengths: Sequence[int]
+    rows: Tensor | None = None  # [B, H, R, S], once seen
+    offset: int = 0  # slot of the chunk's first row
+
+    def tail(self, image: Image) -> list[int]:
+        """Rows that stand behind an image: the last ones of its sample."""
+        length = self.lengths[image.sample]
+        return list(range(length - len(image.text_after), length))
+
+
+@dataclass(eq=False)
+class Seen:
+    """Transition measures of one decoder layer.
+
+    Args:
+        rows: Rows of that layer.
+        magnitude: `[B, 2, P]`.
+        cosine: `[B, 2, P]`.
+    """
+
+    rows: Rows
+    magnitude: Tensor
+    cosine: Tensor
+
+
+@dataclass(eq=False)
+class ForwardState:
+    """Everything one call knows. Lives on the stack of that call (and in checkpointed closures).
+
+    Args:
+        attachment: The compressed model.
+        rows: Stages: rows from a decoder layer on, ascending; the first entry is the whole chunk.
+        past: Logical length of the cache before the chunk.
+        cache: The cache, or None.
+        mask_2d: `[B, past + Q]` bool, or None for no padding at all.
+        chunk_valid: `[B, Q]` bool, or None when the chunk has no padding.
+        mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
+        position_ids: `[B or 1, Q]`, for compact positions.
+        images: Images of this call, in order.
+    """
+
+    attachment: "Attachment"
+    rows: list[tuple[int, Rows]]
+    past: int
+    cache: Cache | None
+    mask_2d: Tensor | None
+    chunk_valid: Tensor | None
+    mask_4d: bool
+    position_ids: Tensor | None
+    images: Sequence[Image] = ()
+    buckets: list[Bucket] = field(default_factory=list)
+    decided: dict[int, list["Decision"]] = field(default_factory=dict)
+    wanted: list[Wanted] = field(default_factory=list)
+    transitions: dict[int, Seen] = field(default_factory=dict)
+    text_embeddings: list[Tensor] | None = None
+    peeking: bool = False
+    sink: Token[Any] | None = None
+    _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
+    _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
+    _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _plain_past: Slots | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> "ForwardState":
+        """Itself: accelerate's hooks move keyword arguments between devices."""
+        return self
+
+    @property
+    def last(self) -> Rows:
+        """Rows of the newest stage."""
+        return self.rows[-1][1]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no row was dropped in this call so far."""
+        return len(self.rows) == 1
+
+    @property
+    def images_per_sample(self) -> list[int]:
+        """Images (and videos) of each sample."""
+        counts = [0] * self.last.index.shape[0]
+        for image in self.images:
+            counts[image.sample] += 1
+        return counts
+
+    def rows_at(self, layer: int) -> Rows:
+        """Rows that enter decoder layer `layer`."""
+        return next(rows for start, rows in reversed(self.rows) if start <= layer)
+
+    def row_validity(self, rows: Rows) -> Tensor:
+        """`[B, P]` bool: real tokens among rows of a stage."""
+        if rows.whole and self.chunk_valid is not None:
+            return self.chunk_valid.to(rows.index.device)
+        if rows.valid is not None:
+            return rows.valid
+        return torch.ones_like(rows.index, dtype=torch.bool)
+
+    # --- what a layer is handed
+
+    def short(self, layer: int) -> bool:
+        """Whether a layer needs anything else than what transformers made for the full sequence."""
+        if len(self.rows) > 1 and layer >= self.rows[1][0]:
+            return True
+        return self.cache is not None and isinstance(self._held(layer), Compressed)
+
+    def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a short layer, from those for the full sequence."""
+        rows = self.rows_at(layer).to(hidden.device)
+        cached = kwargs.get("past_key_values") is not None
+        slots, offset, buffer = self._store(layer, rows) if cached else self._alone(rows)
+        out = dict(kwargs)
+        out["attention_mask"] = self._mask(rows, slots, offset, buffer, kwargs, hidden)
+        out["position_embeddings"] = self._position_embeddings(layer, rows, kwargs, hidden)
+        if "position_ids" in out:
+            out["position_ids"] = None  # gaps would look like packed sequences to transformers
+        return out
+
+    def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the layer's attention would get for the rows that are still there; stores nothing."""
+        rows = self.last.to(hidden.device)
+        mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+        before = self._before(layer, hidden.device)
+        if not rows.whole or (before is not None and before is not self._plain_past):
+            slots = self._joined(before, rows)
+            buffer = slots.positions.shape[1]
+            mask = self._mask(rows, slots, buffer - rows.size, buffer, kwargs, hidden)
+            rotary = self._position_embeddings(layer, rows, kwargs, hidden)
+            self._slots[id(slots),] = (None, slots)  # masks are cached by its id: keep it alive
+        return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": None}
+
+    def _held(self, layer: int) -> Any:
+        assert self.cache is not None
+        return self.cache.layers[layer] if layer < len(self.cache.layers) else None
+
+    def _before(self, layer: int, device: torch.device) -> Slots | None:
+        """What the cache layer holds before the chunk; one object for layers that hold the same."""
+        if self.cache is None:
+            return None
+        held = self._held(layer)
+        if isinstance(held, Compressed):
+            return held.slots
+        if self.past == 0:
+            return None
+        if self._plain_past is None:
+            batch = self.rows[0][1].index.shape[0]
+            positions = torch.arange(self.past, device=device).expand(batch, self.past)
+            valid = None if self.mask_2d is None else self.mask_2d[:, : self.past].to(device)
+            self._plain_past = Slots(positions, valid, None, self.past)
+        return self._plain_past
+
+    def _alone(self, rows: Rows) -> tuple[Slots, int, int]:
+        """Slots, offset and key length when no cache is used."""
+        key = (id(rows), None)
+        if key not in self._slots:
+            self._slots[key] = (None, self._joined(None, rows))
+        return self._slots[key][1], 0, rows.size
+
+    def _store(self, layer: int, rows: Rows) -> tuple[Slots, int, int]:
+        """Tell the cache layer what is coming; slots with the chunk stored, offset, key length."""
+        assert self.cache is not None
+        before = self._before(layer, rows.index.device)
+        key = (id(rows), id(before))
+        if key not in self._slots:
+            self._slots[key] = (before, self._joined(before, rows))
+        slots = self._slots[key][1]
+        held = layer_at(self.cache, layer)
+        if not isinstance(held, Compressed):
+            empty = Slots(rows.index[:, :0], None, None, 0)
+            held = upgrade(self.cache, layer, empty if before is None else before)
+        offset = physical_length(held)
+        held.expect(slots)
+        return slots, offset, buffer_length(held, slots, rows.size)
+
+    def _joined(self, before: Slots | None, rows: Rows) -> Slots:
+        """What a layer holds once the chunk's rows are behind what it held."""
+        positions, shift = rows.index + self.past, rows.total_shift
+        padded = rows.whole and self.chunk_valid is not None
+        valid = self.row_validity(rows) if padded else rows.valid
+        if before is not None and before.positions.shape[1]:
+            old = before.valid
+            if old is not None or valid is not None:
+                old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
+                new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
+                valid = torch.cat([old.to(new.device), new], dim=1)
+            positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
+        if before is not None and before.shift is not None:
+            old_shift = before.shift.to(positions.device)
+            shift = old_shift if shift is None else shift + old_shift
+        return Slots(positions, valid, shift, self.past + rows.length)
+
+    def _mask(
+        self, rows: Rows, slots: Slots, offset: int, buffer: int, kwargs: dict[str, Any], hidden: Tensor
+    ) -> Tensor | None:
+        given = kwargs.get("attention_mask") if self.mask_4d else None
+        implementation = self.attachment.adapter.language_model.config._attn_implementation
+        kind = masks.check_implementation(implementation)
+        key = (id(rows), id(slots), offset, buffer, kind, hidden.device, id(given))
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(rows, slots, offset, buffer, kind, given, hidden)
+        return self._masks[key]
+
+    def _make_mask(
+        self,
+        rows: Rows,
+        slots: Slots,
+        offset: int,
+        buffer: int,
+        kind: str,
+        given: Tensor | None,
+        hidden: Tensor,
+    ) -> Tensor | None:
+        if kind == "flash":
+            return slots.valid
+        plain = slots.valid is None and buffer == slots.positions.shape[1]
+        if given is None and kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
+            return None
+        valid = None if slots.valid is None else slots.valid[:, offset : offset + rows.size]
+        allow = masks.allowed_keys(rows.index + self.past, valid, slots, buffer, offset)
+        if given is not None:
+            return masks.cut_mask(given.to(hidden.device), rows.index, slots, allow)
+        return masks.as_kind(allow, kind, hidden.dtype)
+
+    def _position_embeddings(
+        self, layer: int, rows: Rows, kwargs: dict[str, Any], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        given: tuple[Tensor, Tensor] = kwargs["position_embeddings"]
+        held = self._held(layer) if self.cache is not None else None
+        before = held.slots.shift if isinstance(held, Compressed) else None
+        key = (id(rows), id(before), hidden.device)
+        if key in self._rotary:
+            return self._rotary[key]
+        if rows.shift is None and before is None:
+            if not rows.whole:
+                cos, sin = (gather_rotary(table.to(hidden.device), rows.index) for table in given)
+                given = (cos, sin)
+        else:
+            assert self.position_ids is not None
+            ids = self.position_ids.to(hidden.device).expand(rows.index.shape[0], -1)
+            ids = ids.gather(1, rows.index)
+            ids = ids if rows.shift is None else ids - rows.shift
+            ids = ids if before is None else ids - before.to(hidden.device).unsqueeze(1)
+            given = self.attachment.adapter.language_model.rotary_emb(hidden, ids.clamp(min=0))
+        self._rotary[key] = given
+        return given
+
+    # --- attention rows
+
+    @torch.no_grad()
+    def observe(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Read the wanted rows of a watched decoder layer."""
+        for want in self.wanted:
+            if want.layer == module.layer_idx and want.rows is None:
+                rows = self.rows_at(want.layer) if not self.peeking else self.last
+                self._read(want, rows, query, key, mask, float(kwargs["scaling"]))
+        if self.peeking:
+            raise EnoughSeen
+
+    def _read(
+        self, want: Wanted, rows: Rows, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> None:
+        want.offset = self._offset(want.layer, rows)
+        if self.peeking and want.offset:  # the layer's own update did not run: its past is still apart
+            assert self.cache is not None
+            past = self.cache.layers[want.layer].keys
+            assert past is not None
+            key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
+        local = rows.place.to(query.device).gather(1, want.positions.to(query.device))  # [B, R]
+        heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        S = key.shape[2]
+        if mask is not None and mask.ndim == 4:
+            mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
+            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+            allowed = mask.gather(2, index)
+        else:
+            reach = (local + want.offset).unsqueeze(-1)
+            allowed = torch.arange(S, device=key.device) <= reach
+            if mask is not None:  # FlashAttention: validity of the keys
+                allowed = allowed & mask[:, None, :S].bool()
+            allowed = allowed.unsqueeze(1)
+        want.rows = attention_rows(query.gather(2, heads), key, allowed, scaling)
+
+    def _offset(self, layer: int, rows: Rows) -> int:
+        """Slot of the chunk's first row among the keys of a layer."""
+        if self.cache is None or self.past == 0:
+            return 0
+        held = self._held(layer)
+        if isinstance(held, Compressed):
+            return held.physical - (0 if self.peeking else rows.size)
+        return self.past

@@ -1,0 +1,86 @@
+"""From compressors to the ordered list of placements on one model."""
+
+from collections.abc import Sequence
+
+from vispress.adapters.base import ModelAdapter
+from vispress.errors import ConfigError, UnsupportedMethodError
+from vispress.methods.base import Compressor
+from vispress.runtime.select import Step
+from vispress.types import Placement, Positions, Stage
+
+
+def make_steps(
+    methods: Sequence[Compressor], adapter: ModelAdapter, positions: Positions | None
+) -> tuple[list[Step], list[str]]:
+    """Placements in the order they act (by layer, then by place in the chain), and remarks.
+
+    Raises:
+        ConfigError: A layer is out of range, or a chain member would act before the one it follows.
+        UnsupportedMethodError: Compact positions are asked for on a model with three-axis positions.
+        BudgetError: A method has no budget.
+    """
+    layers = len(adapter.decoder_layers)
+    found: list[tuple[int, int, Compressor, Placement, Positions]] = []
+    notes: list[str] = []
+    reached = 0
+    for number, method in enumerate(methods):
+        placements = method.placements(layers)
+        if not placements:
+            raise ConfigError(f"{method.name} has no placement on a model of {layers} layers")
+        for placement in placements:
+            _check(method, placement, layers)
+            found.append((placement.layer, number, method, placement, _positions(method, adapter, positions)))
+        if placements[0].layer < reached:
+            raise ConfigError(
+                f"{method.name} acts before layer {placements[0].layer}, but the compressor before it in the "
+                f"chain acts until layer {reached}; order the chain by layer"
+            )
+        reached = placements[-1].layer
+        notes += _notes(method, placements, layers, adapter, positions)
+    found.sort(key=lambda item: item[:2])
+    steps = [
+        Step(i, number, method, placement, where)
+        for i, (_, number, method, placement, where) in enumerate(found)
+    ]
+    return steps, notes
+
+
+def _check(method: Compressor, placement: Placement, layers: int) -> None:
+    if placement.stage is Stage.ENCODER:
+        raise UnsupportedMethodError(f"{method.name}: placements inside the encoder are not supported yet")
+    low = 0 if placement.stage is Stage.PRE_LLM else 1
+    high = 1 if placement.stage is Stage.PRE_LLM else layers
+    if not low <= placement.layer < high:
+        raise ConfigError(
+            f"{method.name}: layer must be in [{low}, {high}) for a model of {layers} decoder layers, "
+            f"got {placement.layer}"
+        )
+
+
+def _positions(method: Compressor, adapter: ModelAdapter, asked: Positions | None) -> Positions:
+    if asked == "compact" and adapter.mrope:
+        raise UnsupportedMethodError(
+            f"positions='compact' is not defined for {adapter.family}, whose position ids have three axes; "
+            "use positions='original'"
+        )
+    return "original" if adapter.mrope else asked or method.default_positions
+
+
+def _notes(
+    method: Compressor,
+    placements: Sequence[Placement],
+    layers: int,
+    adapter: ModelAdapter,
+    asked: Positions | None,
+) -> list[str]:
+    """What a reader of the report must know about choices made here."""
+    notes = []
+    explicit = any(method.hyperparameters().get(name) is not None for name in ("layer", "layers"))
+    where = ", ".join(str(p.layer) for p in placements)
+    if layers != 32 and not explicit and any(p.layer for p in placements):
+        notes.append(f"{method.name}: published layers of a 32-layer LLM, scaled to {layers} layers: {where}")
+    if method.hyperparameters().get("scores") == "column_mean":
+        notes.append(f"{method.name}: [CLS] attention replaced by the column mean of encoder attention")
+    if adapter.mrope and asked is None and method.default_positions == "compact":
+        notes.append(f"{method.name}: original positions, compact ones are not defined for M-RoPE")
+    return notes

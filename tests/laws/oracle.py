@@ -1,0 +1,242 @@
+"""The masked oracle: what a compressed model must compute, without any of the library's runtime.
+
+The untouched full-length model runs with every row in every layer; a 4-D mask, set by hooks that
+live for one call, lets each decoder layer attend only to the positions that are alive in it. There
+is no cache and no past: for a second turn, give the whole conversation and its `alive`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Positions = Literal["original", "compact"]
+Values = Mapping[int, tuple[Tensor, Tensor]]
+"""Layer -> (which rows `[B, L]` bool, their new values `[rows, D]` in row-major order)."""
+
+
+def language_model(model: nn.Module) -> Any:
+    """The decoder stack: the only part with both `layers` and a rotary embedding."""
+    for module in model.modules():
+        if hasattr(module, "layers") and hasattr(module, "rotary_emb"):
+            return module
+    raise ValueError(f"{type(model).__name__} has no decoder stack with rotary embeddings")
+
+
+def all_alive(model: nn.Module, inputs: Mapping[str, Any]) -> list[Bool[Tensor, "B L"]]:
+    """The `alive` of a model that drops nothing: one mask a decoder layer, padding excluded."""
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    return [mask.bool().clone() for _ in language_model(model).layers]
+
+
+def dropped_from(
+    alive: Sequence[Bool[Tensor, "B L"]], layer: int, drop: Bool[Tensor, "B L"]
+) -> list[Bool[Tensor, "B L"]]:
+    """`alive` with the positions of `drop` gone from decoder layer `layer` on."""
+    return [mask & ~drop if i >= layer else mask.clone() for i, mask in enumerate(alive)]
+
+
+def oracle_forward(
+    model: Any,
+    inputs: Mapping[str, Any],
+    alive: Sequence[Bool[Tensor, "B L"]],
+    positions: Positions = "original",
+    values: Values | None = None,
+) -> Float[Tensor, "B L V"]:
+    """Logits of the untouched model in which each layer attends to its alive positions only.
+
+    Differentiable; rows that are not alive are finite and mean nothing (`oracle_expand` says what
+    stands there in a compressed model).
+
+    Args:
+        model: A `ForConditionalGeneration` model that is not compressed.
+        inputs: Its keyword arguments, whole sequence.
+        alive: For each decoder layer, which positions enter it (padding is excluded in any case).
+        positions: `"compact"`: in each layer, a position is what it was minus the dropped tokens
+            before it. Not defined for M-RoPE models.
+        values: Rows whose hidden states are replaced before a layer (merging, synthesised tokens).
+    """
+    length = alive[0].shape[1]
+    with _masked(model, inputs, alive, positions, values or {}):
+        logits = model(**inputs, use_cache=False).logits
+    if logits.shape[1] != length:
+        raise ValueError(f"alive has length {length}, the sequence {logits.shape[1]}")
+    return logits  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _masked(
+    model: Any,
+    inputs: Mapping[str, Any],
+    alive: Sequence[Tensor],
+    positions: Positions,
+    values: Values,
+) -> Iterator[None]:
+    stack = language_model(model)
+    _check(model, stack, alive, positions)
+    valid = inputs.get("attention_mask")
+    valid = torch.ones_like(alive[0]) if valid is None else valid.bool()
+    seen: dict[str, Any] = {}
+
+    def note_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["ids"] = kwargs.get("position_ids")
+
+    def hook_of(index: int) -> Any:
+        live = alive[index] & valid
+
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            (hidden,) = args
+            if index in values:
+                rows, new = values[index]
+                hidden = hidden.masked_scatter(rows[..., None], new.to(hidden.dtype))
+            kwargs = kwargs | {"attention_mask": _mask(live, stack.config, hidden.dtype)}
+            if positions == "compact":
+                ids = _compact(seen["ids"], live, valid)
+                kwargs["position_embeddings"] = stack.rotary_emb(hidden, ids)
+            return (hidden,), kwargs
+
+        return hook
+
+    handles = [stack.register_forward_pre_hook(note_positions, with_kwargs=True)]
+    for i, layer in enumerate(stack.layers):
+        handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
+    deltas = getattr(model.model, "rope_deltas", None)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = deltas
+
+
+def _check(model: Any, stack: Any, alive: Sequence[Tensor], positions: Positions) -> None:
+    if len(alive) != len(stack.layers):
+        raise ValueError(f"alive has {len(alive)} masks for {len(stack.layers)} decoder layers")
+    if any(module._forward_pre_hooks for module in (stack, *stack.layers)):
+        raise ValueError("the decoder has hooks: the oracle wants an untouched model")
+    if positions == "compact" and hasattr(model.model, "rope_deltas"):
+        raise ValueError("compact positions are not defined for M-RoPE models")
+
+
+def _mask(live: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """`[B, 1, L, L]`: causal over live keys; other rows see themselves too, to stay finite."""
+    length = live.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=live.device).tril()
+    own = torch.eye(length, dtype=torch.bool, device=live.device)
+    allowed = ((causal & live[:, None]) | (own & ~live[:, :, None]))[:, None]
+    if config._attn_implementation == "sdpa":
+        return allowed
+    if config._attn_implementation == "eager":
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    raise ValueError(f"the oracle runs sdpa or eager, not {config._attn_implementation}")
+
+
+def _compact(ids: Tensor | None, live: Tensor, valid: Tensor) -> Int[Tensor, "B L"]:
+    """Position ids of a layer: what they were, minus the dropped tokens before each."""
+    if ids is None:
+        ids = torch.arange(live.shape[1], device=live.device).expand_as(live)
+    dropped = (valid & ~live).long()
+    return (ids - (dropped.cumsum(-1) - dropped)).clamp(min=0)
+
+
+def oracle_expand(
+    logits: Float[Tensor, "B L V"], last: Bool[Tensor, "B L"]
+) -> Float[Tensor, "B L V"]:
+    """What a compressed model shows at every position of the full sequence.
+
+    Args:
+        logits: As `oracle_forward` returns them.
+        last: Positions alive in the last decoder layer. The others carry the logits of the nearest
+            earlier one of these, or of the first one if none is earlier.
+    """
+    places = torch.arange(last.shape[1], device=last.device).expand_as(last)
+    nearest = places.masked_fill(~last, -1).cummax(-1).values
+    first = last.long().argmax(-1, keepdim=True)
+    index = torch.where(nearest < 0, first, nearest)
+    return logits.gather(1, index[..., None].expand_as(logits))
+
+
+def oracle_loss(
+    model: Any,
+    inputs: Mapping[str, Any],
+    labels: Int[Tensor, "B L"],
+    alive: Sequence[Bool[Tensor, "B L"]],
+    positions: Positions = "original",
+    values: Values | None = None,
+) -> Float[Tensor, ""]:
+    """Teacher-forced loss of a compressed model, on expanded logits; backward gives gradients."""
+    logits = oracle_forward(model, inputs, alive, positions, values)
+    logits = oracle_expand(logits, alive[-1])
+    vocab = model.config.get_text_config().vocab_size
+    return model.loss_function(logits=logits, labels=labels, vocab_size=vocab)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def oracle_generate(
+    model: Any,
+    inputs: Mapping[str, Any],
+    alive: Sequence[Bool[Tensor, "B L"]],
+    new_tokens: int,
+    positions: Positions = "original",
+    values: Values | None = None,
+) -> tuple[Int[Tensor, "B T"], Float[Tensor, "B T V"]]:
+    """Greedy decoding by running the whole growing sequence through the oracle at each step.
+
+    Position ids are those that `generate` uses (padding not counted; M-RoPE from the model's own
+    rope index of the prompt, then counting on). Generated tokens are alive everywhere.
+
+    Returns:
+        The new tokens and the logits each was chosen from.
+    """
+    prompt = inputs["input_ids"].shape[1]
+    tokens: list[Tensor] = []
+    steps: list[Tensor] = []
+    for _ in range(new_tokens):
+        grown = _grow(inputs, tokens)
+        grown["position_ids"] = generate_positions(model, grown, prompt)
+        now = [extend(mask, len(tokens), fill=True) for mask in alive]
+        rows = {
+            k: (extend(mask, len(tokens), fill=False), v) for k, (mask, v) in (values or {}).items()
+        }
+        logits = oracle_forward(model, grown, now, positions, rows)
+        steps.append(logits[:, -1])
+        tokens.append(logits[:, -1].argmax(-1))
+    return torch.stack(tokens, 1), torch.stack(steps, 1)
+
+
+def extend(mask: Bool[Tensor, "B L"], more: int, *, fill: bool) -> Bool[Tensor, "B L2"]:
+    """A mask over `more` further positions."""
+    return torch.cat([mask, mask.new_full((mask.shape[0], more), fill)], dim=1)
+
+
+def _grow(inputs: Mapping[str, Any], tokens: Sequence[Tensor]) -> dict[str, Any]:
+    """Model arguments with the tokens appended."""
+    ids = torch.cat([inputs["input_ids"], *(t[:, None] for t in tokens)], dim=1)
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    ones = mask.new_ones(len(mask), len(tokens))
+    grown = dict(inputs) | {"input_ids": ids, "attention_mask": torch.cat([mask, ones], dim=1)}
+    if "mm_token_type_ids" in grown:
+        types = grown["mm_token_type_ids"]
+        grown["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(ones).to(types)], dim=1)
+    return grown
+
+
+def generate_positions(model: Any, inputs: Mapping[str, Any], prompt: int) -> Tensor:
+    """Position ids that `generate` gives a sequence whose first `prompt` tokens were the prompt."""
+    text = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    if not hasattr(model.model, "rope_deltas"):
+        return text
+    if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+        return text.expand(3, -1, -1)
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    cut = {k: v[:, :prompt] if k in names else v for k, v in inputs.items()}
+    start, _ = model.model.get_rope_index(**cut)
+    # generate counts on from the last position of the prompt, on each axis; behind a long video
+    # neither the rope index of the longer sequence nor the rope delta says the same
+    new = torch.arange(1, text.shape[1] - prompt + 1, device=text.device)
+    return torch.cat([start, start[..., -1:] + new], dim=-1)

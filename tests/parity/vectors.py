@@ -1,0 +1,54 @@
+"""Vectors that the official implementations computed, by method and case.
+
+`VISPRESS_PARITY_DIR` names another folder with the same keys and other cases, shapes and seeds; hence
+tests learn cases and sizes from the files.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(os.environ.get("VISPRESS_PARITY_DIR", Path(__file__).parent / "data"))
+
+
+def load(method):
+    """`{case: {key: value}}`; scalars as Python numbers, arrays as tensors."""
+    cases = {}
+    with np.load(FOLDER / f"{method}.npz", allow_pickle=False) as file:
+        for name in file.files:
+            if name != "meta":
+                case, key = name.split("/", 1)
+                value = file[name]
+                cases.setdefault(case, {})[key] = (
+                    value.item() if value.ndim == 0 else torch.from_numpy(value)
+                )
+    return cases
+
+
+def each_case(method, having=None):
+    """Parametrise a test by the cases of a method (those that have the key `having`)."""
+    found = [
+        pytest.param(case, id=name)
+        for name, case in load(method).items()
+        if having is None or having in case
+    ]
+    assert found, f"no case of {method} has {having}"
+    return pytest.mark.parametrize("case", found)
+
+
+def close(ours, official, *, rtol=1e-4, atol=1e-5):
+    """Compare floats with the tolerance of the vectors."""
+    torch.testing.assert_close(ours, official.to(ours.dtype), rtol=rtol, atol=atol)
+
+
+def same_kept(case, ours, official, score):
+    """Equal indices; where the official ranking had ties, equal scores of what is kept."""
+    if case["flag/ties"]:
+        assert ours.shape == official.shape
+        assert len(ours.unique()) == ours.numel()
+        close(score[ours].sort().values, score[official].sort().values)
+    else:
+        assert ours.tolist() == official.tolist()
