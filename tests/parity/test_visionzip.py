@@ -82,6 +82,8 @@ def test_anyres_dominant_tokens_come_in_picture_order(case):
     num_keep = crops * dominant
     (keep,) = VisionZip(contextual=0).plan(tokens, num_keep).keep
     sorted_places = ranked.sort(dim=1).values
-    nth = [torch.searchsorted(sorted_places[s], p).item() for s, p in zip(segment[keep], place[keep])]
+    nth = [
+        torch.searchsorted(sorted_places[s], p).item() for s, p in zip(segment[keep], place[keep])
+    ]
     ours = case["in/tokens_per_crop"][segment[keep], 1 + torch.tensor(nth)]
     assert torch.equal(ours, case["out/tokens_out"][:num_keep])

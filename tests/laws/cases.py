@@ -1,0 +1,184 @@
+"""The table that laws run over: every registered method on every family, and the prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.tiny import FAMILIES, QWEN, Image, Sample, Text, build, make_inputs
+from vispress import compress_model, compression_report, list_methods, remove_compression
+from vispress.adapters.base import find_adapter
+from vispress.methods.base import Compressor
+from vispress.registry import get_method
+from vispress.report import CompressionReport
+from vispress.types import Signal, TokenPlan, VisualTokens
+
+SETTINGS: dict[str, dict[str, Any]] = {"no_image": {}, "pyramiddrop": {}, "transprune": {}}
+"""What `compress_model` gets beside the name; others get a ratio."""
+
+METHODS = tuple(list_methods())
+CASES = [(family, method) for family in FAMILIES for method in METHODS]
+
+# two images and one, a text-only sample, unequal lengths; sizes differ where the family allows it
+SAMPLES = (
+    Sample([Text(5), Image(4, 4), Text(7)]),
+    Sample([Text(3)]),
+    Sample([Text(2), Image(4, 6), Text(3), Image(6, 4), Text(4)]),
+)
+
+
+@cache
+def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa") -> Any:
+    """One model a family; tests must leave it as they found it."""
+    return build(family, dtype=dtype, attn=attn)
+
+
+@cache
+def inputs_of(family: str, padding: str = "left", dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """The common batch of a family."""
+    return make_inputs(family, SAMPLES, padding=padding, dtype=dtype)
+
+
+def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
+    """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
+    chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
+    adapter = find_adapter(model_of(family))
+    if Signal.CLS_ATTENTION in get_method(method).reads and not adapter.has_cls:
+        chosen["scores"] = "column_mean"
+    return chosen
+
+
+class Spy:
+    """Notes every plan of a compressor (installed on a copy of its class, never on the original)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[VisualTokens, TokenPlan]] = []
+
+    def watch(self, method: Compressor) -> Compressor:
+        """A compressor that behaves the same and tells."""
+        seen = self.seen
+
+        class Watched(type(method)):  # type: ignore[misc]
+            def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+                plan = super().plan(tokens, num_keep)
+                seen.append((tokens, plan))
+                return plan
+
+        Watched.__name__ = type(method).__name__
+        twin = object.__new__(Watched)
+        twin.__dict__.update(method.__dict__)
+        return twin  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a compressed forward gave."""
+
+    logits: Tensor
+    report: CompressionReport
+    positions: str
+    values: Mapping[int, tuple[Tensor, Tensor]]
+
+    @property
+    def alive(self) -> list[Tensor]:
+        """Alive positions of each decoder layer."""
+        return [self.report.alive(layer) for layer in range(self.report.num_layers)]
+
+
+def make(family: str, method: str, **more: Any) -> Compressor:
+    """The compressor of a case."""
+    from vispress.config import make_compressor
+
+    return make_compressor(method, **settings(family, method, **more))
+
+
+def run(
+    model: Any, inputs: Mapping[str, Any], method: Compressor | Sequence[Compressor], **options: Any
+) -> Run:
+    """Compress, run a forward, read the report, take it off again."""
+    chain = list(method) if isinstance(method, list | tuple) else [method]
+    spies = [Spy() for _ in chain]
+    watched = [spy.watch(one) for spy, one in zip(spies, chain, strict=True)]
+    compress_model(model, watched, **options)
+    try:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        report = compression_report(model)
+    finally:
+        remove_compression(model)
+    default = chain[0].default_positions
+    if find_adapter(model).mrope:
+        default = "original"
+    values: dict[int, tuple[Tensor, Tensor]] = {}
+    for spy, one in zip(spies, chain, strict=True):
+        layer = one.placements(report.num_layers)[0].layer
+        changed = changed_rows(report, spy, logits.shape[:2])
+        if changed is not None:
+            values[layer] = changed
+    return Run(logits, report, options.get("positions") or default, values)
+
+
+def changed_rows(
+    report: CompressionReport, spy: Spy, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """New values of merged or replaced tokens, worked out from the plans, row by row."""
+    rows: dict[tuple[int, int], Tensor] = {}
+    images = [(b, image) for b, sample in enumerate(report.samples) for image in sample.images]
+    for tokens, plan in spy.seen:
+        if plan.features is None and plan.assign is None:
+            continue
+        for bucket_row, (b, image) in enumerate(_bucket_images(images, tokens)):
+            for slot, place in enumerate(plan.keep[bucket_row].tolist()):
+                rows[b, image.positions[place]] = _new_value(tokens, plan, bucket_row, slot)
+    if not rows:
+        return None
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for b, position in rows:
+        mask[b, position] = True
+    return mask, torch.stack([rows[key] for key in sorted(rows)])
+
+
+def _bucket_images(images: list[Any], tokens: VisualTokens) -> list[Any]:
+    """Images of a bucket in order: those with its N and grid (layouts of equal N are told by grid)."""
+    found = [
+        (b, image)
+        for b, image in images
+        if image.num_visual == tokens.num_original and image.grid == tokens.grid
+    ]
+    return found
+
+
+def _new_value(tokens: VisualTokens, plan: TokenPlan, row: int, slot: int) -> Tensor:
+    if plan.features is not None:
+        return plan.features[row, slot]
+    assert plan.assign is not None
+    assert plan.weight is not None
+    source = tokens.features
+    if plan.merge_on == "vision_features":
+        assert tokens.vision_features is not None
+        source = tokens.vision_features
+    members = plan.assign[row] == slot
+    merged = (plan.weight[row][members, None].to(source.dtype) * source[row][members]).sum(0)
+    if plan.merge_on == "features":
+        return merged
+    assert tokens.projector is not None
+    return tokens.projector(merged[None])[0]
+
+
+__all__ = [
+    "CASES",
+    "FAMILIES",
+    "METHODS",
+    "QWEN",
+    "SAMPLES",
+    "Run",
+    "inputs_of",
+    "make",
+    "model_of",
+    "replace",
+    "run",
+    "settings",
+]

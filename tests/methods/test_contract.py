@@ -1,0 +1,356 @@
+"""What every registered method promises, whatever it computes."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.methods.helpers import (
+    all_tensors,
+    anyres,
+    make_tokens,
+    map_tensors,
+    same_plan,
+    single,
+    take,
+)
+from vispress.budget import Budget
+from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
+from vispress.methods.base import Compressor, ScorePruner
+from vispress.registry import get_method, list_methods
+from vispress.types import Signal, Stage
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
+BUILT_IN = [n for n in list_methods() if get_method(n).__module__.startswith("vispress.")]
+
+GEOMETRIES = {
+    "image": {"grid": (1, 4, 6)},
+    "video": {"grid": (3, 3, 4)},
+    "anyres": {"crops": anyres(4, 2, 2)},
+    "unpadded": {"crops": anyres(4, 1, 3, top=1)},
+    "no_newlines": {"crops": anyres(3, 2, 1, left=1, newlines=False)},
+}
+# few; a count that fits no grid; all but one
+COUNTS = [1, 2, 7, 13, -1]
+
+
+def variants(name):
+    """The method as a user would get it, and with each choice that changes what it reads."""
+    cls = get_method(name)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    asked = [{}]
+    if "scores" in fields:
+        asked.append({"scores": "column_mean"})
+    if "on" in fields:
+        asked += [{"on": "features"}, {"on": "vision_features"}]
+    if "dims" in fields:
+        asked.append({"dims": 2})
+    if "direction" in fields:
+        asked.append({"direction": "abs"})
+    return [cls(**a) for a in asked]
+
+
+METHODS = [pytest.param(name, id=name) for name in BUILT_IN]
+VARIANTS = [
+    pytest.param(m, id="-".join([name, *(str(i) for i in [i] if i)]))
+    for name in BUILT_IN
+    for i, m in enumerate(variants(name))
+]
+
+
+def bucket(method, geometry="image", **kwargs):
+    """Random tokens with as many encoder layers as the method asks of a 6-layer encoder."""
+    layers = method.encoder_layers(6, 4)
+    return make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
+
+
+def count_for(method, tokens, count):
+    """The budget the runtime would hand over."""
+    if method.name == "no_image":
+        return 0
+    return count if count > 0 else tokens.num_visual + count
+
+
+def planned(method, tokens, count=7):
+    return method.plan(tokens, count_for(method, tokens, count))
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_plans_are_well_formed_and_meet_the_budget(method, geometry):
+    tokens = bucket(method, geometry)
+    for count in COUNTS:
+        num_keep = count_for(method, tokens, count)
+        plan = method.plan(tokens, num_keep)
+        plan.check(tokens, num_keep, exact=method.exact)
+        plan.check_values(tokens)
+        assert max(plan.counts) <= num_keep
+        assert plan.keep.dtype == torch.int64
+        if num_keep:
+            assert min(plan.counts) >= 1
+        if plan.features is not None:
+            assert plan.features.shape == (2, plan.counts[0], tokens.features.shape[-1])
+            assert plan.features.dtype == tokens.features.dtype
+        if plan.assign is not None:
+            slots = torch.arange(plan.counts[0]).expand(2, -1)
+            assert torch.equal(plan.assign.gather(1, plan.keep), slots)
+        assert (plan.assign is not None or plan.features is not None) == method.merges
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_an_image_gets_the_plan_it_would_get_alone(method, geometry):
+    tokens = bucket(method, geometry, batch=3)
+    together = planned(method, tokens)
+    for b in range(3):
+        alone = planned(method, single(tokens, b))
+        row = dataclasses.replace(
+            together,
+            **{
+                key: value[b : b + 1]
+                for key in ("keep", "assign", "weight", "features")
+                if (value := getattr(together, key)) is not None
+            },
+        )
+        assert same_plan(row, alone)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_only_declared_signals_are_read(method, geometry):
+    tokens = bucket(method, geometry)
+    hidden = {str(s): None for s in set(Signal) - method.signals()}
+    assert same_plan(
+        planned(method, tokens), planned(method, dataclasses.replace(tokens, **hidden))
+    )
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_inputs_and_the_global_generator_are_untouched(method):
+    for geometry in GEOMETRIES:
+        tokens = bucket(method, geometry)
+        before = [t.clone() for t in all_tensors(tokens)]
+        state = torch.get_rng_state()
+        planned(method, tokens)
+        assert torch.equal(torch.get_rng_state(), state)
+        after = all_tensors(tokens)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_the_same_tokens_give_the_same_plan(method):
+    tokens = bucket(method)
+    torch.manual_seed(1)
+    first = planned(method, tokens)
+    torch.manual_seed(2)
+    assert same_plan(first, planned(pickle.loads(pickle.dumps(method)), tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_half_precision_decides_as_its_values_in_fp32(method, dtype):
+    half = bucket(method, "anyres", dtype=dtype)
+    full = map_tensors(half, lambda t: t.float() if t.dtype == dtype else t)
+    in_half, in_full = planned(method, half), planned(method, full)
+    assert torch.equal(in_half.keep, in_full.keep)
+    if in_half.features is not None:
+        assert in_half.features.dtype == dtype
+        close = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            in_half.features.float(), in_full.features, rtol=close, atol=close
+        )
+    if in_half.assign is not None:
+        assert torch.equal(in_half.assign, in_full.assign)
+        assert in_half.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_double_precision_stays(method):
+    tokens = map_tensors(bucket(method), lambda t: t.double() if t.is_floating_point() else t)
+    if isinstance(method, ScorePruner) and method.name != "random":
+        assert method.score(tokens).dtype == torch.float64
+    assert planned(method, tokens).check_values(tokens) is None
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_planning_never_waits_for_the_device(method, geometry):
+    # meta tensors have no values: reading one on the host is an error
+    tokens = map_tensors(bucket(method, geometry), lambda t: t.to("meta"))
+    real = planned(method, bucket(method, geometry))
+    assert planned(method, tokens).counts == real.counts
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_values_carry_gradients_and_decisions_do_not(method):
+    tokens = map_tensors(
+        bucket(method), lambda t: t.requires_grad_() if t.is_floating_point() else t
+    )
+    plan = planned(method, tokens)
+    assert plan.weight is None or not plan.weight.requires_grad
+    assert plan.features is None or plan.features.requires_grad
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_constant_signals_keep_the_earlier_tokens(method):
+    ranks = isinstance(method, ScorePruner) and method.name != "random"
+    if not ranks and method.name not in ("divprune", "zoo_prune"):
+        return  # nothing is ranked
+    tokens = map_tensors(
+        bucket(method), lambda t: torch.full_like(t, 0.25) if t.is_floating_point() else t
+    )
+    assert planned(method, tokens).keep.tolist() == [list(range(7))] * 2
+
+
+@pytest.mark.parametrize("geometry", ["video", "anyres"])
+@pytest.mark.parametrize("method", VARIANTS)
+def test_a_second_compressor_sees_what_the_first_left(method, geometry):
+    tokens = bucket(method, geometry)
+    if method.reads & {Signal.QUERY_ATTENTION} or tokens.cls_attention.ndim == 4:
+        return  # in-LLM methods rank what they are shown; `take` knows one encoder layer
+    # rows differ in which places are left, so that geometry has to be looked up
+    first = get_method("divprune")(num_tokens=20)
+    left = take(tokens, first.plan(tokens, 20).keep)
+    if method.name in ("fourier", "avg_pool") or getattr(method, "dims", 1) == 2:
+        with pytest.raises(UnsupportedMethodError, match="whole images"):
+            planned(method, left)
+        return
+    plan = planned(method, left)
+    plan.check(left, count_for(method, left, 7), exact=True)
+    plan.check_values(left)
+    for b in range(2):
+        assert torch.equal(plan.keep[b : b + 1], planned(method, single(left, b)).keep)
+
+
+# --- placements and budgets
+
+
+@pytest.mark.parametrize("num_layers", [4, 5, 28, 32, 80])
+@pytest.mark.parametrize("name", METHODS)
+def test_placements_fit_the_depth(name, num_layers):
+    cls = get_method(name)
+    try:
+        placements = cls().placements(num_layers)
+    except BudgetError:
+        placements = cls(keep_ratio=0.5).placements(num_layers)
+    layers = [p.layer for p in placements]
+    assert layers == sorted(set(layers))
+    for p in placements:
+        assert (p.stage is Stage.PRE_LLM) == (p.layer == 0)
+        assert 0 <= p.layer < num_layers
+        assert list(p.transitions) == sorted(set(p.transitions))
+        assert all(0 <= done < p.layer for done in p.transitions)
+        assert bool(p.transitions) == (Signal.TRANSITION in cls.reads)
+        assert (p.queries is not None) == (Signal.QUERY_ATTENTION in cls.reads)
+    for size in (1, 2, 37, 576):
+        counts = [p.budget.resolve(size) for p in placements]
+        assert counts == sorted(counts, reverse=True)
+
+
+@pytest.mark.parametrize("budget", [{"keep_ratio": 0.6}, {"mean_keep_ratio": 0.6}], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mean_over_layers_is_what_was_asked(name, budget):
+    if name == "no_image":
+        return
+    method, size, depth = get_method(name)(**budget), 10_000, 32
+    placements = method.placements(depth)
+    if name == "fastv" and "keep_ratio" in budget:
+        assert placements[0].budget.resolve(size) == 6000
+        return
+    starts = [0, *(p.layer for p in placements), depth]
+    counts = [size, *(p.budget.resolve(size) for p in placements)]
+    spans = (b - a for a, b in zip(starts, starts[1:], strict=False))
+    mean = sum(n * span for n, span in zip(counts, spans, strict=True)) / depth / size
+    assert mean == pytest.approx(0.6, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_num_tokens_is_what_the_last_placement_leaves(name):
+    if name != "no_image":
+        assert get_method(name)(num_tokens=9).placements(32)[-1].budget.resolve(576) == 9
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bad_budgets_are_refused(name):
+    cls = get_method(name)
+    with pytest.raises(BudgetError, match="one budget"):
+        cls(keep_ratio=0.5, num_tokens=8)
+    for bad in ({"keep_ratio": 0.0}, {"keep_ratio": 1.5}, {"num_tokens": 0}, {"num_tokens": 2.0}):
+        with pytest.raises(BudgetError, match=next(iter(bad))):
+            cls(**bad)
+    with pytest.raises(BudgetError, match="mean_keep_ratio"):
+        cls(mean_keep_ratio=-0.1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_hyper_parameters_of_a_wrong_type_are_refused_by_name(name):
+    cls = get_method(name)
+    own = {f.name for f in dataclasses.fields(cls)} - {
+        f.name for f in dataclasses.fields(Compressor)
+    }
+    for field in own:
+        with pytest.raises((ConfigError, BudgetError), match=field):
+            cls(**{field: object()})
+
+
+# --- the file
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_objects_are_values(name):
+    cls = get_method(name)
+    for method in variants(name):
+        copy = pickle.loads(pickle.dumps(method))
+        assert copy == method
+        assert hash(copy) == hash(method)
+        assert cls(**method.hyperparameters()) == method
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.keep_ratio = 0.5
+    with pytest.raises(TypeError):
+        cls(0.5)
+    assert cls.__final__
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_documentation_says_what_is_followed(name):
+    cls = get_method(name)
+    path = Path(__import__(cls.__module__, fromlist=["_"]).__file__)
+    text = path.read_text()
+    assert path.stem.rstrip("_") == name
+    assert len(text.splitlines()) <= 120
+    assert all(word and "\n" not in word for word in (cls.summary, cls.paper, cls.evidence))
+    assert cls.__doc__
+    module_doc = text.split('"""')[1]
+    if cls.evidence == "control":
+        assert cls.paper == "control"
+        assert "Control" in module_doc
+    else:
+        assert "arXiv:" in cls.paper
+        for part in (cls.paper.rsplit(" ", 1)[-1], "Source:", "Follows", "Differs:"):
+            assert part in module_doc
+    for field in {f.name for f in dataclasses.fields(cls)} - {
+        f.name for f in dataclasses.fields(Compressor)
+    }:
+        assert f"{field}:" in cls.__doc__
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_setting_is_configured(name):
+    path = CONFIGS / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text())
+    assert path.read_text().startswith("#")
+    assert values.pop("method") == name
+    cls = get_method(name)
+    assert set(values) <= {f.name for f in dataclasses.fields(cls)}
+    placements = cls(**values).placements(32)
+    assert all(isinstance(p.budget, Budget) for p in placements)
+
+
+def test_every_config_belongs_to_a_method():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(BUILT_IN)

@@ -1,0 +1,98 @@
+"""DivPrune: greedy max-min selection, by hand."""
+
+from dataclasses import replace
+
+import torch
+
+from tests.methods.helpers import make_tokens
+from vispress.methods import DivPrune
+from vispress.methods.diversity import maxmin_select, nearest_distance, unit
+
+GOLDEN = torch.tensor(
+    [
+        [1, 0, 0],
+        [0.9, 0.1, 0],
+        [0, 1, 0],
+        [0, 0.9, 0.2],
+        [0, 0, 1],
+        [0.6, 0.5, 0.4],
+        [-0.2, 0.1, 0.9],
+        [0.7, -0.1, 0.1],
+    ]
+)
+
+
+def order_of(features, num_keep):
+    x = unit(features[None])
+    return maxmin_select(x, num_keep, nearest_distance(x).argmax(dim=1))[0].tolist()
+
+
+def kept(features, num_keep):
+    tokens = replace(make_tokens(1, len(features)), features=features[None])
+    return DivPrune().plan(tokens, num_keep).keep[0].tolist()
+
+
+def test_worked_example():
+    x = torch.tensor([[1, 0], [0.98, 0.2], [0, 1], [-0.7, 0.7]])
+    nearest = nearest_distance(unit(x[None]))[0]
+    torch.testing.assert_close(
+        nearest, torch.tensor([0.0202, 0.0202, 0.2929, 0.2929]), rtol=0, atol=5e-5
+    )
+    assert order_of(x, 2) == [2, 0]  # tokens 2 and 3 tie for the first pick
+    assert kept(x, 2) == [0, 2]
+
+
+def test_golden_vector():
+    assert order_of(GOLDEN, 4) == [5, 6, 2, 7]
+    assert kept(GOLDEN, 4) == [2, 5, 6, 7]
+
+
+def test_length_plays_no_part():
+    scaled = GOLDEN * torch.arange(1, 9)[:, None]
+    assert order_of(scaled, 6) == order_of(GOLDEN, 6)
+
+
+def test_equal_tokens_are_picked_once_and_then_in_order():
+    g = torch.Generator().manual_seed(0)
+    distinct = torch.randn(5, 33, generator=g)
+    repeats = torch.arange(45) % 5
+    # all distinct ones first, then copies from the front, whatever their rounding
+    order = order_of(distinct[repeats], 12)
+    assert len({repeats[i].item() for i in order[:5]}) == 5
+    assert sorted(order) == sorted(set(order))
+    alone = kept(distinct[repeats], 12)
+    tokens = make_tokens(3, 45, dim=33)
+    tokens = replace(
+        tokens,
+        features=tokens.features.clone().index_copy(0, torch.tensor([1]), distinct[repeats][None]),
+    )
+    assert DivPrune().plan(tokens, 12).keep[1].tolist() == alone
+
+
+def test_all_tokens_equal():
+    assert kept(torch.ones(6, 4), 4) == [0, 1, 2, 3]
+
+
+def test_a_zero_or_infinite_token_breaks_nothing():
+    features = GOLDEN.clone()
+    features[3] = 0
+    features[6] = float("inf")
+    assert len(set(kept(features, 6))) == 6
+
+
+def test_permuted_tokens_give_the_permuted_set():
+    g = torch.Generator().manual_seed(0)
+    x, p = torch.randn(30, 8, generator=g), torch.randperm(30, generator=g)
+    assert sorted(p[kept(x[p], 9)].tolist()) == kept(x, 9)
+
+
+def test_blocks_do_not_change_the_nearest_distance():
+    x = unit(make_tokens(2, 50).features)
+    torch.testing.assert_close(nearest_distance(x, block=7), nearest_distance(x))
+    similarity = x @ x.mT - 3 * torch.eye(50)
+    torch.testing.assert_close(nearest_distance(x), 1 - similarity.amax(dim=2))
+
+
+def test_published_counts():
+    (placement,) = DivPrune(keep_ratio=0.098).placements(32)
+    assert placement.budget.resolve(576) == 56
