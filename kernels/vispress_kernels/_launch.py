@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vispress_kernels._backend import interpreting
+
 Rule = dict[str, int]
 """Block sizes, `num_warps` and `num_stages` of one launch."""
 
@@ -21,6 +23,15 @@ def next_power_of_2(n: int) -> int:
 def ceil_div(n: int, d: int) -> int:
     """`n / d`, rounded up."""
     return -(-n // d)
+
+
+def dot_operand(x: Tensor) -> Tensor:
+    """A tensor that `tl.dot` may read: itself, but for bf16 under the CPU interpreter.
+
+    Triton's interpreter multiplies the bit patterns of bf16; in fp32 the products are the same as
+    the device's.
+    """
+    return x.float() if x.dtype == torch.bfloat16 and interpreting() else x
 
 
 def launch(kernel: Any, programs: int, *args: Any, on: Tensor, **options: Any) -> None:

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from tests.laws.oracle import (
     all_alive,
     dropped_from,
@@ -28,6 +26,7 @@ from tests.tiny import (
     make_inputs,
     visual_positions,
 )
+from torch import Tensor
 
 BATCH = [
     Sample([Text(6), Image(4, 4), Text(4), Image(3, 6), Text(5)]),

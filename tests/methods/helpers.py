@@ -112,16 +112,25 @@ def make_tokens(
     )
 
 
-def with_scores(*rows, **signals):
+def only(**signals):
+    """Tokens with nothing but the given signals; sizes are taken from the first one's B and N."""
+    first = next(iter(signals.values()))
+    if "features" in signals or "vision_features" in signals:
+        batch, num_visual = (signals.get("features", first)).shape[:2]
+    else:
+        batch, num_visual = first.shape[0], first.shape[-1]
+    signals.setdefault("features", torch.zeros(batch, num_visual, 1))
+    index = full_index(batch, num_visual, torch.device("cpu"))
+    return VisualTokens(index=index, num_original=num_visual, **signals)
+
+
+def with_scores(*rows):
     """Tokens whose attention signals are the given head-averaged rows `[B][N]`."""
     scores = torch.tensor(rows)
-    tokens = make_tokens(len(rows), scores.shape[1])
-    return replace(
-        tokens,
+    return only(
         cls_attention=scores[:, None],
         column_attention=scores[:, None],
         query_attention=scores[:, None, None],
-        **signals,
     )
 
 

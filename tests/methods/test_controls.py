@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from tests.methods.helpers import anyres, make_tokens
+
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import NoImage, Random, Uniform
 
@@ -53,6 +53,7 @@ def test_no_image_keeps_nothing_and_takes_no_budget():
             NoImage(**budget)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("bad", [-1, 0.5, None])
 def test_bad_seeds_are_refused(bad):
     with pytest.raises(ConfigError, match="seed"):

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import torch
+from tests.methods.helpers import make_tokens, only
 
-from tests.methods.helpers import make_tokens
 from vispress.methods import DivPrune
 from vispress.methods.diversity import maxmin_select, nearest_distance, unit
 
@@ -28,8 +28,7 @@ def order_of(features, num_keep):
 
 
 def kept(features, num_keep):
-    tokens = replace(make_tokens(1, len(features)), features=features[None])
-    return DivPrune().plan(tokens, num_keep).keep[0].tolist()
+    return DivPrune().plan(only(features=features[None]), num_keep).keep[0].tolist()
 
 
 def test_worked_example():

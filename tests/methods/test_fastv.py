@@ -1,8 +1,8 @@
 """FastV: what is kept, where, and what is refused."""
 
 import pytest
-
 from tests.methods.helpers import with_scores
+
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import FastV
 from vispress.types import Queries, Stage
@@ -50,6 +50,7 @@ def test_mean_keep_ratio_counts_the_layers_before():
         FastV(mean_keep_ratio=0.2, layer=8).placements(32)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("bad", [0, -1, True, 2.0])
 def test_bad_layers_are_refused(bad):
     with pytest.raises(ConfigError, match="layer"):

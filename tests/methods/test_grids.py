@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.fft import dctn, idctn
+from tests.methods.helpers import anyres, make_tokens, only
 from torch.nn import functional as F
 
-from tests.methods.helpers import anyres, make_tokens
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import AvgPool, Fourier, Uniform
 from vispress.methods.avg_pool import window_means
@@ -19,7 +19,7 @@ from vispress.types import CropLayout
 def grid_tokens(picture):
     """One image whose features are a picture `[h, w, C]`."""
     h, w, _ = picture.shape
-    return replace(make_tokens(1, grid=(1, h, w)), features=picture.flatten(0, 1)[None])
+    return only(features=picture.flatten(0, 1)[None], grid=(1, h, w))
 
 
 def ramp():
@@ -161,7 +161,7 @@ def test_values_stand_where_the_centres_of_their_cells_were(trim):
     crops = anyres(side=4, rows=2, cols=2, **trim)
     # features tell sub-image, row and column; newlines -1
     places = torch.stack([crops.segment, crops.row, crops.col], dim=1).float()
-    tokens = replace(make_tokens(1, crops=crops), features=places[None])
+    tokens = only(features=places[None], crops=crops)
     num_keep = int((crops.segment == -1).sum()) + 20
     plan = AvgPool().plan(tokens, num_keep)
     at = places[plan.keep[0]]
@@ -196,6 +196,7 @@ def test_a_ragged_layout_is_refused():
         AvgPool().plan(make_tokens(1, crops=ragged), 8)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("cls", "bad"),
     [

@@ -1,6 +1,7 @@
 """PyramidDrop: whose attention ranks the tokens (its schedule: `test_schedules.py`)."""
 
 from tests.methods.helpers import with_scores
+
 from vispress.methods import PyramidDrop
 from vispress.types import Queries, Stage
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from tests.methods.helpers import make_tokens
+
 from vispress.errors import ConfigError
 from vispress.methods import TransPrune
 from vispress.methods.transprune import transition_variation
@@ -68,6 +68,7 @@ def test_without_text_behind_the_image_transitions_alone_decide():
     assert not TransPrune().score(mute).isnan().any()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "bad",
     [
@@ -75,8 +76,8 @@ def test_without_text_behind_the_image_transitions_alone_decide():
         {"direction": "both"},
         {"alpha": 1.5},
         {"alpha": float("nan")},
-        {"transition_layers": [3, 2]},
-        {"transition_layers": [-1]},
+        {"transition_layers": (3, 2)},
+        {"transition_layers": (-1,)},
     ],
     ids=str,
 )

@@ -1,12 +1,10 @@
 """VisionZip: dominant and contextual tokens, by hand."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-
-from tests.methods.helpers import anyres, make_tokens, merged
+from tests.methods.helpers import anyres, make_tokens, merged, only
 from tests.methods.test_divprune import GOLDEN
+
 from vispress.errors import ConfigError
 from vispress.methods import VisionZip
 from vispress.methods.visionzip import owners
@@ -91,6 +89,7 @@ def test_crops_merge_within_themselves_and_newlines_stay_themselves():
     assert len(plan.assign[0, newlines].unique()) == len(newlines)
 
 
+@pytest.mark.refusal
 def test_bad_hyper_parameters_are_refused():
     for bad in ({"contextual": -1}, {"contextual": 2.5}, {"scores": "max"}):
         with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from tests.methods.helpers import anyres, make_tokens
 from tests.methods.test_divprune import GOLDEN
+
 from vispress.errors import ConfigError
 from vispress.methods import ZOOPrune
 from vispress.methods.diversity import maxmin_select, unit
@@ -89,6 +89,7 @@ def test_published_counts_are_truncated():
     assert counts == [64, 128, 192]
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "bad", [{"m": 0}, {"m": 2.5}, {"h": 0}, {"h": -0.1}, {"seed": -1}], ids=str
 )

@@ -1,7 +1,7 @@
 """Vectors that the official implementations computed, by method and case.
 
-`VISPRESS_PARITY_DIR` names another folder with the same keys and other cases, shapes and seeds; hence
-tests learn cases and sizes from the files.
+`VISPRESS_PARITY_DIR` names another folder with the same keys and other cases, shapes and seeds;
+hence tests learn cases and sizes from the files.
 """
 
 import os

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, launch
+from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch
 from vispress_kernels.assign_nearest.reference import inverse_norms
 
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
@@ -102,6 +102,7 @@ def assign_nearest_triton(
     B, N, D = x.shape
     M = targets.shape[1]
     rule = launch_rule(x.element_size())
+    x, targets = dot_operand(x), dot_operand(targets)
     rows, columns = ceil_div(N, rule["BLOCK_N"]), ceil_div(M, rule["BLOCK_M"])
     wanted = max(1, min(PROGRAMS // max(1, B * rows), columns, D))
     tiles = ceil_div(columns, wanted)

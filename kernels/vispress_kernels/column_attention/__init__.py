@@ -7,6 +7,8 @@ from vispress_kernels._backend import Backend, resolve_backend
 from vispress_kernels._checks import check_device, check_dtype, check_floating, check_shape
 from vispress_kernels.column_attention.reference import column_attention_reference, segment_bounds
 
+MAX_HEAD = 256  # wider ones do not fit shared memory
+
 __all__ = ["column_attention", "column_attention_reference"]
 
 
@@ -24,8 +26,8 @@ def column_attention(
     """Mean over all queries of the softmax weights each key receives, in fp32.
 
     Bound by the tensor cores: q k^T is computed twice (each row's log-sum-exp, then each column)
-    and no S x S map is stored. The kernel has no backward (`"auto"` runs the reference where one is
-    needed).
+    and no S x S map is stored. Heads wider than 256 run the reference. The kernel has no backward
+    (`"auto"` runs the reference where one is needed).
 
     Args:
         q: Queries `[B, H, S, Dh]` as the layer uses them, fp16, bf16, fp32 or fp64, any strides.
@@ -56,17 +58,17 @@ def column_attention(
     bounds = None
     if cu_seqlens is not None:
         check_shape(cu_seqlens=(cu_seqlens, (None,)))
-        if cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
-            raise TypeError(
-                "cu_seqlens must hold at least two int32 or int64 bounds, got "
-                f"{len(cu_seqlens)} of {cu_seqlens.dtype}"
-            )
+        if len(cu_seqlens) < 2:
+            raise ValueError(f"cu_seqlens must hold at least 0 and S, got {len(cu_seqlens)} bounds")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
         bounds = segment_bounds(cu_seqlens, S)
     if valid is not None:
         check_dtype(torch.bool, valid=valid)
         check_shape(valid=(valid, (B, S)))
     scale = Dh**-0.5 if scale is None else scale
-    if resolve_backend(backend, q, k, has_backward=False) == "torch":
+    chosen = resolve_backend(backend, q, k, has_backward=False)
+    if chosen == "torch" or Dh > MAX_HEAD:
         out = column_attention_reference(q, k, bounds, valid, scale, causal)
     else:
         from vispress_kernels.column_attention.kernel import column_attention_triton

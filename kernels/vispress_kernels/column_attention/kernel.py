@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, launch, next_power_of_2
+from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
 from vispress_kernels.column_attention.reference import query_counts
 
 
@@ -64,7 +64,7 @@ def row_lse_kernel(
     H,
     S,
     Dh,
-    GROUP: tl.constexpr,
+    GROUP,  # query heads a key head
     CAUSAL: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -114,7 +114,8 @@ def row_lse_kernel(
         total = total * tl.exp(peak - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         peak = new_peak
     # a row without keys: exp(logit - inf) is 0 in every column
-    lse = tl.where(total > 0.0, peak + tl.log(total), float("inf"))
+    seen = total > 0.0
+    lse = tl.where(seen, peak + tl.log(tl.where(seen, total, 1.0)), float("inf"))
     tl.store(lse_ptr + i_bh * S + o_m, lse, mask=o_m < S)
 
 
@@ -141,7 +142,7 @@ def column_mean_kernel(
     H,
     S,
     Dh,
-    GROUP: tl.constexpr,
+    GROUP,  # query heads a key head
     CAUSAL: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_VALID: tl.constexpr,
@@ -193,12 +194,13 @@ def column_mean_kernel(
 
 def launch_rule(Dh: int, itemsize: int) -> Rule:
     """Blocks for heads of Dh; fp32 and wide heads take smaller ones to fit shared memory."""
-    block = 64 if Dh <= 128 and itemsize == 2 else 32
+    wide = Dh > 128 or itemsize == 4
+    block = 32 if wide else 64
     return {
         "BLOCK_M": block,
         "BLOCK_N": block,
-        "BLOCK_D": max(16, next_power_of_2(Dh)),
-        "num_warps": 4,
+        "BLOCK_D": max(64, next_power_of_2(Dh)),
+        "num_warps": 8 if wide and Dh > 64 else 4,
         "num_stages": 2,
     }
 
@@ -220,8 +222,8 @@ def column_attention_triton(
     counts = query_counts(bounds, valid, (B, S)).to(q.device)
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     rule = launch_rule(Dh, q.element_size())
+    q, k = dot_operand(q), dot_operand(k)
     options = {
-        "GROUP": H // k.shape[1],
         "CAUSAL": causal,
         "HAS_BOUNDS": bounds is not None,
         "HAS_VALID": valid is not None,
@@ -230,7 +232,7 @@ def column_attention_triton(
     }
     programs = B * H * ceil_div(S, rule["BLOCK_M"])
     strides = (*q.stride(), *k.stride())
-    sizes = (scale, H, S, Dh)
+    sizes = (scale, H, S, Dh, H // k.shape[1])
     launch(row_lse_kernel, programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
     launch(
         column_mean_kernel, programs, q, k, bounds, valid, lse, counts, out,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vispress_kernels._greedy import MAX_BESTS, dot_with_row, fold_best, read_best
-from vispress_kernels._launch import Rule, ceil_div, launch, next_power_of_2
+from vispress_kernels._launch import Rule, ceil_div, launch
 from vispress_kernels.assign_nearest.reference import inverse_norms
 
 LOWEST = torch.finfo(torch.float32).min
@@ -63,11 +63,12 @@ def maxmin_step_kernel(
             nearest = tl.minimum(nearest, 1.0 - dot * inv * inv_pick)
             nearest = tl.where(m_n & (o_n != pick), nearest, float("-inf"))
             tl.store(nearest_ptr + i_b * N + o_n, nearest, mask=m_n)
-            score = nearest
+            taken = nearest == float("-inf")
+            score = tl.where(taken, 0.0, nearest)
             if HAS_WEIGHT:
                 score = score * tl.load(weight_ptr + i_b * N + o_n, mask=m_n, other=0.0)
             score = tl.where(score == score, score, LOWEST)
-            score = tl.where(nearest == float("-inf"), float("-inf"), score)
+            score = tl.where(taken, float("-inf"), score)
             best, best_n = fold_best(score, o_n, best, best_n)
         tl.store(value_ptr + write + i_p, best)
         tl.store(index_ptr + write + i_p, best_n)
@@ -75,8 +76,8 @@ def maxmin_step_kernel(
 
 def launch_rule(N: int, D: int) -> Rule:
     """Tokens a block and elements at a time: many small programs, until there are 1024 of them."""
-    block_d = min(512, next_power_of_2(max(D, 1)))
-    return {"BLOCK_N": 8 if N <= 8 * MAX_BESTS else 32, "BLOCK_D": block_d, "num_warps": 4}
+    block_n = 8 if N <= 8 * MAX_BESTS else 32
+    return {"BLOCK_N": block_n, "BLOCK_D": 256 if D > 128 else 128, "num_warps": 4}
 
 
 def maxmin_select_triton(

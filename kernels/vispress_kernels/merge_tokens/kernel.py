@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vispress_kernels._launch import Rule, ceil_div, launch, next_power_of_2
+from vispress_kernels._launch import Rule, ceil_div, launch
 
 
 @triton.jit
@@ -56,14 +56,11 @@ def merge_tokens_kernel(
     tl.store(out_ptr + (i_b * K + i_k) * D + o_d, total.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
-def launch_rule(N: int, K: int, D: int) -> Rule:
+def launch_rule(N: int, K: int) -> Rule:
     """Blocks as deep as the mean group, so that small groups waste no lanes."""
-    block_n = min(16, next_power_of_2(ceil_div(N, K)))
-    return {
-        "BLOCK_N": block_n,
-        "BLOCK_D": min(next_power_of_2(D), max(128, 2048 // block_n)),
-        "num_warps": 4,
-    }
+    mean = ceil_div(N, K)
+    block_n = 1 if mean <= 1 else 4 if mean <= 8 else 16
+    return {"BLOCK_N": block_n, "BLOCK_D": min(1024, 2048 // block_n), "num_warps": 4}
 
 
 def _launch_merge(x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: int) -> Tensor:
@@ -73,7 +70,7 @@ def _launch_merge(x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: in
         group, order = assign.sort(dim=1, stable=True)
         bounds = torch.arange(num_keep + 1, device=x.device).expand(B, -1).contiguous()
         start = torch.searchsorted(group, bounds)
-        rule = launch_rule(max(N, 1), num_keep, D)
+        rule = launch_rule(N, num_keep)
         launch(
             merge_tokens_kernel,
             B * num_keep * ceil_div(D, rule["BLOCK_D"]),

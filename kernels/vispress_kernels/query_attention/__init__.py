@@ -7,6 +7,8 @@ from vispress_kernels._backend import Backend, resolve_backend
 from vispress_kernels._checks import check_device, check_dtype, check_floating, check_shape
 from vispress_kernels.query_attention.reference import query_attention_reference
 
+MAX_HEAD = 256  # wider ones do not fit shared memory
+
 __all__ = ["query_attention", "query_attention_reference"]
 
 
@@ -24,7 +26,8 @@ def query_attention(
 
     Query i of sample b sees key j where `key_valid[b, j]` and, if `rows` is given, `j <= rows[b, i]`.
     A query that sees no key gets zeros. Bound by memory: each key is read once; long key axes are
-    split over programs. The kernel has no backward (`"auto"` runs the reference where one is needed).
+    split over programs. Heads wider than 256 run the reference. The kernel has no backward
+    (`"auto"` runs the reference where one is needed).
 
     Args:
         q: Queries `[B, H, Q, Dh]` as the layer uses them (rotated), fp16, bf16, fp32 or fp64, any
@@ -66,7 +69,8 @@ def query_attention(
         check_shape(key_valid=(key_valid, (B, N)))
     check_device(q=q, k=k, rows=rows, key_valid=key_valid)
     scale = Dh**-0.5 if scale is None else scale
-    if resolve_backend(backend, q, k, has_backward=False) == "torch":
+    chosen = resolve_backend(backend, q, k, has_backward=False)
+    if chosen == "torch" or Dh > MAX_HEAD:
         return query_attention_reference(q, k, rows, key_valid, scale, mean_heads)
     from vispress_kernels.query_attention.kernel import query_attention_triton
 

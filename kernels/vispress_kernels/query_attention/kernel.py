@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, launch, next_power_of_2
+from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
 from vispress_kernels.query_attention.reference import query_chunk
 
 MAX_SPLITS = 128
@@ -40,7 +40,7 @@ def logits_kernel(
     Dh,
     splits,
     tiles,  # blocks of keys a split has
-    GROUP: tl.constexpr,
+    GROUP,  # query heads a key head
     HAS_ROWS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,7 +76,7 @@ def logits_kernel(
             mask=m_d[:, None] & m_n[None, :],
             other=0.0,
         )  # [BLOCK_D, BLOCK_N]
-        logits = tl.dot(q, k, input_precision="ieee") * scale
+        logits = tl.dot(q, k, input_precision="tf32x3") * scale
         allowed = m_m[:, None] & m_n[None, :]
         p_logits = logits_ptr + o_row[:, None] * N + o_n[None, :]
         if HAS_VALID:
@@ -140,13 +140,14 @@ def weights_kernel(
     tl.store(p_out + o_n, mean / heads, mask=m_n)
 
 
-def launch_rule(rows: int, Dh: int) -> Rule:
-    """Blocks for `rows` queries a key head and heads of Dh."""
+def launch_rule(rows: int, Dh: int, itemsize: int) -> Rule:
+    """Blocks for `rows` queries a key head and heads of Dh; sized to keep clear of spills."""
+    wide = Dh > 128 or itemsize == 4
     return {
-        "BLOCK_M": min(64, max(16, next_power_of_2(rows))),
-        "BLOCK_N": 64 if Dh <= 128 else 32,
-        "BLOCK_D": max(16, next_power_of_2(Dh)),
-        "num_warps": 4,
+        "BLOCK_M": 16 if rows <= 16 else 32,
+        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_D": max(64, next_power_of_2(Dh)),
+        "num_warps": 8 if wide and Dh > 64 else 4,
         "num_stages": 2,
     }
 
@@ -169,6 +170,7 @@ def query_attention_triton(
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     # with the heads averaged the logits are scratch: keep it as small as the keys
     size = query_chunk(q, k) if mean_heads else Q
+    q, k = dot_operand(q), dot_operand(k)
     for begin in range(0, Q, size):
         part = slice(begin, min(begin + size, Q))
         target = out[:, part] if mean_heads else out
@@ -196,7 +198,7 @@ def _launch_chunk(
     B, H, Q, Dh = q.shape
     Hk, N = k.shape[1:3]
     group = H // Hk
-    rule = launch_rule(group * Q, Dh)
+    rule = launch_rule(group * Q, Dh, q.element_size())
     tiles = ceil_div(ceil_div(N, rule["BLOCK_N"]), MAX_SPLITS)
     splits = ceil_div(N, tiles * rule["BLOCK_N"])
     logits = torch.empty(B, H, Q, N, device=q.device) if mean_heads else out
@@ -221,7 +223,7 @@ def _launch_chunk(
         Dh,
         splits,
         tiles,
-        GROUP=group,
+        group,
         HAS_ROWS=rows is not None,
         HAS_VALID=valid is not None,
         **rule,

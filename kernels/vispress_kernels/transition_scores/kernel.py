@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, launch, next_power_of_2
+from vispress_kernels._launch import Rule, ceil_div, launch
 from vispress_kernels.transition_scores.reference import EPS
 
 
@@ -57,9 +57,9 @@ def transition_scores_kernel(
 
 
 def launch_rule(D: int) -> Rule:
-    """2048 elements of each tensor at a time: whole rows of small D, one row of large D."""
-    block_d = min(1024, next_power_of_2(D))
-    return {"BLOCK_N": min(32, 2048 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+    """2048 elements of each tensor at a time: more rows where they are short."""
+    block_d = 1024 if D > 512 else 128
+    return {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
 
 
 def transition_scores_triton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def transition_scores_triton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = torch.empty(shape, dtype=torch.float32, device=x.device)
     cosine = torch.empty(shape, dtype=torch.float32, device=x.device)
     if magnitude.numel():
-        rule = launch_rule(max(D, 1))
+        rule = launch_rule(D)
         launch(
             transition_scores_kernel,
             B * ceil_div(N, rule["BLOCK_N"]),

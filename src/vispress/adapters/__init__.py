@@ -1,3 +1,7 @@
 """Model families; importing this package registers the built-in adapters."""
 
+from vispress.adapters import internvl as internvl
 from vispress.adapters import llava as llava
+from vispress.adapters import llava_next as llava_next
+from vispress.adapters import llava_onevision as llava_onevision
+from vispress.adapters import qwen_vl as qwen_vl

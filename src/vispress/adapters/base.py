@@ -56,7 +56,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def encoder_attentions(self) -> Sequence[nn.Module]:
-        """Attention modules of the vision encoder, one a layer (they use `ALL_ATTENTION_FUNCTIONS`)."""
+        """Attention modules of the vision encoder, one a layer (`ALL_ATTENTION_FUNCTIONS`)."""
 
     @abstractmethod
     def feature_layer(self) -> int:
@@ -105,14 +105,14 @@ class ModelAdapter(ABC):
     ) -> tuple[Tensor, ...]:
         """Carry encoder-side values to visual tokens, exactly as the model carries features.
 
-        Stitching, unpadding, pooling, 2x2 merging (mean) and un-permuting happen here; newline tokens
-        get zeros. With one value a merged token already (projector inputs of mergers) only the order is
-        restored.
+        Stitching, unpadding, pooling, 2x2 merging (mean) and un-permuting happen here; newline
+        tokens get zeros. With one value a merged token already (projector inputs of mergers) only
+        the order is restored.
 
         Args:
             modality: Image or video.
-            values: `[P, n, C]`, P encoder sequences (crops, tiles, frames) of n patches ([CLS] removed);
-                or `[S, C]` for encoders that run all patches in one packed sequence.
+            values: `[P, n, C]`, P encoder sequences (crops, tiles, frames) of n patches ([CLS]
+                removed); or `[S, C]` for encoders that run all patches in one packed sequence.
             call: Arguments of `get_<modality>_features` by name.
 
         Returns:
@@ -125,6 +125,10 @@ class ModelAdapter(ABC):
     ) -> Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]:
         """`(grid, crops)` of each image or video with `counts[i]` visual tokens; one is None."""
 
+    def features(self, modality: Modality, output: Any) -> tuple[Tensor, ...]:
+        """`[N_i, D]` that the model scatters for each image, from `get_<modality>_features`."""
+        return tuple(output.pooler_output)
+
     def signals(self) -> frozenset[Signal]:
         """Signals this family can give."""
         always = set(Signal) - {Signal.CLS_ATTENTION}
@@ -132,7 +136,7 @@ class ModelAdapter(ABC):
 
     # --- checks
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  (optional to fill in, not abstract)
         """Refuse a configuration the runtime would get wrong (override to add rules).
 
         Raises:

@@ -47,10 +47,6 @@ class Compressor(ABC):
     mean_keep_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            # YAML has lists only; a list would make the object unhashable
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
         given = [
             f
             for f in ("keep_ratio", "num_tokens", "mean_keep_ratio")
@@ -58,9 +54,9 @@ class Compressor(ABC):
         ]
         if len(given) > 1:
             raise BudgetError(f"give one budget, got {' and '.join(given)}")
-        for name in ("keep_ratio", "mean_keep_ratio"):
-            if (value := getattr(self, name)) is not None:
-                check_ratio(name, value)
+        for field in ("keep_ratio", "mean_keep_ratio"):
+            if (value := getattr(self, field)) is not None:
+                check_ratio(field, value)
         if self.num_tokens is not None:
             Budget(num_tokens=self.num_tokens)
             if self.num_tokens < 1:

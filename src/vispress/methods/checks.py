@@ -44,7 +44,7 @@ def check_ascending(name: str, values: Sequence[object], *, low: int) -> None:
         ConfigError: Empty, another type, too small, or out of order.
     """
     if not isinstance(values, tuple) or not values:
-        raise ConfigError(f"{name} must be a non-empty list of integers, got {values!r}")
+        raise ConfigError(f"{name} must be a non-empty tuple of integers, got {values!r}")
     for value in values:
         check_integer(name, value, low=low)
     if list(values) != sorted(set(values)):

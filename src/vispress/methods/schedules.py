@@ -38,7 +38,7 @@ def check_schedule(
         check_ascending("layers", layers, low=1)
     if ratios is not None:
         if not isinstance(ratios, tuple) or not ratios:
-            raise ConfigError(f"ratios must be a non-empty list of numbers, got {ratios!r}")
+            raise ConfigError(f"ratios must be a non-empty tuple of numbers, got {ratios!r}")
         for ratio in ratios:
             check_ratio("ratios", ratio)
         if list(ratios) != sorted(ratios, reverse=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vispress.reference.optim import MuonAdamW
+from vispress.reference.parallel import average_gradients, is_main, rank_and_world
 
 _WARM_UP: Final = 0.02
 _CLIP: Final = 1.0
@@ -116,21 +117,23 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             params += group["params"]
+        now = time.perf_counter()
+        self.at.seconds = average_gradients(params, self.at.seconds + now - self._tick)
+        self._tick = now
         torch.nn.utils.clip_grad_norm_(params, _CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        now = time.perf_counter()
-        self.at.seconds += now - self._tick
-        self._tick = now
         self.at.step += 1
-        self.at.images += images
+        self.at.images += images * rank_and_world()[1]
 
     def skip_time(self) -> None:
         """Do not count what happened since the last `advance` (evaluation, say)."""
         self._tick = time.perf_counter()
 
     def log(self, values: dict[str, Any]) -> None:
-        """Append a line to `log.jsonl`, with the counters."""
+        """Append a line to `log.jsonl`, with the counters (main process only)."""
+        if not is_main():
+            return
         line = {
             "step": self.at.step,
             "images": self.at.images,
@@ -141,7 +144,9 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
-        """Write everything a resume needs in one file, atomically."""
+        """Write everything a resume needs in one file, atomically (main process only)."""
+        if not is_main():
+            return
         tensors = {
             f"{name}.{key}": value.detach().clone().contiguous()
             for name, module in self.modules.items()
@@ -215,11 +220,12 @@ def _same(batch: Any) -> Any:
 
 
 def stream(data: Dataset[Any], start: int, *, workers: int) -> Iterator[Any]:
-    """Batches `data[start], data[start + 1], ...` without end, drawn by worker processes."""
+    """This process's share of `data[start * world], data[start * world + 1], ...`, without end."""
+    rank, world = rank_and_world()
     loader: DataLoader[Any] = DataLoader(
         data,
         batch_size=None,
-        sampler=range(start, 1 << 40),
+        sampler=range(start * world + rank, 1 << 40, world),
         num_workers=workers,
         collate_fn=_same,
         prefetch_factor=6 if workers else None,

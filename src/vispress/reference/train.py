@@ -13,6 +13,7 @@ from vispress.reference.dense import DenseHeads
 from vispress.reference.evaluate import accuracy
 from vispress.reference.loop import Budget, Run
 from vispress.reference.model import TEXT_WIDTH, VISION_WIDTH, build_model, reference_config
+from vispress.reference.parallel import is_main
 from vispress.reference.processor import build_processor
 from vispress.reference.train_language import train_language
 from vispress.reference.train_vision import train_vision
@@ -29,7 +30,8 @@ def train_reference(
     resume: bool = True,
     device: str | torch.device = "cpu",
     workers: int = 1,
-    batch: int | None = None,
+    vision_batch: int = 32,
+    language_batch: int = 16,
     questions: int = 1000,
     check_questions: int = 64,
     config: dict[str, int] | None = None,
@@ -51,7 +53,8 @@ def train_reference(
         resume: Continue from saved state; `False` starts over and overwrites it.
         device: `"cpu"`, `"cuda"` or `"cuda:1"`.
         workers: Processes that draw scenes; 8 or more keep a GPU busy.
-        batch: Images a step in both stages; default 32, then 16.
+        vision_batch: Images a step in stage 1.
+        language_batch: Images a step in stage 2.
         questions: Held-out questions a kind in the final evaluation.
         check_questions: The same at every saved state; 0 for none.
         config: Arguments for `reference_config`.
@@ -81,15 +84,21 @@ def train_reference(
         heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(place)
     for_training(model)
     common: dict[str, Any] = {"seed": seed, "device": place, "workers": workers, "resume": True}
-    if batch is not None:
-        common["batch"] = batch
-    train_vision(model, heads, out / "vision", budget=budgets[0], **common)
+    train_vision(model, heads, out / "vision", budget=budgets[0], batch=vision_batch, **common)
 
     def report(run: Run) -> None:
         _report(model, out, run, check_questions)
 
-    train_language(model, heads, out / "language", budget=budgets[1], report=report, **common)
-    return finish(out, model, questions=questions)
+    train_language(
+        model,
+        heads,
+        out / "language",
+        budget=budgets[1],
+        batch=language_batch,
+        report=report,
+        **common,
+    )
+    return finish(out, model, questions=questions) if is_main() else {}
 
 
 def _report(model: LlavaForConditionalGeneration, out: Path, run: Run, questions: int) -> None:

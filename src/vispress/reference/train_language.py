@@ -17,6 +17,7 @@ from vispress.reference.loop import Budget, Run, stream
 from vispress.reference.model import encode_image, normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import LanguageStream, PackedBatch
+from vispress.reference.parallel import is_main, rank_and_world
 
 BATCH: Final = 16
 SLOTS: Final = 7
@@ -103,11 +104,12 @@ def train_language(
         resume: Continue from the state in `folder` if there is one.
         device: Where `model` and `heads` are.
         workers: Processes that draw.
-        batch: Images a step.
+        batch: Images a step, shared evenly by all processes.
         easy: The first so many images show fewer objects.
         every: Steps between saved states.
         report: Called after each saved state (evaluation, export).
     """
+    share = batch // rank_and_world()[1]
     words = model.get_input_embeddings()
     modules: dict[str, torch.nn.Module] = {
         "vision": model.model.vision_tower,
@@ -122,10 +124,10 @@ def train_language(
     )
     if resume:
         run.resume()
-    data: Dataset[PackedBatch] = LanguageStream(seed, batch, SLOTS, easy)
+    data: Dataset[PackedBatch] = LanguageStream(seed, share, SLOTS, easy)
     batches = stream(data, run.at.step, workers=workers)
     sums: dict[str, Any] = {}
-    with tqdm(total=100, desc="language", unit="%") as bar:
+    with tqdm(total=100, desc="language", unit="%", disable=not is_main()) as bar:
         while run.progress < 1:
             packed: PackedBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
@@ -133,7 +135,7 @@ def train_language(
                 early = run.progress < EARLY_UNTIL
                 loss, hits = answer_loss(model, hidden, packed, early=early)
                 dense, scores = heads(*seen, words.weight, packed.dense)
-            run.advance(loss + 0.1 * dense, batch)
+            run.advance(loss + 0.1 * dense, share)
             for key, value in {"loss": loss.detach(), "first": hits, **scores}.items():
                 sums[key] = sums.get(key, 0.0) + value
             if run.at.step % 50 == 0:
@@ -142,9 +144,9 @@ def train_language(
                 sums = {}
             if run.at.step % every == 0:
                 run.save()
-                if report is not None:
+                if report is not None and is_main():
                     report(run)
             bar.update(min(100.0, 100 * run.progress) - bar.n)
     run.save()
-    if report is not None:
+    if report is not None and is_main():
         report(run)

@@ -12,6 +12,7 @@ from vispress.reference.dense import DenseBatch, DenseHeads, collate
 from vispress.reference.loop import Budget, Run, stream
 from vispress.reference.model import encode_image, normalise
 from vispress.reference.optim import make_optimizer
+from vispress.reference.parallel import is_main, rank_and_world
 from vispress.reference.scenes import draw_scene
 
 BATCH: Final = 32
@@ -60,8 +61,9 @@ def train_vision(
         resume: Continue from the state in `folder` if there is one.
         device: Where `model` and `heads` are.
         workers: Processes that draw.
-        batch: Images a step.
+        batch: Images a step, shared evenly by all processes.
     """
+    share = batch // rank_and_world()[1]
     words = model.get_input_embeddings()
     modules: dict[str, torch.nn.Module] = {
         "vision": model.model.vision_tower,
@@ -76,15 +78,15 @@ def train_vision(
     )
     if resume:
         run.resume()
-    batches = stream(VisionStream(seed, batch), run.at.step, workers=workers)
+    batches = stream(VisionStream(seed, share), run.at.step, workers=workers)
     sums: dict[str, Any] = {}
-    with tqdm(total=100, desc="vision", unit="%") as bar:
+    with tqdm(total=100, desc="vision", unit="%", disable=not is_main()) as bar:
         while run.progress < 1:
             data: DenseBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 seen = encode_image(model, normalise(data.pixels))
                 loss, scores = heads(*seen, words.weight, data)
-            run.advance(loss, batch)
+            run.advance(loss, share)
             for key, value in {"loss": loss.detach(), **scores}.items():
                 sums[key] = sums.get(key, 0.0) + value
             if run.at.step % 50 == 0:

@@ -1,21 +1,19 @@
 """PyramidDrop against its official code, stage by stage."""
 
-from dataclasses import replace
-
 import torch
-
-from tests.methods.helpers import make_tokens
+from tests.methods.helpers import only
 from tests.parity.stages import attention_rows, drop, image_part, sequence_length
 from tests.parity.vectors import close, each_case, same_kept
+
 from vispress.methods import PyramidDrop
 
 
 @each_case("pyramiddrop")
 def test_every_stage_keeps_what_the_official_code_keeps(case):
-    layers = case["param/layer_list"].tolist()
-    method = PyramidDrop(layers=layers, ratios=case["param/ratios"].tolist())
+    layers = tuple(case["param/layer_list"].tolist())
+    method = PyramidDrop(layers=layers, ratios=tuple(case["param/ratios"].tolist()))
     placements = method.placements(case["param/n_layers"])
-    assert [p.layer for p in placements] == layers
+    assert tuple(p.layer for p in placements) == layers
     alive = torch.arange(sequence_length(case))
     for stage, placement in enumerate(placements):
         out = {k.split("_", 1)[1]: v for k, v in case.items() if f"stage{stage}_" in k}
@@ -24,7 +22,7 @@ def test_every_stage_keeps_what_the_official_code_keeps(case):
         assert alive[image].tolist() == out["scored_positions"].tolist()
         last = case["in/q_last_instruction"][stage][:, None]
         rows = attention_rows(last, case["in/k"][stage], alive)[..., image]
-        tokens = replace(make_tokens(1, rows.shape[-1]), query_attention=rows[None])
+        tokens = only(query_attention=rows[None])
         score = method.score(tokens)[0]
         close(score, out["score"])
         num_keep = placement.budget.resolve(case["param/image_tokens"])

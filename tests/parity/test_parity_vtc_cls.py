@@ -1,11 +1,9 @@
 """VTC-CLS against its official code."""
 
-from dataclasses import replace
-
 import torch
-
-from tests.methods.helpers import make_tokens
+from tests.methods.helpers import only
 from tests.parity.vectors import close, each_case, same_kept
+
 from vispress.methods import VTCCLS
 
 
@@ -16,8 +14,7 @@ def test_keeps_what_the_official_code_keeps(case):
     method = VTCCLS(start_layer=case["param/start_layer"], num_tokens=num_keep)
     layers = method.encoder_layers(len(rows), feature_layer=len(rows) - 2)
     attention = rows[list(layers)]  # [E, H, N]
-    tokens = replace(
-        make_tokens(1, rows.shape[-1]),
+    tokens = only(
         cls_attention=attention if len(layers) == 1 else attention[None],
         features=case["in/hidden_pen"][None, 1:],
     )

@@ -1,9 +1,9 @@
 """ZOO-Prune against its official code."""
 
 import torch
+from tests.parity.vectors import close, each_case
 from torch.nn.functional import gelu
 
-from tests.parity.vectors import close, each_case
 from vispress.methods import ZOOPrune
 from vispress.methods.zoo_prune import perturbation_scores, sads_select
 

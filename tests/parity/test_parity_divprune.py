@@ -1,9 +1,8 @@
 """DivPrune against its official code."""
 
-from dataclasses import replace
-
-from tests.methods.helpers import make_tokens
+from tests.methods.helpers import only
 from tests.parity.vectors import close, each_case
+
 from vispress.methods import DivPrune
 from vispress.methods.diversity import maxmin_select, nearest_distance, unit
 
@@ -17,7 +16,7 @@ def test_keeps_what_the_official_code_keeps(case):
     assert num_keep == case["param/keep_count"]
     first = nearest_distance(unit(x))
     close(first[0], case["out/first_score"])
-    (keep,) = method.plan(replace(make_tokens(1, x.shape[1]), features=x), num_keep).keep
+    (keep,) = method.plan(only(features=x), num_keep).keep
     if case["flag/ties"]:
         # the official code repeats picks here, which a plan may not
         assert len(keep.unique()) == num_keep

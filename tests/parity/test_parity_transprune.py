@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import torch
-
-from tests.methods.helpers import make_tokens
+from tests.methods.helpers import only
 from tests.parity.stages import attention_rows, drop, image_part, sequence_length
 from tests.parity.vectors import close, each_case, same_kept
+
 from vispress.methods import TransPrune
 from vispress.methods.transprune import transition_variation
 from vispress.types import Transition
@@ -37,10 +37,10 @@ def test_transition_weight_of_one_module(case):
 @each_case("transprune", having="param/pruning_layers")
 def test_every_stage_keeps_what_the_official_code_keeps(case):
     # "after layer n", counted from 1, is "before layer n", counted from 0
-    layers = case["param/pruning_layers"].tolist()
-    measured = [layer - 1 for layer in case["param/accumulating_layers"].tolist()]
+    layers = tuple(case["param/pruning_layers"].tolist())
+    measured = tuple(layer - 1 for layer in case["param/accumulating_layers"].tolist())
     method = TransPrune(
-        layers=layers, ratios=case["param/ratios"].tolist(), transition_layers=measured
+        layers=layers, ratios=tuple(case["param/ratios"].tolist()), transition_layers=measured
     )
     modules = [case[f"in/{name}"] for name in ("attn_in", "attn_out", "ffn_in", "ffn_out")]
     alive, steps = torch.arange(sequence_length(case)), {}
@@ -55,11 +55,7 @@ def test_every_stage_keeps_what_the_official_code_keeps(case):
                 x1, y1, x2, y2 = (m[measured.index(layer)][alive] for m in modules)
                 steps[layer] = measure(layer, [(x1, y1), (x2, y2)], image)
         rows = attention_rows(case["in/q_text"][stage], case["in/k"][stage], alive)[..., image]
-        tokens = replace(
-            make_tokens(1, rows.shape[-1]),
-            query_attention=rows[None],
-            transition=tuple(steps.values()),
-        )
+        tokens = only(query_attention=rows[None], transition=tuple(steps.values()))
         score = method.score(tokens)[0]
         close(2 * score, out["score"])
         for part, alpha in (("ttv", 1.0), ("iga", 0.0)):

@@ -1,12 +1,11 @@
 """FastV against its official code."""
 
 import math
-from dataclasses import replace
 
 import torch
-
-from tests.methods.helpers import make_tokens
+from tests.methods.helpers import only
 from tests.parity.vectors import close, each_case, same_kept
+
 from vispress.methods import FastV
 
 
@@ -25,7 +24,7 @@ def test_keeps_what_the_official_code_keeps(case):
     assert num_keep == case["param/keep_count"]
 
     seen = rows[placement.layer - 1, :, start : start + length]
-    tokens = replace(make_tokens(1, length), query_attention=seen[None, :, None])
+    tokens = only(query_attention=seen[None, :, None])
     score = method.score(tokens)[0]
     close(score, case["out/score"])
     (keep,) = method.plan(tokens, num_keep).keep

@@ -3,20 +3,19 @@
 from dataclasses import replace
 
 import torch
-
-from tests.methods.helpers import make_tokens, merged
+from tests.methods.helpers import make_tokens, merged, only
 from tests.parity.vectors import close, each_case
+
 from vispress.methods import VisionZip
 from vispress.types import CropLayout
 
 
 def bucket(case):
     hidden, metric = case["in/hidden"][:, 1:], case["in/metric"][:, 1:]
-    return replace(
-        make_tokens(*hidden.shape[:2]),
+    return only(
+        vision_features=hidden,
         cls_attention=case["in/cls_attn"][..., 1:],
         vision_keys=metric[:, None],
-        vision_features=hidden,
     )
 
 
@@ -67,7 +66,7 @@ def test_metric_is_the_mean_of_the_heads_keys(case):
 @each_case("visionzip", having="in/tokens_per_crop")
 def test_anyres_dominant_tokens_come_in_picture_order(case):
     crops, rows, cols = len(case["in/all_indices"]), case["param/grid_h"], case["param/grid_w"]
-    assert crops == rows * cols
+    assert crops == rows * cols  # no thumbnail in this function
     side, dominant = 24, case["param/dominant_without_cls"]  # 24 is fixed in the official code
     picture = torch.arange(rows * side)[:, None], torch.arange(cols * side)
     segment = (picture[0] // side * cols + picture[1] // side).flatten()
@@ -78,12 +77,16 @@ def test_anyres_dominant_tokens_come_in_picture_order(case):
         1, ranked, torch.arange(dominant, 0, -1).float().expand(crops, -1)
     )
     place = row * side + col
-    tokens = replace(make_tokens(1, crops=layout), cls_attention=score[segment, place][None, None])
+    attention = score[segment, place][None, None]
+    tokens = only(
+        cls_attention=attention, vision_keys=attention[..., None].contiguous(), crops=layout
+    )
     num_keep = crops * dominant
     (keep,) = VisionZip(contextual=0).plan(tokens, num_keep).keep
     sorted_places = ranked.sort(dim=1).values
     nth = [
-        torch.searchsorted(sorted_places[s], p).item() for s, p in zip(segment[keep], place[keep])
+        torch.searchsorted(sorted_places[s], p).item()
+        for s, p in zip(segment[keep], place[keep], strict=True)
     ]
     ours = case["in/tokens_per_crop"][segment[keep], 1 + torch.tensor(nth)]
     assert torch.equal(ours, case["out/tokens_out"][:num_keep])

@@ -1,11 +1,9 @@
 """FasterVLM against its official code."""
 
-from dataclasses import replace
-
 import torch
-
-from tests.methods.helpers import anyres, make_tokens
+from tests.methods.helpers import anyres, only
 from tests.parity.vectors import close, each_case, same_kept
+
 from vispress.methods import FasterVLM
 
 
@@ -19,11 +17,7 @@ def feature_attention(case):
 @each_case("fastervlm", having="out/keep_sorted")
 def test_keeps_what_the_official_code_keeps(case):
     attention = feature_attention(case)
-    tokens = replace(
-        make_tokens(len(attention), attention.shape[-1]),
-        cls_attention=attention,
-        features=case["in/hidden_pen"][:, 1:],
-    )
+    tokens = only(cls_attention=attention, features=case["in/hidden_pen"][:, 1:])
     num_keep = case["param/keep_count"]
     method = FasterVLM(num_tokens=num_keep)
     score = method.score(tokens)
@@ -42,7 +36,7 @@ def test_anyres_keeps_each_crop_s_share_in_picture_order(case):
     # our place -> the official (crop, token)
     official = crops.segment * side * side + crops.row * side + crops.col
     attention = feature_attention(case).transpose(0, 1).flatten(1)  # [H, crops * N]
-    tokens = replace(make_tokens(1, crops=crops), cls_attention=attention[None][..., official])
+    tokens = only(cls_attention=attention[None][..., official], crops=crops)
     num_keep = case["param/keep_count"] * len(case["out/score"])
     (keep,) = FasterVLM(num_tokens=num_keep).plan(tokens, num_keep).keep
     assert official[keep].tolist() == case["out/order_crop_token"].tolist()

@@ -1,0 +1,114 @@
+"""AnyRes: a thumbnail and a grid of crops, stitched, unpadded and broken by newline tokens."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispress.adapters.base import Modality
+from vispress.adapters.towers import Layout, TowerAdapter
+from vispress.errors import UnsupportedModelError
+from vispress.types import CropLayout
+
+
+class AnyResAdapter(TowerAdapter):
+    """Values travel through the model's own `pack_image_features`, with zeros for newlines."""
+
+    @abstractmethod
+    def _crops(self, call: Mapping[str, Any]) -> list[int]:
+        """Encoder sequences of each image, the thumbnail included."""
+
+    @abstractmethod
+    def _stitch(
+        self, images: Sequence[Tensor], call: Mapping[str, Any], *, resize: bool = True
+    ) -> list[Tensor]:
+        """The model's packing of `[crops, n, C]` an image; `resize=False`: never interpolate."""
+
+    def pack(
+        self, modality: Modality, values: Tensor, call: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Stitch and unpad as the model does."""
+        return tuple(self._stitch(torch.split(values, self._crops(call)), call))
+
+    def layouts(
+        self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
+    ) -> Sequence[Layout]:
+        """Crops from packing indices; for images that the model resizes, by nearest neighbour.
+
+        Resized tokens (OneVision beyond its limit of crops) are mixtures; such a token belongs to
+        the crop that holds its centre, and its row and column count resized tokens in that crop.
+        """
+        crops = self._crops(call)
+        places = torch.arange(1, sum(crops) * self._side**2 + 1, dtype=torch.float64)
+        split = torch.split(places.view(-1, self._side**2, 1), crops)
+        traced = self._stitch(split, call, resize=False)
+        shown = self._stitch([torch.ones_like(part) for part in split], call)
+        found: list[Layout] = []
+        for count, part, trace, mark in zip(counts, split, traced, shown, strict=True):
+            if len(mark) != count:
+                raise UnsupportedModelError(
+                    f"an image of {count} visual tokens should have {len(mark)} by its size"
+                )
+            # place of each token among the image's crops; -1 is a newline
+            place = torch.where(trace > 0, trace - part.min(), -1)[:, 0].long()
+            if len(place) == count:
+                found.append((None, self._layout(place)))
+            else:
+                found.append((None, self._resized(place, mark[:, 0] > 0)))
+        return found
+
+    def _layout(self, place: Tensor) -> CropLayout:
+        size = self._side**2
+        newline = place < 0
+        segment = torch.where(newline, -1, place // size)
+        row = torch.where(newline, -1, place % size // self._side)
+        col = torch.where(newline, -1, place % self._side)
+        return CropLayout(segment=segment, row=row, col=col)
+
+    def _resized(self, place: Tensor, visual: Tensor) -> CropLayout:
+        """Layout of a thumbnail and a resized grid, from the places before resizing.
+
+        Args:
+            place: `[N']` places of the grid as it was before, newlines -1.
+            visual: `[N]` bool, False on newlines of the resized grid.
+        """
+        thumbnail = self._side**2
+        base = self._layout(place[:thumbnail])
+        before = _unbroken(place[thumbnail:], place[thumbnail:] >= 0)
+        after = _unbroken(torch.arange(len(visual) - thumbnail), visual[thumbnail:])
+        rows = _nearest(len(after), len(before))
+        cols = _nearest(after.shape[1], before.shape[1])
+        whole = self._layout(before[rows][:, cols].flatten())
+        grid = [whole.segment, *_inside(whole.segment.view(after.shape))]
+        parts = []
+        for first, values in zip((base.segment, base.row, base.col), grid, strict=True):
+            newlines = torch.full((len(after), 1), -1)
+            broken = torch.cat([values.view(after.shape), newlines], dim=1)
+            parts.append(torch.cat([first, broken.flatten()]))
+        return CropLayout(segment=parts[0], row=parts[1], col=parts[2])
+
+
+def _unbroken(values: Tensor, visual: Tensor) -> Tensor:
+    """`[h * (w + 1)]` with a newline behind each row, as `[h, w]`."""
+    height = int((~visual).sum())
+    return values.view(height, -1)[:, :-1]
+
+
+def _nearest(small: int, large: int) -> Tensor:
+    """`[small]` places of `large` that hold the centres of `small` equal cells."""
+    return (2 * torch.arange(small) + 1) * large // (2 * small)
+
+
+def _inside(segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each place of `[h, w]` segments, counted from its segment's first."""
+    h, w = segment.shape
+    row = torch.arange(h)[:, None].expand(h, w)
+    col = torch.arange(w).expand(h, w)
+    first_row, first_col = torch.zeros_like(row), torch.zeros_like(col)
+    for each in torch.unique(segment):
+        own = segment == each
+        first_row = torch.where(own, row[own].min(), first_row)
+        first_col = torch.where(own, col[own].min(), first_col)
+    return row - first_row, col - first_col

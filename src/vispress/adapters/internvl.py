@@ -1,0 +1,57 @@
+"""InternVL: tiles of one size, 2 x 2 patches shuffled into one token."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality, register_adapter
+from vispress.adapters.towers import Layout, TowerAdapter
+
+
+@register_adapter("InternVLModel")
+class InternVLAdapter(TowerAdapter):
+    """`InternVLModel`; to it, and so here, an "image" is one tile.
+
+    The model is given tiles (the thumbnail last when there are several) and no word on which belong
+    together. Budgets are therefore per tile.
+    """
+
+    family = "internvl"
+    has_cls = True
+
+    @property
+    def _tower(self) -> Any:
+        return self.base.vision_tower
+
+    def encoder_attentions(self) -> Sequence[nn.Module]:
+        """InternViT's attention modules."""
+        return [layer.attention for layer in self._tower.encoder.layer]
+
+    def _known_tower(self) -> bool:
+        return hasattr(getattr(self._tower, "encoder", None), "layer")
+
+    def pack(
+        self, modality: Modality, values: Tensor, call: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Mean over the patches that the pixel shuffle joins; joined rows are in order already."""
+        h, w = self._patches(call)
+        if values.shape[1] == h * w:
+            ratio = self.base.config.downsample_ratio
+            grid = values.reshape(len(values), h, w, -1)
+            joined = self.base.pixel_shuffle(grid, scale_factor=ratio).flatten(1, 2)
+            values = joined.unflatten(-1, (-1, values.shape[-1])).mean(-2)
+        return tuple(values.unbind(0))
+
+    def layouts(
+        self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
+    ) -> Sequence[Layout]:
+        """The raster of each tile."""
+        ratio = self.base.config.downsample_ratio
+        h, w = (int(size * ratio) for size in self._patches(call))
+        return [((1, h, w) if h * w == count else (1, 1, count), None) for count in counts]
+
+    def _patches(self, call: Mapping[str, Any]) -> tuple[int, int]:
+        patch_h, patch_w = self.base.config.vision_config.patch_size
+        height, width = call["pixel_values"].shape[-2:]
+        return height // patch_h, width // patch_w

@@ -1,0 +1,139 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one packed encoder sequence, 2 x 2 merging, M-RoPE."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality, ModelAdapter, register_adapter
+from vispress.adapters.towers import Layout
+from vispress.errors import UnsupportedModelError
+
+
+@register_adapter("Qwen2VLModel")
+class Qwen2VLAdapter(ModelAdapter):
+    """`Qwen2VLModel`: patches come in groups that are merged, images and frames one after another.
+
+    Token inputs of the merger are `[N, merge**2 * Dv]`: the concatenated patches of each token.
+    """
+
+    family = "qwen2_vl"
+    packed = True
+    mrope = True
+
+    @property
+    def _merge(self) -> int:
+        """Patches along one edge of a token."""
+        return int(self.base.visual.spatial_merge_size)
+
+    def placeholders(self) -> Mapping[Modality, int]:
+        """Image and video token ids."""
+        config = self.base.config
+        return {"image": config.image_token_id, "video": config.video_token_id}
+
+    def encoder_attentions(self) -> Sequence[nn.Module]:
+        """The vision blocks' attention modules."""
+        return [block.attn for block in self.base.visual.blocks]
+
+    def feature_layer(self) -> int:
+        """The last block."""
+        return len(self.base.visual.blocks) - 1
+
+    @property
+    def projector(self) -> nn.Module:
+        """The merger."""
+        return self.base.visual.merger  # type: ignore[no-any-return]
+
+    def project(self, projector: nn.Module, features: Tensor) -> Tensor:
+        """Split token inputs `[..., N, merge**2 * Dv]` into patches again, and merge."""
+        patches = features.reshape(-1, features.shape[-1] // self._merge**2)
+        merged = projector(patches)
+        return merged.view(*features.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """`[S, Dv]` patches as `[S / merge**2, merge**2 * Dv]` token inputs, in encoder order."""
+        return raw.reshape(-1, self._merge**2 * raw.shape[-1])
+
+    def pack(
+        self, modality: Modality, values: Tensor, call: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Mean over the patches of a token, in raster order; token rows are only put in order."""
+        grid = _grid(modality, call)
+        sizes = [t * h * w // self._merge**2 for t, h, w in grid.tolist()]
+        values = values.reshape(-1, values.shape[-1])
+        if len(values) == sum(sizes) * self._merge**2:
+            values = values.reshape(-1, self._merge**2, values.shape[-1]).mean(1)
+        elif len(values) != sum(sizes):
+            raise UnsupportedModelError(
+                f"{len(values)} encoder rows do not fit {sum(sizes)} visual tokens"
+            )
+        return torch.split(self._in_order(values, grid), sizes)
+
+    def _in_order(self, values: Tensor, grid: Tensor) -> Tensor:
+        """Token rows from encoder order to raster order."""
+        return values
+
+    def layouts(
+        self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
+    ) -> Sequence[Layout]:
+        """The raster of merged tokens; frames (or temporal patches) are its first axis."""
+        found: list[Layout] = []
+        for count, (t, h, w) in zip(counts, _grid(modality, call).tolist(), strict=True):
+            grid = (t, h // self._merge, w // self._merge)
+            if grid[0] * grid[1] * grid[2] != count:
+                raise UnsupportedModelError(f"{count} visual tokens do not fit the grid {grid}")
+            found.append((grid, None))
+        return found
+
+
+@register_adapter("Qwen2_5_VLModel")
+class Qwen25VLAdapter(Qwen2VLAdapter):
+    """`Qwen2_5_VLModel`: most blocks attend in windows, and the encoder order is by windows."""
+
+    family = "qwen2_5_vl"
+
+    def feature_layer(self) -> int:
+        """The last block with full attention."""
+        return max(self.global_layers())
+
+    def global_layers(self) -> Sequence[int]:
+        """Blocks with full attention."""
+        return sorted(self.base.visual.fullatt_block_indexes)
+
+    def check(self) -> None:
+        """At least one block with full attention, to compare tokens of different windows."""
+        if not self.global_layers():
+            raise UnsupportedModelError(
+                "the vision encoder has no full-attention block (fullatt_block_indexes is empty)"
+            )
+
+    def _in_order(self, values: Tensor, grid: Tensor) -> Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        visual = self.base.visual
+        index, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        return values[torch.argsort(index).to(values.device)]
+
+
+@register_adapter("Qwen3VLModel")
+class Qwen3VLAdapter(Qwen2VLAdapter):
+    """`Qwen3VLModel`: as Qwen2-VL, with DeepStack features (the runtime's affair).
+
+    A video is one item of `t` frames; its placeholders come in one run a frame, with timestamps in
+    the text between. Its `get_video_features` calls `get_image_features`, with the image names.
+    """
+
+    family = "qwen3_vl"
+
+
+def _grid(modality: Modality, call: Mapping[str, Any]) -> Tensor:
+    """`[images, 3]`, in patches."""
+    grid = call.get(f"{modality}_grid_thw")
+    # Qwen3-VL hands videos to its image method
+    return call["image_grid_thw"] if grid is None else grid  # type: ignore[no-any-return]

@@ -1,0 +1,88 @@
+"""What families with a `vision_tower` and a `multi_modal_projector` have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality, ModelAdapter
+from vispress.errors import UnsupportedModelError
+from vispress.types import CropLayout
+
+Layout = tuple[tuple[int, int, int] | None, CropLayout | None]
+"""`(grid, crops)` of one image or video; one of them is None."""
+
+
+class TowerAdapter(ModelAdapter):
+    """CLIP or SigLIP sequences (one a crop), an MLP, and features in the encoder's order."""
+
+    @property
+    def has_cls(self) -> bool:  # type: ignore[override]
+        """CLIP encoders have [CLS], SigLIP ones do not."""
+        return hasattr(self._tower.embeddings, "class_embedding")
+
+    @property
+    def _tower(self) -> Any:
+        tower = self.base.vision_tower
+        return getattr(tower, "vision_model", tower)
+
+    @property
+    def _side(self) -> int:
+        """Patches along one edge of a crop."""
+        vision = self.base.config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
+    def placeholders(self) -> Mapping[Modality, int]:
+        """The image token id."""
+        return {"image": self.base.config.image_token_id}
+
+    def encoder_attentions(self) -> Sequence[nn.Module]:
+        """The encoder's attention modules."""
+        return [layer.self_attn for layer in self._tower.encoder.layers]
+
+    def feature_layer(self) -> int:
+        """`hidden_states[i]` is the output of layer `i - 1` (index 0 is the embedding)."""
+        layer = int(self.base.config.vision_feature_layer)
+        return layer - 1 if layer >= 0 else len(self.encoder_attentions()) + layer
+
+    @property
+    def projector(self) -> nn.Module:
+        """The MLP."""
+        return self.base.multi_modal_projector  # type: ignore[no-any-return]
+
+    def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Already `[P, n, Dv]`, without [CLS]."""
+        return raw
+
+    def check(self) -> None:
+        """Known towers, one feature layer, and [CLS] left out where there is one."""
+        config, name = self.base.config, type(self.base).__name__
+        if not self._known_tower():
+            raise UnsupportedModelError(
+                f"{name} with a {type(self._tower).__name__}: CLIP and SigLIP towers are supported"
+            )
+        layer = config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise UnsupportedModelError(
+                f"vision_feature_layer={layer!r} mixes encoder layers; one integer is supported"
+            )
+        count = len(self.encoder_attentions())
+        if not 0 <= self.feature_layer() < count:
+            raise UnsupportedModelError(
+                f"vision_feature_layer={layer} is no encoder layer's output; valid are -{count} "
+                f"to -1 and 1 to {count}"
+            )
+        wanted = "default" if self.has_cls else "full"
+        if config.vision_feature_select_strategy != wanted:
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy={config.vision_feature_select_strategy!r}: an "
+                f"encoder {'with' if self.has_cls else 'without'} [CLS] needs {wanted!r}"
+            )
+
+    def _known_tower(self) -> bool:
+        layers: Any = getattr(getattr(self._tower, "encoder", None), "layers", ())
+        return (
+            hasattr(self._tower, "embeddings")
+            and len(layers) > 0
+            and hasattr(layers[0], "self_attn")
+        )

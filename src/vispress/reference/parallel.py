@@ -1,0 +1,44 @@
+"""Data parallel training on one machine: on a shared CPU, single threads beat one thread pool.
+
+A pool waits at every operation for its slowest thread; processes meet only once a step.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process and how many there are; (0, 1) without `torch.distributed`."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_main() -> bool:
+    """Whether this process logs, saves and evaluates."""
+    return rank_and_world()[0] == 0
+
+
+@torch.no_grad()
+def average_gradients(params: list[nn.Parameter], seconds: float) -> float:
+    """Replace gradients by their mean over processes.
+
+    Args:
+        params: The same, in the same order, in every process.
+        seconds: Training time as this process measured it.
+
+    Returns:
+        The main process's `seconds`, so that all agree on when to end.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return seconds
+    grads = [p.grad for p in params if p.grad is not None]
+    clock = torch.tensor([seconds * world if rank == 0 else 0.0], device=grads[0].device)
+    flat = torch.cat([g.flatten() for g in grads] + [clock])
+    dist.all_reduce(flat)
+    flat /= world
+    parts: list[Tensor] = list(flat[:-1].split([g.numel() for g in grads]))
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+    return float(flat[-1])

@@ -1,0 +1,90 @@
+"""The oracle for any generation mode: the untouched model with its own full cache, and masks.
+
+Unlike `oracle_generate`, which re-runs the whole sequence, this lets `generate` run as it likes on the
+untouched model: beams, sampling, several turns. The dropped tokens stay in the cache and are masked.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.laws.oracle import language_model
+
+
+@contextmanager
+def masked_model(
+    model: Any,
+    alive: Sequence[Tensor],
+    positions: str = "original",
+    values: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[None]:
+    """Inside, `model` attends to alive positions only.
+
+    Args:
+        model: Not compressed.
+        alive: `[B, L]` a decoder layer, for the prompt; later positions are alive.
+        positions: `"compact"` renumbers in each layer.
+        values: As in `oracle_forward`, for the prompt.
+    """
+    stack = language_model(model)
+    seen: dict[str, Any] = {}
+
+    def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["ids"] = kwargs.get("position_ids")
+
+    def hook_of(index: int) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            (hidden,) = args
+            cache = kwargs.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length(index))
+            total = past + hidden.shape[1]
+            live = _grow(alive[index], hidden.shape[0], total)
+            valid = _grow(seen["valid"], hidden.shape[0], total)
+            if past == 0 and index in (values or {}):
+                assert values is not None
+                rows, new = values[index]
+                repeats = hidden.shape[0] // rows.shape[0]
+                where = _grow(rows, hidden.shape[0], total, fill=False)
+                if repeats > 1:  # values are in row-major order of the unrepeated batch
+                    counts = rows.sum(1).tolist()
+                    new = torch.cat([part.repeat(repeats, 1) for part in new.split(counts)])
+                hidden = hidden.masked_scatter(where[..., None], new.to(hidden.dtype))
+            at = torch.arange(past, total)
+            allow = (torch.arange(total) <= at[:, None]) & live[:, None]
+            own = torch.arange(total) == at[:, None]
+            allow = (allow | (own & ~live[:, past:, None]))[:, None]
+            kwargs = kwargs | {"attention_mask": allow}
+            if positions == "compact":
+                dropped = (valid & ~live).long().cumsum(1)[:, past:]
+                ids = seen["ids"]
+                ids = at.expand(hidden.shape[0], -1) if ids is None else ids
+                kwargs["position_embeddings"] = stack.rotary_emb(hidden, (ids - dropped).clamp(min=0))
+            return (hidden,), kwargs
+
+        return hook
+
+    # layer 0 before any placement in the LLM still has all real tokens; pads are alive nowhere
+    seen["valid"] = torch.stack(list(alive)).any(0)
+    handles = [stack.register_forward_pre_hook(note, with_kwargs=True)]
+    for i, layer in enumerate(stack.layers):
+        handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def with_valid(alive: Sequence[Tensor], valid: Tensor) -> list[Tensor]:
+    """`alive` with a further entry that says which positions are real (for compact positions)."""
+    return [*alive, valid]
+
+
+def _grow(mask: Tensor, batch: int, length: int, *, fill: bool = True) -> Tensor:
+    """A prompt's mask for repeated samples (beams) and generated tokens."""
+    mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)
+    more = length - mask.shape[1]
+    return torch.cat([mask, mask.new_full((batch, more), fill)], dim=1) if more > 0 else mask[:, :length]

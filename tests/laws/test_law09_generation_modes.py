@@ -1,0 +1,203 @@
+"""Law 9: greedy, sampling, beams, static caches, assisted decoding and second turns agree with the oracle."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from tests.laws.cases import FAMILIES, inputs_of, make, model_of, run
+from tests.laws.masked import masked_model, with_valid
+from tests.laws.oracle import generate_positions, oracle_expand, oracle_forward
+from tests.tiny import Image, Sample, Text, make_inputs
+from vispress import compress_model, compressed, compression_report, remove_compression
+
+METHODS = ["fastv", "divprune", "pyramiddrop", "visionzip"]
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "beams_returned": {"num_beams": 3, "num_return_sequences": 2},
+    "beam_sampling": {"num_beams": 2, "do_sample": True},
+    "static": {"cache_implementation": "static"},
+    "static_beams": {"cache_implementation": "static", "num_beams": 2},
+}
+
+
+def generate(model: Any, inputs: dict[str, Any], **mode: Any) -> Any:
+    torch.manual_seed(7)
+    return model.generate(
+        **inputs, **({"do_sample": False} | mode), max_new_tokens=4, min_new_tokens=4,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+
+
+def oracle_of(result: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    return with_valid(result.alive, inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mode_equals_the_masked_model(family: str, method: str, mode: str) -> None:
+    model, inputs = model_of(family), inputs_of(family)
+    result = run(model, inputs, make(family, method))
+    with masked_model(model, oracle_of(result, inputs), result.positions, result.values):
+        plain = {k: v for k, v in MODES[mode].items() if k != "cache_implementation"}
+        expected = generate(model, inputs, **plain)
+    with compressed(model, make(family, method)):
+        got = generate(model, inputs, **MODES[mode])
+    assert torch.equal(got.sequences, expected.sequences)
+    difference = torch.stack(got.logits, 1) - torch.stack(expected.logits, 1)
+    assert difference.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "visionzip"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_cache_every_step_equals_its_own_masked_forward(family: str, method: str) -> None:
+    """Without a cache each step is a prefill and decides anew (methods that read the last token too)."""
+    model, inputs = model_of(family), inputs_of(family)
+    with compressed(model, make(family, method)):
+        got = generate(model, inputs, use_cache=False)
+    start = inputs["input_ids"].shape[1]
+    for step in range(4):
+        grown = dict(inputs) | {"input_ids": got.sequences[:, : start + step]}
+        ones = inputs["attention_mask"].new_ones(len(got.sequences), step)
+        grown["attention_mask"] = torch.cat([inputs["attention_mask"], ones], dim=1)
+        if "mm_token_type_ids" in grown:
+            kinds = grown["mm_token_type_ids"]
+            grown["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(ones).to(kinds)], dim=1)
+        # as generate does; left to itself, forward counts padding in
+        grown["position_ids"] = generate_positions(model, grown, start)
+        result = run(model, grown, make(family, method))
+        masked = oracle_forward(model, grown, result.alive, result.positions, result.values)
+        last = oracle_expand(masked, result.alive[-1])[:, -1]
+        assert (got.logits[step] - last).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_prompt_lookup_decoding_equals_greedy(family: str) -> None:
+    model = model_of(family)
+    inputs = make_inputs(family, [Sample([Text(6), Image(4, 4), Text(8)])])
+    for method in ("fastv", "divprune"):
+        with compressed(model, make(family, method)):
+            greedy = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            lookup = model.generate(
+                **inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3
+            )
+        assert torch.equal(greedy, lookup)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_of_text_continues_on_the_short_cache(family: str, method: str) -> None:
+    model = model_of(family)
+    inputs = inputs_of(family)
+    result = run(model, inputs, make(family, method))
+    more = torch.randint(3, 100, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(3))
+
+    def two_turns(cache: Any) -> tuple[Any, Any]:
+        first = model.generate(
+            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, past_key_values=cache
+        )
+        ids = torch.cat([first, more], dim=1)
+        ones = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
+        mask = torch.cat([inputs["attention_mask"], ones], dim=1)
+        extra = {}
+        if "mm_token_type_ids" in inputs:
+            kinds = inputs["mm_token_type_ids"]
+            extra["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(ones).to(kinds)], dim=1)
+        second = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3,
+            min_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            **extra,
+        )  # fmt: skip
+        return first, second
+
+    with masked_model(model, oracle_of(result, inputs), result.positions, result.values):
+        expected = two_turns(DynamicCache())
+    with compressed(model, make(family, method)):
+        got = two_turns(cache := DynamicCache())
+    assert torch.equal(got[1].sequences, expected[1].sequences)
+    assert (torch.stack(got[1].logits) - torch.stack(expected[1].logits)).abs().max() < 1e-5
+    # what the cache says is the full length; what it holds is not
+    assert cache.get_seq_length() == got[1].sequences.shape[1] - 1
+    assert cache.layers[-1].keys.shape[2] < cache.get_seq_length()
+
+
+# transformers itself cannot reuse a cache with a new image on M-RoPE models (its rope index fails)
+@pytest.mark.parametrize("method", [*METHODS, "fastervlm"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl"])
+def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) -> None:
+    model = model_of(family)
+    first = make_inputs(family, [Sample([Text(4), Image(4, 4), Text(5)])])
+    second = make_inputs(family, [Sample([Text(3), Image(4, 6), Text(6)])], seed=5)
+    ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
+    mask = torch.ones_like(ids)
+    with compressed(model, make(family, method)), torch.no_grad():
+        cache = DynamicCache()
+        model(**first, past_key_values=cache)
+        one = compression_report(model)
+        got = model(**(second | {"attention_mask": mask}), past_key_values=cache).logits
+        report = compression_report(model)
+    n = first["input_ids"].shape[1]
+    alive = [report.alive(i) for i in range(report.num_layers)]
+    assert all(torch.equal(alive[i][:, :n], one.alive(i)) for i in range(report.num_layers))
+    assert report.samples[0].images[0].num_kept < report.samples[0].images[0].num_visual
+    if method == "visionzip":  # values of both turns would have to be collected; rows are checked above
+        return
+    with masked_model(model, [*alive, mask.bool()], make(family, method).default_positions), torch.no_grad():
+        full = DynamicCache()
+        model(**first, past_key_values=full)
+        expected = model(**(second | {"attention_mask": mask}), past_key_values=full).logits
+    expected = oracle_expand(expected, alive[-1][:, n:])
+    assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_user_made_static_cache_is_allocated_short(method: str) -> None:
+    model, inputs = model_of("llava"), inputs_of("llava")
+    L = inputs["input_ids"].shape[1]
+    with compressed(model, make("llava", method)):
+        greedy = generate(model, inputs).sequences
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=L + 8)
+        got = generate(model, inputs, past_key_values=cache).sequences
+        report = compression_report(model)
+    assert torch.equal(got, greedy)
+    rows = int(report.alive(report.num_layers - 1).sum(1).max())
+    assert cache.layers[-1].keys.shape[2] == L + 8 - (L - rows)
+
+
+def test_crop_and_batch_operations_keep_the_cache_in_step() -> None:
+    model, inputs = model_of("llava"), inputs_of("llava")
+    cache = DynamicCache()
+    with compressed(model, make("llava", "fastv")), torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        L = inputs["input_ids"].shape[1]
+        step = torch.full((3, 2), 9)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], dim=1)
+        once = model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        cache.crop(-2)
+        assert cache.get_seq_length() == L
+        again = model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        assert torch.equal(once, again)
+        cache.crop(-2)
+        order = torch.tensor([2, 0, 0])
+        cache.batch_select_indices(order)
+        picked = model(input_ids=step, attention_mask=mask[order], past_key_values=cache).logits
+        assert (picked - once[order]).abs().max() < 1e-9
+        with pytest.raises(RuntimeError, match="cannot crop"):
+            cache.crop(-(L - 2))
+
+
+def test_a_compressed_cache_is_refused_by_an_uncompressed_model() -> None:
+    model, inputs = model_of("llava"), inputs_of("llava")
+    cache = DynamicCache()
+    compress_model(model, "divprune", keep_ratio=0.5)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    remove_compression(model)
+    mask = torch.ones(3, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="new cache"):
+        model(input_ids=torch.full((3, 1), 9), attention_mask=mask, past_key_values=cache)
