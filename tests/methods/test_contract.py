@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -264,7 +265,7 @@ def test_the_mean_over_layers_is_what_was_asked(name, budget):
         return
     starts = [0, *(p.layer for p in placements), depth]
     counts = [size, *(p.budget.resolve(size) for p in placements)]
-    spans = (b - a for a, b in zip(starts, starts[1:], strict=False))
+    spans = (b - a for a, b in pairwise(starts))
     mean = sum(n * span for n, span in zip(counts, spans, strict=True)) / depth / size
     assert mean == pytest.approx(0.6, abs=2e-4)
 

@@ -60,12 +60,9 @@ def test_equal_tokens_are_picked_once_and_then_in_order():
     assert len({repeats[i].item() for i in order[:5]}) == 5
     assert sorted(order) == sorted(set(order))
     alone = kept(distinct[repeats], 12)
-    tokens = make_tokens(3, 45, dim=33)
-    tokens = replace(
-        tokens,
-        features=tokens.features.clone().index_copy(0, torch.tensor([1]), distinct[repeats][None]),
-    )
-    assert DivPrune().plan(tokens, 12).keep[1].tolist() == alone
+    others = torch.randn(2, 45, 33, generator=g)
+    together = torch.stack([others[0], distinct[repeats], others[1]])
+    assert DivPrune().plan(only(features=together), 12).keep[1].tolist() == alone
 
 
 def test_all_tokens_equal():

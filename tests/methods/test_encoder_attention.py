@@ -22,9 +22,7 @@ def test_golden_vector():
 
 
 def test_heads_are_averaged():
-    tokens = replace(
-        make_tokens(1, 3), cls_attention=torch.tensor([[[0.6, 0.1, 0.0], [0.0, 0.6, 0.5]]])
-    )
+    tokens = only(cls_attention=torch.tensor([[[0.6, 0.1, 0.0], [0.0, 0.6, 0.5]]]))
     assert FasterVLM().plan(tokens, 1).keep.tolist() == [[1]]
 
 

@@ -1,5 +1,7 @@
 """Schedules: published counts, solved ones, and what is refused; on PyramidDrop and TransPrune."""
 
+from itertools import pairwise
+
 import pytest
 
 from vispress.budget import geometric_ratios
@@ -20,7 +22,7 @@ def layers(method, num_layers=32):
 def mean_tokens(method, num_visual=576, num_layers=32):
     sizes = [num_visual, *counts(method, num_visual, num_layers)]
     starts = [0, *layers(method, num_layers), num_layers]
-    return sum(n * (b - a) for n, a, b in zip(sizes, starts, starts[1:], strict=False)) / num_layers
+    return sum(n * (b - a) for n, (a, b) in zip(sizes, pairwise(starts), strict=True)) / num_layers
 
 
 def test_published_counts_layers_and_means():
@@ -45,9 +47,7 @@ def visual_tflops(sizes):
 )
 def test_published_flops_are_met(method, published):
     starts, sizes = [0, *layers(method), 32], [576, *counts(method)]
-    per_layer = [
-        n for n, a, b in zip(sizes, starts, starts[1:], strict=False) for _ in range(b - a)
-    ]
+    per_layer = [n for n, (a, b) in zip(sizes, pairwise(starts), strict=True) for _ in range(b - a)]
     assert visual_tflops(per_layer) == pytest.approx(published, abs=0.01)
 
 
@@ -71,9 +71,7 @@ def test_the_published_point_lies_on_the_solved_family():
 
 def test_a_larger_mean_keeps_more_at_every_stage():
     found = [counts(TransPrune(keep_ratio=r / 20)) for r in range(6, 21)]
-    assert all(
-        a <= b for x, y in zip(found, found[1:], strict=False) for a, b in zip(x, y, strict=True)
-    )
+    assert all(a <= b for x, y in pairwise(found) for a, b in zip(x, y, strict=True))
     assert found[-1] == [576, 576, 576]
 
 
