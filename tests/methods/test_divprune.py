@@ -1,7 +1,5 @@
 """DivPrune: greedy max-min selection, by hand."""
 
-from dataclasses import replace
-
 import torch
 from tests.methods.helpers import make_tokens, only
 

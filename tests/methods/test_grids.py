@@ -113,7 +113,7 @@ def test_the_whole_grid_is_the_identity():
 def test_projector_inputs_are_resampled_and_then_projected():
     tokens = make_tokens(2, grid=(1, 4, 4))
     plan = Fourier().plan(tokens, 4)
-    inner = replace(tokens, features=tokens.vision_features)
+    inner = only(features=tokens.vision_features, grid=tokens.grid)
     mixed = Fourier(on="features").plan(inner, 4).features
     torch.testing.assert_close(plan.features, tokens.projector(mixed))
 

@@ -39,12 +39,12 @@ def assign_nearest_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # int64 before any multiply: B*N*D passes 2**31 for video
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    i_s = pid % splits
-    i_n = (pid // splits) % blocks_n
-    i_b = pid // splits // blocks_n
+    # int64 before any multiply: B*N*D passes 2**31 for video
+    i_s = (pid % splits).to(tl.int64)
+    i_n = ((pid // splits) % blocks_n).to(tl.int64)
+    i_b = (pid // splits // blocks_n).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     x_inv = tl.load(x_inv_ptr + i_b * N + o_n, mask=m_n, other=0.0)

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
+from vispress_kernels._heads import dot_in_chunks, head_rule, load_keys, load_queries
+from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch
 from vispress_kernels.column_attention.reference import query_counts
 
 
 @triton.jit
 def _scores(
-    q,  # [BLOCK_M, BLOCK_D]
-    k,  # [BLOCK_D, BLOCK_N]
+    dot,  # [BLOCK_M, BLOCK_N]
     o_m,
     o_n,
     scale,
@@ -41,8 +41,7 @@ def _scores(
         valid_m = tl.load(valid_ptr + o_m, mask=m_m, other=0) != 0
         valid_n = tl.load(valid_ptr + o_n, mask=m_n, other=0) != 0
         allowed = allowed & valid_m[:, None] & valid_n[None, :]
-    logits = tl.dot(q, k, input_precision="tf32x3") * scale
-    return tl.where(allowed, logits, float("-inf"))
+    return tl.where(allowed, dot * scale, float("-inf"))
 
 
 @triton.jit
@@ -68,26 +67,25 @@ def row_lse_kernel(
     CAUSAL: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks = tl.cdiv(S, BLOCK_M)
-    i_m = pid % blocks
-    i_bh = pid // blocks
-    i_b = i_bh // H
-    i_h = i_bh % H
+    # int64 before any multiply
+    i_m = (pid % blocks).to(tl.int64)
+    i_bh = (pid // blocks).to(tl.int64)
+    i_b = (pid // blocks // H).to(tl.int64)
+    i_h = ((pid // blocks) % H).to(tl.int64)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < Dh
+    m_m = o_m < S
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
     p_k = k_ptr + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    q = tl.load(
-        p_q + o_m[:, None] * stride_qs + o_d[None, :] * stride_qd,
-        mask=(o_m < S)[:, None] & m_d[None, :],
-        other=0.0,
-    )
+    p_qm = p_q + o_m * stride_qs
+    if not CHUNKED:
+        q = load_queries(p_qm, stride_qd, m_m, Dh, BLOCK_D)
     begin = tl.zeros((), tl.int64)
     end = begin + S
     last = tl.minimum((i_m + 1) * BLOCK_M, S)
@@ -100,13 +98,16 @@ def row_lse_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        k = tl.load(
-            p_k + o_n[None, :] * stride_ks + o_d[:, None] * stride_kd,
-            mask=m_d[:, None] & (o_n < S)[None, :],
-            other=0.0,
-        )
+        m_n = o_n < S
+        p_kn = p_k + o_n * stride_ks
+        if CHUNKED:
+            dot = dot_in_chunks(
+                p_qm, p_kn, stride_qd, stride_kd, m_m, m_n, Dh, BLOCK_M, BLOCK_N, BLOCK_D
+            )
+        else:
+            dot = tl.dot(q, load_keys(p_kn, stride_kd, m_n, Dh, BLOCK_D))
         logits = _scores(
-            q, k, o_m, o_n, scale, S, bounds_ptr, valid_ptr + i_b * S if HAS_VALID else valid_ptr,
+            dot, o_m, o_n, scale, S, bounds_ptr, valid_ptr + i_b * S if HAS_VALID else valid_ptr,
             CAUSAL, HAS_BOUNDS, HAS_VALID,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
@@ -146,26 +147,25 @@ def column_mean_kernel(
     CAUSAL: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks = tl.cdiv(S, BLOCK_N)
-    i_n = pid % blocks
-    i_bh = pid // blocks
-    i_b = i_bh // H
-    i_h = i_bh % H
+    # int64 before any multiply
+    i_n = (pid % blocks).to(tl.int64)
+    i_bh = (pid // blocks).to(tl.int64)
+    i_b = (pid // blocks // H).to(tl.int64)
+    i_h = ((pid // blocks) % H).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < Dh
+    m_n = o_n < S
     p_q = q_ptr + i_b * stride_qb + i_h * stride_qh
     p_k = k_ptr + i_b * stride_kb + (i_h // GROUP) * stride_kh
-    k = tl.load(
-        p_k + o_n[None, :] * stride_ks + o_d[:, None] * stride_kd,
-        mask=m_d[:, None] & (o_n < S)[None, :],
-        other=0.0,
-    )
+    p_kn = p_k + o_n * stride_ks
+    if not CHUNKED:
+        k = load_keys(p_kn, stride_kd, m_n, Dh, BLOCK_D)
     begin = tl.zeros((), tl.int64)
     end = begin + S
     if HAS_BOUNDS:
@@ -176,13 +176,16 @@ def column_mean_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(begin, end, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        q = tl.load(
-            p_q + o_m[:, None] * stride_qs + o_d[None, :] * stride_qd,
-            mask=(o_m < S)[:, None] & m_d[None, :],
-            other=0.0,
-        )
+        m_m = o_m < S
+        p_qm = p_q + o_m * stride_qs
+        if CHUNKED:
+            dot = dot_in_chunks(
+                p_qm, p_kn, stride_qd, stride_kd, m_m, m_n, Dh, BLOCK_M, BLOCK_N, BLOCK_D
+            )
+        else:
+            dot = tl.dot(load_queries(p_qm, stride_qd, m_m, Dh, BLOCK_D), k)
         logits = _scores(
-            q, k, o_m, o_n, scale, S, bounds_ptr, valid_ptr + i_b * S if HAS_VALID else valid_ptr,
+            dot, o_m, o_n, scale, S, bounds_ptr, valid_ptr + i_b * S if HAS_VALID else valid_ptr,
             CAUSAL, HAS_BOUNDS, HAS_VALID,
         )  # fmt: skip
         lse = tl.load(lse_ptr + i_bh * S + o_m, mask=o_m < S, other=float("inf"))
@@ -193,16 +196,9 @@ def column_mean_kernel(
 
 
 def launch_rule(Dh: int, itemsize: int) -> Rule:
-    """Blocks for heads of Dh; fp32 and wide heads take smaller ones to fit shared memory."""
-    wide = Dh > 128 or itemsize == 4
-    block = 32 if wide else 64
-    return {
-        "BLOCK_M": block,
-        "BLOCK_N": block,
-        "BLOCK_D": max(64, next_power_of_2(Dh)),
-        "num_warps": 8 if wide and Dh > 64 else 4,
-        "num_stages": 2,
-    }
+    """Square blocks for heads of Dh: both passes walk them."""
+    rule = head_rule(Dh, itemsize)
+    return {"BLOCK_M": rule["BLOCK_N"], **rule}
 
 
 def column_attention_triton(

@@ -31,15 +31,15 @@ def dct_lowpass_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # int64 before any multiply: B*N*C passes 2**31 for video
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks_c = tl.cdiv(C, BLOCK_C)
     blocks_q = tl.cdiv(Q, BLOCK_Q)
     blocks_p = tl.cdiv(P, BLOCK_P)
-    i_c = pid % blocks_c
-    i_q = (pid // blocks_c) % blocks_q
-    i_p = (pid // blocks_c // blocks_q) % blocks_p
-    i_b = pid // blocks_c // blocks_q // blocks_p
+    # int64 before any multiply: B*N*C passes 2**31 for video
+    i_c = (pid % blocks_c).to(tl.int64)
+    i_q = ((pid // blocks_c) % blocks_q).to(tl.int64)
+    i_p = ((pid // blocks_c // blocks_q) % blocks_p).to(tl.int64)
+    i_b = (pid // blocks_c // blocks_q // blocks_p).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P)

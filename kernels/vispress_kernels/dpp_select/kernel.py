@@ -42,10 +42,10 @@ def dpp_step_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    pid = tl.program_id(0)
     # int64 before any multiply: B*N*D passes 2**31 for video
-    pid = tl.program_id(0).to(tl.int64)
-    i_p = pid % P
-    i_b = pid // P
+    i_p = (pid % P).to(tl.int64)
+    i_b = (pid // P).to(tl.int64)
     read = ((step % 2) * 2 * B + i_b) * P
     write = (((step + 1) % 2) * 2 * B + i_b) * P
     top, pick = read_best(value_ptr + read, index_ptr + read, P, BLOCK_P)

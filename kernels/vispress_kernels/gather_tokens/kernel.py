@@ -34,8 +34,8 @@ def _copy_tile(
     BLOCK_D: tl.constexpr,
 ):
     blocks_d = tl.cdiv(D, BLOCK_D)
-    o_k = (i_tile // blocks_d) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K] int64
-    o_d = (i_tile % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D] int64
+    o_k = (i_tile // blocks_d) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    o_d = ((i_tile % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)  # [BLOCK_D]
     m_k = o_k < K
     o_n = tl.load(keep_ptr + i_b * K + o_k, mask=m_k, other=0)
     mask = m_k[:, None] & (o_d < D)[None, :]
@@ -56,9 +56,9 @@ def gather_tokens_kernel(
     tiles,  # of all tensors, for one batch row
     BLOCKS: tl.constexpr,  # (BLOCK_K, BLOCK_D) of each tensor
 ):
+    pid = tl.program_id(0)
     # int64 before any multiply: B*K*D passes 2**31 for video
-    pid = tl.program_id(0).to(tl.int64)
-    i_b = pid // tiles
+    i_b = (pid // tiles).to(tl.int64)
     i_tile = pid % tiles
     for i in tl.static_range(len(xs)):
         if (i_tile >= starts[i]) & (i_tile < starts[i + 1]):

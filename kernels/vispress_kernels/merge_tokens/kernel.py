@@ -32,12 +32,12 @@ def merge_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # int64 before any multiply: B*N*D passes 2**31 for video
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks_d = tl.cdiv(D, BLOCK_D)
-    i_d = pid % blocks_d
-    i_k = (pid // blocks_d) % K
-    i_b = pid // blocks_d // K
+    # int64 before any multiply: B*N*D passes 2**31 for video
+    i_d = (pid % blocks_d).to(tl.int64)
+    i_k = ((pid // blocks_d) % K).to(tl.int64)
+    i_b = (pid // blocks_d // K).to(tl.int64)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     begin = tl.load(start_ptr + i_b * (K + 1) + i_k)

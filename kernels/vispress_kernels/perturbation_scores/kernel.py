@@ -39,10 +39,11 @@ def perturbation_scores_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
-    i_j = pid // blocks
-    o_n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # int64 before any multiply
+    i_j = (pid // blocks).to(tl.int64)
+    o_n = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     m_n = o_n < N
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start_d in range(0, D, BLOCK_D):

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
+from vispress_kernels._heads import dot_in_chunks, head_rule, load_keys, load_queries
+from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch
 from vispress_kernels.query_attention.reference import query_chunk
 
 MAX_SPLITS = 128
@@ -43,25 +44,26 @@ def logits_kernel(
     GROUP,  # query heads a key head
     HAS_ROWS: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks_m = tl.cdiv(GROUP * Q, BLOCK_M)
     i_s = pid % splits
     i_m = (pid // splits) % blocks_m
-    i_h = (pid // splits // blocks_m) % Hk
-    i_b = pid // splits // blocks_m // Hk
+    # int64 before any multiply
+    i_h = ((pid // splits // blocks_m) % Hk).to(tl.int64)
+    i_b = (pid // splits // blocks_m // Hk).to(tl.int64)
     # the queries of one key head, over the heads that share it
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < GROUP * Q
     o_h = i_h * GROUP + o_m // Q
-    o_q = o_m % Q
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < Dh
-    p_q = q_ptr + i_b * stride_qb + o_h[:, None] * stride_qh + o_q[:, None] * stride_qq
-    q = tl.load(p_q + o_d[None, :] * stride_qd, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    o_q = (o_m % Q).to(tl.int64)
+    p_q = q_ptr + i_b * stride_qb + o_h * stride_qh + o_q * stride_qq
+    if not CHUNKED:
+        q = load_queries(p_q, stride_qd, m_m, Dh, BLOCK_D)
     o_row = (i_b * Hk * GROUP + o_h) * Q + o_q  # [BLOCK_M], into [B, H, Q]
     if HAS_ROWS:
         last = tl.load(rows_ptr + i_b * stride_rb + o_q, mask=m_m, other=-1)
@@ -69,14 +71,16 @@ def logits_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh
     for i in range(tiles):
-        o_n = (i_s * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
+        o_n = ((i_s * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         m_n = o_n < N
-        k = tl.load(
-            p_k + o_n[None, :] * stride_kn + o_d[:, None] * stride_kd,
-            mask=m_d[:, None] & m_n[None, :],
-            other=0.0,
-        )  # [BLOCK_D, BLOCK_N]
-        logits = tl.dot(q, k, input_precision="tf32x3") * scale
+        p_kn = p_k + o_n * stride_kn
+        if CHUNKED:
+            logits = dot_in_chunks(
+                p_q, p_kn, stride_qd, stride_kd, m_m, m_n, Dh, BLOCK_M, BLOCK_N, BLOCK_D
+            )
+        else:
+            logits = tl.dot(q, load_keys(p_kn, stride_kd, m_n, Dh, BLOCK_D))
+        logits = logits * scale
         allowed = m_m[:, None] & m_n[None, :]
         p_logits = logits_ptr + o_row[:, None] * N + o_n[None, :]
         if HAS_VALID:
@@ -100,7 +104,7 @@ def weights_kernel(
     logits_ptr,  # [B, H, Q, N] fp32
     max_ptr,  # [B, H, Q, S] fp32
     sum_ptr,  # [B, H, Q, S] fp32
-    out_ptr,  # [B, H / HEADS, ..., N] fp32; may be `logits`
+    out_ptr,  # [B, H, Q, N] or [B, Q, N] fp32; may be `logits`
     stride_ob,
     stride_oq,
     H,
@@ -111,7 +115,7 @@ def weights_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
     o_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_row = pid // blocks_n
@@ -119,13 +123,15 @@ def weights_kernel(
     m_n = o_n < N
     m_s = o_s < splits
     if MEAN:  # one program for all heads of (b, q)
-        first = (i_row // Q) * H * Q + i_row % Q
+        i_b = (i_row // Q).to(tl.int64)
+        i_q = (i_row % Q).to(tl.int64)
+        first = i_b * H * Q + i_q
         heads = H
-        p_out = out_ptr + (i_row // Q) * stride_ob + (i_row % Q) * stride_oq
+        p_out = out_ptr + i_b * stride_ob + i_q * stride_oq
     else:
-        first = i_row
+        first = i_row.to(tl.int64)
         heads = 1
-        p_out = out_ptr + i_row * N
+        p_out = out_ptr + first * N
     mean = tl.zeros((BLOCK_N,), tl.float32)
     for i_h in range(heads):
         o_row = first + i_h * Q
@@ -141,15 +147,8 @@ def weights_kernel(
 
 
 def launch_rule(rows: int, Dh: int, itemsize: int) -> Rule:
-    """Blocks for `rows` queries a key head and heads of Dh; sized to keep clear of spills."""
-    wide = Dh > 128 or itemsize == 4
-    return {
-        "BLOCK_M": 16 if rows <= 16 else 32,
-        "BLOCK_N": 32 if wide else 64,
-        "BLOCK_D": max(64, next_power_of_2(Dh)),
-        "num_warps": 8 if wide and Dh > 64 else 4,
-        "num_stages": 2,
-    }
+    """Blocks for `rows` queries a key head and heads of Dh."""
+    return {"BLOCK_M": 16 if rows <= 16 else 32, **head_rule(Dh, itemsize)}
 
 
 def query_attention_triton(

@@ -30,10 +30,11 @@ def transition_scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
-    i_b = pid // blocks
-    o_n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # int64 before any multiply
+    i_b = (pid // blocks).to(tl.int64)
+    o_n = ((pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     m_n = o_n < N
     xx = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     yy = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)

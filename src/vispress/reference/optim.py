@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from vispress.reference.parallel import shared
+
 _STEPS: Final = 5
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 
@@ -83,7 +85,8 @@ class MuonAdamW(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
-        for shape, same in by_shape.items():
+        stacks = []
+        for same in by_shape.values():
             grads: list[Tensor] = [p.grad for p in same if p.grad is not None]
             buffers = []
             for p in same:
@@ -92,12 +95,12 @@ class MuonAdamW(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 buffers.append(state["momentum"])
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
-            directions = orthogonalise(torch.stack(list(updates)).flatten(2)).unbind()
+            stacks.append(torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])))
+        for same, directions in zip(by_shape.values(), shared(stacks, orthogonalise), strict=True):
             # 0.2 * sqrt(max side) matches AdamW's usual update RMS
-            scale = 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
+            scale = 0.2 * max(same[0].shape) ** 0.5
             torch._foreach_mul_(same, 1 - rate * group["weight_decay"])
-            torch._foreach_add_(same, [d.view(shape) for d in directions], alpha=-rate * scale)
+            torch._foreach_add_(same, list(directions.unbind()), alpha=-rate * scale)
 
     def _adamw(self, params: list[nn.Parameter], rate: float, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

@@ -3,6 +3,8 @@
 A pool waits at every operation for its slowest thread; processes meet only once a step.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,3 +44,30 @@ def average_gradients(params: list[nn.Parameter], seconds: float) -> float:
     parts: list[Tensor] = list(flat[:-1].split([g.numel() for g in grads]))
     torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
     return float(flat[-1])
+
+
+def shared(stacks: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Apply a function to the rows of some stacks, the rows dealt out over the processes.
+
+    Args:
+        stacks: The same in every process; the first axis is dealt out.
+        work: Maps any number of rows (S, ...) to as many of the same shape.
+
+    Returns:
+        The results for all rows, in every process.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return [work(stack) for stack in stacks]
+    flat = torch.zeros(sum(s.numel() for s in stacks), device=stacks[0].device)
+    results = [
+        part.view_as(stack)
+        for part, stack in zip(flat.split([s.numel() for s in stacks]), stacks, strict=True)
+    ]
+    for stack, result in zip(stacks, results, strict=True):
+        # a stack of one row belongs to the last process, as the first has other work
+        mine = slice(world - 1 - rank, None, world)
+        if stack[mine].numel():
+            result[mine] = work(stack[mine])
+    dist.all_reduce(flat)
+    return results

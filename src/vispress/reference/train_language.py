@@ -90,7 +90,7 @@ def train_language(
     workers: int = 1,
     batch: int = BATCH,
     easy: int = EASY,
-    every: int = 500,
+    save_minutes: float = 5.0,
     report: Callable[[Run], None] | None = None,
 ) -> None:
     """Train in place.
@@ -106,7 +106,7 @@ def train_language(
         workers: Processes that draw.
         batch: Images a step, shared evenly by all processes.
         easy: The first so many images show fewer objects.
-        every: Steps between saved states.
+        save_minutes: Minutes of training between saved states.
         report: Called after each saved state (evaluation, export).
     """
     share = batch // rank_and_world()[1]
@@ -127,6 +127,7 @@ def train_language(
     data: Dataset[PackedBatch] = LanguageStream(seed, share, SLOTS, easy)
     batches = stream(data, run.at.step, workers=workers)
     sums: dict[str, Any] = {}
+    due = run.at.seconds + 60 * save_minutes
     with tqdm(total=100, desc="language", unit="%", disable=not is_main()) as bar:
         while run.progress < 1:
             packed: PackedBatch = next(batches).to(device)
@@ -142,7 +143,8 @@ def train_language(
                 run.log({k: float(v) / 50 for k, v in sums.items()})
                 bar.set_postfix({k: f"{float(v) / 50:.3f}" for k, v in sums.items()})
                 sums = {}
-            if run.at.step % every == 0:
+            if run.at.seconds >= due:
+                due = run.at.seconds + 60 * save_minutes
                 run.save()
                 if report is not None and is_main():
                     report(run)

@@ -1,0 +1,57 @@
+"""The q k^T block shared by the attention kernels. Imported by them only: this imports triton."""
+
+import triton
+import triton.language as tl
+
+from vispress_kernels._launch import Rule, next_power_of_2
+
+
+@triton.jit
+def load_queries(p_q, stride_d, m_m, Dh, BLOCK_D: tl.constexpr):
+    """Whole query heads `[BLOCK_M, BLOCK_D]` from their row pointers."""
+    o_d = tl.arange(0, BLOCK_D)
+    mask = m_m[:, None] & (o_d < Dh)[None, :]
+    return tl.load(p_q[:, None] + o_d[None, :] * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys(p_k, stride_d, m_n, Dh, BLOCK_D: tl.constexpr):
+    """Whole key heads, transposed, `[BLOCK_D, BLOCK_N]`."""
+    o_d = tl.arange(0, BLOCK_D)
+    mask = (o_d < Dh)[:, None] & m_n[None, :]
+    return tl.load(p_k[None, :] + o_d[:, None] * stride_d, mask=mask, other=0.0)
+
+
+@triton.jit
+def dot_in_chunks(
+    p_q,
+    p_k,
+    stride_qd,
+    stride_kd,
+    m_m,
+    m_n,
+    Dh,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`[BLOCK_M, BLOCK_N]` products of heads too large for registers, BLOCK_D elements a time."""
+    dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, Dh, BLOCK_D):
+        q = load_queries(p_q + start * stride_qd, stride_qd, m_m, Dh - start, BLOCK_D)
+        k = load_keys(p_k + start * stride_kd, stride_kd, m_n, Dh - start, BLOCK_D)
+        dot = tl.dot(q, k, dot, input_precision="tf32x3")
+    return dot
+
+
+def head_rule(Dh: int, itemsize: int) -> Rule:
+    """Blocks for heads of Dh: whole where they fit, fp32 in chunks (it would spill)."""
+    if itemsize == 4:
+        return {"BLOCK_N": 32, "BLOCK_D": 32, "CHUNKED": True, "num_warps": 4, "num_stages": 2}
+    return {
+        "BLOCK_N": 64 if Dh <= 128 else 32,
+        "BLOCK_D": max(64, next_power_of_2(Dh)),
+        "CHUNKED": False,
+        "num_warps": 4 if Dh <= 128 else 8,
+        "num_stages": 2,
+    }

@@ -1,0 +1,189 @@
+"""From finished cells to rows: seeds averaged, intervals over questions."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vispress.bench.plan import UNCOMPRESSED
+from vispress.bench.stats import Interval, Quantiles, bootstrap_mean
+from vispress.bench.store import read_results, write_json, write_text
+
+BLIND = "no_image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        group: Method.
+        keep_ratio: As asked; None for a method's own budget.
+        seeds: Cells that were averaged.
+        refused: Why there is no result, or None.
+        tasks: Accuracy by task.
+        accuracy: Mean over tasks.
+        visual_tokens: Visual tokens of an image.
+        kept_mean: Kept of them, as a mean over decoder layers.
+        kept_end: Kept at the last layer.
+        prefill_ratio: Prefill time over the uncompressed model's.
+        kv_ratio: Cache size over the uncompressed model's.
+        kv_bytes: Bytes of keys and values a prompt.
+    """
+
+    group: str
+    keep_ratio: float | None
+    seeds: int
+    refused: str | None = None
+    tasks: Mapping[str, Interval] | None = None
+    accuracy: Interval | None = None
+    visual_tokens: float = 0.0
+    kept_mean: float = 0.0
+    kept_end: float = 0.0
+    prefill_ratio: Quantiles | None = None
+    kv_ratio: float | None = None
+    kv_bytes: float | None = None
+
+    @property
+    def uncompressed(self) -> bool:
+        """Whether this is the baseline."""
+        return self.group == UNCOMPRESSED
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that tables and plots show.
+
+    Args:
+        rows: In the order of the plan.
+        chance: Accuracy of the best constant answer, by task.
+        plan: The plan as stored.
+        missing: Cells that are not finished.
+        provenance: Of the last cell.
+    """
+
+    rows: tuple[Row, ...]
+    chance: Mapping[str, float]
+    plan: Mapping[str, Any]
+    missing: int
+    provenance: Mapping[str, Any]
+
+    def find(self, group: str) -> Row | None:
+        """The first row of a group that has results."""
+        return next((r for r in self.rows if r.group == group and r.accuracy), None)
+
+
+def summarise(folder: str | Path) -> Summary:
+    """Read a results folder.
+
+    Raises:
+        ResultsError: It holds no run.
+    """
+    manifest, cells = read_results(Path(folder))
+    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for cell in cells:
+        asked = cell["cell"]
+        groups.setdefault((asked["group"], asked["keep_ratio"]), []).append(cell)
+    seed = manifest["plan"]["seed"]
+    return Summary(
+        rows=tuple(_row(*key, found, seed) for key, found in groups.items()),
+        chance={name: card["chance"] for name, card in manifest["tasks"].items()},
+        plan=manifest["plan"],
+        missing=len(manifest["plan"]["cells"]) - len(cells),
+        provenance=cells[-1]["provenance"] if cells else {},
+    )
+
+
+def _row(
+    group: str, keep_ratio: float | None, cells: Sequence[dict[str, Any]], seed: int
+) -> Row:
+    refused = next((cell["refused"] for cell in cells if "refused" in cell), None)
+    if refused is not None:
+        return Row(group=group, keep_ratio=keep_ratio, seeds=len(cells), refused=refused)
+    right = {name: _per_question(cells, name) for name in cells[0]["tasks"]}
+    kept = [cell["kept"] for cell in cells]
+    costs = [cell["cost"] for cell in cells if "cost" in cell]
+    ratios = [cost["prefill_ratio"] for cost in costs]
+    return Row(
+        group=group,
+        keep_ratio=keep_ratio,
+        seeds=len(cells),
+        tasks={name: bootstrap_mean([scores], seed=seed) for name, scores in right.items()},
+        accuracy=bootstrap_mean(list(right.values()), seed=seed),
+        visual_tokens=fmean(k["visual_tokens"] for k in kept),
+        kept_mean=fmean(k["kept_mean_over_layers"] for k in kept),
+        kept_end=fmean(k["kept_at_end"] for k in kept),
+        prefill_ratio=Quantiles(*(fmean(r[q] for r in ratios) for q in ("p20", "median", "p80")))
+        if costs
+        else None,
+        kv_ratio=fmean(c["kv_bytes"] / c["uncompressed_kv_bytes"] for c in costs) if costs else None,
+        kv_bytes=fmean(c["kv_bytes"] for c in costs) if costs else None,
+    )
+
+
+def _per_question(cells: Sequence[dict[str, Any]], task: str) -> list[float]:
+    """Share of seeds that got each question right."""
+    columns = zip(*(cell["tasks"][task]["right"] for cell in cells), strict=True)
+    return [fmean(column) for column in columns]
+
+
+def write_summary(summary: Summary, folder: str | Path) -> None:
+    """Write `summary.json` and `summary.csv` (one line a row and task, `mean` included).
+
+    Raises:
+        ResultsError: They cannot be written.
+    """
+    folder = Path(folder)
+    data = {
+        "plan": summary.plan,
+        "missing_cells": summary.missing,
+        "chance": summary.chance,
+        "provenance": summary.provenance,
+        "rows": [asdict(row) for row in summary.rows],
+    }
+    write_json(folder / "summary.json", data)
+    write_text(folder / "summary.csv", _csv(summary))
+
+
+_COLUMNS = (
+    "method", "keep_ratio", "seeds", "task", "accuracy", "low", "high", "chance", "visual_tokens",
+    "kept_mean_over_layers", "kept_at_end", "prefill_ratio", "prefill_ratio_p20",
+    "prefill_ratio_p80", "kv_ratio", "kv_bytes", "refused",
+)  # fmt: skip
+
+
+def _csv(summary: Summary) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in summary.rows:
+        shared: dict[str, Any] = {
+            "method": row.group,
+            "keep_ratio": row.keep_ratio,
+            "seeds": row.seeds,
+            "refused": row.refused,
+        }
+        if row.tasks is None or row.accuracy is None:
+            writer.writerow(shared)
+            continue
+        shared |= {
+            "visual_tokens": row.visual_tokens,
+            "kept_mean_over_layers": row.kept_mean,
+            "kept_at_end": row.kept_end,
+            "kv_ratio": row.kv_ratio,
+            "kv_bytes": row.kv_bytes,
+        }
+        if (ratio := row.prefill_ratio) is not None:
+            shared |= {
+                "prefill_ratio": ratio.median,
+                "prefill_ratio_p20": ratio.p20,
+                "prefill_ratio_p80": ratio.p80,
+            }
+        chance = {**summary.chance, "mean": fmean(summary.chance.values())}
+        for task, interval in [*row.tasks.items(), ("mean", row.accuracy)]:
+            own = {"task": task, "accuracy": interval.mean, "low": interval.low}
+            writer.writerow(shared | own | {"high": interval.high, "chance": chance[task]})
+    return text.getvalue()

@@ -1,0 +1,99 @@
+"""The tables that `vispress bench` prints."""
+
+from statistics import fmean
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vispress.bench.stats import Interval
+from vispress.bench.summary import BLIND, Row, Summary
+
+
+def tables(summary: Summary) -> RenderableType:
+    """Accuracy and cost by method, accuracy by task, and what could not be run."""
+    parts: list[RenderableType] = [_overview(summary), _by_task(summary)]
+    reasons = [f"{_name(row)}: {row.refused}" for row in summary.rows if row.refused]
+    if reasons:
+        parts.append(Text("Not run:\n  " + "\n  ".join(reasons), style="yellow"))
+    if summary.missing:
+        parts.append(Text(f"{summary.missing} cells are missing", style="yellow"))
+    return Group(*parts)
+
+
+def _overview(summary: Summary) -> Table:
+    plan = summary.plan
+    table = Table(
+        title=f"{plan['model']}: {plan['questions']} questions a task, {len(plan['tasks'])} tasks",
+        caption="asked: "
+        + (
+            "mean over decoder layers"
+            if plan["budget"] == "mean"
+            else "at one placement (mean over layers where a method has a schedule)"
+        )
+        + "; kept: visual tokens of an image; prefill includes the vision encoder, x uncompressed, "
+        "p20-p80; intervals: 95 %",
+    )
+    table.add_column("method")
+    for name in ("asked", "kept, mean", "at the end", "accuracy %", "prefill x", "KV cache x"):
+        table.add_column(name, justify="right")
+    previous = ""
+    for row in summary.rows:
+        if previous and row.group != previous:
+            table.add_section()
+        previous = row.group
+        table.add_row(_name(row, ratio=False), _asked(row), *_overview_cells(row))
+    chance = fmean(summary.chance.values())
+    table.add_section()
+    table.add_row("best constant answer", "", "", "", f"{100 * chance:.1f}", "", "", style="dim")
+    return table
+
+
+def _overview_cells(row: Row) -> list[str]:
+    if row.accuracy is None:
+        return ["", "", "not run", "", ""]
+    ratio = row.prefill_ratio
+    return [
+        f"{row.kept_mean:.1f}",
+        f"{row.kept_end:.1f} of {row.visual_tokens:.0f}",
+        _interval(row.accuracy),
+        "" if ratio is None else f"{ratio.median:.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})",
+        "" if row.kv_ratio is None else f"{row.kv_ratio:.2f}",
+    ]
+
+
+def _by_task(summary: Summary) -> Table:
+    table = Table(title="accuracy % by task (95 % interval below)")
+    table.add_column("method", no_wrap=True)
+    for task in summary.chance:
+        table.add_column(task, justify="right")
+    for row in summary.rows:
+        if row.tasks is not None:
+            cells = [_stacked(row.tasks[task]) for task in summary.chance]
+            style = "bold" if row.uncompressed else "cyan" if row.group == BLIND else ""
+            table.add_row(_name(row), *cells, style=style)
+    table.add_section()
+    chance = [f"{100 * value:.0f}" for value in summary.chance.values()]
+    table.add_row("best constant answer", *chance, style="dim")
+    return table
+
+
+def _name(row: Row, *, ratio: bool = True) -> str:
+    names = {"none": "uncompressed", BLIND: "no_image (blind)"}
+    name = names.get(row.group, row.group)
+    if ratio and row.keep_ratio is not None:
+        name += f" {row.keep_ratio:g}"
+    return name + (f" ({row.seeds} seeds)" if row.seeds > 1 else "")
+
+
+def _asked(row: Row) -> str:
+    return "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
+
+
+def _interval(value: Interval) -> str:
+    return f"{100 * value.mean:.1f} ({100 * value.low:.1f}-{100 * value.high:.1f})"
+
+
+def _stacked(value: Interval) -> Text:
+    low, high = 100 * value.low, 100 * value.high
+    return Text(f"{100 * value.mean:.0f}\n").append(f"{low:.0f}-{high:.0f}", style="dim")

@@ -1,0 +1,100 @@
+"""Whether a run kept what was asked. Off target is an error, not a score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vispress.bench.plan import Cell
+from vispress.errors import BudgetError
+from vispress.methods.base import Compressor
+from vispress.report import CompressionReport, ImageReport
+
+
+def expected(chain: Sequence[Compressor], num_visual: int, num_layers: int) -> list[int]:
+    """Tokens left of an image after each placement of a chain."""
+    left, counts = num_visual, []
+    for method in chain:
+        reached = left
+        for placement in method.placements(num_layers):
+            left = min(left, placement.budget.resolve(reached))
+            counts.append(left)
+    return counts
+
+
+def check_target(cell: Cell, report: CompressionReport) -> None:
+    """Compare what a prefill kept with the cell's budget, image by image.
+
+    Methods that may keep another count than asked may keep fewer, never more.
+
+    Raises:
+        BudgetError: Off target; names cell, image and both counts.
+    """
+    exact = all(method.exact for method in cell.chain)
+    for sample in report.samples:
+        for image in sample.images:
+            _check_image(cell, image, report.num_layers, exact=exact)
+
+
+def _check_image(cell: Cell, image: ImageReport, num_layers: int, *, exact: bool) -> None:
+    asked = expected(cell.chain, image.num_visual, num_layers)
+    kept = [placement.num_kept for placement in image.placements]
+    fits = len(kept) == len(asked) and all(
+        k == a if exact else k <= a for k, a in zip(kept, asked, strict=True)
+    )
+    if not fits:
+        raise BudgetError(
+            f"{cell.key} is off target: it kept {kept} of {image.num_visual} visual tokens, "
+            f"the budget is {'' if exact else 'at most '}{asked}"
+        )
+    method = cell.chain[0]
+    mean = method.mean_keep_ratio
+    if mean is None or len(cell.chain) > 1:
+        return
+    layers = [placement.layer for placement in image.placements]
+    spans = [end - start for start, end in zip(layers, [*layers[1:], num_layers], strict=True)]
+    total = layers[0] * image.num_visual + sum(k * s for k, s in zip(kept, spans, strict=True))
+    off = total / num_layers - mean * image.num_visual
+    # every placement rounds to whole tokens, so the mean may be one token away
+    if off > 1 or (exact and off < -1):
+        raise BudgetError(
+            f"{cell.key} is off target: a mean of {total / num_layers:.2f} visual tokens a layer, "
+            f"the budget is {mean * image.num_visual:.2f}"
+        )
+
+
+@dataclass
+class Kept:
+    """Visual tokens of all images of a run, added up.
+
+    Args:
+        images: How many.
+        visual: Tokens they had.
+        end: Tokens left at the last layer.
+        mean: Tokens, as a mean over decoder layers.
+    """
+
+    images: int = 0
+    visual: int = 0
+    end: int = 0
+    mean: float = 0.0
+    notes: set[str] = field(default_factory=set)
+
+    def add(self, report: CompressionReport) -> None:
+        """Add one prefill."""
+        found = [image for sample in report.samples for image in sample.images]
+        self.images += len(found)
+        self.visual += sum(image.num_visual for image in found)
+        self.end += sum(image.num_kept for image in found)
+        self.mean += sum(map(sum, report.visual_per_layer)) / report.num_layers
+        self.notes |= set(report.notes)
+
+    def to_dict(self) -> dict[str, float]:
+        """Averages an image, and as shares."""
+        images, visual = max(1, self.images), max(1, self.visual)
+        return {
+            "images": self.images,
+            "visual_tokens": self.visual / images,
+            "kept_at_end": self.end / images,
+            "kept_mean_over_layers": self.mean / images,
+            "ratio_at_end": self.end / visual,
+            "ratio_mean_over_layers": self.mean / visual,
+        }
