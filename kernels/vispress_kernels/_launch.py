@@ -34,6 +34,14 @@ def dot_operand(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 and interpreting() else x
 
 
+def store_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a kernel writes computed values in: `dtype`, but for bf16 under the interpreter.
+
+    Triton's interpreter cuts bits off where the device rounds to nearest; torch rounds instead.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
+
+
 def launch(kernel: Any, programs: int, *args: Any, on: Tensor, **options: Any) -> None:
     """Run `programs` programs of a Triton kernel on the device of `on`; none for 0.
 

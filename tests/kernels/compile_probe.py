@@ -104,7 +104,11 @@ def _attention() -> list[Variant]:
         count = 16 if causal else 64
         types = {**fp32, **qk, "rows_ptr": "*i64", "valid_ptr": "*u8"}
         types.pop("out_ptr")
-        constants = {"HAS_ROWS": rows, "HAS_VALID": valid, **query.launch_rule(count, head, DTYPES[dtype])}
+        constants = {
+            "HAS_ROWS": rows,
+            "HAS_VALID": valid,
+            **query.launch_rule(count, head, DTYPES[dtype]),
+        }
         quick = rows and valid and dtype != "fp16" and head != 256
         found.append(Variant(query.logits_kernel, types, constants, units, quick))
         constants = {
@@ -190,7 +194,9 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
         fn=variant.kernel,
         signature=signature,
         constexprs={(names.index(n),): v for n, v in constants.items()} | variant.tuples,
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"},
+        attrs={
+            (i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"
+        },
     )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})

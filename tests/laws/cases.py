@@ -168,6 +168,36 @@ def _new_value(tokens: VisualTokens, plan: TokenPlan, row: int, slot: int) -> Te
     return tokens.projector(merged[None])[0]
 
 
+def real_positions(family: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with position ids that do not count padding, as `generate` gives them.
+
+    Qwen models work them out by themselves; others count padding in when they are left to it.
+    """
+    if family in QWEN:
+        return dict(inputs)
+    ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return dict(inputs) | {"position_ids": ids}
+
+
+def logits_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of a forward without gradients."""
+    with torch.no_grad():
+        return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def greedy(model: Any, inputs: Mapping[str, Any], new_tokens: int = 3) -> tuple[Tensor, Tensor]:
+    """Sequences and the logits of every step of greedy decoding."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
 __all__ = [
     "CASES",
     "FAMILIES",
@@ -175,9 +205,14 @@ __all__ = [
     "QWEN",
     "SAMPLES",
     "Run",
+    "Spy",
+    "changed_rows",
+    "greedy",
     "inputs_of",
+    "logits_of",
     "make",
     "model_of",
+    "real_positions",
     "replace",
     "run",
     "settings",

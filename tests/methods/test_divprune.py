@@ -90,3 +90,13 @@ def test_blocks_do_not_change_the_nearest_distance():
 def test_published_counts():
     (placement,) = DivPrune(keep_ratio=0.098).placements(32)
     assert placement.budget.resolve(576) == 56
+
+
+def test_tokens_nearest_to_each_other_tie_exactly():
+    x = unit(torch.randn(1, 101, 65, generator=torch.Generator().manual_seed(0)))
+    similarity = x[0] @ x[0].mT - 3 * torch.eye(101)
+    partner = similarity.argmax(dim=1)
+    mutual = partner[partner] == torch.arange(101)
+    assert mutual.sum() > 10
+    nearest = nearest_distance(x, block=32)[0]
+    assert torch.equal(nearest[mutual], nearest[partner][mutual])

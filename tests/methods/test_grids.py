@@ -83,7 +83,7 @@ def test_one_dimensional_worked_example():
 
 
 def test_two_dimensional_worked_example():
-    plan = Fourier(on="features").plan(grid_tokens(ramp()), 4)
+    plan = Fourier(values="features").plan(grid_tokens(ramp()), 4)
     expected = torch.tensor([1.924, 4.154, 10.846, 13.076])
     torch.testing.assert_close(plan.features.flatten(), expected, rtol=0, atol=5e-4)
     assert plan.keep.tolist() == [[5, 7, 13, 15]]
@@ -91,13 +91,13 @@ def test_two_dimensional_worked_example():
 
 @pytest.mark.parametrize(("rescale", "value"), [(True, 1.0), (False, 2.0)])
 def test_a_constant_stays_or_gains_as_documented(rescale, value):
-    plan = Fourier(on="features", rescale=rescale).plan(grid_tokens(torch.ones(24, 24, 2)), 144)
+    plan = Fourier(values="features", rescale=rescale).plan(grid_tokens(torch.ones(24, 24, 2)), 144)
     torch.testing.assert_close(plan.features, torch.full((1, 144, 2), value))
 
 
 def test_equals_the_cosine_transform_of_scipy():
     picture = torch.randn(6, 9, 3, generator=torch.Generator().manual_seed(0))
-    plan = Fourier(on="features", rescale=False).plan(grid_tokens(picture), 24)
+    plan = Fourier(values="features", rescale=False).plan(grid_tokens(picture), 24)
     corner = dctn(picture.numpy(), axes=(0, 1), norm="ortho")[:4, :6]
     expected = idctn(corner, axes=(0, 1), norm="ortho")
     torch.testing.assert_close(
@@ -107,14 +107,16 @@ def test_equals_the_cosine_transform_of_scipy():
 
 def test_the_whole_grid_is_the_identity():
     tokens = make_tokens(2, grid=(1, 4, 5))
-    torch.testing.assert_close(Fourier(on="features").plan(tokens, 20).features, tokens.features)
+    torch.testing.assert_close(
+        Fourier(values="features").plan(tokens, 20).features, tokens.features
+    )
 
 
 def test_projector_inputs_are_resampled_and_then_projected():
     tokens = make_tokens(2, grid=(1, 4, 4))
     plan = Fourier().plan(tokens, 4)
     inner = only(features=tokens.vision_features, grid=tokens.grid)
-    mixed = Fourier(on="features").plan(inner, 4).features
+    mixed = Fourier(values="features").plan(inner, 4).features
     torch.testing.assert_close(plan.features, tokens.projector(mixed))
 
 
@@ -136,10 +138,12 @@ def test_average_pooling_windows_are_those_of_torch(large, small):
 # --- all of them
 
 
-@pytest.mark.parametrize("method", [Fourier(), AvgPool(), AvgPool(on="vision_features")], ids=str)
+@pytest.mark.parametrize(
+    "method", [Fourier(), AvgPool(), AvgPool(values="vision_features")], ids=str
+)
 def test_gradients_reach_every_token(method):
     tokens = make_tokens(1, grid=(1, 4, 6))
-    source = tokens.features if method.on == "features" else tokens.vision_features
+    source = tokens.features if method.values == "features" else tokens.vision_features
     source.requires_grad_()
     method.plan(tokens, 6).features.square().sum().backward()
     assert (source.grad.abs().sum(dim=-1) > 0).all()
@@ -201,8 +205,8 @@ def test_a_ragged_layout_is_refused():
     ("cls", "bad"),
     [
         (Fourier, {"rescale": 1}),
-        (Fourier, {"on": "keys"}),
-        (AvgPool, {"on": None}),
+        (Fourier, {"values": "keys"}),
+        (AvgPool, {"values": None}),
         (Uniform, {"dims": 3}),
         (Uniform, {"dims": True}),
     ],

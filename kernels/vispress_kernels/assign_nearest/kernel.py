@@ -59,15 +59,11 @@ def assign_nearest_kernel(
         for start in range(0, D, BLOCK_D):
             o_d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
             m_d = o_d < D
-            x = tl.load(
-                p_x + o_d[None, :] * stride_xd, mask=m_n[:, None] & m_d[None, :], other=0.0
-            )
-            t = tl.load(
-                p_t + o_d[:, None] * stride_td, mask=m_d[:, None] & m_m[None, :], other=0.0
-            )
+            x = tl.load(p_x + o_d[None, :] * stride_xd, mask=m_n[:, None] & m_d[None, :], other=0.0)
+            t = tl.load(p_t + o_d[:, None] * stride_td, mask=m_d[:, None] & m_m[None, :], other=0.0)
             dot = tl.dot(x, t, dot, input_precision="tf32x3")
         t_inv = tl.load(t_inv_ptr + i_b * M + o_m, mask=m_m, other=0.0)
-        cosine = dot * x_inv[:, None] * t_inv[None, :]
+        cosine = dot * (x_inv[:, None] * t_inv[None, :])  # symmetric, as the pairs are
         usable = m_m[None, :] & (cosine == cosine)
         if EXCLUDE_SELF:
             usable = usable & (o_m[None, :] != o_n[:, None])
@@ -95,9 +91,7 @@ def launch_rule(itemsize: int) -> Rule:
     }
 
 
-def assign_nearest_triton(
-    x: Tensor, targets: Tensor, exclude_self: bool
-) -> tuple[Tensor, Tensor]:
+def assign_nearest_triton(x: Tensor, targets: Tensor, exclude_self: bool) -> tuple[Tensor, Tensor]:
     """Launch the kernel; arguments as in `assign_nearest_reference`."""
     B, N, D = x.shape
     M = targets.shape[1]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._launch import Rule, ceil_div, launch
+from vispress_kernels._launch import Rule, ceil_div, launch, store_dtype
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     B, _, C = x.shape
     P, H = rows.shape
     Q, W = columns.shape
-    out = torch.empty(B, P * Q, C, dtype=x.dtype, device=x.device)
+    out = torch.empty(B, P * Q, C, dtype=store_dtype(x.dtype), device=x.device)
     rule = launch_rule()
     blocks = ceil_div(P, rule["BLOCK_P"]) * ceil_div(Q, rule["BLOCK_Q"])
     launch(
@@ -107,4 +107,4 @@ def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         **rule,
         on=x,
     )
-    return out
+    return out.to(x.dtype)

@@ -10,9 +10,7 @@ from vispress_kernels.dpp_select.reference import dpp_select_reference
 __all__ = ["dpp_select", "dpp_select_reference"]
 
 
-def dpp_select(
-    x: Tensor, relevance: Tensor, num_keep: int, *, backend: Backend = "auto"
-) -> Tensor:
+def dpp_select(x: Tensor, relevance: Tensor, num_keep: int, *, backend: Backend = "auto") -> Tensor:
     """Choose tokens one by one, each adding most to the determinant of the chosen ones' kernel.
 
     The kernel is `L = diag(r) cos(x, x) diag(r)`. Ties go to the lowest index; no token is chosen

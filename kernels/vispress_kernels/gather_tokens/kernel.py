@@ -141,7 +141,7 @@ class _GatherTokens(torch.autograd.Function):
 
 def scatter_tokens(grad: Tensor, keep: Tensor, N: int) -> Tensor:
     """The transpose of the gather: rows add up where `keep` repeats, the rest is zero."""
-    B, K = keep.shape
+    B, _K = keep.shape
     out = grad.new_zeros(B * N, *grad.shape[2:])
     rows = keep + N * torch.arange(B, device=keep.device)[:, None]
     return out.index_add_(0, rows.flatten(), grad.flatten(0, 1)).unflatten(0, (B, N))

@@ -39,8 +39,9 @@ def maxmin_select(
         num_keep: Tokens to choose (K), in `[0, N]`.
         weight: Factor on each token's distance `[B, N]`, floating, at least 0.
         first: The first token: indices `[B]` int64; `"weight"`, the largest weight; or
-            `"isolated"`, the token whose nearest other token is farthest (N^2 D work). Left out, it
-            is `"weight"` if there is a weight, else `"isolated"`.
+            `"isolated"`, the token whose nearest other token is farthest (N^2 D work; distances
+            within 8 units of rounding tie, as mutual neighbours do). Left out, it is `"weight"` if
+            there is a weight, else `"isolated"`.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
@@ -85,5 +86,8 @@ def _first(x: Tensor, weight: Tensor | None, backend: Backend) -> Tensor:
     if weight is not None:
         return first_of_best(weight)
     _, nearest = assign_nearest(x, x, exclude_self=True, backend=backend)
-    # a token without a comparable neighbour (NaN) is not isolated but unusable
-    return first_of_best((1 - nearest).masked_fill(nearest.isinf(), float("nan")))
+    # mutual neighbours tie, and which of them rounds lower depends on the order of a sum; a token
+    # without a comparable neighbour (NaN) is not isolated but unusable
+    distance = (1 - nearest).masked_fill(nearest.isinf(), -1.0)
+    slack = 8 * torch.finfo(distance.dtype).eps
+    return (distance >= distance.amax(1, keepdim=True) - slack).to(torch.int8).argmax(1)

@@ -60,10 +60,13 @@ def maxmin_step_kernel(
             dot = dot_with_row(p_x, p_pick, stride_d, m_n, D, BLOCK_N, BLOCK_D)
             inv = tl.load(inv_ptr + i_b * N + o_n, mask=m_n, other=0.0)
             nearest = tl.load(nearest_ptr + i_b * N + o_n, mask=m_n, other=float("-inf"))
-            nearest = tl.minimum(nearest, 1.0 - dot * inv * inv_pick)
-            nearest = tl.where(m_n & (o_n != pick), nearest, float("-inf"))
+            taken = (nearest == float("-inf")) | (o_n == pick)
+            # a NaN stays one: such tokens come after all others
+            distance = 1.0 - dot * inv * inv_pick
+            known = (distance == distance) & (nearest == nearest)
+            nearest = tl.where(known, tl.minimum(nearest, distance), float("nan"))
+            nearest = tl.where(taken, float("-inf"), nearest)
             tl.store(nearest_ptr + i_b * N + o_n, nearest, mask=m_n)
-            taken = nearest == float("-inf")
             score = tl.where(taken, 0.0, nearest)
             if HAS_WEIGHT:
                 score = score * tl.load(weight_ptr + i_b * N + o_n, mask=m_n, other=0.0)
@@ -80,9 +83,7 @@ def launch_rule(N: int, D: int) -> Rule:
     return {"BLOCK_N": block_n, "BLOCK_D": 256 if D > 128 else 128, "num_warps": 4}
 
 
-def maxmin_select_triton(
-    x: Tensor, num_keep: int, first: Tensor, weight: Tensor | None
-) -> Tensor:
+def maxmin_select_triton(x: Tensor, num_keep: int, first: Tensor, weight: Tensor | None) -> Tensor:
     """Launch the kernel once a step; arguments as in `maxmin_select_reference`."""
     B, N, D = x.shape
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)

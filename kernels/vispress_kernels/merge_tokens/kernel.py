@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vispress_kernels._launch import Rule, ceil_div, launch
+from vispress_kernels._launch import Rule, ceil_div, launch, store_dtype
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def launch_rule(N: int, K: int) -> Rule:
 
 def _launch_merge(x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: int) -> Tensor:
     B, N, D = x.shape
-    out = torch.empty(B, num_keep, D, dtype=x.dtype, device=x.device)
+    out = torch.empty(B, num_keep, D, dtype=store_dtype(x.dtype), device=x.device)
     if out.numel():
         group, order = assign.sort(dim=1, stable=True)
         bounds = torch.arange(num_keep + 1, device=x.device).expand(B, -1).contiguous()
@@ -87,7 +87,7 @@ def _launch_merge(x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: in
             **rule,
             on=x,
         )
-    return out
+    return out.to(x.dtype)
 
 
 class _MergeTokens(torch.autograd.Function):
@@ -115,9 +115,7 @@ class _MergeTokens(torch.autograd.Function):
         return grad_x, None, grad_weight, None
 
 
-def merge_tokens_triton(
-    x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: int
-) -> Tensor:
+def merge_tokens_triton(x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: int) -> Tensor:
     """Launch the kernel, with autograd; arguments as in `merge_tokens`, already checked there."""
     out: Tensor = _MergeTokens.apply(x, assign, weight, num_keep)
     return out

@@ -8,7 +8,7 @@ def merge_tokens_reference(
     x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: int
 ) -> Tensor:
     """`out[b, k]` is the sum of `weight * x` over the tokens assigned to k; differentiable."""
-    B, N, D = x.shape
+    B, _N, D = x.shape
     rows = x if x.dtype == torch.float64 else x.float()
     if weight is not None:
         rows = rows * weight.to(rows.dtype)[..., None]

@@ -160,8 +160,8 @@ def query_attention_triton(
     mean_heads: bool,
 ) -> Tensor:
     """Launch the kernels; arguments as in `query_attention_reference`."""
-    B, H, Q, Dh = q.shape
-    Hk, N = k.shape[1:3]
+    B, H, Q, _Dh = q.shape
+    _Hk, N = k.shape[1:3]
     shape = (B, Q, N) if mean_heads else (B, H, Q, N)
     out = torch.empty(shape, dtype=torch.float32, device=q.device)
     if not out.numel() or not H:

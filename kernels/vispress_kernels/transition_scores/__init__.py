@@ -9,9 +9,7 @@ from vispress_kernels.transition_scores.reference import transition_scores_refer
 __all__ = ["transition_scores", "transition_scores_reference"]
 
 
-def transition_scores(
-    x: Tensor, y: Tensor, *, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
+def transition_scores(x: Tensor, y: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Ratio of norms `|y| / |x|` and cosine of every token, in one pass over both tensors.
 
     Norms below 1e-8 count as 1e-8 where they divide. Bound by memory: each element is read once.

@@ -64,7 +64,8 @@ def run(
             advance(key, plan.questions * len(plan.tasks))
         if len(done) < len(plan.cells()):
             advance("drawing questions", 0)
-            questions = {name: get_task(name).draw(plan.questions, plan.seed) for name in plan.tasks}
+            tasks = [get_task(name) for name in plan.tasks]
+            questions = {task.name: task.draw(plan.questions, plan.seed) for task in tasks}
             for cell in plan.cells():
                 if cell.key not in done:
                     _finish(plan, cell, subject, questions, folder, advance, refused)
@@ -99,7 +100,12 @@ def run_cell(
     for name, prompts in questions.items():
         right = [int(a == p.answer) for a, p in zip(answers[name], prompts, strict=True)]
         interval = asdict(bootstrap_mean([right], seed=plan.seed))
-        tasks[name] = {"questions": len(right), **interval, "right": right, "answers": answers[name]}
+        tasks[name] = {
+            "questions": len(right),
+            **interval,
+            "right": "".join(map(str, right)),
+            "answers": answers[name],
+        }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
     if plan.timing.batch:
         advance(f"{cell.key}, timing", 0)

@@ -73,9 +73,9 @@ class Plan:
 
     Args:
         tasks: Names of tasks.
-        methods: A name, or a mapping as in a method's YAML plus `label` (its name in tables), `seeds`
-            (one cell each) and `keep_ratios` (in place of the plan's; `[]` for the method's own
-            budget), or a `chain` of such mappings.
+        methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
+            may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
+            place of the plan's; `[]` for the method's own budget).
         keep_ratios: Each in `(0, 1]`.
         budget: What a keep ratio means: `"mean"` is the mean of visual tokens over decoder layers,
             equal cost for all; `"placement"` is what one placement keeps.
@@ -215,7 +215,8 @@ def _cells(
         raise ConfigError(f"a method must be a name or a mapping, got {entry!r}")
     own = {key: data[key] for key in _OWN_KEYS if key in data}
     rest = {str(key): value for key, value in data.items() if key not in _OWN_KEYS}
-    ratios = tuple(own.get("keep_ratios", ratios))
+    if "keep_ratios" in own:
+        ratios = _list("keep_ratios", own["keep_ratios"])
     made = from_mapping(rest, f"method {entry!r}")
     chain = tuple(made) if isinstance(made, list) else (made,)
     label = str(own.get("label", "+".join(method.name for method in chain)))
@@ -226,7 +227,9 @@ def _cells(
     else:
         name = "mean_keep_ratio" if budget == "mean" else "keep_ratio"
         asked = [{name: ratio} for ratio in ratios]
-    seeds: list[dict[str, Any]] = [{"seed": s} for s in own.get("seeds", ())] or [{}]
+    seeds: list[dict[str, Any]] = [{"seed": s} for s in _list("seeds", own.get("seeds", []))] or [
+        {}
+    ]
     if seeds != [{}] and len(chain) > 1:
         raise ConfigError(f"{label}: seeds cannot be given for a chain; set them in its parts")
     cells = []
@@ -235,9 +238,7 @@ def _cells(
             values = rest | ratio | seed
             parts = (make_compressor(**_renamed(values)),) if ratio or seed else chain
             number = next(iter(ratio.values()), None)
-            cells.append(
-                Cell(group=label, chain=parts, keep_ratio=number, seed=seed.get("seed"))
-            )
+            cells.append(Cell(group=label, chain=parts, keep_ratio=number, seed=seed.get("seed")))
     return cells
 
 
@@ -255,6 +256,12 @@ def _takes_ratio(method: Compressor) -> bool:
     except BudgetError:
         return False
     return True
+
+
+def _list(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} must be a list, got {value!r}")
+    return tuple(value)
 
 
 def _integer(name: str, value: Any, *, low: int) -> None:

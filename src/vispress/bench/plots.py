@@ -71,18 +71,28 @@ def _draw(axes: Any, summary: Summary, task: str | None) -> None:
         rows = sorted(rows, key=lambda row: row.kept_mean)
         values = [_value(row, task) for row in rows]
         kept = [row.kept_mean for row in rows]
-        style = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)]}
-        style |= {"linestyle": "--" if group in _CONTROLS else "-", "linewidth": 1.4}
-        axes.plot(kept, [v.mean for v in values], label=group, markersize=4.5, **style)
+        color = f"C{number % 10}"
+        axes.plot(
+            kept,
+            [v.mean for v in values],
+            label=group,
+            color=color,
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4.5,
+            linestyle="--" if group in _CONTROLS else "-",
+            linewidth=1.4,
+        )
         low, high = [v.low for v in values], [v.high for v in values]
-        axes.fill_between(kept, low, high, color=style["color"], alpha=0.1, linewidth=0)
+        axes.fill_between(kept, low, high, color=color, alpha=0.1, linewidth=0)
     _references(axes, summary, task)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlabel("visual tokens kept (mean over decoder layers)")
     axes.set_ylabel("exact match")
-    title = task or f"mean of {len(summary.chance)} tasks, {summary.plan['questions']} questions each"
+    title = (
+        task or f"mean of {len(summary.chance)} tasks, {summary.plan['questions']} questions each"
+    )
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
 

@@ -30,8 +30,8 @@ def bootstrap_mean(
 ) -> Interval:
     """Mean of the strata's means, with a percentile bootstrap that resamples within each stratum.
 
-    One stratum of equal values gives the bootstrap no spread; if they are all 0 or all 1, the exact
-    binomial (Clopper-Pearson) bound stands in for the missing end.
+    Where all scores are 0, or all are 1, a bootstrap has no spread; the exact binomial
+    (Clopper-Pearson) bound of that many answers stands in for the missing end.
 
     Args:
         strata: Scores by question, one list a task; tasks weigh the same.
@@ -49,10 +49,11 @@ def bootstrap_mean(
     drawn = np.mean([_resampled(scores, rng, resamples) for scores in arrays], axis=0)
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(q) for q in np.quantile(drawn, (tail, 1 - tail)))
-    if len(arrays) == 1 and low == high:
-        bound = tail ** (1 / len(arrays[0]))
-        low, high = (bound, 1.0) if mean == 1.0 else (low, high)
-        low, high = (0.0, 1 - bound) if mean == 0.0 else (low, high)
+    bound = tail ** (1 / sum(map(len, arrays)))
+    if mean == 1.0:
+        low = bound
+    elif mean == 0.0:
+        high = 1 - bound
     return Interval(mean, low, high)
 
 

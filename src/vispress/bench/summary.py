@@ -97,16 +97,12 @@ def summarise(folder: str | Path) -> Summary:
     )
 
 
-def _row(
-    group: str, keep_ratio: float | None, cells: Sequence[dict[str, Any]], seed: int
-) -> Row:
+def _row(group: str, keep_ratio: float | None, cells: Sequence[dict[str, Any]], seed: int) -> Row:
     refused = next((cell["refused"] for cell in cells if "refused" in cell), None)
     if refused is not None:
         return Row(group=group, keep_ratio=keep_ratio, seeds=len(cells), refused=refused)
     right = {name: _per_question(cells, name) for name in cells[0]["tasks"]}
     kept = [cell["kept"] for cell in cells]
-    costs = [cell["cost"] for cell in cells if "cost" in cell]
-    ratios = [cost["prefill_ratio"] for cost in costs]
     return Row(
         group=group,
         keep_ratio=keep_ratio,
@@ -116,18 +112,28 @@ def _row(
         visual_tokens=fmean(k["visual_tokens"] for k in kept),
         kept_mean=fmean(k["kept_mean_over_layers"] for k in kept),
         kept_end=fmean(k["kept_at_end"] for k in kept),
-        prefill_ratio=Quantiles(*(fmean(r[q] for r in ratios) for q in ("p20", "median", "p80")))
-        if costs
-        else None,
-        kv_ratio=fmean(c["kv_bytes"] / c["uncompressed_kv_bytes"] for c in costs) if costs else None,
-        kv_bytes=fmean(c["kv_bytes"] for c in costs) if costs else None,
+        **_cost([cell["cost"] for cell in cells if "cost" in cell]),
     )
+
+
+def _cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Cost columns of a row, averaged over seeds; none where nothing was timed."""
+    if not costs:
+        return {}
+    ratios = [cost["prefill_ratio"] for cost in costs]
+    return {
+        "prefill_ratio": Quantiles(
+            *(fmean(r[q] for r in ratios) for q in ("p20", "median", "p80"))
+        ),
+        "kv_ratio": fmean(cost["kv_bytes"] / cost["uncompressed_kv_bytes"] for cost in costs),
+        "kv_bytes": fmean(cost["kv_bytes"] for cost in costs),
+    }
 
 
 def _per_question(cells: Sequence[dict[str, Any]], task: str) -> list[float]:
     """Share of seeds that got each question right."""
     columns = zip(*(cell["tasks"][task]["right"] for cell in cells), strict=True)
-    return [fmean(column) for column in columns]
+    return [fmean(map(int, column)) for column in columns]
 
 
 def write_summary(summary: Summary, folder: str | Path) -> None:

@@ -10,7 +10,7 @@ from vispress.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vispress.reference.questions import QuestionKind
+    from vispress.reference.words import QuestionKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,13 @@ def register_task(task: Task) -> Task:
 
 def all_tasks() -> dict[str, Task]:
     """Every task by name, the reference model's first."""
-    from vispress.reference.questions import CHANCE, KINDS
+    from vispress.reference import KINDS
+    from vispress.reference.questions import CHANCE
 
-    built_in = {kind: Task(kind, _NEEDS[kind], CHANCE[kind], _drawer(kind)) for kind in KINDS}
-    return {**built_in, **_TASKS}
+    tasks: dict[str, Task] = {
+        kind: Task(kind, _NEEDS[kind], CHANCE[kind], _drawer(kind)) for kind in KINDS
+    }
+    return tasks | _TASKS
 
 
 def get_task(name: str) -> Task:
@@ -105,11 +108,11 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 def _drawer(kind: "QuestionKind") -> Callable[[int, int], list[Prompt]]:
     def draw(n: int, seed: int) -> list[Prompt]:
-        from vispress.reference.evaluate import held_out
+        from vispress.reference import heldout
 
         return [
-            Prompt((e.image,), e.question.prompt, e.question.answer, e.question.patches)
-            for e in held_out(kind, n, seed=seed)
+            Prompt((image,), prompt, answer, question.patches)
+            for image, prompt, answer, question in heldout(kind, n, seed)
         ]
 
     return draw

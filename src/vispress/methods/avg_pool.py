@@ -34,10 +34,10 @@ class AvgPool(Compressor):
     The count is the largest grid of about the image's aspect within the budget.
 
     Args:
-        on: `"features"`, the visual tokens, or `"vision_features"`, before the projector.
+        values: `"features"`, the visual tokens, or `"vision_features"`, before the projector.
 
     Raises:
-        ConfigError: `on` is another word.
+        ConfigError: `values` is another word.
     """
 
     summary: ClassVar[str] = "means over windows, on a smaller grid"
@@ -47,17 +47,17 @@ class AvgPool(Compressor):
     exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 
-    on: Values = "features"
+    values: Values = "features"
 
     def validate(self) -> None:
-        check_choice("on", self.on, get_args(Values))
+        check_choice("values", self.values, get_args(Values))
 
     def signals(self) -> frozenset[Signal]:
-        return signals_for(self.on)
+        return signals_for(self.values)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         """Gradients flow through the new values."""
-        return resample(tokens, num_keep, window_means, self.on)
+        return resample(tokens, num_keep, window_means, self.values)

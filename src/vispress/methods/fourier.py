@@ -8,7 +8,8 @@ size of the corner, at least fp32, before the projector.
 Differs: two small matrix products in place of an FFT; any grid that fits the budget. `rescale` is
 ours: the orthonormal pair multiplies means by `sqrt(HW / H'W')`, which only fine-tuned checkpoints
 expect. Published accuracy needs fine-tuned weights. AnyRes and video go sub-image by sub-image
-(reconstructed); on Qwen (`on="features"`) positions are not laid out again for the smaller grid.
+(reconstructed); on Qwen (`values="features"`) positions are not laid out again for the smaller
+grid.
 """
 
 import math
@@ -58,7 +59,7 @@ class Fourier(Compressor):
     Args:
         rescale: Keep means as they are; False for checkpoints fine-tuned with the released
             compressor.
-        on: `"vision_features"`, before the projector, or `"features"`, behind it (Qwen).
+        values: `"vision_features"`, before the projector, or `"features"`, behind it (Qwen).
 
     Raises:
         ConfigError: A value is not among its choices.
@@ -72,15 +73,15 @@ class Fourier(Compressor):
     merges: ClassVar[bool] = True
 
     rescale: bool = True
-    on: Values = "vision_features"
+    values: Values = "vision_features"
 
     def validate(self) -> None:
         if not isinstance(self.rescale, bool):
             raise ConfigError(f"rescale must be true or false, got {self.rescale!r}")
-        check_choice("on", self.on, get_args(Values))
+        check_choice("values", self.values, get_args(Values))
 
     def signals(self) -> frozenset[Signal]:
-        return signals_for(self.on)
+        return signals_for(self.values)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
@@ -91,4 +92,4 @@ class Fourier(Compressor):
         def matrix(large: int, small: int) -> Tensor:
             return low_pass(large, small, rescale=self.rescale)
 
-        return resample(tokens, num_keep, matrix, self.on)
+        return resample(tokens, num_keep, matrix, self.values)

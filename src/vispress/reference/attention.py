@@ -51,7 +51,6 @@ def packed_attention(
         Shape (B, 145 + S * W, H, d), and None.
     """
     query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
-    batch, heads, length, _d = query.shape
     slots, width = attention_mask.shape[1:3]
     prefix_key, prefix_value = key[:, :, :PREFIX], value[:, :, :PREFIX]
     causal = torch.full((PREFIX, PREFIX), -1e30, dtype=query.dtype, device=query.device).triu(1)

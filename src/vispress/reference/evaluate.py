@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
+from typing import Final
 
 import numpy as np
 import torch
@@ -10,10 +11,11 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vispress.reference.model import MAX_NEW_TOKENS
-from vispress.reference.questions import KINDS, Question, QuestionKind, ask
+from vispress.reference.questions import Question, ask
 from vispress.reference.scenes import draw_scene
+from vispress.reference.words import KINDS, QuestionKind
 
-_ANSWERS: dict[QuestionKind, int] = {
+_ANSWERS: Final[dict[QuestionKind, int]] = {
     "attribute": 16,
     "place": 8,
     "existence": 2,

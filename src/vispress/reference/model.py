@@ -1,4 +1,4 @@
-"""The reference architecture: a small `LlavaForConditionalGeneration`, built and initialised here."""
+"""The reference architecture: a small LLaVA, configured and initialised here."""
 
 import math
 from typing import Final

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from vispress.reference.attention import PREFIX
 from vispress.reference.dense import DenseBatch, collate
-from vispress.reference.questions import Question, QuestionKind, mixture
+from vispress.reference.questions import Question, mixture
 from vispress.reference.scenes import draw_scene
-from vispress.reference.words import BOS, EOS, IMAGE, PAD, WORD_ID
+from vispress.reference.words import BOS, EOS, IMAGE, PAD, WORD_ID, QuestionKind
 
 SLOT: Final = 32  # tokens that share a block of attention
 

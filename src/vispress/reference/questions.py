@@ -1,27 +1,22 @@
-"""Questions about a scene: nine kinds that need different visual tokens, with unambiguous answers."""
+"""Questions about a scene: nine kinds that need different visual tokens, one right answer each."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
 import numpy as np
 
 from vispress.reference.scenes import IMAGE_SIZE, Item, Scene
-from vispress.reference.words import COLORS, COLUMNS, NUMBERS, PLURALS, ROWS, SHAPES
-
-QuestionKind = Literal[
-    "attribute",
-    "place",
-    "existence",
-    "needle",
-    "digit",
-    "reading",
-    "where",
-    "relation",
-    "count",
-]
-KINDS: Final[tuple[QuestionKind, ...]] = get_args(QuestionKind)
+from vispress.reference.words import (
+    COLORS,
+    COLUMNS,
+    NUMBERS,
+    PLURALS,
+    ROWS,
+    SHAPES,
+    QuestionKind,
+)
 
 # accuracy of the best constant answer on balanced questions
 CHANCE: Final[dict[QuestionKind, float]] = {

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vispress.reference.digits import Alpha, Split, handwritten, printed, warp
+from vispress.reference.masks import VARIANTS, WINDOW, shape_masks
 from vispress.reference.words import COLORS, SHAPES
 
 IMAGE_SIZE: Final = 96
@@ -20,9 +21,7 @@ GRID: Final = IMAGE_SIZE // PATCH_SIZE
 NUM_PATCHES: Final = GRID * GRID
 
 _BOX: Final = 22  # side of the square that holds one object
-_WINDOW: Final = 24  # side of the pasted alpha mask
 _MARGIN: Final = 16  # canvas border, so that masks never need clipping
-_VARIANTS: Final = 96  # precomputed masks a shape
 
 _RGB: Final = np.array(
     [
@@ -184,51 +183,10 @@ def _upsample(side: int) -> NDArray[np.float64]:
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
 
 
-@cache
-def _shape_masks() -> Alpha:
-    """Antialiased masks, shape (8, variants, 24, 24): sizes and small rotations of each shape."""
-    rng = np.random.default_rng(0)
-    masks = np.zeros((len(SHAPES), _VARIANTS, _WINDOW, _WINDOW), dtype=np.float32)
-    axis = np.arange(_WINDOW) + 0.5 - _WINDOW / 2
-    for variant in range(_VARIANTS):
-        radius, angle = rng.uniform(8.3, 10.2), rng.uniform(-0.15, 0.15)
-        fx, fy = rng.uniform(-0.5, 0.5, 2)
-        x, y = (axis - fx)[None, :], (axis - fy)[:, None]
-        u = (np.cos(angle) * x + np.sin(angle) * y) / radius
-        v = (np.cos(angle) * y - np.sin(angle) * x) / radius
-        for shape, name in enumerate(SHAPES):
-            masks[shape, variant] = np.clip(0.5 - _distance(name, u, v) * radius, 0, 1)
-    return masks
-
-
-def _distance(name: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Signed distance to the outline of a shape of about unit radius, negative inside."""
-    r, au, av = np.hypot(u, v), np.abs(u), np.abs(v)
-    if name == "circle":
-        return r - 0.92
-    if name == "ring":
-        return np.abs(r - 0.72) - 0.23
-    if name == "square":
-        return np.maximum(au, av) - 0.82
-    if name == "diamond":
-        return (au * 1.15 + av * 0.95 - 1.0) / 1.49
-    if name == "triangle":
-        return np.maximum(v - 0.8, (2 * au - v - 0.95) / np.sqrt(5))
-    if name == "cross":
-        return np.minimum(np.maximum(au - 1.0, av - 0.3), np.maximum(av - 1.0, au - 0.3))
-    if name == "crescent":
-        return np.maximum(r - 0.97, 0.72 - np.hypot(u - 0.5, v))
-    # star: five edges between radius 1.05 and 0.45
-    theta = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    px, py = r * np.cos(theta), r * np.sin(theta)
-    ex, ey = 0.45 * np.cos(np.pi / 5) - 1.05, 0.45 * np.sin(np.pi / 5)
-    return (-(py * ex - (px - 1.05) * ey)) / np.hypot(ex, ey)
-
-
 def _window(x: float, y: float) -> tuple[slice, slice]:
     """Rows and columns of the canvas under a mask centred at (x, y)."""
-    left, top = round(x + _MARGIN - _WINDOW / 2), round(y + _MARGIN - _WINDOW / 2)
-    return slice(top, top + _WINDOW), slice(left, left + _WINDOW)
+    left, top = round(x + _MARGIN - WINDOW / 2), round(y + _MARGIN - WINDOW / 2)
+    return slice(top, top + WINDOW), slice(left, left + WINDOW)
 
 
 def _paste(
@@ -247,29 +205,27 @@ def _paste(
     return inner.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum((1, 3))
 
 
-def _draw(
-    rng: np.random.Generator, canvas: NDArray[np.float32], item: Item, split: Split
-) -> Alpha:
+def _draw(rng: np.random.Generator, canvas: NDArray[np.float32], item: Item, split: Split) -> Alpha:
     """Draw an item without its dot; returns covered pixels a patch, shape (12, 12)."""
     where = _window(item.x, item.y)
     if item.kind == "shape":
-        alpha = _shape_masks()[item.value, rng.integers(_VARIANTS)]
+        alpha = shape_masks()[item.value, rng.integers(VARIANTS)]
         return _paste(rng, canvas, alpha, where, _RGB[item.color])
     wild = 1.0 if split == "train" else 0.3
     if item.kind == "digit":
         pool = handwritten(split)[item.value]
         alpha = warp(
             pool[rng.integers(len(pool))],
-            (_WINDOW, _WINDOW),
+            (WINDOW, WINDOW),
             float(rng.uniform(2.35, 2.75)),
             float(rng.uniform(-0.2, 0.2)) * wild,
             float(rng.uniform(-0.25, 0.25)) * wild,
         )
         return _paste(rng, canvas, alpha, where, _RGB[item.color])
-    plate = np.zeros((_WINDOW, _WINDOW), dtype=np.float32)
+    plate = np.zeros((WINDOW, WINDOW), dtype=np.float32)
     plate[3:-3, 1:-1] = 1.0
     covered = _paste(rng, canvas, plate, where, np.array([235, 232, 215], dtype=np.float32))
-    ink = np.zeros((_WINDOW, _WINDOW), dtype=np.float32)
+    ink = np.zeros((WINDOW, WINDOW), dtype=np.float32)
     for place, digit in enumerate((item.value // 10, item.value % 10)):
         glyph = warp(
             printed()[digit],
@@ -310,7 +266,7 @@ def _label(
     labels[3, center] = 1
     dots: tuple[int, ...] = ()
     if item.dot >= 0:
-        axis = np.arange(_WINDOW) + 0.5 - _WINDOW / 2
+        axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
         dx, dy = rng.uniform(-1.5, 1.5, 2)
         r = np.hypot((axis - dx)[None, :], (axis - dy)[:, None])
         alpha = np.clip(3.4 - r, 0, 1).astype(np.float32)

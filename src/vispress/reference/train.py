@@ -1,10 +1,13 @@
 """`train_reference`: both stages, evaluation, curves and model card in one resumable call."""
 
 import json
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import LlavaForConditionalGeneration
 
 from vispress.reference.card import write_card, write_curves
@@ -19,6 +22,23 @@ from vispress.reference.train_language import train_language
 from vispress.reference.train_vision import train_vision
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything `train_reference` was asked for; see there."""
+
+    out: Path
+    seed: int
+    vision: Budget
+    language: Budget
+    device: str
+    workers: int
+    vision_batch: int
+    language_batch: int
+    questions: int
+    check_questions: int
+    config: dict[str, int] = field(default_factory=dict)
+
+
 def train_reference(
     out_dir: str | Path,
     *,
@@ -28,31 +48,34 @@ def train_reference(
     language_minutes: float | None = None,
     language_images: int | None = None,
     resume: bool = True,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
     workers: int = 1,
+    processes: int = 1,
     vision_batch: int = 32,
     language_batch: int = 16,
     questions: int = 1000,
-    check_questions: int = 64,
+    check_questions: int = 32,
     config: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Train the reference model from nothing.
 
     Without any budget: 45,000 images of vision, then 100,000 of language. Writes into `out_dir`:
-    `vision/` and `language/` (log and resumable state), `checkpoint/` (a Hugging Face folder,
-    rewritten at every saved state), `accuracy.json`, `curves.png` and the card in `checkpoint/`.
+    `vision/` and `language/` (log and resumable state), `checkpoint/` (a Hugging Face folder with
+    the model card, rewritten at every saved state), `accuracy.json` and `curves.png`.
 
     Args:
         out_dir: Where everything goes; created.
         seed: Seed of weights, scenes and questions. Runs limited by images alone repeat exactly
-            on one machine with the same number of threads.
+            on one machine with the same numbers of threads and processes.
         vision_minutes: Limit of stage 1 in minutes of training.
         vision_images: Limit of stage 1 in images.
         language_minutes: Limit of stage 2 in minutes of training.
         language_images: Limit of stage 2 in images.
         resume: Continue from saved state; `False` starts over and overwrites it.
         device: `"cpu"`, `"cuda"` or `"cuda:1"`.
-        workers: Processes that draw scenes; 8 or more keep a GPU busy.
+        workers: Processes that draw scenes, for each training process; 8 keep a GPU busy.
+        processes: Data-parallel training processes of one thread each; on a CPU that other work
+            shares, as many as there are cores are faster than one process with as many threads.
         vision_batch: Images a step in stage 1.
         language_batch: Images a step in stage 2.
         questions: Held-out questions a kind in the final evaluation.
@@ -65,57 +88,105 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: A budget is not positive.
+        ValueError: A budget is not positive, `processes` does not divide both batches, or is more
+            than 1 on another device than the CPU.
     """
-    out = Path(out_dir)
-    place = torch.device(device)
     if vision_minutes is None and vision_images is None:
         vision_images = 45_000
     if language_minutes is None and language_images is None:
         language_images = 100_000
-    budgets = Budget(vision_minutes, vision_images), Budget(language_minutes, language_images)
+    if processes < 1 or vision_batch % processes or language_batch % processes:
+        raise ValueError(f"processes must divide {vision_batch} and {language_batch}: {processes}")
+    if processes > 1 and torch.device(device).type != "cpu":
+        raise ValueError(f"several processes train on the CPU only, not on {device}")
+    plan = Plan(
+        out=Path(out_dir),
+        seed=seed,
+        vision=Budget(vision_minutes, vision_images),
+        language=Budget(language_minutes, language_images),
+        device=device,
+        workers=workers,
+        vision_batch=vision_batch,
+        language_batch=language_batch,
+        questions=questions,
+        check_questions=check_questions,
+        config=config or {},
+    )
     if not resume:
-        for stage in ("vision", "language"):
-            for name in ("log.jsonl", "state.safetensors"):
-                (out / stage / name).unlink(missing_ok=True)
-    model = build_model(reference_config(**(config or {})), seed=seed).to(place)
+        _forget(plan.out)
+    if processes == 1:
+        _train(plan)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (processes, f"file://{folder}/meet", plan)
+            torch.multiprocessing.spawn(_process, arguments, nprocs=processes)
+    result = json.loads((plan.out / "accuracy.json").read_text())
+    return dict(result["accuracy"])
+
+
+def _forget(out: Path) -> None:
+    for stage in ("vision", "language"):
+        for name in ("log.jsonl", "state.safetensors"):
+            (out / stage / name).unlink(missing_ok=True)
+
+
+def _process(rank: int, world: int, meet: str, plan: Plan) -> None:
+    """One of several training processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    try:
+        _train(plan)
+        # the others wait while the main process evaluates
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(plan: Plan) -> None:
+    """Both stages and the evaluation, in this process."""
+    torch.set_flush_denormal(True)
+    device = torch.device(plan.device)
+    model = build_model(reference_config(**plan.config), seed=plan.seed).to(device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(place)
+        torch.manual_seed(plan.seed)
+        heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(device)
     for_training(model)
-    common: dict[str, Any] = {"seed": seed, "device": place, "workers": workers, "resume": True}
-    train_vision(model, heads, out / "vision", budget=budgets[0], batch=vision_batch, **common)
+    common: dict[str, Any] = {"seed": plan.seed, "device": device, "workers": plan.workers}
+    folders = plan.out / "vision", plan.out / "language"
+    train_vision(model, heads, folders[0], budget=plan.vision, batch=plan.vision_batch, **common)
 
     def report(run: Run) -> None:
-        _report(model, out, run, check_questions)
+        _report(model, plan, run)
 
     train_language(
         model,
         heads,
-        out / "language",
-        budget=budgets[1],
-        batch=language_batch,
+        folders[1],
+        budget=plan.language,
+        batch=plan.language_batch,
         report=report,
         **common,
     )
-    return finish(out, model, questions=questions) if is_main() else {}
+    if is_main():
+        finish(plan.out, model, questions=plan.questions)
 
 
-def _report(model: LlavaForConditionalGeneration, out: Path, run: Run, questions: int) -> None:
+def _report(model: LlavaForConditionalGeneration, plan: Plan, run: Run) -> None:
     """Export, and append a quick accuracy to the log."""
-    export(model, out / "checkpoint")
-    if questions:
-        for_inference(model)
-        scores = accuracy(model, build_processor(), n=questions, seed=1)
-        for_training(model)
-        mean = sum(scores.values()) / len(scores)
-        run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
-        run.skip_time()
+    export(model, plan.out / "checkpoint")
+    if not plan.check_questions:
+        return
+    for_inference(model)
+    scores = accuracy(model, build_processor(), n=plan.check_questions, seed=1)
+    for_training(model)
+    mean = sum(scores.values()) / len(scores)
+    run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
+    run.skip_time()
+    unfinished = "Intermediate checkpoint of a run that is not finished"
+    write_card(plan.out, dict(scores), questions=plan.check_questions, note=unfinished)
 
 
-def finish(
-    out: Path, model: LlavaForConditionalGeneration, *, questions: int
-) -> dict[str, float]:
+def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -> dict[str, float]:
     """Export, evaluate on held-out questions, write curves and card.
 
     Args:
@@ -124,7 +195,7 @@ def finish(
         questions: Held-out questions a kind.
 
     Returns:
-        Accuracy by question kind.
+        Accuracy by question kind, also written to `accuracy.json`.
     """
     for_inference(model)
     export(model, out / "checkpoint")

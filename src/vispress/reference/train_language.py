@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from vispress.reference.attention import PREFIX
+from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseHeads
 from vispress.reference.loop import Budget, Run, stream
 from vispress.reference.model import encode_image, normalise
@@ -85,7 +85,6 @@ def train_language(
     *,
     seed: int,
     budget: Budget,
-    resume: bool,
     device: torch.device,
     workers: int = 1,
     batch: int = BATCH,
@@ -93,7 +92,7 @@ def train_language(
     save_minutes: float = 5.0,
     report: Callable[[Run], None] | None = None,
 ) -> None:
-    """Train in place.
+    """Train in place, continuing from the state in `folder` if there is one.
 
     Args:
         model: The model after stage 1.
@@ -101,7 +100,6 @@ def train_language(
         folder: Log and state.
         seed: Seed of scenes and questions.
         budget: When to end.
-        resume: Continue from the state in `folder` if there is one.
         device: Where `model` and `heads` are.
         workers: Processes that draw.
         batch: Images a step, shared evenly by all processes.
@@ -119,16 +117,13 @@ def train_language(
     }
     optimizer = make_optimizer(modules, lr=PEAK, scales=SCALES)
     settings = {"stage": "language", "seed": seed, "batch": batch, "easy": easy}
-    run = Run(
-        folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings
-    )
-    if resume:
-        run.resume()
+    run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
+    run.resume()
     data: Dataset[PackedBatch] = LanguageStream(seed, share, SLOTS, easy)
     batches = stream(data, run.at.step, workers=workers)
     sums: dict[str, Any] = {}
     due = run.at.seconds + 60 * save_minutes
-    with tqdm(total=100, desc="language", unit="%", disable=not is_main()) as bar:
+    with progress_bar("language", visible=is_main()) as update:
         while run.progress < 1:
             packed: PackedBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
@@ -140,15 +135,16 @@ def train_language(
             for key, value in {"loss": loss.detach(), "first": hits, **scores}.items():
                 sums[key] = sums.get(key, 0.0) + value
             if run.at.step % 50 == 0:
-                run.log({k: float(v) / 50 for k, v in sums.items()})
-                bar.set_postfix({k: f"{float(v) / 50:.3f}" for k, v in sums.items()})
+                means = {k: float(v) / 50 for k, v in sums.items()}
+                run.log(means)
+                update(run.progress, means)
                 sums = {}
             if run.at.seconds >= due:
                 due = run.at.seconds + 60 * save_minutes
                 run.save()
                 if report is not None and is_main():
                     report(run)
-            bar.update(min(100.0, 100 * run.progress) - bar.n)
+            update(run.progress, {})
     run.save()
     if report is not None and is_main():
         report(run)

@@ -5,9 +5,9 @@ from typing import Any, Final
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseBatch, DenseHeads, collate
 from vispress.reference.loop import Budget, Run, stream
 from vispress.reference.model import encode_image, normalise
@@ -45,12 +45,11 @@ def train_vision(
     *,
     seed: int,
     budget: Budget,
-    resume: bool,
     device: torch.device,
     workers: int = 1,
     batch: int = BATCH,
 ) -> None:
-    """Train in place.
+    """Train in place, continuing from the state in `folder` if there is one.
 
     Args:
         model: The model; its decoder layers are not touched.
@@ -58,7 +57,6 @@ def train_vision(
         folder: Log and state.
         seed: Seed of the scenes.
         budget: When to end.
-        resume: Continue from the state in `folder` if there is one.
         device: Where `model` and `heads` are.
         workers: Processes that draw.
         batch: Images a step, shared evenly by all processes.
@@ -73,14 +71,11 @@ def train_vision(
     }
     optimizer = make_optimizer(modules, lr=PEAK)
     settings = {"stage": "vision", "seed": seed, "batch": batch}
-    run = Run(
-        folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings
-    )
-    if resume:
-        run.resume()
+    run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
+    run.resume()
     batches = stream(VisionStream(seed, share), run.at.step, workers=workers)
     sums: dict[str, Any] = {}
-    with tqdm(total=100, desc="vision", unit="%", disable=not is_main()) as bar:
+    with progress_bar("vision", visible=is_main()) as update:
         while run.progress < 1:
             data: DenseBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
@@ -90,10 +85,11 @@ def train_vision(
             for key, value in {"loss": loss.detach(), **scores}.items():
                 sums[key] = sums.get(key, 0.0) + value
             if run.at.step % 50 == 0:
-                run.log({k: float(v) / 50 for k, v in sums.items()})
-                bar.set_postfix({k: f"{float(v) / 50:.3f}" for k, v in sums.items()})
+                means = {k: float(v) / 50 for k, v in sums.items()}
+                run.log(means)
+                update(run.progress, means)
                 sums = {}
             if run.at.step % 500 == 0:
                 run.save()
-            bar.update(min(100.0, 100 * run.progress) - bar.n)
+            update(run.progress, {})
     run.save()

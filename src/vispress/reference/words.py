@@ -3,7 +3,20 @@
 One list decides the token ids, so the order here is part of the checkpoint.
 """
 
-from typing import Final
+from typing import Final, Literal, get_args
+
+QuestionKind = Literal[
+    "attribute",
+    "place",
+    "existence",
+    "needle",
+    "digit",
+    "reading",
+    "where",
+    "relation",
+    "count",
+]
+KINDS: Final[tuple[QuestionKind, ...]] = get_args(QuestionKind)
 
 SHAPES: Final = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
 PLURALS: Final = (

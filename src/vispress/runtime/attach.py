@@ -1,16 +1,19 @@
 """Attach compressors to a model instance: hooks in, hooks out, nothing left behind."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
+from vispress.errors import CompressionStateError
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, watch, watching
@@ -33,6 +36,9 @@ class Call:
     captures: dict[Modality, Capture] = field(default_factory=dict)
 
 
+_LATEST: ContextVar[Mapping[tuple[int, Modality], "weakref.ref[Capture]"]] = ContextVar(
+    "vispress_latest", default=MappingProxyType({})
+)
 _CALLS: ContextVar[tuple[Call, ...]] = ContextVar("vispress_calls", default=())
 
 
@@ -168,9 +174,25 @@ class Attachment:
         bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
         call = Call(self, bound.arguments | bound.arguments.get("kwargs", {}))
         for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
-            if (capture := getattr(output, CAPTURE_ATTRIBUTE, None)) is not None:
-                call.captures[modality] = capture
+            if output is not None:
+                call.captures[modality] = self._capture_of(modality, output)
         _CALLS.set((*_CALLS.get(), call))
+
+    def _capture_of(self, modality: Modality, output: Any) -> Capture:
+        """What was seen when these features were computed (by `generate`, ahead of the forward)."""
+        capture: Capture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
+        if capture is None:  # accelerate rebuilds containers on their way to a device
+            seen = _LATEST.get().get((id(self), modality))
+            latest = None if seen is None else seen()
+            if latest is not None and latest.gave(getattr(output, "pooler_output", ())):
+                capture = latest
+        if capture is None:
+            raise CompressionStateError(
+                f"{modality} features were computed apart from this forward (chunked prefill with "
+                "prefill_chunk_size, or before compress_model): the signals that compression reads are "
+                "missing. Pass pixel values, or let generate encode them"
+            )
+        return capture
 
     def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         _CALLS.set(tuple(c for c in _CALLS.get()[:-1]))
@@ -191,6 +213,7 @@ class Attachment:
         capture = Capture(self.adapter, modality, list(features), arguments, sink)
         if not isinstance(output, tuple | list | Tensor):
             setattr(output, CAPTURE_ATTRIBUTE, capture)
+            _LATEST.set(dict(_LATEST.get()) | {(id(self), modality): weakref.ref(capture)})
         if (call := self._current()) is not None:
             call.captures[modality] = capture
         return output

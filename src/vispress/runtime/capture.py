@@ -87,6 +87,7 @@ class Capture:
     ) -> None:
         self.modality = modality
         self.counts = tuple(len(feature) for feature in features)
+        self._first = features[0].detach() if features else None
         self.layouts: Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]
         self.layouts = adapter.layouts(modality, self.counts, call)
         self._signals: dict[tuple[Signal, int], tuple[Tensor, ...]] = {}
@@ -104,6 +105,12 @@ class Capture:
         if sink.projector_input is not None:
             rows = adapter.projector_inputs(modality, sink.projector_input, call)
             self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
+
+    def gave(self, features: Sequence[Tensor]) -> bool:
+        """Whether these features (possibly moved, or repeated for beams) came from this call."""
+        if self._first is None or not len(features) or len(features[0]) != self.counts[0]:
+            return False
+        return bool(torch.equal(features[0].detach().to(self._first), self._first))
 
     def attention(self, signal: Signal, layers: Sequence[int], number: int) -> Tensor:
         """`[E, H, N]` (or `[H, N]` for one layer) of image `number`."""

@@ -71,7 +71,8 @@ def begin(
 def _caches(module: nn.Module, given: Mapping[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
-    checkpointing = module.training and getattr(module, "is_gradient_checkpointing", False)
+    # checkpointed layers run without a cache
+    checkpointing = module.training and getattr(module.layers[0], "gradient_checkpointing", False)
     return bool(use_cache) and not checkpointing
 
 

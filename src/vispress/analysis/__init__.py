@@ -1,0 +1,1 @@
+"""Pictures of which visual tokens a method kept."""

@@ -1,0 +1,121 @@
+"""One question through one model, uncompressed and under several methods."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from vispress.api import compress_model, compression_report, remove_compression
+from vispress.bench.subjects import Subject
+from vispress.bench.tasks import Prompt, get_task
+from vispress.errors import ConfigError, UnsupportedModelError
+from vispress.methods.base import Compressor
+from vispress.report import ImageReport
+from vispress.types import Positions
+
+_MAX_NEW_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class View:
+    """What one method kept of the picture, and what the model then said.
+
+    Args:
+        title: The method with its budget; `"uncompressed"` for the model as it is.
+        answer: The model's words.
+        image: What was kept, None for the uncompressed model.
+        mean_keep_ratio: Kept share of visual tokens as a mean over decoder layers.
+        notes: Remarks of the report.
+    """
+
+    title: str
+    answer: str
+    image: ImageReport | None
+    mean_keep_ratio: float
+    notes: tuple[str, ...] = ()
+
+
+def open_prompt(source: str, question: str | None) -> Prompt:
+    """The picture and question that a user named.
+
+    Args:
+        source: An image file, or `scene:SEED` for a held-out scene.
+        question: In the reference model's words; scenes bring their own. For a scene it may also be
+            the name of a task.
+
+    Raises:
+        ConfigError: The file is missing or no image, the seed is no number, or a file comes
+            without a question.
+    """
+    if source.startswith("scene:"):
+        return _scene(source.removeprefix("scene:"), question)
+    if question is None:
+        raise ConfigError("give --question for a picture of your own")
+    try:
+        with Image.open(Path(source)) as opened:
+            image = opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ConfigError(f"{source} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"cannot read the image {source}: {_reason(error)}") from error
+    return Prompt((image,), _asked(question), "")
+
+
+def _scene(seed: str, question: str | None) -> Prompt:
+    if not seed.isdecimal():
+        raise ConfigError(f"scene:SEED needs a number >= 0, got scene:{seed}")
+    known = question is None or " " not in question
+    prompt = get_task(question or "attribute" if known else "attribute").draw(1, int(seed))[0]
+    return prompt if known else Prompt(prompt.images, _asked(question or ""), "")
+
+
+def _asked(question: str) -> str:
+    """A question as the reference model was taught: `<image> words ? :`."""
+    words = question.replace("<image>", " ").replace("?", " ? ").replace(":", " : ").split()
+    words = [word.lower() for word in words]
+    if words[-1:] != [":"]:
+        words += [":"] if words[-1:] == ["?"] else ["?", ":"]
+    return " ".join(["<image>", *words])
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def unknown_words(subject: Subject, prompt: Prompt) -> list[str]:
+    """Words of the question that the model's tokenizer does not know."""
+    tokenizer = subject.processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    words = prompt.text.split()
+    return [w for w in words if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
+
+
+def inspect(
+    subject: Subject, prompt: Prompt, methods: Sequence[Compressor], positions: Positions | None
+) -> list[View]:
+    """Answers and kept tokens: the uncompressed model first, then every method.
+
+    Raises:
+        BudgetError: A method has no budget.
+        UnsupportedMethodError: A method does not work on this model.
+        UnsupportedModelError: The picture is composed of crops, which cannot be drawn yet.
+    """
+    views = [View("uncompressed", _say(subject, prompt), None, 1.0)]
+    for method in methods:
+        compress_model(subject.model, method, positions=positions)
+        try:
+            answer = _say(subject, prompt)
+            report = compression_report(subject.model)
+        finally:
+            remove_compression(subject.model)
+        image = report.samples[0].images[0]
+        if image.grid is None:
+            raise UnsupportedModelError("pictures of AnyRes crops and tiles are not supported")
+        title = f"{method.name} ({'merges' if method.merges else 'prunes'})"
+        views.append(View(title, answer, image, report.mean_keep_ratio, report.notes))
+    return views
+
+
+def _say(subject: Subject, prompt: Prompt) -> str:
+    return subject.answer([prompt], _MAX_NEW_TOKENS)[0]

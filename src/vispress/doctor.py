@@ -1,0 +1,193 @@
+"""What works here: versions, device, attention, model families, the reference checkpoint."""
+
+import inspect
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from vispress.errors import UnsupportedVersionError, VispressError
+
+SUPPORTED = {"torch": ">=2.11", "transformers": ">=5.17,<6"}
+"""Ranges of `pyproject.toml` that decide whether the runtime works."""
+
+OPTIONAL = {
+    "triton": "kernels run as plain torch without it",
+    "accelerate": "needed for device_map",
+    "peft": "needed for LoRA",
+    "flash_attn": "needed for flash_attention_2",
+    "matplotlib": "needed for plots and `vispress show`",
+    "scikit-learn": "needed to draw the reference model's scenes",
+}
+
+Status = Literal["ok", "missing", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding.
+
+    Args:
+        name: What was looked at.
+        status: `"missing"` is a choice, `"broken"` is not.
+        detail: Version, or what is wrong and what helps.
+    """
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family.
+
+    Args:
+        name: As in tables.
+        models: Class names of its base models in transformers.
+        has_cls: Whether its vision encoder has [CLS]; None where the checkpoint decides.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    has_cls: bool | None
+
+
+def check_versions() -> None:
+    """Refuse versions outside the supported ranges.
+
+    Raises:
+        UnsupportedVersionError: Names package, version and range.
+    """
+    for name in SUPPORTED:
+        _check_version(name)
+
+
+def _check_version(name: str) -> str:
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        found = version(name)
+    except PackageNotFoundError as error:
+        raise UnsupportedVersionError(
+            f"{name} is not installed; vispress needs {name}{SUPPORTED[name]}"
+        ) from error
+    # local builds and pre-releases count as their release
+    if not SpecifierSet(SUPPORTED[name]).contains(found.partition("+")[0], prereleases=True):
+        raise UnsupportedVersionError(
+            f"{name} {found} is outside the supported range {SUPPORTED[name]}; "
+            f"install one with: pip install '{name}{SUPPORTED[name]}'"
+        )
+    return found
+
+
+def families() -> list[Family]:
+    """Every model family that has an adapter, sorted by name."""
+    import vispress.adapters  # noqa: F401  (registers the built-in ones)
+    from vispress.adapters.base import ModelAdapter
+
+    found: dict[str, Family] = {}
+    pending: list[type[ModelAdapter]] = list(ModelAdapter.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if "family" in cls.__dict__ and "base_classes" in cls.__dict__:
+            has_cls = inspect.getattr_static(cls, "has_cls")
+            # a property looks at the checkpoint's encoder
+            known = has_cls if isinstance(has_cls, bool) else None
+            found[cls.family] = Family(cls.family, tuple(cls.base_classes), known)
+    return [found[name] for name in sorted(found)]
+
+
+def diagnose() -> Iterator[Check]:
+    """All checks, one after another; none raises."""
+    yield Check("python", "ok", platform.python_version())
+    for name in SUPPORTED:
+        yield _try(name, partial(_check_version, name))
+    for name, use in OPTIONAL.items():
+        try:
+            yield Check(name, "ok", version(name))
+        except PackageNotFoundError:
+            yield Check(name, "missing", use)
+    yield _try("device", _device)
+    yield _try("attention", _attention)
+    yield _try("kernels", _kernels)
+    yield _try("methods", _methods)
+    for family in families_or_none():
+        yield _try(f"model family {family.name}", partial(_family, family))
+    yield _try("reference checkpoint", _reference)
+
+
+def families_or_none() -> list[Family]:
+    """`families()`, or none where transformers cannot be imported."""
+    try:
+        return families()
+    except Exception:
+        return []
+
+
+def _try(name: str, probe: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", probe())
+    except VispressError as error:
+        return Check(name, "broken", str(error))
+    except Exception as error:
+        return Check(name, "broken", f"{type(error).__name__}: {error}")
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads (no CUDA device)"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"CUDA {torch.version.cuda}: {', '.join(names)}"
+
+
+def _attention() -> str:
+    from transformers.utils import is_flash_attn_2_available
+
+    flash = ", flash_attention_2" if is_flash_attn_2_available() else ""
+    return f"eager, sdpa{flash}"
+
+
+def _kernels() -> str:
+    import torch
+
+    from vispress_kernels.gather_tokens import gather_tokens
+
+    x, keep = torch.arange(6.0).view(1, 3, 2), torch.tensor([[0, 2]])
+    if gather_tokens(x, keep).tolist() != [[[0.0, 1.0], [4.0, 5.0]]]:
+        raise RuntimeError("gather_tokens gives wrong values on the CPU")
+    if not torch.cuda.is_available():
+        return "plain torch"
+    gather_tokens(x.cuda(), keep.cuda(), backend="triton")
+    return "Triton"
+
+
+def _methods() -> str:
+    from vispress.registry import list_methods
+
+    return f"{len(list_methods())} registered"
+
+
+def _family(family: Family) -> str:
+    import transformers
+
+    missing = [name for name in family.models if not hasattr(transformers, name)]
+    if missing:
+        raise UnsupportedVersionError(
+            f"this transformers has no {', '.join(missing)}; vispress needs "
+            f"transformers{SUPPORTED['transformers']}"
+        )
+    return ", ".join(family.models)
+
+
+def _reference() -> str:
+    from vispress.bench.subjects import load_subject
+
+    subject = load_subject("reference")
+    size = sum(p.numel() for p in subject.model.parameters())
+    return f"loads, {size / 1e6:.1f} M parameters, weights {subject.weights}"

@@ -1,0 +1,133 @@
+"""What the command line prints about methods, and how it reads them from options."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from vispress.budget import PUBLISHED_DEPTH
+from vispress.config import make_compressor
+from vispress.doctor import Family
+from vispress.errors import BudgetError, ConfigError
+from vispress.methods.base import Compressor
+from vispress.registry import get_method, list_methods
+from vispress.types import Signal
+
+_BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
+_DEPTH = PUBLISHED_DEPTH
+
+
+def method_table(families: Sequence[Family]) -> Table:
+    """Methods that work on at least one of the families: what they do, read and come from."""
+    table = Table(caption=_legend(families), caption_justify="left")
+    for name in ("method", "does", "where", "reads", "evidence", "paper", "models"):
+        table.add_column(name, no_wrap=name in ("method", "evidence"), overflow="fold")
+    for name in list_methods():
+        cls = get_method(name)
+        works = _works(cls, families)
+        if works is not None:
+            table.add_row(
+                name,
+                escape(f"{'merges' if cls.merges else 'prunes'}; keeps {cls.summary}"),
+                _where(cls),
+                ", ".join(sorted(signal.value for signal in cls.reads)) or "features only",
+                cls.evidence,
+                cls.paper,
+                works,
+                end_section=True,
+            )
+    return table
+
+
+def _legend(families: Sequence[Family]) -> str:
+    words = {True: "[CLS]", False: "no [CLS]", None: "[CLS] if its encoder has one"}
+    # brackets are markup to rich
+    listed = "; ".join(f"{f.name} ({words[f.has_cls]})" for f in families)
+    return escape(f"families: {listed}")
+
+
+def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
+    """Where a method works; None for nowhere among these families."""
+    if Signal.CLS_ATTENTION not in cls.reads or all(family.has_cls for family in families):
+        return "all"
+    if any(field.name == "scores" for field in fields(cls)):
+        return escape("with [CLS]; others need scores='column_mean'")
+    none = all(family.has_cls is False for family in families)
+    return None if none else escape("with [CLS] only")
+
+
+def _where(cls: type[Compressor]) -> str:
+    """Stage and published layers, from the placements in a 32-layer LLM."""
+    for ratio in (None, 0.5):
+        try:
+            placements = cls(keep_ratio=ratio).placements(_DEPTH)
+        except (BudgetError, ConfigError):
+            continue
+        if placements[0].layer == 0:
+            return "before the LLM"
+        layers = ", ".join(str(placement.layer) for placement in placements)
+        return f"before layer {layers} of {_DEPTH}"
+    return "as configured"
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs, values read as YAML.
+
+    Raises:
+        ConfigError: A pair has no `=`, or its value is not YAML.
+    """
+    import yaml
+
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set needs KEY=VALUE, got {pair!r}")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {pair!r}: the value is not YAML: {error}") from error
+    return values
+
+
+def make_all(names: Sequence[str], values: dict[str, Any]) -> list[Compressor]:
+    """Compressors of those names, each with the options that it knows.
+
+    A method that takes no budget (`no_image`) is given none.
+
+    Raises:
+        UnsupportedMethodError: Unknown method.
+        ConfigError: No method knows an option.
+        BudgetError: A budget is out of range.
+    """
+    known = {name: {field.name for field in fields(get_method(name))} for name in names}
+    for key in values:
+        if not any(key in own for own in known.values()):
+            # with one name, make_compressor says which options are valid
+            make_compressor(names[0], **{key: values[key]})
+    made = []
+    for name in names:
+        own = {key: value for key, value in values.items() if key in known[name]}
+        made.append(_make(name, own))
+    return made
+
+
+def _make(name: str, values: dict[str, Any]) -> Compressor:
+    try:
+        return make_compressor(name, **values)
+    except BudgetError:
+        rest = {key: value for key, value in values.items() if key not in _BUDGETS}
+        made = make_compressor(name, **rest)
+        if any(_accepts(name, key) for key in _BUDGETS):
+            raise
+        return made
+
+
+def _accepts(name: str, budget: str) -> bool:
+    try:
+        make_compressor(name, **{budget: 1})
+    except BudgetError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""The reference VLM: a small, real LLaVA trained from nothing, shipped with the package.
+
+`load()` gives model and processor offline; `heldout()` gives questions it was never trained on.
+"""
+
+from typing import TYPE_CHECKING
+
+from vispress.reference.words import KINDS
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    from vispress.reference.questions import Question
+    from vispress.reference.train import train_reference
+    from vispress.reference.words import QuestionKind
+
+__all__ = ["KINDS", "heldout", "load", "train_reference"]
+
+
+def load(
+    dtype: "torch.dtype | None" = None,
+) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
+    """Load the shipped reference model; nothing is downloaded.
+
+    Args:
+        dtype: Type of the weights; fp32 by default (they are stored in fp16).
+
+    Returns:
+        The model in eval mode on the CPU with SDPA attention, and its processor.
+
+    Raises:
+        CheckpointError: A file of the checkpoint is missing or damaged.
+    """
+    import torch
+
+    from vispress.reference.checkpoint import SHIPPED, read
+
+    return read(SHIPPED, dtype=dtype or torch.float32)
+
+
+def heldout(
+    kind: "QuestionKind", n: int, seed: int = 0
+) -> "list[tuple[Image, str, str, Question]]":
+    """Held-out questions of one kind: unseen scenes, unseen handwriting, balanced answers.
+
+    Args:
+        kind: One of `KINDS`.
+        n: How many; each has a scene of its own.
+        seed: Other seeds give other scenes; no seed gives a scene that was trained on.
+
+    Returns:
+        Picture, prompt for the processor (it starts with `<image>`), answer, and the question
+        with the visual tokens that hold its evidence. Equal arguments give equal questions.
+
+    Raises:
+        ValueError: `kind` is unknown or `n` is not positive.
+    """
+    from vispress.reference.evaluate import held_out
+
+    return [
+        (e.image, e.question.prompt, e.question.answer, e.question)
+        for e in held_out(kind, n, seed=seed)
+    ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "train_reference":
+        from vispress.reference.train import train_reference
+
+        return train_reference
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

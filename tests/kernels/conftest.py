@@ -1,0 +1,84 @@
+"""Kernel tests: the same tests run interpreted on a CPU and compiled where there is a GPU."""
+
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# read when a kernel is decorated, so before any kernel module is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch):
+    """Fill `torch.empty` with NaN, or with nonsense integers, so that unwritten outputs show."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.is_floating_point():
+            return out.fill_(float("nan"))
+        return out.fill_(77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def randn(device):
+    """Seeded normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    return make
+
+
+@pytest.fixture
+def assert_accurate():
+    """The kernel may err twice as much as the reference of the same dtype does against fp64."""
+
+    def check(kernel, reference, exact):
+        assert kernel.shape == reference.shape
+        assert kernel.dtype == reference.dtype
+        if not exact.numel():
+            return
+        allowed = 2 * (reference.double() - exact).abs().max()
+        # a few units of fp32: sums in another order
+        allowed = allowed + 2**-21 * exact.abs().max()
+        error = (kernel.double() - exact).abs().max()
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+    return check
+
+
+class _Largest(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(out) if torch.is_tensor(t)]
+        self.numel = max(self.numel, *sizes, 0)
+        return out
+
+
+@pytest.fixture
+def largest_tensor():
+    """Bytes of the largest tensor that a call makes."""
+
+    def measure(call):
+        with _Largest() as mode:
+            call()
+        return mode.numel
+
+    return measure

@@ -1,0 +1,90 @@
+"""column_attention: what each key receives, packed, causal and padded."""
+
+import pytest
+import torch
+
+from vispress_kernels.column_attention import column_attention
+from vispress_kernels.query_attention import query_attention
+
+pytest.importorskip("triton")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# B, H, Hk, S, Dh
+SHAPES = [
+    (1, 1, 1, 1, 16),
+    (2, 2, 1, 67, 40),
+    (1, 1, 1, 100, 72),
+    (0, 1, 1, 4, 16),
+    (1, 1, 1, 0, 16),
+]
+
+
+def run(q, k, **kwargs):
+    kernel = column_attention(q, k, backend="triton", **kwargs)
+    reference = column_attention(q, k, backend="torch", **kwargs)
+    return kernel, reference, column_attention(q.double(), k.double(), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "H", "Hk", "S", "Dh"), SHAPES)
+def test_kernel_against_reference(randn, assert_accurate, B, H, Hk, S, Dh, dtype):
+    q, k = randn(B, H, S, Dh, dtype=dtype), randn(B, Hk, S, Dh, dtype=dtype)
+    assert_accurate(*run(q, k))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_masks_against_reference(randn, device, assert_accurate, causal, padded, packed):
+    q, k = randn(2, 1, 77, 16), randn(2, 1, 77, 16)
+    bounds = torch.tensor([0, 5, 5, 40, 77], device=device, dtype=torch.int32)
+    valid = randn(2, 77) > -1
+    valid[1, :9] = False
+    assert_accurate(
+        *run(
+            q,
+            k,
+            causal=causal,
+            valid=valid if padded else None,
+            cu_seqlens=bounds if packed else None,
+        )
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_is_the_mean_of_the_whole_map(randn, backend):
+    q, k = randn(1, 2, 37, 16), randn(1, 1, 37, 16)
+    full = query_attention(q, k).mean(-2)
+    torch.testing.assert_close(column_attention(q, k, backend=backend), full)
+    mean = column_attention(q, k, mean_heads=True, backend=backend)
+    torch.testing.assert_close(mean, full.mean(1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_packed_segments_are_as_alone(randn, device, backend):
+    q, k = randn(1, 2, 41, 16), randn(1, 2, 41, 16)
+    bounds = torch.tensor([0, 30, 41], device=device)
+    packed = column_attention(q, k, cu_seqlens=bounds, backend=backend)
+    alone = [
+        column_attention(q[:, :, a:b], k[:, :, a:b], backend=backend)
+        for a, b in ((0, 30), (30, 41))
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone, -1))
+
+
+def test_memory_is_linear(randn, largest_tensor):
+    q, k = randn(1, 1, 4096, 8), randn(1, 1, 4096, 8)
+    assert largest_tensor(lambda: column_attention(q, k)) <= 4 * q.numel()
+
+
+@pytest.mark.refusal
+def test_bad_input_is_refused():
+    q = torch.ones(1, 2, 5, 8)
+    with pytest.raises(ValueError, match=r"k must have shape .* got \(1, 2, 4, 8\)"):
+        column_attention(q, q[:, :, :4])
+    with pytest.raises(ValueError, match="got 1 bounds"):
+        column_attention(q, q, cu_seqlens=torch.tensor([0]))
+    with pytest.raises(TypeError, match="float32"):
+        column_attention(q, q, cu_seqlens=torch.tensor([0.0, 5.0]))
+    with pytest.raises(TypeError, match="valid must be torch.bool"):
+        column_attention(q, q, valid=torch.ones(1, 5))

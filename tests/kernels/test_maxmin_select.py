@@ -1,0 +1,95 @@
+"""maxmin_select: published orders, ties, and the same order from both backends."""
+
+import pytest
+import torch
+
+from vispress_kernels.maxmin_select import maxmin_select
+
+pytest.importorskip("triton")
+
+# the worked example of the specification
+TOKENS = [
+    [1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.9, 0.2],
+    [0, 0, 1], [0.6, 0.5, 0.4], [-0.2, 0.1, 0.9], [0.7, -0.1, 0.1],
+]  # fmt: skip
+# B, N, K, D: one token; odd; K == N; several blocks
+SHAPES = [(1, 1, 1, 1), (2, 19, 4, 20), (1, 9, 9, 130), (1, 70, 3, 8), (0, 4, 2, 8), (2, 4, 0, 8)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "N", "K", "D"), SHAPES)
+def test_kernel_chooses_as_the_reference(randn, B, N, K, D, dtype, weighted):
+    x, weight = randn(B, N, D, dtype=dtype), randn(B, N).abs() if weighted else None
+    order = maxmin_select(x, K, weight=weight, backend="triton")
+    assert torch.equal(order, maxmin_select(x, K, weight=weight, backend="torch"))
+    assert all(len(set(row)) == K for row in order.tolist())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_divprune_order(device, backend):
+    x = torch.tensor([TOKENS], device=device)
+    assert maxmin_select(x, 4, backend=backend).tolist() == [[5, 6, 2, 7]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sads_order(device, backend):
+    weight = torch.tensor([[0.2, 1, 0.3, 0.9, 0.5, 0.8, 0, 0.6]], device=device)
+    x = torch.tensor([TOKENS], device=device)
+    assert maxmin_select(x, 4, weight=weight, backend=backend).tolist() == [[1, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_first_may_be_given(device, backend):
+    x = torch.tensor([TOKENS, TOKENS], device=device)
+    first = torch.tensor([0, 4], device=device)
+    order = maxmin_select(x, 2, first=first, backend=backend)
+    assert order[:, 0].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_tokens_are_taken_once_each_in_order(device, backend):
+    x = torch.ones(1, 9, 3, device=device)
+    assert maxmin_select(x, 9, backend=backend).tolist() == [list(range(9))]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_weightless_and_nan_tokens_come_last(device, backend):
+    x = torch.eye(5, device=device)[None].clone()
+    weight = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]], device=device)
+    assert maxmin_select(x, 5, weight=weight, backend=backend).tolist() == [[1, 2, 3, 4, 0]]
+    x[0, 1] = float("nan")
+    assert maxmin_select(x, 5, backend=backend)[0, -1].item() == 1
+
+
+def test_strides_do_not_matter(randn):
+    x = randn(2, 20, 15).transpose(1, 2)
+    order = maxmin_select(x, 4, backend="triton")
+    assert torch.equal(order, maxmin_select(x.contiguous(), 4, backend="triton"))
+
+
+def test_memory_is_linear(randn, largest_tensor):
+    x = randn(1, 16384, 8)
+    first = torch.zeros(1, dtype=torch.int64, device=x.device)
+    assert largest_tensor(lambda: maxmin_select(x, 16, first=first)) <= 4 * x.numel()
+
+
+@pytest.mark.slow
+def test_the_isolated_start_is_linear_too(randn, largest_tensor):
+    x = randn(1, 16384, 32)
+    assert largest_tensor(lambda: maxmin_select(x, 2)) <= 4 * x.numel()
+
+
+@pytest.mark.refusal
+def test_bad_input_is_refused():
+    x = torch.ones(1, 3, 4)
+    with pytest.raises(ValueError, match=r"num_keep must be in \[0, 3\], got 4"):
+        maxmin_select(x, 4)
+    with pytest.raises(ValueError, match="needs a weight"):
+        maxmin_select(x, 1, first="weight")
+    with pytest.raises(ValueError, match="'last'"):
+        maxmin_select(x, 1, first="last")
+    with pytest.raises(TypeError, match="first must be torch.int64"):
+        maxmin_select(x, 1, first=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"weight must have shape \(1, 3\), got \(1, 2\)"):
+        maxmin_select(x, 1, weight=torch.ones(1, 2))

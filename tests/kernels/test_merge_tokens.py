@@ -1,0 +1,97 @@
+"""merge_tokens: sums and means of groups, their order of addition and their gradients."""
+
+import pytest
+import torch
+
+from vispress_kernels.merge_tokens import merge_tokens
+
+pytest.importorskip("triton")
+
+# one token; odd; one group of all; more groups than tokens; empty batch and no group
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 37, 5, 100),
+    (1, 577, 1, 33),
+    (2, 9, 20, 16),
+    (2, 40, 37, 24),
+    (0, 5, 3, 4),
+    (2, 5, 0, 4),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make_assign(B, N, K, device):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-1, K + 1, (B, N), generator=generator).to(device)  # -1 and K: none
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "N", "K", "D"), SHAPES)
+def test_kernel_against_reference(randn, device, assert_accurate, B, N, K, D, dtype, reduce):
+    x, weight = randn(B, N, D, dtype=dtype), randn(B, N).abs()
+    assign = make_assign(B, N, K, device)
+    kernel, reference, exact = (
+        merge_tokens(tokens, assign, K, weight=w, reduce=reduce, backend=backend)
+        for tokens, w, backend in (
+            (x, weight, "triton"),
+            (x, weight, "torch"),
+            (x.double(), weight.double(), "torch"),
+        )
+    )
+    assert_accurate(kernel, reference, exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_hand_worked(device, backend):
+    x = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]], device=device)
+    assign = torch.tensor([[0, -1, 0, 2]], device=device)
+    weight = torch.tensor([[1.0, 1.0, 3.0, 0.5]], device=device)
+    total = merge_tokens(x, assign, 3, weight=weight, backend=backend)
+    assert total[0, :, 0].tolist() == [13.0, 0.0, 4.0]
+    mean = merge_tokens(x, assign, 3, weight=weight, reduce="mean", backend=backend)
+    assert mean[0, :, 0].tolist() == [3.25, 0.0, 8.0]
+    plain = merge_tokens(x, assign, 3, reduce="mean", backend=backend)
+    assert plain[0, :, 0].tolist() == [2.5, 0.0, 8.0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_alone_is_kept_bit_for_bit(randn, device, backend):
+    x = randn(2, 9, 30, dtype=torch.bfloat16)
+    assign = torch.arange(9, device=device).flip(0).expand(2, 9)
+    assert torch.equal(merge_tokens(x, assign, 9, backend=backend), x.flip(1))
+
+
+def test_runs_agree_bit_for_bit_and_strides_do_not_matter(randn, device):
+    x, assign = randn(2, 24, 37).transpose(1, 2), make_assign(2, 37, 4, device)
+    out = merge_tokens(x, assign, 4, backend="triton")
+    assert torch.equal(out, merge_tokens(x, assign, 4, backend="triton"))
+    assert torch.equal(out, merge_tokens(x.contiguous(), assign, 4, backend="triton"))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_gradients_agree_between_backends(randn, device, reduce):
+    x, weight, assign = randn(2, 17, 6), randn(2, 17).abs(), make_assign(2, 17, 4, device)
+    grads = []
+    for backend in ("torch", "triton"):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = merge_tokens(leaves[0], assign, 4, weight=leaves[1], reduce=reduce, backend=backend)
+        out.square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for reference, kernel in zip(*grads, strict=True):
+        torch.testing.assert_close(kernel, reference)
+
+
+@pytest.mark.refusal
+def test_bad_input_is_refused():
+    x, assign = torch.ones(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"assign must have shape \(2, 3\), got \(2, 2\)"):
+        merge_tokens(x, assign[:, :2], 2)
+    with pytest.raises(TypeError, match="int32"):
+        merge_tokens(x, assign.int(), 2)
+    with pytest.raises(TypeError, match="x must be .* got torch.int64"):
+        merge_tokens(x.long(), assign, 2)
+    with pytest.raises(ValueError, match="num_keep must be in .* got -1"):
+        merge_tokens(x, assign, -1)
+    with pytest.raises(ValueError, match="'max'"):
+        merge_tokens(x, assign, 2, reduce="max")

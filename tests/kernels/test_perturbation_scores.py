@@ -1,0 +1,65 @@
+"""perturbation_scores: the shared products against the projector run 2 m times."""
+
+import pytest
+import torch
+from torch import nn
+
+from vispress_kernels.perturbation_scores import perturbation_scores
+
+pytest.importorskip("triton")
+
+# B, N, Dv, Dh, D, m
+SHAPES = [(1, 1, 1, 1, 1, 1), (2, 9, 20, 48, 36, 3), (1, 70, 17, 33, 150, 2), (0, 4, 8, 8, 8, 2)]
+
+
+def make(randn, B, N, Dv, Dh, D, m, dtype=torch.float32):
+    x = randn(B, N, Dv, dtype=dtype)
+    w1, b1 = randn(Dh, Dv) * Dv**-0.5, randn(Dh)
+    w2, u = randn(D, Dh) * Dh**-0.5, randn(m, Dv)
+    return x, w1.to(dtype), b1.to(dtype), w2.to(dtype), (u / u.norm(dim=-1, keepdim=True)).to(dtype)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_against_reference(randn, assert_accurate, shape, dtype, activation):
+    args = make(randn, *shape, dtype=dtype)
+    kernel = perturbation_scores(*args, activation=activation, backend="triton")
+    reference = perturbation_scores(*args, activation=activation, backend="torch")
+    exact = perturbation_scores(*(a.double() for a in args), activation=activation)
+    assert_accurate(kernel, reference, exact)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_is_the_projector_run_on_both_sides(randn, activation):
+    x, w1, b1, w2, u = (a.double() for a in make(randn, 2, 5, 8, 12, 10, 3))
+    act = nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+
+    def project(tokens):
+        return act(tokens @ w1.T + b1) @ w2.T + 7
+
+    norms = [(project(x + 0.1 * v) - project(x - 0.1 * v)).norm(dim=-1) / 0.2 for v in u]
+    out = perturbation_scores(x, w1, b1, w2, u, step=0.1, activation=activation)
+    torch.testing.assert_close(out, torch.stack(norms).mean(0))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_factor_of_w2_gives_the_same_scores(randn, backend):
+    x, w1, _, w2, u = make(randn, 1, 7, 8, 12, 30, 2)
+    _, s, v = torch.linalg.svd(w2, full_matrices=False)
+    whole = perturbation_scores(x, w1, None, w2, u, backend=backend)
+    factor = perturbation_scores(x, w1, None, s[:, None] * v, u, backend=backend)
+    torch.testing.assert_close(factor, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.refusal
+def test_bad_input_is_refused(randn):
+    x, w1, b1, w2, u = make(randn, 1, 3, 4, 5, 6, 2)
+    with pytest.raises(ValueError, match=r"w2 must have shape .* got \(5, 6\)"):
+        perturbation_scores(x, w1, b1, w2.T, u)
+    with pytest.raises(ValueError, match="directions must not be empty"):
+        perturbation_scores(x, w1, b1, w2, u[:0])
+    with pytest.raises(ValueError, match="step must be above 0, got 0"):
+        perturbation_scores(x, w1, b1, w2, u, step=0.0)
+    with pytest.raises(ValueError, match="'relu'"):
+        perturbation_scores(x, w1, b1, w2, u, activation="relu")

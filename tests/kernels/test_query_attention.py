@@ -1,0 +1,100 @@
+"""query_attention: rows of the map for a few queries, masked, grouped and averaged."""
+
+import pytest
+import torch
+
+from vispress_kernels.query_attention import query_attention
+
+pytest.importorskip("triton")
+
+# B, H, Hk, Q, N, Dh: one key; odd and grouped; [CLS] row at 577; wide query block; SigLIP heads
+SHAPES = [
+    (1, 1, 1, 1, 1, 16),
+    (2, 4, 2, 3, 77, 40),
+    (1, 1, 1, 1, 577, 64),
+    (1, 4, 1, 19, 70, 72),
+    (0, 2, 2, 1, 5, 16),
+    (2, 2, 1, 0, 5, 16),
+]
+
+
+def run(q, k, **kwargs):
+    kernel = query_attention(q, k, backend="triton", **kwargs)
+    reference = query_attention(q, k, backend="torch", **kwargs)
+    return kernel, reference, query_attention(q.double(), k.double(), **kwargs)
+
+
+@pytest.mark.parametrize("mean_heads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "H", "Hk", "Q", "N", "Dh"), SHAPES)
+def test_kernel_against_reference(
+    randn, device, assert_accurate, B, H, Hk, Q, N, Dh, dtype, mean_heads
+):
+    q, k = randn(B, H, Q, Dh, dtype=dtype), randn(B, Hk, N, Dh, dtype=dtype)
+    valid = randn(B, N) > -1
+    rows = torch.arange(Q, device=device) + max(N - Q, 0)
+    assert_accurate(*run(q, k, rows=rows, key_valid=valid, mean_heads=mean_heads))
+
+
+def test_matches_torch_softmax(randn):
+    q, k = randn(2, 4, 3, 16), randn(2, 2, 9, 16)
+    logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4
+    torch.testing.assert_close(query_attention(q, k), logits.softmax(-1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_masks(randn, device, backend):
+    q, k = randn(2, 2, 3, 16), randn(2, 2, 5, 16)
+    valid = torch.tensor([[False, True, True, True, True], [False] * 5], device=device)
+    out = query_attention(q, k, rows=0, key_valid=valid, backend=backend)
+    assert out[0, 0].count_nonzero(-1).tolist() == [0, 1, 2]
+    assert not out[1].any()
+    own = query_attention(
+        q, k, rows=torch.tensor([[4, 0, 1], [0, 0, 0]], device=device), backend=backend
+    )
+    assert own[0, 1].count_nonzero(-1).tolist() == [5, 1, 2]
+    torch.testing.assert_close(own.sum(-1), torch.ones_like(own[..., 0]))
+
+
+def test_strided_inputs(randn, assert_accurate):
+    q, k = randn(2, 3, 4, 32).transpose(1, 2), randn(2, 80, 2, 32)[:, ::2].transpose(1, 2)
+    assert_accurate(*run(q, k, mean_heads=True))
+
+
+def test_the_last_shift_is_the_largest_logit(device):
+    q = torch.full((1, 1, 1, 16), 100.0, device=device)
+    k = torch.linspace(-1, 1, 200, device=device)[None, None, :, None].expand(1, 1, 200, 16)
+    out = query_attention(q, k, backend="triton")
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, query_attention(q, k, backend="torch"))
+
+
+def test_the_reference_is_differentiable_and_the_kernel_says_it_is_not(randn):
+    q, k = randn(1, 1, 1, 16).requires_grad_(), randn(1, 1, 4, 16)
+    query_attention(q, k).square().sum().backward()
+    assert q.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="no backward"):
+        query_attention(q, k, backend="triton")
+
+
+@pytest.mark.parametrize("mean_heads", [False, True])
+def test_memory_is_linear(randn, largest_tensor, mean_heads):
+    q, k = randn(1, 2, 64, 8), randn(1, 2, 16384, 8)
+    used = largest_tensor(lambda: query_attention(q, k, mean_heads=mean_heads))
+    bound = max(4 * (1 if mean_heads else 2) * 64 * 16384, 2 * 4 * k.numel())
+    assert used <= bound
+
+
+@pytest.mark.refusal
+def test_bad_input_is_refused():
+    q, k = torch.ones(1, 4, 1, 8), torch.ones(1, 3, 5, 8)
+    with pytest.raises(ValueError, match="4 heads, which the 3 heads"):
+        query_attention(q, k)
+    with pytest.raises(ValueError, match=r"k must have shape .* got \(1, 3, 5, 4\)"):
+        query_attention(q, k[..., :4])
+    with pytest.raises(TypeError, match="float16"):
+        query_attention(q, k[:, :2].half())
+    with pytest.raises(TypeError, match="key_valid must be torch.bool"):
+        query_attention(q, k[:, :2], key_valid=torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"rows must have shape"):
+        query_attention(q, k[:, :2], rows=torch.zeros(2, dtype=torch.int64))

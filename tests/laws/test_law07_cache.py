@@ -1,0 +1,136 @@
+"""Law 7: the cache is really short: its bytes are those of the rows that live in each layer."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, settings
+from tests.tiny import Image, Sample, Text, make_inputs
+from vispress import compressed
+from vispress.methods import DivPrune, FastV
+from vispress.report import CompressionReport
+
+HEADS, DIM = 2, 16
+"""Key-value heads and head width of the tiny models."""
+ROOM = 9
+
+
+@cache
+def single(family: str) -> dict[str, Any]:
+    return make_inputs(family, [Sample([Text(4), Image(4, 4), Text(3), Image(4, 6), Text(5)])])
+
+
+def rows_per_layer(report: CompressionReport, first: int) -> list[int]:
+    """Rows that each layer must hold: all before the first placement, then the longest sample's."""
+    length = report.alive(0).shape[1]
+    longest = [int(report.alive(layer).sum(1).max()) for layer in range(report.num_layers)]
+    return [length if layer < first else rows for layer, rows in enumerate(longest)]
+
+
+def stored(cache: Any) -> list[int]:
+    """Rows that each layer does hold; keys and values must own no more memory than that."""
+    rows = []
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            batch, heads, length, dim = tensor.shape
+            assert (heads, dim) == (HEADS, DIM)
+            used = tensor.numel() * tensor.element_size()
+            assert tensor.untyped_storage().nbytes() == used, "a view of something longer"
+        rows.append(length)
+        assert layer.keys.shape == layer.values.shape
+        assert len(layer.keys) == batch
+    return rows
+
+
+def bytes_of(rows: list[int], batch: int, itemsize: int) -> int:
+    return sum(rows) * batch * HEADS * DIM * 2 * itemsize
+
+
+def check(family: str, method: Any, inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    model = model_of(family, dtype)
+    with compressed(model, method) as view:
+        with torch.no_grad():
+            out = model(**inputs)
+        report = view.report
+    chain = method if isinstance(method, list) else [method]
+    first = min(p.layer for one in chain for p in one.placements(report.num_layers))
+    expected = rows_per_layer(report, first)
+    assert stored(out.past_key_values) == expected
+    assert expected[-1] < report.alive(0).shape[1]
+    batch = len(inputs["input_ids"])
+    assert report.kv_bytes == bytes_of(expected, batch, dtype.itemsize)
+    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_one_sample_stores_its_kept_rows_and_nothing_else(family: str, method: str) -> None:
+    check(family, make(family, method), single(family), torch.float64)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_a_batch_stores_its_longest_sample_and_no_padding_beyond(
+    family: str, method: str, padding: str
+) -> None:
+    check(family, make(family, method), inputs_of(family, padding), torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_takes_half_of_fp64(family: str) -> None:
+    chain = [DivPrune(keep_ratio=0.6), FastV(keep_ratio=0.3, layer=3)]
+    check(family, chain, inputs_of(family, "left", torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None:
+    model, cache = model_of(family), DynamicCache()
+    with compressed(model, method, **settings(family, method)) as report:
+        model.generate(
+            **single(family),
+            past_key_values=cache,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+        )
+        alive = [int(report.alive(layer).sum()) for layer in range(report.num_layers)]
+    assert stored(cache) == [rows + 3 for rows in alive]  # the last token is never fed
+    assert cache.get_seq_length() == single(family)["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("method", ["fastv", "divprune", "pyramiddrop", "visionzip", "no_image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_buffers_are_allocated_short(family: str, method: str) -> None:
+    model, inputs = model_of(family), single(family)
+    length = inputs["input_ids"].shape[1]
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + ROOM)
+    with compressed(model, method, **settings(family, method)) as report:
+        model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+        alive = [int(report.alive(layer).sum()) for layer in range(report.num_layers)]
+        assert report.kv_bytes == bytes_of([rows + ROOM for rows in alive], 1, 8)
+    assert stored(cache) == [rows + ROOM for rows in alive]
+    assert min(alive) < length
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_cache_no_byte_is_reported(family: str) -> None:
+    model = model_of(family)
+    with compressed(model, "fastv", keep_ratio=0.4) as report:
+        with torch.no_grad():
+            out = model(**single(family), use_cache=False)
+        assert out.past_key_values is None
+        assert report.kv_bytes == 0
+
+
+def test_a_view_of_a_long_buffer_is_noticed() -> None:
+    cache = DynamicCache()
+    long = torch.zeros(1, HEADS, 10, DIM)
+    cache.update(long, long, 0)
+    assert stored(cache) == [10]
+    cache.layers[0].keys = cache.layers[0].keys[:, :, :4]
+    with pytest.raises(AssertionError, match="view"):
+        stored(cache)

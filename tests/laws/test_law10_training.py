@@ -1,0 +1,322 @@
+"""Law 10: losses and gradients are those of the masked model; checkpointing and LoRA change none."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.laws.cases import (
+    CASES,
+    FAMILIES,
+    Spy,
+    changed_rows,
+    inputs_of,
+    make,
+    model_of,
+)
+from tests.laws.oracle import oracle_loss
+from tests.tiny import build, make_inputs
+from tests.tiny_models import TEXT_IDS
+from vispress import compress_model, compressed, remove_compression
+from vispress.adapters.base import find_adapter
+from vispress.methods import DivPrune, FastV
+from vispress.methods.base import Compressor
+
+EXACT = 1e-9
+MERGING = ("avg_pool", "fourier", "visionzip")
+IN_LLM = ("fastv", "pyramiddrop", "transprune")
+
+Gradients = dict[str, Tensor]
+
+
+def labels_of(inputs: Mapping[str, Any]) -> Tensor:
+    """Next-token labels on text alone; visual tokens and padding are ignored."""
+    ids: Tensor = inputs["input_ids"]
+    text = (ids >= TEXT_IDS[0]) & (ids < TEXT_IDS[1]) & inputs["attention_mask"].bool()
+    return ids.masked_fill(~text, -100)
+
+
+def gradients(model: nn.Module, loss: Tensor, *, keep: bool = False) -> Gradients:
+    """Gradient of every parameter (zeros where the loss does not depend on it)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(
+        loss, [p for _, p in named], retain_graph=keep, allow_unused=True, materialize_grads=True
+    )
+    return {name: gradient for (name, _), gradient in zip(named, found, strict=True)}
+
+
+def backward(model: nn.Module, loss: Tensor) -> Gradients:
+    """The same through `loss.backward()`, which reentrant checkpointing needs."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_equal(got: Gradients, expected: Gradients, tolerance: float = EXACT) -> None:
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        assert (got[name] - gradient).abs().max() < tolerance * scale, name
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Train mode for the length of a block."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+def loss_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    return model(**inputs, labels=labels_of(inputs)).loss  # type: ignore[no-any-return]
+
+
+def both(
+    model: Any, inputs: Mapping[str, Any], method: Compressor, masked: Any = None
+) -> tuple[Tensor, Gradients, Tensor, Gradients]:
+    """Loss and gradients of the compressed model, then of the masked one.
+
+    New values of merged tokens are worked out from the plans, on the graph of the compressed forward;
+    that they do depend on the parameters is for `test_merged_values_carry_the_true_gradient`.
+
+    Args:
+        model: What is compressed and called, perhaps wrapped.
+        inputs: With padding.
+        method: The compressor.
+        masked: The model that the oracle runs, if `model` is wrapped.
+    """
+    spy = Spy()
+    masked = model if masked is None else masked
+    with training(model):
+        with compressed(model, spy.watch(method)) as view:
+            loss = loss_of(model, inputs)
+            report = view.report
+        got = gradients(model, loss, keep=True)
+        alive = [report.alive(layer) for layer in range(report.num_layers)]
+        changed = changed_rows(report, spy, inputs["input_ids"].shape)
+        layer = method.placements(report.num_layers)[0].layer
+        positions: Any = method.default_positions
+        positions = "original" if find_adapter(model).mrope else positions
+        values = None if changed is None else {layer: changed}
+        expected_loss = oracle_loss(masked, inputs, labels_of(inputs), alive, positions, values)
+        expected = gradients(model, expected_loss)
+    return loss.detach(), got, expected_loss.detach(), expected
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_loss_and_gradients_are_those_of_the_masked_model(
+    family: str, method: str, padding: str
+) -> None:
+    model, inputs = model_of(family), inputs_of(family, padding)
+    loss, got, expected_loss, expected = both(model, inputs, make(family, method))
+    assert abs(loss - expected_loss) < EXACT
+    assert_equal(got, expected)
+
+
+@cache
+def trained(family: str) -> Any:
+    """A model of its own, so that checkpointing leaves no trace on the shared one."""
+    return build(family)
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) -> None:
+    model, inputs = trained(family), inputs_of(family)
+    compressor = make(family, method)
+    with training(model), compressed(model, compressor) as report:
+        plain = loss_of(model, inputs)
+        expected, kept = backward(model, plain), report.to_dict()["samples"]
+        for reentrant in (True, False):
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            try:
+                loss = loss_of(model, inputs)
+                got = backward(model, loss)
+            finally:
+                model.gradient_checkpointing_disable()
+            assert abs(loss - plain) < EXACT
+            assert report.to_dict()["samples"] == kept
+            assert_equal(got, expected)
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None:
+    """Wherever a token is kept; with no image left nothing may come back."""
+    model, inputs = model_of(family), inputs_of(family)
+    with training(model), compressed(model, make(family, method)) as report:
+        found = gradients(model, loss_of(model, inputs))
+        kept = sum(i.num_kept for s in report.samples for i in s.images)
+    projector = {id(p) for p in find_adapter(model).projector.parameters()}
+    vision = [n for n, p in model.named_parameters() if id(p) in projector]
+    encoder = [n for n in found if "vision_tower" in n or "visual." in n]
+    for names in (vision, encoder):
+        reached = sum(float(found[name].abs().sum()) for name in names)
+        assert names
+        assert (reached > 0) == (kept > 0)
+
+
+@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
+    """Along the projector's weights, the loss moves as its gradient says (central difference)."""
+    model, inputs = model_of(family), inputs_of(family)
+    parameters = [p for p in find_adapter(model).projector.parameters() if p.dim() == 2]
+    generator = torch.Generator().manual_seed(0)
+    ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    step = 1e-4 / math.sqrt(sum(way.numel() for way in ways))
+
+    def move(distance: float) -> None:
+        with torch.no_grad():
+            for parameter, way in zip(parameters, ways, strict=True):
+                parameter.add_(way, alpha=distance)
+
+    with training(model), compressed(model, make(family, method)):
+        found = torch.autograd.grad(loss_of(model, inputs), parameters)
+        slope = sum(float((g * way).sum()) for g, way in zip(found, ways, strict=True))
+        saved = [p.detach().clone() for p in parameters]
+        losses = []
+        for distance in (step, -2 * step):
+            move(distance)
+            with torch.no_grad():
+                losses.append(float(loss_of(model, inputs)))
+        with torch.no_grad():
+            for parameter, value in zip(parameters, saved, strict=True):
+                parameter.copy_(value)
+    measured = (losses[0] - losses[1]) / (2 * step)
+    assert measured == pytest.approx(slope, rel=0.03, abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["fastv", "divprune", "visionzip", "transprune"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_forwards_then_one_backward_add_up(family: str, method: str) -> None:
+    model = model_of(family)
+    batches = [inputs_of(family, "left"), make_inputs_again(family)]
+    with training(model), compressed(model, make(family, method)):
+        single = [gradients(model, loss_of(model, inputs)) for inputs in batches]
+        first, second = (loss_of(model, inputs) for inputs in batches)
+        together = gradients(model, first + second)
+    expected = {name: single[0][name] + single[1][name] for name in together}
+    assert_equal(together, expected)
+
+
+@cache
+def make_inputs_again(family: str) -> dict[str, Any]:
+    """Another batch: other content, other lengths."""
+    from tests.laws.cases import SAMPLES
+
+    return make_inputs(family, SAMPLES[::-1][:2], padding="right", seed=5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_checkpointed_forwards_then_one_backward_add_up(family: str) -> None:
+    """The recompute of the first forward finds its own decisions, not those of the second."""
+    model = trained(family)
+    batches = [inputs_of(family, "left"), make_inputs_again(family)]
+    chain = [DivPrune(keep_ratio=0.6), FastV(keep_ratio=0.5, layer=2), make(family, "pyramiddrop")]
+    with training(model), compressed(model, chain):
+        single = [backward(model, loss_of(model, inputs)) for inputs in batches]
+        expected = {name: single[0][name] + single[1][name] for name in single[0]}
+        for reentrant in (True, False):
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            try:
+                first, second = (loss_of(model, inputs) for inputs in batches)
+                together = backward(model, first + second)
+            finally:
+                model.gradient_checkpointing_disable()
+            assert_equal(together, expected)
+
+
+def with_lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=r".*language_model.*(q|v|up)_proj"
+    )
+    wrapped = get_peft_model(model, config).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:  # zero at the start: then LoRA would change nothing
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.3 * noise)
+            elif "lora_A" in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(noise / math.sqrt(parameter.shape[1]))
+    return wrapped
+
+
+@pytest.mark.parametrize("method", ["fastv", "divprune", "visionzip", "transprune", "pyramiddrop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_before_and_after_compression_gives_the_masked_gradients(
+    family: str, method: str
+) -> None:
+    compressor = make(family, method)
+    inputs = inputs_of(family)
+    wrapped = with_lora(build(family))
+    loss, got, expected_loss, expected = both(wrapped, inputs, compressor, wrapped.get_base_model())
+    assert abs(loss - expected_loss) < EXACT
+    assert any("lora_A" in name for name in got)
+    assert all(float(g.abs().sum()) > 0 for name, g in got.items() if "layers.5" in name)
+    assert_equal(got, expected)
+
+    later = with_lora(compress_model(build(family), compressor))
+    with training(later):
+        late_loss = loss_of(later, inputs)
+        assert abs(late_loss - expected_loss) < EXACT
+        assert_equal(gradients(later, late_loss), expected)
+        remove_compression(later)
+        plain = loss_of(later, inputs)
+        assert abs(plain - loss_of(wrapped, inputs)) < EXACT
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_with_gradient_checkpointing_gives_the_same_gradients(
+    family: str, reentrant: bool
+) -> None:
+    wrapped, inputs = with_lora(build(family)), inputs_of(family)
+    with training(wrapped), compressed(wrapped, make(family, "pyramiddrop")):
+        expected = backward(wrapped, loss_of(wrapped, inputs))
+        wrapped.enable_input_require_grads()
+        wrapped.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        got = backward(wrapped, loss_of(wrapped, inputs))
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("method", IN_LLM)
+def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
+    """A training loop of three steps: losses fall, and the model is still compressed."""
+    model, inputs = build("llava"), inputs_of("llava")
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    losses = []
+    with training(model), compressed(model, make("llava", method)) as report:
+        for _ in range(3):
+            loss = loss_of(model, inputs)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(float(loss.detach()))
+        assert report.mean_keep_ratio < 1.0
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_detached_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vispress.runtime import select
+
+    values = select._values
+    monkeypatch.setattr(select, "_values", lambda *a: values(*a).detach())
+    with pytest.raises(AssertionError):
+        test_merged_values_carry_the_true_gradient("llava", "avg_pool")

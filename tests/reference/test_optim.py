@@ -1,0 +1,57 @@
+"""The optimiser: orthogonal updates, groups, and the same result in one process or two."""
+
+import torch
+from torch import nn
+
+from vispress.reference.loop import Budget, learning_rate
+from vispress.reference.optim import make_optimizer, orthogonalise
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    stack = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for x in (stack, stack.mT):
+        values = torch.linalg.svdvals(orthogonalise(x))
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_torch_muon_gives_the_same_step():
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    mine = make_optimizer({"m": ours}, lr=0.01)
+    other = torch.optim.Muon(
+        theirs.parameters(), lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        for layer, optimizer in ((ours, mine), (theirs, other)):
+            layer(torch.ones(2, 16)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours.weight, theirs.weight, atol=2e-3, rtol=0)
+
+
+def test_matrices_go_to_muon_and_the_rest_to_adamw():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.embed = nn.Embedding(5, 4)
+
+    optimizer = make_optimizer({"a": Both()}, lr=1.0, scales={"a": 0.5})
+    shapes = {g["muon"]: [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups}
+    assert shapes == {True: [(4, 4)], False: [(4,), (5, 4)]}
+    assert all(g["lr_scale"] == 0.5 for g in optimizer.param_groups)
+
+
+def test_the_learning_rate_warms_up_and_ends_at_its_floor():
+    rates = [learning_rate(p, peak=1.0, floor=0.1) for p in (0.0, 0.01, 0.02, 0.5, 1.0)]
+    assert rates[0] < rates[1] < rates[2] == 1.0
+    assert rates[2] > rates[3] > rates[4]
+    assert abs(rates[4] - 0.1) < 1e-9
+
+
+def test_a_budget_ends_at_its_nearer_limit():
+    budget = Budget(minutes=2, images=100)
+    assert budget.progress(60, 10) == 0.5
+    assert budget.progress(0, 75) == 0.75
