@@ -49,5 +49,5 @@ def launch(kernel: Any, programs: int, *args: Any, on: Tensor, **options: Any) -
     current device, which is not where the tensors are when a model is spread over several.
     """
     if programs:
-        with torch.cuda.device_of(on):
+        with torch.cuda.device(on.get_device()):  # -1, for the CPU, is no device
             kernel[(programs,)](*args, **options, enable_fp_fusion=True)

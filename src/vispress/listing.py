@@ -7,6 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from vispress.bench.cells import BUDGETS, takes_ratio
 from vispress.budget import PUBLISHED_DEPTH
 from vispress.config import make_compressor
 from vispress.doctor import Family
@@ -15,7 +16,6 @@ from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
 from vispress.types import Signal
 
-_BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
 _DEPTH = PUBLISHED_DEPTH
 
 
@@ -115,19 +115,6 @@ def make_all(names: Sequence[str], values: dict[str, Any]) -> list[Compressor]:
 
 
 def _make(name: str, values: dict[str, Any]) -> Compressor:
-    try:
-        return make_compressor(name, **values)
-    except BudgetError:
-        rest = {key: value for key, value in values.items() if key not in _BUDGETS}
-        made = make_compressor(name, **rest)
-        if any(_accepts(name, key) for key in _BUDGETS):
-            raise
-        return made
-
-
-def _accepts(name: str, budget: str) -> bool:
-    try:
-        make_compressor(name, **{budget: 1})
-    except BudgetError:
-        return False
-    return True
+    rest = {key: value for key, value in values.items() if key not in BUDGETS}
+    bare = make_compressor(name, **rest)
+    return make_compressor(name, **values) if takes_ratio(bare) else bare

@@ -188,7 +188,8 @@ class TokenPlan:
         assign: `[B, N]` int64; which kept slot (0..K-1) each token is folded into, -1 for none.
             Survivors that keep themselves must name their own slot.
         weight: `[B, N]` float; a slot's new value is the sum of weight * value over its tokens.
-        merge_on: What is merged: the tokens themselves, or the projector's input (then projected).
+        merge_on: What is merged: the tokens themselves, or the projector's input (then projected; a slot
+            of one token keeps it as it is).
         features: `[B, K, D]`; values that take the kept places (in place of merging).
     """
 

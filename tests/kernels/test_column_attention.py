@@ -86,5 +86,5 @@ def test_bad_input_is_refused():
         column_attention(q, q, cu_seqlens=torch.tensor([0]))
     with pytest.raises(TypeError, match="float32"):
         column_attention(q, q, cu_seqlens=torch.tensor([0.0, 5.0]))
-    with pytest.raises(TypeError, match="valid must be torch.bool"):
+    with pytest.raises(TypeError, match=r"valid must be torch.bool"):
         column_attention(q, q, valid=torch.ones(1, 5))

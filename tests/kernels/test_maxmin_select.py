@@ -89,7 +89,7 @@ def test_bad_input_is_refused():
         maxmin_select(x, 1, first="weight")
     with pytest.raises(ValueError, match="'last'"):
         maxmin_select(x, 1, first="last")
-    with pytest.raises(TypeError, match="first must be torch.int64"):
+    with pytest.raises(TypeError, match=r"first must be torch.int64"):
         maxmin_select(x, 1, first=torch.zeros(1))
     with pytest.raises(ValueError, match=r"weight must have shape \(1, 3\), got \(1, 2\)"):
         maxmin_select(x, 1, weight=torch.ones(1, 2))

@@ -89,9 +89,9 @@ def test_bad_input_is_refused():
         merge_tokens(x, assign[:, :2], 2)
     with pytest.raises(TypeError, match="int32"):
         merge_tokens(x, assign.int(), 2)
-    with pytest.raises(TypeError, match="x must be .* got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be .* got torch.int64"):
         merge_tokens(x.long(), assign, 2)
-    with pytest.raises(ValueError, match="num_keep must be in .* got -1"):
+    with pytest.raises(ValueError, match=r"num_keep must be in .* got -1"):
         merge_tokens(x, assign, -1)
     with pytest.raises(ValueError, match="'max'"):
         merge_tokens(x, assign, 2, reduce="max")

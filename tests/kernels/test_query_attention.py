@@ -94,7 +94,7 @@ def test_bad_input_is_refused():
         query_attention(q, k[..., :4])
     with pytest.raises(TypeError, match="float16"):
         query_attention(q, k[:, :2].half())
-    with pytest.raises(TypeError, match="key_valid must be torch.bool"):
+    with pytest.raises(TypeError, match=r"key_valid must be torch.bool"):
         query_attention(q, k[:, :2], key_valid=torch.ones(1, 5))
     with pytest.raises(ValueError, match=r"rows must have shape"):
         query_attention(q, k[:, :2], rows=torch.zeros(2, dtype=torch.int64))

@@ -49,7 +49,7 @@ def test_bad_input_is_refused():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"y must have shape \(2, 3\), got \(2, 2\)"):
         transition_scores(x, x[:, :2])
-    with pytest.raises(TypeError, match="y must be torch.float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"y must be torch.float32, got torch.float16"):
         transition_scores(x, x.half())
     with pytest.raises(ValueError, match="scalar"):
         transition_scores(x[0, 0], x[0, 0])

@@ -161,6 +161,8 @@ def _new_value(tokens: VisualTokens, plan: TokenPlan, row: int, slot: int) -> Te
         assert tokens.vision_features is not None
         source = tokens.vision_features
     members = plan.assign[row] == slot
+    if plan.merge_on == "vision_features" and int(members.sum()) == 1:
+        return tokens.features[row][members][0]
     merged = (plan.weight[row][members, None].to(source.dtype) * source[row][members]).sum(0)
     if plan.merge_on == "features":
         return merged

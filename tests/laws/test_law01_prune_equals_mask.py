@@ -7,6 +7,7 @@ import torch
 
 from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, run
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
+from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 from vispress import compress_model, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods import DivPrune, FastV, PyramidDrop, Random
@@ -123,3 +124,18 @@ def test_report_and_alive_agree() -> None:
             here = [i for i, p in enumerate(image.positions) if last[p]]
             assert tuple(here) == image.kept
     assert compression_report is not None
+
+
+@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool"])
+@pytest.mark.parametrize("family", VIDEO)
+def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, method: str) -> None:
+    model = model_of(family)
+    samples = [
+        Sample([Text(3), Video(3, 4, 4), Text(4), Image(4, 4), Text(5)]),
+        Sample([Text(2), Image(4, 6), Text(3)]),
+    ]
+    inputs = make_inputs(family, samples, padding="left")
+    result = run(model, inputs, make(family, method))
+    kinds = [[image.modality for image in sample.images] for sample in result.report.samples]
+    assert kinds == [["video", "image"], ["image"]]
+    assert_equals_oracle(model, inputs, result)

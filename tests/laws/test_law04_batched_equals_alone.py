@@ -83,7 +83,7 @@ def test_a_sample_with_a_video_is_what_it_is_alone(family: str, method: str) -> 
     samples = [
         Sample([Text(4), Video(2, 4, 4), Text(3)]),
         Sample([Image(4, 4), Text(9)]),
-        Sample([Text(2), Image(4, 6), Text(2), Video(4, 2, 4), Text(5)]),
+        Sample([Text(2), Image(4, 6), Text(2), Video(2, 2, 4), Text(5)]),
     ]
     batch = make_inputs(family, samples, padding="left")
     singles = [make_inputs(family, samples, only=index) for index in range(len(samples))]

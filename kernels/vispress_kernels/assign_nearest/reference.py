@@ -9,13 +9,14 @@ EPS = 1e-8
 def unit_rows(x: Tensor) -> Tensor:
     """Rows over their norm (at least 1e-8), in fp32; fp64 stays fp64."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return x.to(dtype) / norm.clamp(min=EPS)
 
 
 def inverse_norms(x: Tensor) -> Tensor:
     """One over each row's norm (at least 1e-8), in fp32."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp(min=EPS).reciprocal()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return norm.clamp(min=EPS).reciprocal()
 
 
 def assign_nearest_reference(

@@ -4,6 +4,8 @@ Bound by the tensor cores: q k^T is computed twice and stored never. The column 
 queries of one block of keys in order, so nothing is added atomically.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -219,7 +221,7 @@ def column_attention_triton(
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     rule = launch_rule(Dh, q.element_size())
     q, k = dot_operand(q), dot_operand(k)
-    options = {
+    options: dict[str, Any] = {
         "CAUSAL": causal,
         "HAS_BOUNDS": bounds is not None,
         "HAS_VALID": valid is not None,

@@ -47,7 +47,7 @@ def column_attention_reference(
     step = max(1, min(S, Dh * Hk // max(H, 1)))
     for begin in range(0, S, step):
         here = places[begin : begin + step]
-        queries = q[:, :, begin : begin + step].to(dtype).unflatten(1, (Hk, H // Hk))
+        queries = torch.unflatten(q[:, :, begin : begin + step].to(dtype), 1, (Hk, H // Hk))
         logits = (queries @ keys).flatten(1, 2) * scale  # [B, H, step, S]
         allowed = torch.ones(1, 1, len(here), S, dtype=torch.bool, device=q.device)
         if causal:

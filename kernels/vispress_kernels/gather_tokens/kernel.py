@@ -6,12 +6,13 @@ Memory-bound: reads and writes every kept element once, plus the indices once a 
 from collections.abc import Sequence
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from vispress_kernels._launch import ceil_div, launch, next_power_of_2
 
@@ -121,7 +122,7 @@ def _launch_gather(xs: Sequence[Tensor], keep: Tensor) -> tuple[Tensor, ...]:
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keep: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, keep: Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
         outs = _launch_gather(xs, keep)
         ctx.save_for_backward(keep)
         ctx.num_tokens = [x.shape[1] for x in xs]
@@ -130,7 +131,7 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (keep,) = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         return None, *(
@@ -144,7 +145,8 @@ def scatter_tokens(grad: Tensor, keep: Tensor, N: int) -> Tensor:
     B, _K = keep.shape
     out = grad.new_zeros(B * N, *grad.shape[2:])
     rows = keep + N * torch.arange(B, device=keep.device)[:, None]
-    return out.index_add_(0, rows.flatten(), grad.flatten(0, 1)).unflatten(0, (B, N))
+    out.index_add_(0, rows.flatten(), grad.flatten(0, 1))
+    return out.view(B, N, *grad.shape[2:])
 
 
 def gather_tokens_triton(xs: Sequence[Tensor], keep: Tensor) -> tuple[Tensor, ...]:

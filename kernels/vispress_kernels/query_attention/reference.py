@@ -29,7 +29,7 @@ def query_attention_reference(
     chunks = []
     for i in range(ceil_div(Q, size)):
         part = slice(i * size, (i + 1) * size)
-        queries = q[:, :, part].to(dtype).unflatten(1, (Hk, H // Hk))
+        queries = torch.unflatten(q[:, :, part].to(dtype), 1, (Hk, H // Hk))
         logits = (queries @ keys.transpose(-1, -2)).flatten(1, 2) * scale  # [B, H, q, N]
         allowed = _allowed(None if rows is None else rows[:, part], valid, N)
         if allowed is not None:

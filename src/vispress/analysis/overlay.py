@@ -74,6 +74,8 @@ def draw_views(
     figure = Figure(figsize=(3.1 * columns, 3.6 * rows + 0.9), layout="constrained")
     subtitle = "\nwhite: kept to the end; darker: dropped earlier"
     subtitle += "; yellow: holds the answer" if evidence else ""
+    if any("merges" in view.title for view in views):
+        subtitle += "; merged tokens are drawn at the places that they take"
     answer = f"   (right answer: {truth})" if truth else ""
     figure.suptitle(f"{question}{answer}{subtitle}", fontsize=10)
     grid = next((view.image.grid for view in views if view.image), None)

@@ -11,8 +11,9 @@ import torch
 
 import vispress
 from vispress.api import compress_model, compression_report, remove_compression
+from vispress.bench.cells import Cell
 from vispress.bench.cost import measure_cost, timed_batch
-from vispress.bench.plan import Cell, Plan
+from vispress.bench.plan import Plan
 from vispress.bench.provenance import commit, provenance
 from vispress.bench.stats import bootstrap_mean
 from vispress.bench.store import ResultsFolder, open_results

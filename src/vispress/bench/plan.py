@@ -2,21 +2,15 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
+from vispress.bench.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.tasks import get_task, suggest
-from vispress.config import from_mapping, make_compressor, to_mapping
-from vispress.errors import BudgetError, ConfigError
-from vispress.methods.base import Compressor
+from vispress.errors import ConfigError
 from vispress.types import Positions
-
-BudgetMeaning = Literal["mean", "placement"]
-UNCOMPRESSED = "none"
-_OWN_KEYS = ("label", "seeds", "keep_ratios")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,39 +26,6 @@ class Timing:
     batch: int = 8
     rounds: int = 6
     repeats: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run: a method (or chain) at one budget, over all tasks.
-
-    Args:
-        group: Method as the table calls it; seeds of a group are averaged there.
-        chain: Compressors; none for the uncompressed model.
-        keep_ratio: What the plan asked, None when the method brings its own budget.
-        seed: Seed of a randomised method, when the plan lists several.
-    """
-
-    group: str
-    chain: tuple[Compressor, ...] = ()
-    keep_ratio: float | None = None
-    seed: int | None = None
-
-    @property
-    def key(self) -> str:
-        """Unique in the plan; also the name of its file."""
-        ratio = "" if self.keep_ratio is None else f"--{self.keep_ratio:g}"
-        return f"{self.group}{ratio}" + ("" if self.seed is None else f"--seed{self.seed}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, with every hyper-parameter."""
-        return {
-            "key": self.key,
-            "group": self.group,
-            "methods": [to_mapping(method) for method in self.chain],
-            "keep_ratio": self.keep_ratio,
-            "seed": self.seed,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +55,7 @@ class Plan:
     """
 
     tasks: tuple[str, ...]
-    methods: tuple[str | Mapping[str, Any], ...]
+    methods: tuple[Entry, ...]
     keep_ratios: tuple[float, ...]
     budget: BudgetMeaning = "mean"
     model: str = "reference"
@@ -113,17 +74,18 @@ class Plan:
             _integer(f"timing.{name}", getattr(self.timing, name), low=low)
         _choice("budget", self.budget, get_args(BudgetMeaning))
         _choice("positions", self.positions, (None, *get_args(Positions)))
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"tasks must be a list of different names, got {list(self.tasks)}")
-        for task in self.tasks:
-            get_task(task)
+        names = [str(task) for task in self.tasks]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"tasks must be a list of different names, got {names}")
+        for name in names:
+            get_task(name)
         self.cells()
 
     def cells(self) -> tuple[Cell, ...]:
         """The uncompressed model first, then every method at every keep ratio."""
         cells = [Cell(group=UNCOMPRESSED)]
         for entry in self.methods:
-            cells += _cells(entry, self.keep_ratios, self.budget)
+            cells += cells_of(entry, self.keep_ratios, self.budget)
         keys = [cell.key for cell in cells]
         for key in keys:
             if keys.count(key) > 1:
@@ -204,64 +166,6 @@ def _mapping(data: Any, cls: type, where: str) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}; {suggest(key, known)}")
     return dict(data)
-
-
-def _cells(
-    entry: str | Mapping[str, Any], ratios: tuple[float, ...], budget: BudgetMeaning
-) -> list[Cell]:
-    """The cells of one entry of `methods`."""
-    data = {"method": entry} if isinstance(entry, str) else entry
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"a method must be a name or a mapping, got {entry!r}")
-    own = {key: data[key] for key in _OWN_KEYS if key in data}
-    rest = {str(key): value for key, value in data.items() if key not in _OWN_KEYS}
-    if "keep_ratios" in own:
-        ratios = _list("keep_ratios", own["keep_ratios"])
-    made = from_mapping(rest, f"method {entry!r}")
-    chain = tuple(made) if isinstance(made, list) else (made,)
-    label = str(own.get("label", "+".join(method.name for method in chain)))
-    if not re.fullmatch(r"[\w.+=-]+", label) or label == UNCOMPRESSED or "--" in label:
-        raise ConfigError(f"label must be letters, digits and . + = - _, not 'none': got {label!r}")
-    if len(chain) > 1 or not ratios or not _takes_ratio(chain[0]):
-        asked: list[dict[str, Any]] = [{}]
-    else:
-        name = "mean_keep_ratio" if budget == "mean" else "keep_ratio"
-        asked = [{name: ratio} for ratio in ratios]
-    seeds: list[dict[str, Any]] = [{"seed": s} for s in _list("seeds", own.get("seeds", []))] or [
-        {}
-    ]
-    if seeds != [{}] and len(chain) > 1:
-        raise ConfigError(f"{label}: seeds cannot be given for a chain; set them in its parts")
-    cells = []
-    for ratio in asked:
-        for seed in seeds:
-            values = rest | ratio | seed
-            parts = (make_compressor(**_renamed(values)),) if ratio or seed else chain
-            number = next(iter(ratio.values()), None)
-            cells.append(Cell(group=label, chain=parts, keep_ratio=number, seed=seed.get("seed")))
-    return cells
-
-
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {("name" if key == "method" else key): value for key, value in values.items()}
-
-
-def _takes_ratio(method: Compressor) -> bool:
-    """Whether the plan's keep ratios apply: the entry has no budget, and the method takes one."""
-    budgets = ("keep_ratio", "num_tokens", "mean_keep_ratio")
-    if any(getattr(method, name) is not None for name in budgets):
-        return False
-    try:
-        replace(method, keep_ratio=0.5)
-    except BudgetError:
-        return False
-    return True
-
-
-def _list(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"{name} must be a list, got {value!r}")
-    return tuple(value)
 
 
 def _integer(name: str, value: Any, *, low: int) -> None:

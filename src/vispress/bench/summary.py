@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vispress.bench.plan import UNCOMPRESSED
+from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.stats import Interval, Quantiles, bootstrap_mean
 from vispress.bench.store import read_results, write_json, write_text
 
@@ -121,10 +121,9 @@ def _cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not costs:
         return {}
     ratios = [cost["prefill_ratio"] for cost in costs]
+    spread = (fmean(ratio[name] for ratio in ratios) for name in ("p20", "median", "p80"))
     return {
-        "prefill_ratio": Quantiles(
-            *(fmean(r[q] for r in ratios) for q in ("p20", "median", "p80"))
-        ),
+        "prefill_ratio": Quantiles(*spread),
         "kv_ratio": fmean(cost["kv_bytes"] / cost["uncompressed_kv_bytes"] for cost in costs),
         "kv_bytes": fmean(cost["kv_bytes"] for cost in costs),
     }

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vispress.bench.plan import Cell
+from vispress.bench.cells import Cell
 from vispress.errors import BudgetError
 from vispress.methods.base import Compressor
 from vispress.report import CompressionReport, ImageReport

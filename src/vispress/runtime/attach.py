@@ -184,7 +184,7 @@ class Attachment:
         if capture is None:  # accelerate rebuilds containers on their way to a device
             seen = _LATEST.get().get((id(self), modality))
             latest = None if seen is None else seen()
-            if latest is not None and latest.gave(getattr(output, "pooler_output", ())):
+            if latest is not None and latest.gave(self.adapter.features(modality, output)):
                 capture = latest
         if capture is None:
             raise CompressionStateError(
@@ -204,13 +204,15 @@ class Attachment:
     def _get_features(
         self, modality: Modality, original: "Original", *args: Any, **kwargs: Any
     ) -> Any:
+        if isinstance(_SINK.get(), EncoderSink):  # Qwen's video method calls the image method
+            return original(*args, **kwargs)
         sink = EncoderSink(self.adapter, self.encoder_signals, self.all_encoder_layers())
         bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
         arguments = bound.arguments | bound.arguments.get("kwargs", {})
-        with watching(sink if self.encoder_signals else None):
+        with watching(sink):
             output = original(*args, **kwargs)
-        features = getattr(output, "pooler_output", output)
-        capture = Capture(self.adapter, modality, list(features), arguments, sink)
+        features = self.adapter.features(modality, output)
+        capture = Capture(self.adapter, modality, features, arguments, sink)
         if not isinstance(output, tuple | list | Tensor):
             setattr(output, CAPTURE_ATTRIBUTE, capture)
             _LATEST.set(dict(_LATEST.get()) | {(id(self), modality): weakref.ref(capture)})

@@ -141,14 +141,23 @@ def _values(
     assert plan.assign is not None
     assert plan.weight is not None
     slots = change.kept.num_visual
-    if plan.merge_on == "vision_features":
-        inputs = torch.stack(
-            [image.capture.vision_features(image.number) for image in before.images]
-        ).to(hidden.device)
-        inputs = gather_rows(inputs, before.index)
-        return project(merge_tokens(inputs, plan.assign, slots, weight=plan.weight))
-    own = hidden[before.sample.unsqueeze(1), rows.place[before.sample.unsqueeze(1), before.positions]]
-    return merge_tokens(own, plan.assign, slots, weight=plan.weight)
+    sample = before.sample.unsqueeze(1)
+    own = hidden[sample, rows.place[sample, before.positions]]
+    if plan.merge_on == "features":
+        return merge_tokens(own, plan.assign, slots, weight=plan.weight)
+    inputs = [image.capture.vision_features(image.number) for image in before.images]
+    inputs = gather_rows(torch.stack(inputs).to(hidden.device), before.index)
+    merged = project(merge_tokens(inputs, plan.assign, slots, weight=plan.weight))
+    # a slot of one token keeps it as it is: newline tokens never went through the projector
+    assert isinstance(plan.keep, Tensor)
+    return torch.where((_members(plan.assign, slots) > 1).unsqueeze(-1), merged, gather_rows(own, plan.keep))
+
+
+def _members(assign: Tensor, slots: int) -> Tensor:
+    """`[B, K]` tokens folded into each slot."""
+    counts = assign.new_zeros(assign.shape[0], slots + 1)
+    target = torch.where(assign < 0, slots, assign)
+    return counts.scatter_add(1, target, torch.ones_like(assign))[:, :slots]
 
 
 def _plans(
