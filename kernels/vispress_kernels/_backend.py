@@ -32,8 +32,8 @@ def resolve_backend(
 ) -> Literal["torch", "triton"]:
     """Choose the implementation that an op runs on these tensors.
 
-    `"auto"` is Triton on CUDA tensors when it is installed, else the reference. fp64 always goes to
-    the reference, whatever is asked, and so do inputs that need a gradient the kernel does not give.
+    `"auto"` is Triton on CUDA tensors when it is installed, else the reference; also where a
+    gradient is needed that the kernel does not give. fp64 always goes to the reference.
 
     Args:
         backend: What the caller asked for.

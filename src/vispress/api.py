@@ -37,20 +37,21 @@ def compress_model(
 ) -> M:
     """Compress the visual tokens of a Hugging Face multimodal LLM, in place.
 
-    Afterwards `forward`, `generate`, training and pipelines are used as before: inputs, logits and cache
-    lengths stay those of the full sequence, while inside each decoder layer only the kept rows are
-    computed and stored.
+    Afterwards `forward`, `generate`, training and pipelines are used as before: inputs, logits and
+    cache lengths stay those of the full sequence, while inside each decoder layer only the kept
+    rows are computed and stored.
 
     Args:
-        model: A supported model, possibly wrapped (PEFT, sharded, quantised); see `vispress doctor`.
-        method: A registered name, a compressor, or a list of either (a chain: each acts on what the one
-            before has left).
-        keep_ratio: Fraction of visual tokens kept by one placement, in `(0, 1]`. Methods with a published
-            schedule read it as the mean over decoder layers.
+        model: A supported model, possibly wrapped (PEFT, sharded, quantised); see `vispress
+            doctor`.
+        method: A registered name, a compressor, or a list of either (a chain: each acts on what
+            the one before has left).
+        keep_ratio: Fraction of visual tokens kept by one placement, in `(0, 1]`. Methods with a
+            published schedule read it as the mean over decoder layers.
         num_tokens: Visual tokens kept per image, in place of `keep_ratio`.
         config: A YAML file, in place of `method` and its hyper-parameters.
-        positions: `"original"` keeps position ids of survivors (gaps remain), `"compact"` renumbers them.
-            By default each method follows its official code.
+        positions: `"original"` keeps position ids of survivors (gaps remain), `"compact"`
+            renumbers them. By default each method follows its official code.
         backend: Kernels: `"triton"`, plain `"torch"`, or what fits the device (`"auto"`).
         **hyperparameters: Fields of the method's class, `layer=2` for example.
 
@@ -214,18 +215,15 @@ def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:
     if not missing:
         return
     names = ", ".join(sorted(signal.value for signal in missing))
-    works = [
-        name for name in list_methods() if get_method(name).reads <= adapter.signals()
-    ]
+    works = [name for name in list_methods() if get_method(name).reads <= adapter.signals()]
     hint = ""
     if missing == {Signal.CLS_ATTENTION} and "scores" in method.hyperparameters():
         hint = " The documented substitute is scores='column_mean'."
     raise UnsupportedMethodError(
-        f"{method.name} needs {names}, which {adapter.family} cannot give (its vision encoder has no [CLS] "
+        f"{method.name} needs {names}, which {adapter.family} cannot give (its vision encoder "
+        "has no [CLS] "
         f"token).{hint} Methods that work on this model: {', '.join(works)}"
         if missing == {Signal.CLS_ATTENTION}
         else f"{method.name} needs {names}, which {adapter.family} cannot give. "
         f"Methods that work on this model: {', '.join(works)}"
     )
-
-

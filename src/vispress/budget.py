@@ -34,7 +34,8 @@ class Budget:
     """How many visual tokens of one image a placement keeps.
 
     Args:
-        keep_ratio: Fraction in `(0, 1]` of the tokens that reached the compressor's first placement.
+        keep_ratio: Fraction in `(0, 1]` of the tokens that reached the compressor's first
+            placement.
         num_tokens: Count per image, at least 0; an image with fewer tokens stays whole.
         rounding: How `keep_ratio * n` becomes a count; each method follows its official code.
 
@@ -104,7 +105,9 @@ def scaled_layers(published: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """
     count = len(published)
     if num_layers <= count:
-        raise ConfigError(f"{count} placements need at least {count + 1} decoder layers, got {num_layers}")
+        raise ConfigError(
+            f"{count} placements need at least {count + 1} decoder layers, got {num_layers}"
+        )
     layers: list[int] = []
     for i, layer in enumerate(published):
         low = layers[-1] + 1 if layers else 1
@@ -123,7 +126,8 @@ def ratio_for_mean(mean_keep_ratio: float, layer: int, num_layers: int) -> float
     ratio = (mean_keep_ratio * num_layers - layer) / (num_layers - layer)
     if ratio <= 0.0:
         raise BudgetError(
-            f"mean_keep_ratio={mean_keep_ratio} cannot be reached by pruning before layer {layer} of "
+            f"mean_keep_ratio={mean_keep_ratio} cannot be reached by pruning before layer "
+            f"{layer} of "
             f"{num_layers}: the layers before it alone give {layer / num_layers:.3f}; "
             "ask for more or prune earlier"
         )
@@ -147,7 +151,8 @@ def geometric_ratios(
 
     if mean(0.0) >= mean_keep_ratio:
         raise BudgetError(
-            f"a mean of {mean_keep_ratio} over {num_layers} layers cannot be reached when the first "
+            f"a mean of {mean_keep_ratio} over {num_layers} layers cannot be reached when the "
+            "first "
             f"placement is before layer {layers[0]}: the minimum is above {mean(0.0):.3f}; "
             "ask for more or give earlier `layers`"
         )

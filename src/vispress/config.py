@@ -25,9 +25,13 @@ def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
         if key not in valid:
             close = difflib.get_close_matches(str(key), valid, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ConfigError(f"{name} has no hyper-parameter {key!r}{hint}; valid: {', '.join(valid)}")
+            raise ConfigError(
+                f"{name} has no hyper-parameter {key!r}{hint}; valid: {', '.join(valid)}"
+            )
     # YAML has lists where dataclasses hold tuples
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()
+    }
     return cls(**values)
 
 
@@ -42,14 +46,18 @@ def from_mapping(data: Any, where: str = "configuration") -> Compressor | list[C
         ConfigError: The shape is wrong.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} must be a mapping with a key 'method', got {type(data).__name__}")
+        raise ConfigError(
+            f"{where} must be a mapping with a key 'method', got {type(data).__name__}"
+        )
     if "chain" in data:
         if set(data) != {"chain"} or not isinstance(data["chain"], list) or not data["chain"]:
             raise ConfigError(f"{where}: 'chain' must be the only key and a non-empty list")
         parts = [from_mapping(item, f"{where}, chain[{i}]") for i, item in enumerate(data["chain"])]
         return [part for part in parts if isinstance(part, Compressor)]
     if not isinstance(data.get("method"), str):
-        raise ConfigError(f"{where} needs a key 'method' with a method's name, got {sorted(map(str, data))}")
+        raise ConfigError(
+            f"{where} needs a key 'method' with a method's name, got {sorted(map(str, data))}"
+        )
     return make_compressor(data["method"], **{str(k): v for k, v in data.items() if k != "method"})
 
 
@@ -73,7 +81,9 @@ def load_config(path: str | Path) -> Compressor | list[Compressor]:
 
 def to_mapping(method: Compressor) -> dict[str, Any]:
     """The inverse of `from_mapping` for one compressor; unset (None) fields are left out."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in method.hyperparameters().items()}
+    values = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in method.hyperparameters().items()
+    }
     return {"method": method.name} | {k: v for k, v in values.items() if v is not None}
 
 

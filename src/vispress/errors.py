@@ -22,7 +22,9 @@ class ConfigError(VispressError, ValueError):
 
 
 class CompressionStateError(VispressError, RuntimeError):
-    """The call does not fit the model's state (compressed twice, a foreign cache, no prefill yet)."""
+    """The call does not fit the model's state (compressed twice, a foreign cache, no
+    prefill yet).
+    """
 
 
 class UnsupportedVersionError(VispressError, RuntimeError):

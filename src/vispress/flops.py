@@ -13,7 +13,9 @@ from collections.abc import Sequence
 CONVENTIONS = ("mac3", "flop3", "fastv2")
 
 
-def flops(tokens_per_layer: Sequence[int], width: int, mlp_width: int, convention: str = "mac3") -> float:
+def flops(
+    tokens_per_layer: Sequence[int], width: int, mlp_width: int, convention: str = "mac3"
+) -> float:
     """Sum over decoder layers.
 
     Args:
@@ -29,6 +31,7 @@ def flops(tokens_per_layer: Sequence[int], width: int, mlp_width: int, conventio
         raise ValueError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
     products = 2 if convention == "fastv2" else 3
     total = sum(
-        4 * n * width**2 + 2 * n**2 * width + products * n * width * mlp_width for n in tokens_per_layer
+        4 * n * width**2 + 2 * n**2 * width + products * n * width * mlp_width
+        for n in tokens_per_layer
     )
     return float(total * (2 if convention == "flop3" else 1))

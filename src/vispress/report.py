@@ -85,7 +85,8 @@ class CompressionReport:
         kv_bytes: Bytes of keys and values in the cache after the prefill (0 without a cache).
         flops: By convention: `"mac3"`, `"flop3"`, `"fastv2"`.
         visual_per_layer: `[layer][sample]`, visual tokens of this prefill that enter each layer.
-        notes: What was decided when the model was compressed (scaled layers, substitutes, positions).
+        notes: What was decided when the model was compressed (scaled layers, substitutes,
+            positions).
     """
 
     samples: tuple[SampleReport, ...]
@@ -139,7 +140,8 @@ class CompressionReport:
             for i, image in enumerate(sample.images)
         ]
         lines.append(
-            f"mean over layers {self.mean_keep_ratio:.3f}, KV cache {self.kv_bytes / 2**20:.2f} MiB, "
+            f"mean over layers {self.mean_keep_ratio:.3f}, KV cache {self.kv_bytes / 2**20:.2f} "
+            "MiB, "
             f"visual FLOPs x{self.flops['mac3'].ratio:.3f}"
         )
         return "\n".join([*lines, *self.notes])
@@ -202,5 +204,3 @@ def _visual_per_layer(record: "Record", batch: int) -> tuple[tuple[int, ...], ..
             seen[id(alive)] = tuple((alive.cpu() & visual).sum(1).tolist())
         out.append(seen[id(alive)])
     return tuple(out)
-
-

@@ -58,7 +58,8 @@ class Placement:
         layer: Decoder layer (0-based) before which rows are dropped; 0 for PRE_LLM.
         queries: Rows of `query_attention`, if the method reads it.
         attention_of: `"previous"`: the attention of layer `layer - 1`, as it ran. `"next"`: what
-            layer `layer` would compute on the rows that are still there (only q and k are computed).
+            layer `layer` would compute on the rows that are still there (only q and k are
+            computed).
         transitions: Decoder layers whose module inputs and outputs are measured up to here.
     """
 
@@ -122,7 +123,8 @@ class VisualTokens:
         num_original: Tokens the image had at the start (N0); equals N unless pruned before.
         cls_attention: `[B, H, N]`, [CLS] row of the encoder layer that gives the features; or
             `[B, E, H, N]` when `Compressor.encoder_layers` asks for E != 1 layers, in its order.
-        column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS] row.
+        column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS]
+            row.
         vision_keys: `[B, Hv, N, Dh]`, keys of the feature layer of the encoder.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
@@ -184,12 +186,13 @@ class TokenPlan:
     """What to keep of each image, and what becomes of the rest.
 
     Args:
-        keep: `[B, K]` int64 into N, strictly ascending; or, from adaptive methods, one `[K_b]` an image.
+        keep: `[B, K]` int64 into N, strictly ascending; or, from adaptive methods, one `[K_b]` an
+            image.
         assign: `[B, N]` int64; which kept slot (0..K-1) each token is folded into, -1 for none.
             Survivors that keep themselves must name their own slot.
         weight: `[B, N]` float; a slot's new value is the sum of weight * value over its tokens.
-        merge_on: What is merged: the tokens themselves, or the projector's input (then projected; a slot
-            of one token keeps it as it is).
+        merge_on: What is merged: the tokens themselves, or the projector's input (then projected;
+            a slot of one token keeps it as it is).
         features: `[B, K, D]`; values that take the kept places (in place of merging).
     """
 
@@ -218,7 +221,9 @@ class TokenPlan:
             raise ValueError(f"plan has {len(counts)} images, the bucket has {tokens.batch}")
         for count in counts:
             if exact and count != num_keep:
-                raise BudgetError(f"plan keeps {count} tokens of an image, the budget is {num_keep}")
+                raise BudgetError(
+                    f"plan keeps {count} tokens of an image, the budget is {num_keep}"
+                )
             if count > tokens.num_visual:
                 raise BudgetError(f"plan keeps {count} of {tokens.num_visual} tokens")
         if (self.assign is None) != (self.weight is None):

@@ -6,9 +6,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from tests.tiny import FAMILIES, QWEN, Image, Sample, Text, build, make_inputs
 from torch import Tensor
 
-from tests.tiny import FAMILIES, QWEN, Image, Sample, Text, build, make_inputs
 from vispress import compress_model, compression_report, list_methods, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
@@ -37,7 +37,9 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"
 
 
 @cache
-def inputs_of(family: str, padding: str = "left", dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def inputs_of(
+    family: str, padding: str = "left", dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """The common batch of a family."""
     return make_inputs(family, SAMPLES, padding=padding, dtype=dtype)
 
@@ -52,7 +54,9 @@ def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
 
 
 class Spy:
-    """Notes every plan of a compressor (installed on a copy of its class, never on the original)."""
+    """Notes every plan of a compressor (installed on a copy of its class, never on the
+    original).
+    """
 
     def __init__(self) -> None:
         self.seen: list[tuple[VisualTokens, TokenPlan]] = []
@@ -142,7 +146,9 @@ def changed_rows(
 
 
 def _bucket_images(images: list[Any], tokens: VisualTokens) -> list[Any]:
-    """Images of a bucket in order: those with its N and grid (layouts of equal N are told by grid)."""
+    """Images of a bucket in order: those with its N and grid (layouts of equal N are told
+    by grid).
+    """
     found = [
         (b, image)
         for b, image in images

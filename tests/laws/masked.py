@@ -1,7 +1,8 @@
 """The oracle for any generation mode: the untouched model with its own full cache, and masks.
 
-Unlike `oracle_generate`, which re-runs the whole sequence, this lets `generate` run as it likes on the
-untouched model: beams, sampling, several turns. The dropped tokens stay in the cache and are masked.
+Unlike `oracle_generate`, which re-runs the whole sequence, this lets `generate` run as it likes on
+the untouched model: beams, sampling, several turns. The dropped tokens stay in the cache and are
+masked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from tests.laws.oracle import language_model
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -61,7 +61,9 @@ def masked_model(
                 dropped = (valid & ~live).long().cumsum(1)[:, past:]
                 ids = seen["ids"]
                 ids = at.expand(hidden.shape[0], -1) if ids is None else ids
-                kwargs["position_embeddings"] = stack.rotary_emb(hidden, (ids - dropped).clamp(min=0))
+                kwargs["position_embeddings"] = stack.rotary_emb(
+                    hidden, (ids - dropped).clamp(min=0)
+                )
             return (hidden,), kwargs
 
         return hook
@@ -87,4 +89,8 @@ def _grow(mask: Tensor, batch: int, length: int, *, fill: bool = True) -> Tensor
     """A prompt's mask for repeated samples (beams) and generated tokens."""
     mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)
     more = length - mask.shape[1]
-    return torch.cat([mask, mask.new_full((batch, more), fill)], dim=1) if more > 0 else mask[:, :length]
+    return (
+        torch.cat([mask, mask.new_full((batch, more), fill)], dim=1)
+        if more > 0
+        else mask[:, :length]
+    )

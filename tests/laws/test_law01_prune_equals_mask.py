@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, run
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
+
 from vispress import compress_model, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods import DivPrune, FastV, PyramidDrop, Random
@@ -15,7 +15,9 @@ from vispress.methods import DivPrune, FastV, PyramidDrop, Random
 EXACT = 1e-5  # logits of scale 20, fp64 weights; norms and rotary tables are fp32 in transformers
 
 
-def assert_equals_oracle(model: Any, inputs: dict[str, Any], result: Any, tolerance: float = EXACT) -> None:
+def assert_equals_oracle(
+    model: Any, inputs: dict[str, Any], result: Any, tolerance: float = EXACT
+) -> None:
     """All logits at real positions, those of dropped places included."""
     masked = oracle_forward(model, inputs, result.alive, result.positions, result.values)
     expected = oracle_expand(masked, result.alive[-1])
@@ -36,7 +38,9 @@ def test_prefill_equals_the_masked_model(family: str, method: str) -> None:
 def test_every_decode_step_equals_the_masked_model(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
     result = run(model, inputs, make(family, method))
-    tokens, logits = oracle_generate(model, inputs, result.alive, 4, result.positions, result.values)
+    tokens, logits = oracle_generate(
+        model, inputs, result.alive, 4, result.positions, result.values
+    )
     compress_model(model, make(family, method))
     try:
         out = model.generate(
@@ -53,7 +57,9 @@ def test_every_decode_step_equals_the_masked_model(family: str, method: str) -> 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("method", ["fastv", "divprune", "pyramiddrop", "visionzip"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_position_policies_equal_the_masked_model(family: str, method: str, positions: Any) -> None:
+def test_both_position_policies_equal_the_masked_model(
+    family: str, method: str, positions: Any
+) -> None:
     model, inputs = model_of(family), inputs_of(family)
     if positions == "compact" and find_adapter(model).mrope:
         with pytest.raises(ValueError, match="three axes"):
@@ -76,7 +82,11 @@ def test_both_position_policies_equal_the_masked_model(family: str, method: str,
 
 CHAINS = {
     "pre_then_in": [DivPrune(keep_ratio=0.6), FastV(keep_ratio=0.5, layer=2)],
-    "three": [Random(keep_ratio=0.7), FastV(keep_ratio=0.7, layer=1), FastV(keep_ratio=0.5, layer=4)],
+    "three": [
+        Random(keep_ratio=0.7),
+        FastV(keep_ratio=0.7, layer=1),
+        FastV(keep_ratio=0.5, layer=4),
+    ],
     "schedule_last": [DivPrune(keep_ratio=0.5), PyramidDrop()],
 }
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws.cases import FAMILIES, METHODS, greedy, inputs_of, logits_of, model_of, settings
 from torch import Tensor
 
-from tests.laws.cases import FAMILIES, METHODS, greedy, inputs_of, logits_of, model_of, settings
 from vispress import compressed
 from vispress.methods import DivPrune, FastV, PyramidDrop
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from tests.laws.cases import (
     CASES,
     FAMILIES,
@@ -17,6 +15,8 @@ from tests.laws.cases import (
     model_of,
     settings,
 )
+from torch import Tensor, nn
+
 from vispress import compress_model, compressed, compression_report, remove_compression
 from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV, TransPrune
@@ -26,7 +26,9 @@ OWN_OF_TRANSFORMERS = frozenset({"rope_deltas"})
 
 
 class Snapshot:
-    """Every attribute of every submodule, by identity; holds what it saw, so that ids stay unique."""
+    """Every attribute of every submodule, by identity; holds what it saw, so that ids
+    stay unique.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from tests.laws.cases import (
     CASES,
     FAMILIES,
@@ -20,9 +18,11 @@ from tests.laws.cases import (
     settings,
 )
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
+from torch import Tensor
+
 from vispress import compressed, compression_report
 from vispress.errors import CompressionStateError
-from vispress.methods import DivPrune, FastV
+from vispress.methods import DivPrune
 
 EXACT = 1e-9
 
@@ -62,9 +62,7 @@ def assert_each_as_alone(
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(("family", "method"), CASES)
-def test_each_sample_of_a_batch_is_what_it_is_alone(
-    family: str, method: str, padding: str
-) -> None:
+def test_each_sample_of_a_batch_is_what_it_is_alone(family: str, method: str, padding: str) -> None:
     options = {"method": method} | settings(family, method)
     singles = [alone(family, index) for index in range(len(SAMPLES))]
     assert_each_as_alone(family, options, inputs_of(family, padding), singles)
@@ -72,7 +70,10 @@ def test_each_sample_of_a_batch_is_what_it_is_alone(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_chain_treats_each_sample_as_if_alone(family: str) -> None:
-    chain = [DivPrune(keep_ratio=0.6), make(family, "pyramiddrop", layers=(2, 3), ratios=(0.5, 0.2))]
+    chain = [
+        DivPrune(keep_ratio=0.6),
+        make(family, "pyramiddrop", layers=(2, 3), ratios=(0.5, 0.2)),
+    ]
     singles = [alone(family, index) for index in range(len(SAMPLES))]
     assert_each_as_alone(family, {"method": chain}, inputs_of(family), singles)
 

@@ -1,4 +1,6 @@
-"""Law 6: every image keeps exactly what was asked, after every placement; anything else is an error."""
+"""Law 6: every image keeps exactly what was asked, after every placement; anything else
+is an error.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,8 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
-
 from tests.laws.cases import (
     CASES,
     FAMILIES,
@@ -18,6 +18,8 @@ from tests.laws.cases import (
     model_of,
     settings,
 )
+from torch import Tensor
+
 from vispress import compressed, registry
 from vispress.config import make_compressor
 from vispress.errors import BudgetError, VispressError

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
-
 from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, settings
 from tests.tiny import Image, Sample, Text, make_inputs
+from transformers import DynamicCache, StaticCache
+
 from vispress import compressed
 from vispress.methods import DivPrune, FastV
 from vispress.report import CompressionReport

@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from tests.laws.cases import (
     CASES,
     FAMILIES,
@@ -21,6 +19,8 @@ from tests.laws.cases import (
     model_of,
     settings,
 )
+from torch import Tensor
+
 from vispress import compressed, compression_report
 from vispress.methods import Random, ZOOPrune
 from vispress.methods.base import ScorePruner

@@ -1,15 +1,17 @@
-"""Law 9: greedy, sampling, beams, static caches, assisted decoding and second turns agree with the oracle."""
+"""Law 9: greedy, sampling, beams, static caches, assisted decoding and second turns agree
+with the oracle.
+"""
 
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationMixin, StaticCache
-
 from tests.laws.cases import FAMILIES, SAMPLES, inputs_of, make, model_of, run
 from tests.laws.masked import masked_model, with_valid
 from tests.laws.oracle import generate_positions, oracle_expand, oracle_forward
 from tests.tiny import Image, Sample, Text, make_inputs
+from transformers import DynamicCache, GenerationMixin, StaticCache
+
 from vispress import compress_model, compressed, compression_report, remove_compression
 
 METHODS = ["fastv", "divprune", "pyramiddrop", "visionzip"]
@@ -63,7 +65,9 @@ def test_mode_equals_the_masked_model(family: str, method: str, mode: str) -> No
 @pytest.mark.parametrize("method", ["divprune", "fastv", "visionzip"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_cache_every_step_equals_its_own_masked_forward(family: str, method: str) -> None:
-    """Without a cache each step is a prefill and decides anew (methods that read the last token too)."""
+    """Without a cache each step is a prefill and decides anew (methods that read the last
+    token too).
+    """
     model, inputs = model_of(family), inputs_of(family)
     with compressed(model, make(family, method)):
         got = generate(model, inputs, use_cache=False)
@@ -102,7 +106,9 @@ def test_a_second_turn_of_text_continues_on_the_short_cache(family: str, method:
     model = model_of(family)
     inputs = inputs_of(family)
     result = run(model, inputs, make(family, method))
-    more = torch.randint(3, 100, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(3))
+    more = torch.randint(
+        3, 100, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(3)
+    )
 
     def two_turns(cache: Any) -> tuple[Any, Any]:
         first = model.generate(
@@ -152,9 +158,14 @@ def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) 
     alive = [report.alive(i) for i in range(report.num_layers)]
     assert all(torch.equal(alive[i][:, :n], one.alive(i)) for i in range(report.num_layers))
     assert report.samples[0].images[0].num_kept < report.samples[0].images[0].num_visual
-    if method == "visionzip":  # values of both turns would have to be collected; rows are checked above
+    if (
+        method == "visionzip"
+    ):  # values of both turns would have to be collected; rows are checked above
         return
-    with masked_model(model, [*alive, mask.bool()], make(family, method).default_positions), torch.no_grad():
+    with (
+        masked_model(model, [*alive, mask.bool()], make(family, method).default_positions),
+        torch.no_grad(),
+    ):
         full = DynamicCache()
         model(**first, past_key_values=full)
         expected = model(**(second | {"attention_mask": mask}), past_key_values=full).logits

@@ -1,4 +1,6 @@
-"""Law 10: losses and gradients are those of the masked model; checkpointing and LoRA change none."""
+"""Law 10: losses and gradients are those of the masked model; checkpointing and LoRA
+change none.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from tests.laws.cases import (
     CASES,
     FAMILIES,
@@ -22,6 +22,8 @@ from tests.laws.cases import (
 from tests.laws.oracle import oracle_loss
 from tests.tiny import build, make_inputs
 from tests.tiny_models import TEXT_IDS
+from torch import Tensor, nn
+
 from vispress import compress_model, compressed, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods import DivPrune, FastV
@@ -89,8 +91,9 @@ def both(
 ) -> tuple[Tensor, Gradients, Tensor, Gradients]:
     """Loss and gradients of the compressed model, then of the masked one.
 
-    New values of merged tokens are worked out from the plans, on the graph of the compressed forward;
-    that they do depend on the parameters is for `test_merged_values_carry_the_true_gradient`.
+    New values of merged tokens are worked out from the plans, on the graph of the compressed
+    forward; that they do depend on the parameters is for
+    `test_merged_values_carry_the_true_gradient`.
 
     Args:
         model: What is compressed and called, perhaps wrapped.

@@ -1,4 +1,6 @@
-"""Where compressed models live: threads, copies, wrappers, sharding, pipelines, two at once, compiled decode."""
+"""Where compressed models live: threads, copies, wrappers, sharding, pipelines, two at
+once, compiled decode.
+"""
 
 import copy
 import threading
@@ -6,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.laws.cases import inputs_of, make, model_of, run
 from tests.tiny import Image, Sample, Text, build, make_inputs
+
 from vispress import compress_model, compressed, compression_report, remove_compression
 
 FAMILIES = ["llava", "llava_next", "qwen3_vl"]
@@ -59,7 +61,9 @@ def test_a_deep_copy_works_on_its_own(family: str) -> None:
         for parameter in model.parameters():
             parameter.zero_()
         assert torch.equal(twin(**inputs).logits, expected)
-        assert torch.equal(twin.generate(**inputs, max_new_tokens=3)[:, -1:] * 0, torch.zeros(3, 1).long())
+        assert torch.equal(
+            twin.generate(**inputs, max_new_tokens=3)[:, -1:] * 0, torch.zeros(3, 1).long()
+        )
     assert compression_report(twin).samples[0].images[0].num_kept < 36
     remove_compression(twin)
     remove_compression(model)
@@ -127,7 +131,7 @@ def test_accelerate_dispatch_and_offload(family: str, order: str, offload: bool)
     with torch.no_grad():
         assert (model(**inputs).logits - expected).abs().max() < 1e-12
         if family == "llava_next" and offload:
-            return  # transformers' generate itself fails there: image_newline is read while it is on disk
+            return  # transformers' own generate reads image_newline while it is on disk
         got = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     with compressed(model_of(family), method):
         alone = model_of(family).generate(

@@ -14,9 +14,9 @@ def assign_nearest(
 ) -> tuple[Tensor, Tensor]:
     """Index and cosine of the nearest target of each row, without the `N x M` matrix.
 
-    Ties go to the lowest index; a NaN is never nearest; norms below 1e-8 count as 1e-8. Bound by the
-    tensor cores. Not differentiable: a choice has no gradient (recompute the cosine of the chosen
-    pairs where one is needed).
+    Ties go to the lowest index; a NaN is never nearest; norms below 1e-8 count as 1e-8. Bound by
+    the tensor cores. Not differentiable: a choice has no gradient (recompute the cosine of the
+    chosen pairs where one is needed).
 
     Args:
         x: Rows `[B, N, D]`, fp16, bf16, fp32 or fp64, any strides.

@@ -1,5 +1,7 @@
 """What `column_attention` means, in plain torch, a block of query rows at a time."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -49,15 +51,19 @@ def column_attention_reference(
         here = places[begin : begin + step]
         queries = torch.unflatten(q[:, :, begin : begin + step].to(dtype), 1, (Hk, H // Hk))
         logits = (queries @ keys).flatten(1, 2) * scale  # [B, H, step, S]
-        allowed = torch.ones(1, 1, len(here), S, dtype=torch.bool, device=q.device)
+        masks = []
         if causal:
-            allowed = allowed & (places <= here[:, None])
+            masks.append(places <= here[:, None])
         if bounds is not None:
-            allowed = allowed & (bounds[0] == bounds[0, here, None])
+            masks.append(bounds[0] == bounds[0, here, None])
         if valid is not None:
-            allowed = allowed & valid[:, None, None, :] & valid[:, None, here, None]
-        weights = logits.masked_fill(~allowed, float("-inf")).softmax(-1)
-        weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+            masks.append(valid[:, None, None, :] & valid[:, None, here, None])
+        if masks:
+            allowed = reduce(torch.logical_and, masks)
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        weights = logits.softmax(-1)
+        if masks:  # a query without keys has no distribution
+            weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         total = total + weights.sum(-2)
     counts = query_counts(bounds, valid, (B, S)).to(total)
     return total / counts.clamp(min=1)[:, None]

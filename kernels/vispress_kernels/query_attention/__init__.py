@@ -24,7 +24,7 @@ def query_attention(
 ) -> Tensor:
     """Softmax weights of a few queries over all keys, in fp32.
 
-    Query i of sample b sees key j where `key_valid[b, j]` and, if `rows` is given, `j <= rows[b, i]`.
+    Query i of sample b sees key j where `key_valid[b, j]` and, given `rows`, `j <= rows[b, i]`.
     A query that sees no key gets zeros. Bound by memory: each key is read once; long key axes are
     split over programs. Heads wider than 256 run the reference. The kernel has no backward
     (`"auto"` runs the reference where one is needed).

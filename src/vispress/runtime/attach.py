@@ -19,6 +19,7 @@ from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, watch, watching
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink
 from vispress.runtime.select import Step
+from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
 from vispress.types import Signal
 
@@ -152,15 +153,12 @@ class Attachment:
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         module.__dict__[name] = value
-        self._undo.append(partial(_forget, module, name))
+        self._undo.append(partial(forget, module, name))
 
     def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any], *args: Any) -> None:
         """Shadow a bound method on the instance (never on the class)."""
-        if not hasattr(module, name):
-            return
-        previous = module.__dict__.get(name)
-        module.__dict__[name] = Shadow(partial(wrapper, *args), Original(module, name, previous))
-        self._undo.append(partial(_restore, module, name, previous))
+        if hasattr(module, name):
+            self._undo.append(shadow(module, name, partial(wrapper, *args)))
 
     def _measure(self, number: int) -> None:
         layer: Any = self.adapter.decoder_layers[number]
@@ -189,7 +187,8 @@ class Attachment:
         if capture is None:
             raise CompressionStateError(
                 f"{modality} features were computed apart from this forward (chunked prefill with "
-                "prefill_chunk_size, or before compress_model): the signals that compression reads are "
+                "prefill_chunk_size, or before compress_model): the signals that compression "
+                "reads are "
                 "missing. Pass pixel values, or let generate encode them"
             )
         return capture
@@ -202,7 +201,7 @@ class Attachment:
         return calls[-1] if calls and calls[-1].attachment is self else None
 
     def _get_features(
-        self, modality: Modality, original: "Original", *args: Any, **kwargs: Any
+        self, modality: Modality, original: Original, *args: Any, **kwargs: Any
     ) -> Any:
         if isinstance(_SINK.get(), EncoderSink):  # Qwen's video method calls the image method
             return original(*args, **kwargs)
@@ -262,10 +261,12 @@ class Attachment:
         state = _SINK.get()
         if isinstance(state, ForwardState) and state.attachment is self and not state.peeking:
             x = args[0] if args else kwargs["hidden_states"]
-            prefill.measure(state, number, part, x, output[0] if isinstance(output, tuple) else output)
+            prefill.measure(
+                state, number, part, x, output[0] if isinstance(output, tuple) else output
+            )
 
     def _deepstack(
-        self, original: "Original", hidden: Tensor, visual: Tensor, embeds: Tensor
+        self, original: Original, hidden: Tensor, visual: Tensor, embeds: Tensor
     ) -> Tensor:
         """Qwen3-VL adds early encoder features between layers: hand it the rows that still live."""
         state = _SINK.get()
@@ -279,46 +280,3 @@ class Attachment:
             visual = here
         result: Tensor = original(hidden, visual, embeds)
         return result
-
-
-class Original:
-    """A bound method found again through its module, so that copies of the model keep working."""
-
-    def __init__(self, module: nn.Module, name: str, previous: Any) -> None:
-        self.module, self.name, self.previous = module, name, previous
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What the instance had before: its own shadow, or the class's method."""
-        if self.previous is not None:
-            return self.previous  # type: ignore[no-any-return]
-        return getattr(type(self.module), self.name).__get__(self.module)  # type: ignore[no-any-return]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-class Shadow:
-    """Stands on an instance in place of a bound method; shows that method's signature."""
-
-    def __init__(self, wrapper: Callable[..., Any], original: Original) -> None:
-        self.wrapper, self.original = wrapper, original
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        # generate() passes only the arguments it finds here
-        return inspect.signature(self.original.function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.wrapper(self.original, *args, **kwargs)
-
-
-def _forget(module: nn.Module, name: str) -> None:
-    del module.__dict__[name]
-
-
-def _restore(module: nn.Module, name: str, previous: Any) -> None:
-    if previous is None:
-        del module.__dict__[name]
-    else:
-        module.__dict__[name] = previous

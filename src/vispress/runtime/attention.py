@@ -22,7 +22,12 @@ class Sink(Protocol):
     """Receives what a watched attention module is about to compute."""
 
     def observe(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
     ) -> None:
         """Args: module, post-RoPE query `[B, H, Q, D]` and key `[B, Hkv, S, D]`, mask as passed."""
 
@@ -32,7 +37,9 @@ _SINK: ContextVar[Sink | None] = ContextVar("vispress_sink", default=None)
 
 @contextmanager
 def watching(sink: Sink | None) -> Iterator[None]:
-    """Send what watched attention modules compute to `sink` inside the block (this context only)."""
+    """Send what watched attention modules compute to `sink` inside the block (this
+    context only).
+    """
     token = _SINK.set(sink)
     try:
         yield
@@ -108,9 +115,7 @@ def _defining_module(module: nn.Module) -> str:
     raise RuntimeError(f"no eager attention found for {type(module).__name__}")
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, allowed: Tensor | None, scaling: float
-) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, allowed: Tensor | None, scaling: float) -> Tensor:
     """Post-softmax attention of a few queries.
 
     Args:
@@ -149,7 +154,7 @@ def column_means(query: Tensor, key: Tensor, scaling: float, *, block: int = 256
         `[B, H, S]` in fp32 (fp64 for fp64 inputs).
     """
     total = None
-    for rows in query.split(block, dim=2):
+    for rows in torch.split(query, block, dim=2):
         part = attention_rows(rows, key, None, scaling).sum(dim=2)
         total = part if total is None else total + part
     assert total is not None

@@ -1,8 +1,8 @@
 """Cache layers that report logical lengths and store physical ones.
 
-A layer of the user's cache object is replaced in place when a prefill compresses. Outside, its length
-is that of the full sequence; inside it holds the rows that live at that depth, with the logical
-position and validity of each slot.
+A layer of the user's cache object is replaced in place when a prefill compresses. Outside, its
+length is that of the full sequence; inside it holds the rows that live at that depth, with the
+logical position and validity of each slot.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ class Slots:
     Args:
         positions: `[B, P]` int64, logical position of each slot, ascending along valid slots.
         valid: `[B, P]` bool, or None when every slot holds a real token.
-        shift: `[B]` int64, how much smaller the position ids of later tokens are (compact), or None.
+        shift: `[B]` int64, how much smaller the position ids of later tokens are (compact), or
+            None.
         logical: Logical length.
     """
 
@@ -52,6 +53,8 @@ class Compressed(CacheLayerMixin):
 
     slots: Slots
     pending: Slots | None
+    keys: Tensor | None
+    values: Tensor | None
 
     @property
     def physical(self) -> int:
@@ -65,8 +68,10 @@ class Compressed(CacheLayerMixin):
     def _commit(self) -> None:
         if self.pending is None:
             raise CompressionStateError(
-                "this KV cache was filled by a compressed model, and the model that now uses it does not "
-                "know which tokens it holds: compression was removed, or it is another model. Start with "
+                "this KV cache was filled by a compressed model, and the model that now uses it "
+                "does not "
+                "know which tokens it holds: compression was removed, or it is another model. "
+                "Start with "
                 "a new cache"
             )
         self.slots, self.pending = self.pending, None
@@ -126,12 +131,11 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
         if count == 0:
             return
         tail = self.slots.positions[:, -count:]
-        wanted = torch.arange(
-            self.slots.logical - count, self.slots.logical, device=tail.device
-        )
+        wanted = torch.arange(self.slots.logical - count, self.slots.logical, device=tail.device)
         if tail.shape[1] != count or not bool((tail == wanted).all()):
             raise CompressionStateError(
-                f"cannot crop {count} tokens from a compressed cache: the cut reaches into rows from which "
+                f"cannot crop {count} tokens from a compressed cache: the cut reaches into rows "
+                "from which "
                 "visual tokens were dropped"
             )
         assert self.keys is not None
@@ -161,7 +165,9 @@ class CompressedStaticLayer(Compressed, StaticLayer):
 
     @classmethod
     def upgrade(cls, layer: StaticLayer, slots: Slots) -> "CompressedStaticLayer":
-        """Take over a plain layer that is still empty (its buffer is allocated at the first update)."""
+        """Take over a plain layer that is still empty (its buffer is allocated at the
+        first update).
+        """
         if slots.logical > 0:
             raise CompressionStateError(
                 "a static cache that already holds tokens cannot be compressed by a later prefill; "
@@ -232,9 +238,13 @@ def check_cache(cache: Cache) -> None:
     """
     works = "use DynamicCache() or StaticCache(config, max_cache_len)"
     if not hasattr(cache, "layers"):
-        raise UnsupportedModelError(f"{type(cache).__name__} is not supported under compression; {works}")
+        raise UnsupportedModelError(
+            f"{type(cache).__name__} is not supported under compression; {works}"
+        )
     if getattr(cache, "offloading", False):
-        raise UnsupportedModelError(f"an offloaded KV cache is not supported under compression; {works}")
+        raise UnsupportedModelError(
+            f"an offloaded KV cache is not supported under compression; {works}"
+        )
     kinds = (DynamicLayer, StaticLayer, CompressedDynamicLayer, CompressedStaticLayer)
     replicate = getattr(cache, "layer_class_to_replicate", None)
     for kind in {type(layer) for layer in cache.layers} | ({replicate} if replicate else set()):

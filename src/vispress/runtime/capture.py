@@ -36,7 +36,12 @@ class EncoderSink:
 
     @torch.no_grad()
     def observe(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
     ) -> None:
         """Called by a watched encoder attention, once a layer or once an image and layer."""
         layer = next((i for i in self._layers if self._modules[i] is module), None)
@@ -57,13 +62,15 @@ class EncoderSink:
             self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
 
 
-def _split_packed(query: Tensor, key: Tensor, kwargs: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def _split_packed(
+    query: Tensor, key: Tensor, kwargs: Mapping[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
     """One pair an image when a varlen kernel gets all images in one packed sequence."""
     ends = kwargs.get("cu_seq_lens_q")
     if ends is None:
         return [(query, key)]
     sizes = (ends[1:] - ends[:-1]).tolist()
-    return list(zip(query.split(sizes, dim=2), key.split(sizes, dim=2), strict=True))
+    return list(zip(torch.split(query, sizes, dim=2), torch.split(key, sizes, dim=2), strict=True))
 
 
 class Capture:
@@ -155,16 +162,19 @@ def projector_function(adapter: ModelAdapter) -> Callable[[Tensor], Tensor]:
 
 
 def _clone(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A hook-free twin with cast weights; the original is untouched (other threads may be using it)."""
+    """A hook-free twin with cast weights; the original is untouched (other threads may be
+    using it).
+    """
     twin = object.__new__(type(module))
     fresh = nn.Module()
-    own = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward")}
+    own = {
+        k: v for k, v in module.__dict__.items() if k not in ("forward", "_hf_hook", "_old_forward")
+    }
     twin.__dict__.update(own)
     twin.__dict__.update({k: v for k, v in fresh.__dict__.items() if "hooks" in k})
-    twin._parameters = {  # type: ignore[assignment]
+    weights: dict[str, Any] = {
         k: None if p is None else p.to(dtype) for k, p in module._parameters.items()
     }
-    twin._modules = {  # type: ignore[assignment]
-        k: None if m is None else _clone(m, dtype) for k, m in module._modules.items()
-    }
+    twin._parameters = weights  # tensors with a graph: gradients reach the original's weights
+    twin._modules = {k: None if m is None else _clone(m, dtype) for k, m in module._modules.items()}
     return twin

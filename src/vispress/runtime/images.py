@@ -48,11 +48,14 @@ class Image:
         return len(self.positions)
 
     def likeness(self, *, by_text: bool) -> tuple[object, ...]:
-        """Images with equal likeness share a bucket; `by_text`: their texts must be as long, too."""
+        """Images with equal likeness share a bucket; `by_text`: their texts must be as
+        long, too.
+        """
         layout: tuple[object, ...] = ()
         if self.crops is not None:
             layout = tuple(
-                tuple(part.tolist()) for part in (self.crops.segment, self.crops.row, self.crops.col)
+                tuple(part.tolist())
+                for part in (self.crops.segment, self.crops.row, self.crops.col)
             )
         text = (len(self.text_after), self.text_count) if by_text else ()
         return (self.num_visual, self.grid, layout, self.modality, text)
@@ -60,7 +63,9 @@ class Image:
 
 @dataclass
 class Trace:
-    """What one placement kept of one image; tensors stay on the device until a report is asked for."""
+    """What one placement kept of one image; tensors stay on the device until a report is
+    asked for.
+    """
 
     step: int
     index: Tensor
@@ -119,9 +124,7 @@ class Bucket:
         )
 
 
-def make_buckets(
-    images: Sequence[Image], device: torch.device, *, by_text: bool
-) -> list[Bucket]:
+def make_buckets(images: Sequence[Image], device: torch.device, *, by_text: bool) -> list[Bucket]:
     """Group images by likeness, in order of appearance."""
     groups: dict[tuple[object, ...], list[Image]] = {}
     for image in images:
@@ -201,6 +204,8 @@ def _expansion(where: Tensor, capture: "Capture", batch: int) -> list[int]:
 
 def _mismatch(found: int, capture: "Capture") -> CompressionStateError:
     return CompressionStateError(
-        f"{found} {capture.modality} placeholders do not fit features of {list(capture.counts)} tokens: a "
-        "compressed prefill must see whole images (chunked prefill, prefill_chunk_size, is not supported)"
+        f"{found} {capture.modality} placeholders do not fit features of {list(capture.counts)} "
+        "tokens: a "
+        "compressed prefill must see whole images (chunked prefill, prefill_chunk_size, is not "
+        "supported)"
     )

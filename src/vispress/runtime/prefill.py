@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from vispress_kernels.transition_scores import transition_scores
 
 from vispress.adapters.base import Modality
 from vispress.runtime import masks
@@ -16,9 +15,11 @@ from vispress.runtime.capture import Capture, projector_function
 from vispress.runtime.images import Image, find_images, make_buckets
 from vispress.runtime.record import Record
 from vispress.runtime.rows import Rows, all_rows, gather_rows
+from vispress.runtime.seen import EnoughSeen, Seen, Wanted
 from vispress.runtime.select import apply, decide, write_values
-from vispress.runtime.state import EnoughSeen, ForwardState, Seen, Wanted
+from vispress.runtime.state import ForwardState
 from vispress.types import Queries
+from vispress_kernels.transition_scores import transition_scores
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
@@ -30,7 +31,7 @@ def begin(
     attachment: "Attachment",
     arguments: Mapping[str, Any],
     captures: Mapping[Modality, Capture],
-    module: nn.Module,
+    module: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> tuple[ForwardState | None, dict[str, Any]]:
@@ -54,8 +55,10 @@ def begin(
     if not captures and not is_compressed(cache):
         return None, given
     masks.check_implementation(attachment.adapter.language_model.config._attn_implementation)
-    embeds: Tensor = given["inputs_embeds"] if given.get("inputs_embeds") is not None else (
-        module.get_input_embeddings()(given["input_ids"])
+    embeds: Tensor = (
+        given["inputs_embeds"]
+        if given.get("inputs_embeds") is not None
+        else (module.get_input_embeddings()(given["input_ids"]))
     )
     if cache is None and captures and _caches(module, given):
         cache = given["past_key_values"] = DynamicCache(config=module.config)
@@ -68,7 +71,7 @@ def begin(
     return state, given
 
 
-def _caches(module: nn.Module, given: Mapping[str, Any]) -> bool:
+def _caches(module: Any, given: Mapping[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
     # checkpointed layers run without a cache
@@ -87,7 +90,12 @@ def _make_state(
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = given.get("attention_mask")
     mask_2d = next(
-        (m for m in (mask, arguments.get("attention_mask")) if isinstance(m, Tensor) and m.ndim == 2), None
+        (
+            m
+            for m in (mask, arguments.get("attention_mask"))
+            if isinstance(m, Tensor) and m.ndim == 2
+        ),
+        None,
     )
     mask_4d = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     if mask_2d is None and mask_4d:
@@ -137,8 +145,12 @@ def _find(
     placeholders = attachment.adapter.placeholders()
     marks = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     for modality, token in placeholders.items():
-        marks = marks.masked_fill(_placeholder_mask(attachment, arguments, token, embeds), _CODES[modality])
-    valid = torch.ones_like(marks) if state.chunk_valid is None else state.chunk_valid.to(marks.device)
+        marks = marks.masked_fill(
+            _placeholder_mask(attachment, arguments, token, embeds), _CODES[modality]
+        )
+    valid = (
+        torch.ones_like(marks) if state.chunk_valid is None else state.chunk_valid.to(marks.device)
+    )
     host_marks, host_valid = torch.stack([marks, valid.long()]).cpu()  # the one sync of a prefill
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
@@ -166,12 +178,12 @@ def _placeholder_mask(
     attachment: "Attachment", arguments: Mapping[str, Any], token: int, embeds: Tensor
 ) -> Tensor:
     input_ids = arguments.get("input_ids")
-    if input_ids is not None:
-        return (input_ids == token).to(embeds.device)
+    if isinstance(input_ids, Tensor):
+        return torch.eq(input_ids, token).to(embeds.device)
     given: Tensor = arguments["inputs_embeds"]
     table = attachment.adapter.base.get_input_embeddings()
-    own = table(torch.tensor(token, device=given.device))
-    return (given == own).all(-1).to(embeds.device)
+    own: Tensor = table(torch.tensor(token, device=given.device))
+    return torch.eq(given, own).all(-1).to(embeds.device)
 
 
 def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:
@@ -206,7 +218,11 @@ def enter_layer(
     if not state.images:
         return hidden
     if number == 0:
-        return hidden if state.rows_at(0).whole else gather_rows(hidden, state.rows_at(0).to(hidden.device).index)
+        return (
+            hidden
+            if state.rows_at(0).whole
+            else gather_rows(hidden, state.rows_at(0).to(hidden.device).index)
+        )
     attachment = state.attachment
     project = projector_function(attachment.adapter)
     if number in state.decided:  # a checkpointed layer runs again: no second decision
@@ -219,11 +235,11 @@ def enter_layer(
             continue
         if step.placement.queries is not None and step.placement.attention_of == "next":
             _peek(state, number, module, hidden, kwargs)
-        decision = decide(state, step, hidden)
-        if decision is not None:
-            hidden = apply(decision, hidden, project)
-            state.rows.append((number, decision.rows))
-            state.decided[number].append(decision)
+        fresh = decide(state, step, hidden)
+        if fresh is not None:
+            hidden = apply(fresh, hidden, project)
+            state.rows.append((number, fresh.rows))
+            state.decided[number].append(fresh)
     return hidden
 
 

@@ -24,7 +24,8 @@ class Record:
         steps: Placements, in the order they acted.
         notes: Remarks made when the model was compressed.
         images: With their traces.
-        layer_alive: `[B, past + Q]` bool a decoder layer; layers with the same rows share one tensor.
+        layer_alive: `[B, past + Q]` bool a decoder layer; layers with the same rows share one
+            tensor.
         kv_bytes: Keys and values in the cache after the prefill.
         width: LLM hidden size.
         mlp_width: LLM MLP size.
@@ -45,7 +46,9 @@ class Record:
         """The record of a finished call."""
         config: Any = attachment.adapter.language_model.config
         seen: dict[int, Tensor] = {}
-        layers = [_alive(state, layer, seen) for layer in range(len(attachment.adapter.decoder_layers))]
+        layers = [
+            _alive(state, layer, seen) for layer in range(len(attachment.adapter.decoder_layers))
+        ]
         return cls(
             attachment.steps,
             attachment.notes,

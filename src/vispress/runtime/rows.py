@@ -41,7 +41,9 @@ class Rows:
         alive = torch.zeros(
             self.index.shape[0], self.length + 1, dtype=torch.bool, device=self.index.device
         )
-        target = self.index if self.valid is None else self.index.masked_fill(~self.valid, self.length)
+        target = (
+            self.index if self.valid is None else self.index.masked_fill(~self.valid, self.length)
+        )
         return alive.scatter(1, target, True)[:, :-1]
 
     @cached_property
@@ -62,7 +64,9 @@ class Rows:
         """`[B, P]` int64: by how much compact position ids are smaller, or None for no change."""
         if self.dropped is None:
             return None
-        before = self.dropped.long().cumsum(1)  # a survivor is never dropped: inclusive == exclusive
+        before = self.dropped.long().cumsum(
+            1
+        )  # a survivor is never dropped: inclusive == exclusive
         return before.gather(1, self.index)
 
     @cached_property

@@ -1,11 +1,12 @@
-"""One placement at work: gather signals, ask the compressor, turn its plans into rows and values."""
+"""One placement at work: gather signals, ask the compressor, turn its plans into rows and
+values.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vispress_kernels.merge_tokens import merge_tokens
 
 from vispress.errors import BudgetError
 from vispress.methods.base import Compressor
@@ -14,6 +15,7 @@ from vispress.runtime.rows import Rows, gather_rows, narrow
 from vispress.runtime.signals import visual_tokens
 from vispress.runtime.state import ForwardState
 from vispress.types import Placement, Positions, TokenPlan
+from vispress_kernels.merge_tokens import merge_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,9 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
             if plan is not None:
                 assert isinstance(plan.keep, Tensor)
                 kept = part.kept(plan.keep)
-                gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(1, plan.keep, False)
+                gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(
+                    1, plan.keep, False
+                )
                 drop[part.sample.unsqueeze(1), part.positions] = gone
                 if plan.features is not None or plan.assign is not None:
                     changes.append(Change(part, kept, plan))
@@ -98,7 +102,9 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
         rows, drop, tuple(drop_counts), compact=step.positions == "compact", valid=valid
     )
     if new.size == 0:
-        raise BudgetError("nothing is left of the prompt: it holds visual tokens only, none is kept")
+        raise BudgetError(
+            "nothing is left of the prompt: it holds visual tokens only, none is kept"
+        )
     return Decision(rows, new, local, changes)
 
 
@@ -113,8 +119,8 @@ def write_values(
 ) -> Tensor:
     """Put the new values of changed tokens into `out`.
 
-    Placements before the LLM write into the full-length embeddings, outside of any checkpointed layer,
-    so that gradients of encoder and projector flow once.
+    Placements before the LLM write into the full-length embeddings, outside of any checkpointed
+    layer, so that gradients of encoder and projector flow once.
 
     Args:
         decision: What changes.
@@ -145,12 +151,14 @@ def _values(
     own = hidden[sample, rows.place[sample, before.positions]]
     if plan.merge_on == "features":
         return merge_tokens(own, plan.assign, slots, weight=plan.weight)
-    inputs = [image.capture.vision_features(image.number) for image in before.images]
-    inputs = gather_rows(torch.stack(inputs).to(hidden.device), before.index)
+    whole = [image.capture.vision_features(image.number) for image in before.images]
+    inputs = gather_rows(torch.stack(whole).to(hidden.device), before.index)
     merged = project(merge_tokens(inputs, plan.assign, slots, weight=plan.weight))
     # a slot of one token keeps it as it is: newline tokens never went through the projector
     assert isinstance(plan.keep, Tensor)
-    return torch.where((_members(plan.assign, slots) > 1).unsqueeze(-1), merged, gather_rows(own, plan.keep))
+    return torch.where(
+        (_members(plan.assign, slots) > 1).unsqueeze(-1), merged, gather_rows(own, plan.keep)
+    )
 
 
 def _members(assign: Tensor, slots: int) -> Tensor:

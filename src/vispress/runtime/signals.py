@@ -100,13 +100,17 @@ def _query_attention(
     if placement.queries is Queries.TEXT_AFTER:
         # rows of a sample are its text behind the first image; behind this image is a tail of them
         picks = torch.tensor([want.tail(image) for image in bucket.images], device=device)
-        probs = probs.gather(2, picks[:, None, :, None].expand(-1, probs.shape[1], -1, probs.shape[3]))
+        probs = probs.gather(
+            2, picks[:, None, :, None].expand(-1, probs.shape[1], -1, probs.shape[3])
+        )
     slots = local + want.offset
     wanted = slots[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
     return probs.gather(3, wanted)
 
 
-def _transitions(state: ForwardState, placement: Placement, bucket: Bucket) -> tuple[Transition, ...]:
+def _transitions(
+    state: ForwardState, placement: Placement, bucket: Bucket
+) -> tuple[Transition, ...]:
     out = []
     for layer in placement.transitions:
         seen = state.transitions[layer]

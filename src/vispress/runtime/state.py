@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vispress.runtime import masks
-from vispress.runtime.attention import attention_rows
 from vispress.runtime.cache import (
     Compressed,
     Slots,
@@ -21,54 +20,11 @@ from vispress.runtime.cache import (
 )
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
-from vispress.types import Queries
+from vispress.runtime.seen import EnoughSeen, Seen, Wanted
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
     from vispress.runtime.select import Decision
-
-
-class EnoughSeen(Exception):  # noqa: N818  (control flow, not an error)
-    """Ends a peek at a layer's attention once its rows are read."""
-
-
-@dataclass(eq=False)
-class Wanted:
-    """Attention rows to read from one layer.
-
-    Args:
-        layer: Decoder layer that computes them.
-        queries: Whose rows.
-        positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat one).
-        lengths: Real rows of each sample, on the host.
-    """
-
-    layer: int
-    queries: Queries
-    positions: Tensor
-    lengths: Sequence[int]
-    rows: Tensor | None = None  # [B, H, R, S], once seen
-    offset: int = 0  # slot of the chunk's first row
-
-    def tail(self, image: Image) -> list[int]:
-        """Rows that stand behind an image: the last ones of its sample."""
-        length = self.lengths[image.sample]
-        return list(range(length - len(image.text_after), length))
-
-
-@dataclass(eq=False)
-class Seen:
-    """Transition measures of one decoder layer.
-
-    Args:
-        rows: Rows of that layer.
-        magnitude: `[B, 2, P]`.
-        cosine: `[B, 2, P]`.
-    """
-
-    rows: Rows
-    magnitude: Tensor
-    cosine: Tensor
 
 
 @dataclass(eq=False)
@@ -163,7 +119,9 @@ class ForwardState:
         return out
 
     def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the layer's attention would get for the rows that are still there; stores nothing."""
+        """What the layer's attention would get for the rows that are still there; stores
+        nothing.
+        """
         rows = self.last.to(hidden.device)
         mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
         before = self._before(layer, hidden.device)
@@ -236,7 +194,13 @@ class ForwardState:
         return Slots(positions, valid, shift, self.past + rows.length)
 
     def _mask(
-        self, rows: Rows, slots: Slots, offset: int, buffer: int, kwargs: dict[str, Any], hidden: Tensor
+        self,
+        rows: Rows,
+        slots: Slots,
+        offset: int,
+        buffer: int,
+        kwargs: dict[str, Any],
+        hidden: Tensor,
     ) -> Tensor | None:
         given = kwargs.get("attention_mask") if self.mask_4d else None
         implementation = self.attachment.adapter.language_model.config._attn_implementation
@@ -292,41 +256,26 @@ class ForwardState:
 
     # --- attention rows
 
-    @torch.no_grad()
     def observe(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
     ) -> None:
-        """Read the wanted rows of a watched decoder layer."""
+        """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
+        scaling = float(kwargs["scaling"])
         for want in self.wanted:
             if want.layer == module.layer_idx and want.rows is None:
                 rows = self.rows_at(want.layer) if not self.peeking else self.last
-                self._read(want, rows, query, key, mask, float(kwargs["scaling"]))
+                want.offset = self._offset(want.layer, rows)
+                if self.peeking and want.offset:  # its update did not run: the past is still apart
+                    past = self._held(want.layer).keys
+                    key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
+                want.read(rows, query, key, mask, scaling)
         if self.peeking:
             raise EnoughSeen
-
-    def _read(
-        self, want: Wanted, rows: Rows, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-    ) -> None:
-        want.offset = self._offset(want.layer, rows)
-        if self.peeking and want.offset:  # the layer's own update did not run: its past is still apart
-            assert self.cache is not None
-            past = self.cache.layers[want.layer].keys
-            assert past is not None
-            key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-        local = rows.place.to(query.device).gather(1, want.positions.to(query.device))  # [B, R]
-        heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-        S = key.shape[2]
-        if mask is not None and mask.ndim == 4:
-            mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
-            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-            allowed = mask.gather(2, index)
-        else:
-            reach = (local + want.offset).unsqueeze(-1)
-            allowed = torch.arange(S, device=key.device) <= reach
-            if mask is not None:  # FlashAttention: validity of the keys
-                allowed = allowed & mask[:, None, :S].bool()
-            allowed = allowed.unsqueeze(1)
-        want.rows = attention_rows(query.gather(2, heads), key, allowed, scaling)
 
     def _offset(self, layer: int, rows: Rows) -> int:
         """Slot of the chunk's first row among the keys of a layer."""

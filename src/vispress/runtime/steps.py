@@ -16,7 +16,8 @@ def make_steps(
 
     Raises:
         ConfigError: A layer is out of range, or a chain member would act before the one it follows.
-        UnsupportedMethodError: Compact positions are asked for on a model with three-axis positions.
+        UnsupportedMethodError: Compact positions are asked for on a model with three-axis
+            positions.
         BudgetError: A method has no budget.
     """
     layers = len(adapter.decoder_layers)
@@ -29,10 +30,13 @@ def make_steps(
             raise ConfigError(f"{method.name} has no placement on a model of {layers} layers")
         for placement in placements:
             _check(method, placement, layers)
-            found.append((placement.layer, number, method, placement, _positions(method, adapter, positions)))
+            found.append(
+                (placement.layer, number, method, placement, _positions(method, adapter, positions))
+            )
         if placements[0].layer < reached:
             raise ConfigError(
-                f"{method.name} acts before layer {placements[0].layer}, but the compressor before it in the "
+                f"{method.name} acts before layer {placements[0].layer}, but the compressor "
+                "before it in the "
                 f"chain acts until layer {reached}; order the chain by layer"
             )
         reached = placements[-1].layer
@@ -47,12 +51,15 @@ def make_steps(
 
 def _check(method: Compressor, placement: Placement, layers: int) -> None:
     if placement.stage is Stage.ENCODER:
-        raise UnsupportedMethodError(f"{method.name}: placements inside the encoder are not supported yet")
+        raise UnsupportedMethodError(
+            f"{method.name}: placements inside the encoder are not supported yet"
+        )
     low = 0 if placement.stage is Stage.PRE_LLM else 1
     high = 1 if placement.stage is Stage.PRE_LLM else layers
     if not low <= placement.layer < high:
         raise ConfigError(
-            f"{method.name}: layer must be in [{low}, {high}) for a model of {layers} decoder layers, "
+            f"{method.name}: layer must be in [{low}, {high}) for a model of {layers} decoder "
+            "layers, "
             f"got {placement.layer}"
         )
 
@@ -60,7 +67,8 @@ def _check(method: Compressor, placement: Placement, layers: int) -> None:
 def _positions(method: Compressor, adapter: ModelAdapter, asked: Positions | None) -> Positions:
     if asked == "compact" and adapter.mrope:
         raise UnsupportedMethodError(
-            f"positions='compact' is not defined for {adapter.family}, whose position ids have three axes; "
+            f"positions='compact' is not defined for {adapter.family}, whose position ids have "
+            "three axes; "
             "use positions='original'"
         )
     return "original" if adapter.mrope else asked or method.default_positions
@@ -78,9 +86,13 @@ def _notes(
     explicit = any(method.hyperparameters().get(name) is not None for name in ("layer", "layers"))
     where = ", ".join(str(p.layer) for p in placements)
     if layers != 32 and not explicit and any(p.layer for p in placements):
-        notes.append(f"{method.name}: published layers of a 32-layer LLM, scaled to {layers} layers: {where}")
+        notes.append(
+            f"{method.name}: published layers of a 32-layer LLM, scaled to {layers} layers: {where}"
+        )
     if method.hyperparameters().get("scores") == "column_mean":
-        notes.append(f"{method.name}: [CLS] attention replaced by the column mean of encoder attention")
+        notes.append(
+            f"{method.name}: [CLS] attention replaced by the column mean of encoder attention"
+        )
     if adapter.mrope and asked is None and method.default_positions == "compact":
         notes.append(f"{method.name}: original positions, compact ones are not defined for M-RoPE")
     return notes

@@ -1,0 +1,84 @@
+"""What was seen while decoder layers ran: attention rows and module transitions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vispress.runtime.attention import attention_rows
+from vispress.runtime.images import Image
+from vispress.runtime.rows import Rows
+from vispress.types import Queries
+
+
+class EnoughSeen(Exception):  # noqa: N818  (control flow, not an error)
+    """Ends a peek at a layer's attention once its rows are read."""
+
+
+@dataclass(eq=False)
+class Wanted:
+    """Attention rows to read from one layer.
+
+    Args:
+        layer: Decoder layer that computes them.
+        queries: Whose rows.
+        positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
+            one).
+        lengths: Real rows of each sample, on the host.
+    """
+
+    layer: int
+    queries: Queries
+    positions: Tensor
+    lengths: Sequence[int]
+    rows: Tensor | None = None  # [B, H, R, S], once seen
+    offset: int = 0  # slot of the chunk's first row
+
+    def tail(self, image: Image) -> list[int]:
+        """Rows that stand behind an image: the last ones of its sample."""
+        length = self.lengths[image.sample]
+        return list(range(length - len(image.text_after), length))
+
+    @torch.no_grad()
+    def read(
+        self, rows: Rows, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> None:
+        """Compute the rows from what the layer's attention is called with.
+
+        Args:
+            rows: Rows of that call; `offset` is set.
+            query: `[B, H, P, D]`, post-RoPE.
+            key: `[B, Hkv, S, D]`, the past included.
+            mask: 4-D, `[B, S]` (FlashAttention), or None.
+            scaling: Factor on the logits.
+        """
+        local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
+        heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        S = key.shape[2]
+        if mask is not None and mask.ndim == 4:
+            mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
+            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+            allowed = mask.gather(2, index)
+        else:
+            reach = (local + self.offset).unsqueeze(-1)
+            allowed = torch.arange(S, device=key.device) <= reach
+            if mask is not None:
+                allowed = allowed & mask[:, None, :S].bool()
+            allowed = allowed.unsqueeze(1)
+        self.rows = attention_rows(query.gather(2, heads), key, allowed, scaling)
+
+
+@dataclass(eq=False)
+class Seen:
+    """Transition measures of one decoder layer.
+
+    Args:
+        rows: Rows of that layer.
+        magnitude: `[B, 2, P]`.
+        cosine: `[B, 2, P]`.
+    """
+
+    rows: Rows
+    magnitude: Tensor
+    cosine: Tensor

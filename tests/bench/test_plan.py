@@ -1,0 +1,103 @@
+"""Plans: what they expand to, and what they refuse."""
+
+import pytest
+
+from vispress.bench.plan import load_plan, plan_from_mapping
+from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
+
+BASE = {"tasks": ["attribute"], "methods": ["divprune"], "keep_ratios": [0.5, 0.25]}
+
+
+def keys(**changes):
+    return [cell.key for cell in plan_from_mapping(BASE | changes).cells()]
+
+
+def test_uncompressed_always_comes_first():
+    assert keys() == ["none", "divprune--0.5", "divprune--0.25"]
+
+
+def test_methods_without_a_budget_run_once():
+    assert keys(methods=["no_image"]) == ["none", "no_image"]
+
+
+def test_own_budgets_replace_the_plans():
+    assert keys(methods=[{"method": "divprune", "num_tokens": 9}]) == ["none", "divprune"]
+    assert keys(methods=[{"method": "divprune", "keep_ratios": [0.1]}]) == ["none", "divprune--0.1"]
+    published = {"method": "pyramiddrop", "keep_ratios": [], "label": "published"}
+    assert keys(methods=[published]) == ["none", "published"]
+
+
+def test_seeds_are_cells_of_one_group():
+    methods = [{"method": "random", "seeds": [0, 7]}]
+    cells = plan_from_mapping(BASE | {"methods": methods, "keep_ratios": [0.5]}).cells()
+    assert [cell.key for cell in cells[1:]] == ["random--0.5--seed0", "random--0.5--seed7"]
+    assert [cell.chain[0].seed for cell in cells[1:]] == [0, 7]
+    assert {cell.group for cell in cells[1:]} == {"random"}
+
+
+def test_a_chain_is_one_cell():
+    parts = [{"method": "divprune", "keep_ratio": 0.5}, {"method": "fastv", "keep_ratio": 0.5}]
+    assert keys(methods=[{"chain": parts}]) == ["none", "divprune+fastv"]
+
+
+def test_ratios_are_means_over_layers_unless_asked_otherwise():
+    def method(**changes):
+        return plan_from_mapping(BASE | {"methods": ["fastv"]} | changes).cells()[1].chain[0]
+
+    assert method().mean_keep_ratio == 0.5
+    assert method(budget="placement").keep_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"tasks": ["atribute"]}, ConfigError, "did you mean 'attribute'"),
+        ({"tasks": []}, ConfigError, "tasks must be"),
+        ({"tasks": ["count", "count"]}, ConfigError, "different names"),
+        ({"tasks": "count"}, ConfigError, "must be a list"),
+        ({"methods": ["fastvv"]}, UnsupportedMethodError, "did you mean 'fastv'"),
+        ({"methods": [{"method": "fastv", "leyer": 2}]}, ConfigError, "did you mean 'layer'"),
+        ({"methods": ["fastv", "fastv"]}, ConfigError, "label"),
+        ({"methods": [{"method": "fastv", "label": "../x"}]}, ConfigError, "label"),
+        ({"methods": [{"method": "fastv", "label": "none"}]}, ConfigError, "label"),
+        ({"methods": [3]}, ConfigError, "name or a mapping"),
+        ({"methods": [{"chain": [], "seeds": [1]}]}, ConfigError, "non-empty"),
+        ({"methods": [{"method": "random", "seeds": 3}]}, ConfigError, "seeds must be a list"),
+        ({"keep_ratios": [0.0]}, BudgetError, "must be a number in"),
+        ({"keep_ratios": ["half"]}, BudgetError, "must be a number in"),
+        ({"budget": "cost"}, ConfigError, "budget must be one of"),
+        ({"positions": "near"}, ConfigError, "positions must be one of"),
+        ({"questions": 0}, ConfigError, "questions must be an integer >= 1"),
+        ({"timing": {"round": 3}}, ConfigError, "did you mean 'rounds'"),
+        ({"timing": {"rounds": 1}}, ConfigError, "timing.rounds"),
+        ({"keep_ratio": [0.5]}, ConfigError, "did you mean 'keep_ratios'"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_mistakes_are_named(changes, error, words):
+    with pytest.raises(error, match=words):
+        plan_from_mapping(BASE | changes)
+
+
+@pytest.mark.parametrize("name", ["smoke", "demo", "offline"])
+def test_shipped_plans_hold_the_controls(name):
+    groups = {cell.group for cell in load_plan(name).cells()}
+    assert groups >= {"none", "random", "uniform", "avg_pool", "no_image"}
+
+
+def test_unknown_plans_name_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"did you mean 'smoke'\? known: demo, offline, smoke"):
+        load_plan("smok")
+
+
+def test_files_that_are_not_yaml_are_named(tmp_path):
+    (path := tmp_path / "bad.yaml").write_text("tasks: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_plan(path)
+
+
+def test_the_hash_follows_what_decides_results():
+    plain = plan_from_mapping(BASE)
+    assert plain.digest() == plan_from_mapping(dict(BASE)).digest()
+    for change in ({"seed": 1}, {"keep_ratios": [0.5]}, {"positions": "compact"}):
+        assert plan_from_mapping(BASE | change).digest() != plain.digest()

@@ -1,0 +1,137 @@
+"""Random prompts, budgets and methods: text survives, budgets are exact, logits are the oracle's."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.laws.cases import FAMILIES, METHODS, model_of, run
+from tests.laws.cases import settings as settings_of
+from tests.laws.oracle import oracle_expand, oracle_forward
+from tests.tiny import QWEN, VIDEO, Image, Part, Sample, Text, Video, make_inputs
+from tests.tiny_models import IMAGE_ID, VIDEO_ID
+from vispress.config import make_compressor
+from vispress.methods.base import Compressor
+
+FEW = settings(
+    max_examples=10,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+SIZES = ((2, 2), (4, 4), (4, 6), (6, 4))
+GRIDS = ("avg_pool", "fourier")
+SCHEDULES = ("pyramiddrop", "transprune")
+
+images = st.sampled_from([Image(h, w) for h, w in SIZES])
+texts = st.integers(1, 7).map(Text)
+
+
+@st.composite
+def prompts(draw: st.DrawFn, family: str) -> Sample:
+    """Text, images and perhaps a video in any order, with at least one text token."""
+    visual = st.one_of(images, st.just(Video(2, 4, 4))) if family in VIDEO else images
+    parts: list[Part] = draw(st.lists(st.one_of(texts, visual), min_size=0, max_size=4))
+    parts.insert(draw(st.integers(0, len(parts))), draw(texts))
+    # adjacent bare images are one to Qwen models
+    bare = family not in QWEN and draw(st.booleans())
+    return Sample(parts, bare=bare)
+
+
+@st.composite
+def batches(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    samples = draw(st.lists(prompts(family), min_size=1, max_size=3))
+    if not any(isinstance(p, Image | Video) for s in samples for p in s.parts):
+        samples.append(Sample([Text(2), Image(4, 4), Text(2)]))
+    padding = draw(st.sampled_from(["left", "right"]))
+    return make_inputs(family, samples, padding=padding, seed=draw(st.integers(0, 3)))
+
+
+@st.composite
+def compressors(draw: st.DrawFn, family: str) -> Compressor:
+    name = draw(st.sampled_from(METHODS))
+    options = {k: v for k, v in settings_of(family, name).items() if k != "keep_ratio"}
+    if name == "no_image":
+        return make_compressor(name)
+    if draw(st.booleans()):
+        return make_compressor(name, **options, num_tokens=draw(st.integers(1, 40)))
+    if name in SCHEDULES:
+        ratios = sorted(draw(st.lists(st.floats(0.05, 1.0), min_size=2, max_size=2)), reverse=True)
+        layers = tuple(sorted(draw(st.sets(st.integers(1, 5), min_size=2, max_size=2))))
+        return make_compressor(name, **options, layers=layers, ratios=tuple(ratios))
+    return make_compressor(name, **options, keep_ratio=draw(st.floats(0.01, 1.0)))
+
+
+def count_of(method: Compressor, number: int, entered: int) -> int:
+    """Tokens left after placement `number`, from the budget's own numbers."""
+    budget = method.placements(6)[number].budget
+    if budget.num_tokens is not None:
+        return min(budget.num_tokens, entered)
+    assert budget.keep_ratio is not None
+    rule = {"floor": math.floor, "round": round, "ceil": math.ceil}[method.rounding]
+    return min(entered, max(1, rule(budget.keep_ratio * entered)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_prompt_keeps_its_text_and_its_budget_and_equals_the_masked_model(family: str) -> None:
+    model = model_of(family)
+
+    @FEW
+    @given(inputs=batches(family), method=compressors(family))
+    def check(inputs: dict[str, Any], method: Compressor) -> None:
+        result = run(model, inputs, method)
+        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+        text = real & (ids != IMAGE_ID) & (ids != VIDEO_ID)
+        for alive in result.alive:
+            assert alive[text].all()
+            assert not alive[~real].any()
+        visual = 0
+        for sample in result.report.samples:
+            for image in sample.images:
+                visual += image.num_visual
+                for number, placement in enumerate(image.placements):
+                    expected = count_of(method, number, image.num_visual)
+                    if method.name in GRIDS:
+                        assert 0 < placement.num_kept <= expected
+                    else:
+                        assert placement.num_kept == expected
+        assert visual == int((real & ~text).sum())
+        masked = oracle_forward(model, inputs, result.alive, result.positions, result.values)
+        expected_logits = oracle_expand(masked, result.alive[-1])
+        assert (result.logits - expected_logits)[real].abs().max() < 1e-5
+
+    check()
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
+def test_any_chain_keeps_text_and_equals_the_masked_model(family: str) -> None:
+    model = model_of(family)
+
+    @FEW
+    @given(
+        inputs=batches(family),
+        first=st.floats(0.1, 1.0),
+        layers=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(sorted),
+        ratio=st.floats(0.1, 1.0),
+    )
+    def check(inputs: dict[str, Any], first: float, layers: list[int], ratio: float) -> None:
+        chain = [make_compressor("random", keep_ratio=first)]
+        chain += [make_compressor("fastv", keep_ratio=ratio, layer=layer) for layer in layers]
+        result = run(model, inputs, chain, positions="original")
+        ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+        text = real & (ids != IMAGE_ID) & (ids != VIDEO_ID)
+        assert torch.stack(result.alive)[:, text].all()
+        for image in (i for s in result.report.samples for i in s.images):
+            left = image.num_visual
+            for method, placement in zip(chain, image.placements, strict=True):
+                left = count_of(method, 0, left)
+                assert placement.num_kept == left
+        masked = oracle_forward(model, inputs, result.alive, "original")
+        expected = oracle_expand(masked, result.alive[-1])
+        assert (result.logits - expected)[real].abs().max() < 1e-5
+
+    check()

@@ -1,0 +1,199 @@
+"""Imports: arrows only point down the floors, methods and adapters do not meet, files stay short."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = (ROOT / "src" / "vispress", ROOT / "kernels" / "vispress_kernels")
+FILES = sorted(path for source in SOURCES for path in source.rglob("*.py"))
+
+FLOORS: dict[str, int] = {
+    "vispress_kernels": 0,
+    "vispress.errors": 1,
+    "vispress.types": 1,
+    "vispress.budget": 1,
+    "vispress.registry": 1,
+    "vispress.flops": 1,
+    "vispress.methods": 2,
+    "vispress.adapters": 2,
+    "vispress.config": 3,
+    "vispress.runtime": 3,
+    "vispress.report": 4,
+    "vispress.api": 4,
+    "vispress": 4,  # the public names
+    "vispress.bench": 5,
+    "vispress.analysis": 5,
+    "vispress.reference": 5,
+    "vispress.integrations": 5,
+    "vispress.cli": 5,
+    "vispress.__main__": 5,
+}
+
+LATE = {("vispress.registry", "vispress.methods")}
+"""Imports inside a function that may go up: the registry loads the built-in methods on first use."""
+
+FORBIDDEN = {
+    "vispress_kernels": {"transformers", "vispress", "matplotlib", "numpy"},
+    "vispress.methods": {"transformers", "triton", "matplotlib"},
+    "vispress.errors": {"torch", "transformers"},
+    "vispress.budget": {"torch", "transformers"},
+    "vispress.registry": {"torch", "transformers"},
+    "vispress.types": {"transformers"},
+}
+"""Outside packages that part of the house must not know."""
+
+MOST_LINES = 300
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    """Dotted name of a source file."""
+    base = root / "src" if (root / "src") in path.parents else root / "kernels"
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """The entry of `FLOORS` that a module belongs to: the longest that is a prefix."""
+    found = [name for name in FLOORS if module == name or module.startswith(name + ".")]
+    if not found or (max(found, key=len) == "vispress" and module != "vispress"):
+        raise AssertionError(f"{module} stands on no floor; add it to FLOORS")
+    return max(found, key=len)
+
+
+def imports(tree: ast.Module, module: str) -> Iterator[tuple[str, bool, bool]]:
+    """`(imported module, at module level, for type checkers only)` of every import statement."""
+
+    def walk(node: ast.AST, top: bool, typing: bool) -> Iterator[tuple[str, bool, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, top, typing) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{module}: relative import"
+                assert child.module is not None
+                yield child.module, top, typing
+                if child.module in ("vispress", "vispress.runtime", "vispress.methods"):
+                    names = (f"{child.module}.{alias.name}" for alias in child.names)
+                    yield from ((n, top, typing) for n in names if is_module(n))
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                for inner in child.body:
+                    yield from walk(ast.Module([inner], []), top, True)
+                for inner in child.orelse:
+                    yield from walk(ast.Module([inner], []), top, typing)
+            else:
+                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                yield from walk(child, top and not function, typing)
+
+    yield from walk(tree, True, False)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / "src" / Path(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def bad_arrows(source: str, module: str) -> list[str]:
+    """Imports of a module that go up, sideways between methods and adapters, or out of bounds."""
+    own = part_of(module)
+    bad = []
+    for target, top, typing in imports(ast.parse(source), module):
+        if typing:
+            continue
+        package = target.split(".")[0]
+        if package in FORBIDDEN.get(own, ()) or (package == "triton" and not may_use_triton(module)):
+            bad.append(f"{module} -> {target}")
+            continue
+        if package not in ("vispress", "vispress_kernels"):
+            continue
+        other = part_of(target)
+        allowed = FLOORS[other] < FLOORS[own] or own == other
+        # one floor: siblings see each other, but methods and adapters are apart
+        allowed |= FLOORS[other] == FLOORS[own] and {own, other} != {
+            "vispress.methods",
+            "vispress.adapters",
+        }
+        allowed |= not top and (own, other) in LATE
+        if not allowed:
+            bad.append(f"{module} -> {target}")
+    return bad
+
+
+def may_use_triton(module: str) -> bool:
+    """Launch files of kernels (imported when a kernel is launched), and the diagnosis."""
+    return module.startswith("vispress_kernels.") or FLOORS[part_of(module)] == 5
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
+def test_arrows_point_down(path: Path) -> None:
+    assert bad_arrows(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("vispress.budget", "from vispress.methods.base import Compressor"),
+        ("vispress.registry", "import vispress.methods"),
+        ("vispress.methods.fastv", "from vispress.adapters.base import find_adapter"),
+        ("vispress.adapters.llava", "from vispress.methods.fastv import FastV"),
+        ("vispress.methods.fastv", "from vispress.runtime import prefill"),
+        ("vispress.methods.fastv", "import transformers.cache_utils"),
+        ("vispress.methods.fastv", "def f():\n    from transformers import Cache"),
+        ("vispress.runtime.state", "from vispress.api import compress_model"),
+        ("vispress.runtime.state", "from vispress import api"),
+        ("vispress.adapters.llava", "def f():\n    from vispress.runtime.rows import Rows"),
+        ("vispress.api", "from vispress.bench.engine import run"),
+        ("vispress_kernels.dct_lowpass", "from vispress.errors import VispressError"),
+        ("vispress.runtime.state", "import triton"),
+        ("vispress.runtime.state", "if x:\n    from vispress.cli import main"),
+    ],
+)
+def test_a_bad_arrow_is_found(module: str, line: str) -> None:
+    assert len(bad_arrows(line, module)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("vispress.registry", "def f():\n    import vispress.methods"),
+        ("vispress.registry", "if TYPE_CHECKING:\n    from vispress.methods.base import Compressor"),
+        ("vispress.methods.fastv", "from vispress_kernels.dct_lowpass import dct_lowpass"),
+        ("vispress.runtime.state", "from vispress.adapters.base import find_adapter"),
+        ("vispress.bench.engine", "from vispress.reference.checkpoint import read"),
+    ],
+)
+def test_a_good_arrow_is_let_through(module: str, line: str) -> None:
+    assert bad_arrows(line, module) == []
+
+
+def test_a_module_on_no_floor_is_found() -> None:
+    with pytest.raises(AssertionError, match="no floor"):
+        part_of("vispress.elsewhere")
+
+
+def test_triton_is_imported_at_module_level_by_launch_files_only() -> None:
+    """The public faces and references must import where there is no Triton."""
+    found = [
+        module_name(path)
+        for path in FILES
+        for target, top, typing in imports(ast.parse(path.read_text()), module_name(path))
+        if target.split(".")[0] == "triton" and top and not typing
+    ]
+    assert found
+    assert {name.rsplit(".", 1)[-1] for name in found} == {"kernel"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path))
+def test_source_files_stay_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{lines} lines: split it"
+
+
+def test_the_public_names_are_there() -> None:
+    import vispress
+
+    for name in vispress.__all__:
+        assert callable(getattr(vispress, name))
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        _ = vispress.compres

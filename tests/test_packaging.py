@@ -1,0 +1,98 @@
+"""Packaging: importing is light, and the wheel and the sdist hold what they must."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("transformers", "triton", "matplotlib", "sklearn", "PIL", "typer", "rich")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which heavy packages are imported once `code` ran in a fresh interpreter."""
+    probe = f"import sys\n{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
+    paths = f"sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT / 'kernels')!r}]"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{paths}\n{probe}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_vispress_imports_nothing_heavy() -> None:
+    assert loaded_after("import vispress; vispress.__all__; vispress.__version__") == set()
+
+
+def test_listing_methods_needs_no_transformers_and_no_triton() -> None:
+    code = "from vispress import list_methods; assert len(list_methods()) > 10"
+    assert loaded_after(code) & {"transformers", "triton", "matplotlib", "sklearn"} == set()
+
+
+def test_the_probe_can_fail() -> None:
+    assert "transformers" in loaded_after("import transformers")
+    assert "transformers" in loaded_after("import vispress.runtime.cache")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Names in a wheel and an sdist, both built offline from this tree."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    with tarfile.open(sdist) as archive:
+        inside = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    return {"wheel": names, "sdist": inside}
+
+
+def test_the_wheel_holds_every_module_of_both_source_roots(
+    distributions: dict[str, set[str]],
+) -> None:
+    for base in ("src", "kernels"):
+        expected = {
+            str(path.relative_to(ROOT / base)) for path in (ROOT / base).glob("vispress*/**/*.py")
+        }
+        assert expected
+        assert expected <= distributions["wheel"]
+
+
+def test_the_wheel_holds_every_configuration(distributions: dict[str, set[str]]) -> None:
+    configs = {f"vispress/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert "vispress/configs/methods/fastv.yaml" in configs
+    assert configs <= distributions["wheel"]
+
+
+def test_the_wheel_holds_nothing_else(distributions: dict[str, set[str]]) -> None:
+    tops = {name.split("/")[0] for name in distributions["wheel"]}
+    assert {re.sub(r"-\d.*", "", top) for top in tops} == {"vispress", "vispress_kernels"}
+    assert not [name for name in distributions["wheel"] if "test" in name or "__pycache__" in name]
+
+
+def test_the_sdist_can_build_and_test_itself(distributions: dict[str, set[str]]) -> None:
+    needed = {"pyproject.toml", "LICENSE", "src/vispress/api.py", "tests/laws/cases.py"}
+    needed |= {"kernels/vispress_kernels/__init__.py", "configs/methods/fastv.yaml"}
+    assert needed <= distributions["sdist"]
+
+
+def test_the_folder_kernels_is_no_package() -> None:
+    """As a package it would shadow Hugging Face's `kernels`, which transformers imports."""
+    assert (ROOT / "kernels" / "vispress_kernels" / "__init__.py").exists()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_version_is_one() -> None:
+    import tomllib
+
+    import vispress
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == vispress.__version__
