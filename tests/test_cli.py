@@ -54,6 +54,7 @@ def test_methods_of_one_family():
         (["bench", "smoke", "--questions", "0"], "questions must be an integer >= 1"),
         (["bench", "smoke", "--model", "nowhere"], "a folder with a checkpoint"),
         (["bench", "smoke", "--out", "FILE/results", "--model", "MODEL"], "Not a directory"),
+        (["bench", "smoke", "--device", "abacus", "--model", "MODEL"], "cannot use the device"),
         (["show", "FILE", "--method", "fastv", "--question", "what"], "is not an image"),
         (["show", "none.png", "--method", "fastv", "--question", "what"], "No such file"),
         (["show", "none.png", "--method", "fastv"], "give --question"),
@@ -82,6 +83,13 @@ def test_errors_are_one_line_and_exit_code_2(
     assert words in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [["bench", "smoke"], ["demo"], ["train-reference"]])
+def test_missing_extras_are_named_before_anything_runs(monkeypatch, capsys, command):
+    monkeypatch.setattr(cli, "_EXTRA", ("no_such_package",))
+    assert run_main(monkeypatch, *command) == 2
+    assert "pip install 'vispress[bench]'" in capsys.readouterr().err
 
 
 def test_usage_errors_exit_with_2(monkeypatch):
@@ -126,6 +134,7 @@ def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     out = tmp_path / "out"
     assert run_main(monkeypatch, "bench", plan, "--model", model, "--out", out) == 0
     output = capsys.readouterr().out
+    assert "2/4 questions" in output
     assert "36.0 of 144" in output
     names = {path.name for path in out.iterdir()}
     assert {"run.json", "summary.json", "summary.csv", "frontier.png"} <= names

@@ -1,4 +1,4 @@
-"""Errors: one family, each also a fitting builtin; and the configurations that must not raise any."""
+"""Errors: one family, each also a fitting builtin; and configurations that must not raise any."""
 
 import inspect
 from pathlib import Path

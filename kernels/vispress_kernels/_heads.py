@@ -47,7 +47,7 @@ def dot_in_chunks(
 def head_rule(Dh: int, itemsize: int) -> Rule:
     """Blocks for heads of Dh: whole where they fit, fp32 in chunks (it would spill)."""
     if itemsize == 4:
-        return {"BLOCK_N": 32, "BLOCK_D": 32, "CHUNKED": True, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_N": 32, "BLOCK_D": 16, "CHUNKED": True, "num_warps": 4, "num_stages": 1}
     return {
         "BLOCK_N": 64 if Dh <= 128 else 32,
         "BLOCK_D": max(64, next_power_of_2(Dh)),

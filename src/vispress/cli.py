@@ -1,6 +1,7 @@
 """The command line. Commands are thin, and import what they need when they run."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+_EXTRA = ("matplotlib", "PIL", "sklearn")
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
@@ -44,8 +47,15 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=max(140, console.width))
 
 
+def _prepare() -> None:
+    """Refuse early what would fail late, and silence transformers' own bars and advice."""
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing; run: pip install 'vispress[bench]'")
+    _quiet()
+
+
 def _quiet() -> None:
-    """Silence transformers' own bars and advice."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -122,7 +132,7 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.summary import summarise, write_summary
     from vispress.bench.table import tables
 
-    _quiet()
+    _prepare()
     console = _console()
     try:
         with progress_bar(plan, console) as advance:
@@ -165,12 +175,12 @@ def show(
 def _show(
     image: str, question: str | None, chosen: "list[Compressor]", out: Path, model: str, device: str
 ) -> None:
+    _prepare()
     from vispress.analysis.inspect import inspect, open_prompt, unknown_words
     from vispress.analysis.overlay import draw_views, seen_picture
     from vispress.bench.subjects import load_subject
 
     prompt = open_prompt(image, question)
-    _quiet()
     subject = load_subject(model, device)
     console = _console()
     if words := unknown_words(subject, prompt):
@@ -194,13 +204,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where results and picture go.")] = Path("demo"),
     model: Model = None,
     device: Device = "cpu",
-    force: Force = False,
 ) -> None:
     """A small benchmark of the reference model, and a picture of kept tokens; some minutes."""
     from vispress.bench.plan import load_plan
     from vispress.listing import make_all
 
-    _bench(load_plan("demo", model=model), out, device, force)
+    # a demo of another commit is moved aside, not refused
+    _bench(load_plan("demo", model=model), out, device, force=True)
     names = ["fastv", "fastervlm", "divprune", "visionzip", "fourier", "random", "uniform"]
     chosen = make_all(names, {"mean_keep_ratio": 0.25})
     _show("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
@@ -219,9 +229,9 @@ def train_reference(
     device: Device = "cpu",
 ) -> None:
     """Train the reference model from nothing."""
+    _prepare()
     from vispress.reference.train import train_reference as train
 
-    _quiet()
     scores = train(
         out,
         seed=seed,

@@ -75,6 +75,7 @@ def test_every_cell_is_stored_with_where_it_comes_from(finished):
     assert data["kept"]["kept_mean_over_layers"] == 72
     assert data["kept"]["kept_at_end"] == 48  # (4 * 72 - 144) / 3
     assert data["identity"]["plan"] == plan.digest()
+    assert data["seed"] == plan.seed
     assert {"commit", "versions", "device", "dtype", "attention"} <= set(data["provenance"])
     assert any("scaled to 4 layers" in note for note in data["notes"])
 

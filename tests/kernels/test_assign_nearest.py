@@ -32,6 +32,13 @@ def test_ties_go_to_the_lowest_index_across_blocks(device, backend):
     assert index[0, :6].tolist() == [4, 5, 6, 7, 0, 1]
 
 
+def test_ties_within_a_program_of_several_blocks(device, monkeypatch):
+    monkeypatch.setattr("vispress_kernels.assign_nearest.kernel.PROGRAMS", 1)
+    targets = torch.eye(4, device=device)[None].repeat(1, 50, 1)
+    index, _ = assign_nearest(targets[:, :4], targets, backend="triton")
+    assert index.tolist() == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nan_is_never_nearest_and_nothing_to_choose_is_said(device, backend):
     targets = torch.tensor([[[float("nan"), 1.0], [1.0, 0.1]]], device=device)

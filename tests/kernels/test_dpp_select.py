@@ -42,6 +42,16 @@ def test_equal_tokens_and_no_relevance_are_taken_once_each(device, backend):
     assert dpp_select(x, 0 * x[..., 0], 9, backend=backend).tolist() == [list(range(9))]
 
 
+def test_programs_of_several_blocks(randn, monkeypatch):
+    # as for more than 32 x 1024 tokens
+    monkeypatch.setattr("vispress_kernels.dpp_select.kernel.MAX_BESTS", 2)
+    monkeypatch.setattr("vispress_kernels.maxmin_select.kernel.MAX_BESTS", 2)
+    x, relevance = randn(1, 35, 6).repeat(1, 3, 1), randn(1, 35).abs().repeat(1, 3)
+    order = dpp_select(x, relevance, 5, backend="triton")
+    assert torch.equal(order, dpp_select(x, relevance, 5, backend="torch"))
+    assert (order < 35).all()
+
+
 def test_each_step_maximises_the_determinant(randn):
     x, relevance = randn(1, 12, 8, dtype=torch.float64), randn(1, 12).abs().double()
     unit = x[0] / x[0].norm(dim=-1, keepdim=True) * relevance[0][:, None]

@@ -53,6 +53,16 @@ def test_equal_tokens_are_taken_once_each_in_order(device, backend):
     assert maxmin_select(x, 9, backend=backend).tolist() == [list(range(9))]
 
 
+def test_programs_of_several_blocks(randn, monkeypatch):
+    # as for more than 32 x 1024 tokens
+    monkeypatch.setattr("vispress_kernels.maxmin_select.kernel.MAX_BESTS", 2)
+    x = randn(1, 35, 6).repeat(1, 3, 1)
+    first = torch.tensor([50], device=x.device)
+    order = maxmin_select(x, 6, first=first, backend="triton")
+    assert torch.equal(order, maxmin_select(x, 6, first=first, backend="torch"))
+    assert (order[0, 1:] < 35).all()
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weightless_and_nan_tokens_come_last(device, backend):
     x = torch.eye(5, device=device)[None].clone()

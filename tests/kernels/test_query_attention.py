@@ -56,6 +56,14 @@ def test_masks(randn, device, backend):
     torch.testing.assert_close(own.sum(-1), torch.ones_like(own[..., 0]))
 
 
+@pytest.mark.parametrize("mean_heads", [False, True])
+def test_splits_of_several_blocks(randn, assert_accurate, monkeypatch, mean_heads):
+    # as for more than 128 x 64 keys
+    monkeypatch.setattr("vispress_kernels.query_attention.kernel.MAX_SPLITS", 2)
+    q, k = randn(1, 2, 2, 16), randn(1, 2, 300, 16)
+    assert_accurate(*run(q, k, rows=100, mean_heads=mean_heads))
+
+
 def test_strided_inputs(randn, assert_accurate):
     q, k = randn(2, 3, 4, 32).transpose(1, 2), randn(2, 80, 2, 32)[:, ::2].transpose(1, 2)
     assert_accurate(*run(q, k, mean_heads=True))

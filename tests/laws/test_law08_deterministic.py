@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vispress import compressed, compression_report
 from vispress.methods import Random, ZOOPrune
-from vispress.methods.base import ScorePruner
+from vispress.methods.base import Compressor, ScorePruner
 from vispress.report import CompressionReport
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 
@@ -153,11 +153,10 @@ def spied(model: Any, inputs: dict[str, Any], method: Any) -> list[tuple[VisualT
     return spy.seen
 
 
-def assert_scored_in_fp32(family: str, method: str, dtype: torch.dtype) -> None:
+def assert_scored_in_fp32(family: str, compressor: Compressor, dtype: torch.dtype) -> None:
     model, inputs = model_of(family, dtype), inputs_of(family, dtype=dtype)
-    compressor = make(family, method)
     seen = spied(model, inputs, compressor)
-    assert seen or method == "no_image"  # which needs no plan to keep nothing
+    assert seen or compressor.name == "no_image"  # which needs no plan to keep nothing
     for tokens, plan in seen:
         if tokens.query_attention is not None:
             assert tokens.query_attention.dtype == torch.float32
@@ -165,8 +164,11 @@ def assert_scored_in_fp32(family: str, method: str, dtype: torch.dtype) -> None:
             assert {step.magnitude.dtype, step.cosine.dtype} == {torch.float32}
         if isinstance(compressor, ScorePruner):
             assert compressor.score(tokens).dtype == torch.float32
+        num_keep = plan.counts[0]
+        if not compressor.exact:  # a grid may be smaller than what was asked
+            num_keep = compressor.placements(6)[0].budget.resolve(tokens.num_visual)
         with torch.no_grad():
-            wide = compressor.plan(upcast(tokens), plan.counts[0])
+            wide = compressor.plan(upcast(tokens), num_keep)
         assert torch.equal(wide.keep, plan.keep)
         if plan.assign is not None:
             assert torch.equal(wide.assign, plan.assign)
@@ -174,13 +176,13 @@ def assert_scored_in_fp32(family: str, method: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_bf16_decides_as_its_signals_in_fp32(family: str, method: str) -> None:
-    assert_scored_in_fp32(family, method, torch.bfloat16)
+    assert_scored_in_fp32(family, make(family, method), torch.bfloat16)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_fp16_decides_as_its_signals_in_fp32(family: str, method: str) -> None:
-    assert_scored_in_fp32(family, method, torch.float16)
+    assert_scored_in_fp32(family, make(family, method), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -193,14 +195,27 @@ def test_half_models_generate_with_short_caches(dtype: torch.dtype) -> None:
         assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
-def test_scores_in_half_precision_are_noticed() -> None:
-    """Rounded to bf16, attention scores tie where they did not: the kept sets differ somewhere."""
-    model = model_of("llava", torch.bfloat16)
-    seen = spied(model, inputs_of("llava", dtype=torch.bfloat16), make("llava", "fastv"))
-    tokens, plan = seen[0]
-    rounded = tokens.query_attention.to(torch.bfloat16)
-    scores = rounded.mean((1, 2)).argsort(dim=1, descending=True, stable=True)
-    keep = scores[:, : plan.counts[0]].sort(dim=1).values
-    unrounded = make("llava", "fastv").score(tokens)
-    assert rounded.unique().numel() < unrounded.unique().numel() * tokens.query_attention.shape[1]
-    assert keep.shape == plan.keep.shape
+@dataclass(frozen=True, kw_only=True)
+class InModelDtype(Tied):
+    """Scores in the precision of the model, and rounds what it would keep apart."""
+
+    name: ClassVar[str] = "in_model_dtype"
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return tokens.features.norm(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TooLate(InModelDtype):
+    """Widens its scores after they were rounded."""
+
+    name: ClassVar[str] = "too_late"
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return super().score(tokens).float()
+
+
+@pytest.mark.parametrize("cls", [InModelDtype, TooLate])
+def test_scores_in_half_precision_are_noticed(cls: type[Tied]) -> None:
+    with pytest.raises(AssertionError):
+        assert_scored_in_fp32("llava", cls(keep_ratio=0.5), torch.bfloat16)

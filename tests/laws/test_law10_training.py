@@ -13,6 +13,7 @@ import torch
 from tests.laws.cases import (
     CASES,
     FAMILIES,
+    SAMPLES,
     Spy,
     changed_rows,
     inputs_of,
@@ -119,6 +120,18 @@ def both(
     return loss.detach(), got, expected_loss.detach(), expected
 
 
+@contextmanager
+def checkpointing(model: Any, *, reentrant: bool) -> Iterator[None]:
+    """Gradient checkpointing (its name changes between transformers versions) for a block."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    prefix = "activation" if new else "gradient"
+    getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": reentrant})
+    try:
+        yield
+    finally:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_loss_and_gradients_are_those_of_the_masked_model(
@@ -127,7 +140,10 @@ def test_loss_and_gradients_are_those_of_the_masked_model(
     model, inputs = model_of(family), inputs_of(family, padding)
     loss, got, expected_loss, expected = both(model, inputs, make(family, method))
     assert abs(loss - expected_loss) < EXACT
-    assert_equal(got, expected)
+    # the oracle's values and its early features (Qwen3-VL) come from two runs of the encoder, whose
+    # fp32 rotation rounds the two gradients one by one
+    twice = family == "qwen3_vl" and method in MERGING
+    assert_equal(got, expected, 1e-6 if twice else EXACT)
 
 
 @cache
@@ -144,12 +160,9 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
         plain = loss_of(model, inputs)
         expected, kept = backward(model, plain), report.to_dict()["samples"]
         for reentrant in (True, False):
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            try:
+            with checkpointing(model, reentrant=reentrant):
                 loss = loss_of(model, inputs)
                 got = backward(model, loss)
-            finally:
-                model.gradient_checkpointing_disable()
             assert abs(loss - plain) < EXACT
             assert report.to_dict()["samples"] == kept
             assert_equal(got, expected)
@@ -174,12 +187,20 @@ def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None
 @pytest.mark.parametrize("method", MERGING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
-    """Along the projector's weights, the loss moves as its gradient says (central difference)."""
+    """Along the projector's weights, the loss moves as its gradient says (central difference).
+
+    The loss is taken in fp64 here (transformers' own is fp32), and the step is large against the
+    fp32 rounding of its norms.
+    """
     model, inputs = model_of(family), inputs_of(family)
     parameters = [p for p in find_adapter(model).projector.parameters() if p.dim() == 2]
     generator = torch.Generator().manual_seed(0)
     ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-    step = 1e-4 / math.sqrt(sum(way.numel() for way in ways))
+    step = 1e-2 / math.sqrt(sum(way.numel() for way in ways))
+
+    def fine_loss() -> Tensor:
+        logits, targets = model(**inputs).logits[:, :-1], labels_of(inputs)[:, 1:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def move(distance: float) -> None:
         with torch.no_grad():
@@ -187,14 +208,14 @@ def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None
                 parameter.add_(way, alpha=distance)
 
     with training(model), compressed(model, make(family, method)):
-        found = torch.autograd.grad(loss_of(model, inputs), parameters)
+        found = torch.autograd.grad(fine_loss(), parameters)
         slope = sum(float((g * way).sum()) for g, way in zip(found, ways, strict=True))
         saved = [p.detach().clone() for p in parameters]
         losses = []
         for distance in (step, -2 * step):
             move(distance)
             with torch.no_grad():
-                losses.append(float(loss_of(model, inputs)))
+                losses.append(float(fine_loss()))
         with torch.no_grad():
             for parameter, value in zip(parameters, saved, strict=True):
                 parameter.copy_(value)
@@ -218,8 +239,6 @@ def test_two_forwards_then_one_backward_add_up(family: str, method: str) -> None
 @cache
 def make_inputs_again(family: str) -> dict[str, Any]:
     """Another batch: other content, other lengths."""
-    from tests.laws.cases import SAMPLES
-
     return make_inputs(family, SAMPLES[::-1][:2], padding="right", seed=5)
 
 
@@ -233,12 +252,9 @@ def test_two_checkpointed_forwards_then_one_backward_add_up(family: str) -> None
         single = [backward(model, loss_of(model, inputs)) for inputs in batches]
         expected = {name: single[0][name] + single[1][name] for name in single[0]}
         for reentrant in (True, False):
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            try:
+            with checkpointing(model, reentrant=reentrant):
                 first, second = (loss_of(model, inputs) for inputs in batches)
                 together = backward(model, first + second)
-            finally:
-                model.gradient_checkpointing_disable()
             assert_equal(together, expected)
 
 
@@ -294,8 +310,8 @@ def test_lora_with_gradient_checkpointing_gives_the_same_gradients(
     with training(wrapped), compressed(wrapped, make(family, "pyramiddrop")):
         expected = backward(wrapped, loss_of(wrapped, inputs))
         wrapped.enable_input_require_grads()
-        wrapped.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        got = backward(wrapped, loss_of(wrapped, inputs))
+        with checkpointing(wrapped.get_base_model(), reentrant=reentrant):
+            got = backward(wrapped, loss_of(wrapped, inputs))
     assert_equal(got, expected)
 
 

@@ -1,4 +1,4 @@
-"""Random prompts, budgets and methods: text survives, budgets are exact, logits are the oracle's."""
+"""Random prompts, budgets, methods: text survives, budgets are exact, logits are the oracle's."""
 
 import math
 from typing import Any
@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from tests.laws.cases import FAMILIES, METHODS, model_of, run
 from tests.laws.cases import settings as settings_of
 from tests.laws.oracle import oracle_expand, oracle_forward
 from tests.tiny import QWEN, VIDEO, Image, Part, Sample, Text, Video, make_inputs
 from tests.tiny_models import IMAGE_ID, VIDEO_ID
+
 from vispress.config import make_compressor
 from vispress.methods.base import Compressor
 

@@ -86,7 +86,7 @@ def launch_rule(itemsize: int) -> Rule:
         "BLOCK_N": 64,
         "BLOCK_M": 64,
         "BLOCK_D": block,
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 3,
     }
 

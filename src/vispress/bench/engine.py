@@ -88,7 +88,7 @@ def _finish(
         advance(cell.key, plan.questions * len(plan.tasks))
     else:
         result = run_cell(plan, cell, subject, questions, advance)
-    stamp = {"provenance": provenance(subject.model), "finished": _now()}
+    stamp = {"seed": plan.seed, "provenance": provenance(subject.model), "finished": _now()}
     folder.write(cell.key, {"cell": cell.to_dict(), **result, **stamp})
 
 

@@ -1,5 +1,6 @@
-"""A progress bar with the time that remains."""
+"""A progress bar with the time that remains; one line a cell where the output is no terminal."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,10 @@ from vispress.bench.plan import Plan
 @contextmanager
 def progress_bar(plan: Plan, console: Console) -> Iterator[Advance]:
     """Show how many questions of a plan are answered; yields what `run` calls."""
+    total = len(plan.cells()) * len(plan.tasks) * plan.questions
+    if not console.is_terminal:
+        yield _Lines(console, total)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,7 +34,6 @@ def progress_bar(plan: Plan, console: Console) -> Iterator[Advance]:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    total = len(plan.cells()) * len(plan.tasks) * plan.questions
     # timing leaves pauses of several seconds between questions
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         bar = progress.add_task("starting", total=total)
@@ -38,3 +42,29 @@ def progress_bar(plan: Plan, console: Console) -> Iterator[Advance]:
             progress.update(bar, advance=questions, description=f"{what:<28.28}")
 
         yield advance
+
+
+class _Lines:
+    """The same for log files: a line when a cell begins."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = self._asked = 0
+        self._cell = ""
+        self._start = time.monotonic()
+
+    def __call__(self, what: str, questions: int) -> None:
+        cell = what.partition(",")[0]
+        if cell != self._cell:
+            self._cell = cell
+            self._console.print(f"{self._done}/{self._total} questions{self._left()}; now {cell}")
+        self._done += questions
+        # a cell found finished is no measure of speed
+        self._asked += questions if "," in what else 0
+
+    def _left(self) -> str:
+        if not self._asked:
+            return ""
+        rate = (time.monotonic() - self._start) / self._asked
+        return f", {rate * (self._total - self._done) / 60:.1f} minutes left"

@@ -57,11 +57,11 @@ def packed_attention(
     prefix = (query[:, :, :PREFIX] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
 
     text = query[:, :, PREFIX:]
-    q, k, v = (x[:, :, PREFIX:].unflatten(2, (slots, width)) for x in (query, key, value))
+    q, k, v = (torch.unflatten(x[:, :, PREFIX:], 2, (slots, width)) for x in (query, key, value))
     inside = (q @ k.mT + attention_mask[:, None]).flatten(2, 3)  # [B, H, S * W, W]
     scores = torch.cat([text @ prefix_key.mT, inside], dim=-1).softmax(-1)
-    to_prefix, to_slot = scores.split([PREFIX, width], dim=-1)
-    own = to_slot.unflatten(2, (slots, width)) @ v
+    to_prefix, to_slot = torch.split(scores, [PREFIX, width], dim=-1)
+    own = torch.unflatten(to_slot, 2, (slots, width)) @ v
     answer = to_prefix @ prefix_value + own.flatten(2, 3)
     return torch.cat([prefix, answer], dim=2).transpose(1, 2), None
 

@@ -99,7 +99,13 @@ def _log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write_card(out: Path, scores: dict[str, float], *, questions: int, note: str = "") -> None:
+def write_card(
+    out: Path,
+    scores: dict[str, float],
+    *,
+    questions: int,
+    note: str = "",
+) -> None:
     """Write `checkpoint/MODEL_CARD.md`.
 
     Args:

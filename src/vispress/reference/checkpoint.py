@@ -45,6 +45,8 @@ def export(
     for_inference(stored)
     stored.to(dtype).eval().save_pretrained(temporary)
     build_processor().save_pretrained(temporary)
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)  # noqa: PTH105 - a rename, so that no half folder is ever seen
 

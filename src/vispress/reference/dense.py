@@ -64,12 +64,12 @@ def collate(scenes: list[Scene]) -> DenseBatch:
                 row[len(SHAPES) + len(COLORS) + item.value] = 1
             else:
                 row[-1] = 1
-    stacks = (
+    what, color, dot, center = (
         torch.from_numpy(np.stack([getattr(s, k) for s in scenes]).astype(np.int64))
         for k in ("what", "color", "dot", "center")
     )
     pixels = torch.from_numpy(np.stack([s.pixels for s in scenes]))
-    return DenseBatch(pixels, *stacks, torch.from_numpy(content))
+    return DenseBatch(pixels, what, color, dot, center, torch.from_numpy(content))
 
 
 def _ids(words: tuple[str, ...]) -> Tensor:

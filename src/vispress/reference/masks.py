@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from vispress.reference.digits import Alpha
 from vispress.reference.words import SHAPES
 
+Plane = NDArray[np.float64]
+
 WINDOW: Final = 24  # side of a mask in pixels
 VARIANTS: Final = 96  # masks a shape
 
@@ -30,25 +32,28 @@ def shape_masks() -> Alpha:
     return masks
 
 
-def _distance(name: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+def _distance(name: str, u: Plane, v: Plane) -> Plane:
     """Signed distance to the outline of a shape of about unit radius, negative inside."""
     r, au, av = np.hypot(u, v), np.abs(u), np.abs(v)
+    out: Plane
     if name == "circle":
-        return r - 0.92
-    if name == "ring":
-        return np.abs(r - 0.72) - 0.23
-    if name == "square":
-        return np.maximum(au, av) - 0.82
-    if name == "diamond":
-        return (au * 1.15 + av * 0.95 - 1.0) / 1.49
-    if name == "triangle":
-        return np.maximum(v - 0.8, (2 * au - v - 0.95) / np.sqrt(5))
-    if name == "cross":
-        return np.minimum(np.maximum(au - 1.0, av - 0.3), np.maximum(av - 1.0, au - 0.3))
-    if name == "crescent":
-        return np.maximum(r - 0.97, 0.72 - np.hypot(u - 0.5, v))
-    # star: five edges between radius 1.05 and 0.45
-    theta = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    px, py = r * np.cos(theta), r * np.sin(theta)
-    ex, ey = 0.45 * np.cos(np.pi / 5) - 1.05, 0.45 * np.sin(np.pi / 5)
-    return (-(py * ex - (px - 1.05) * ey)) / np.hypot(ex, ey)
+        out = r - 0.92
+    elif name == "ring":
+        out = np.abs(r - 0.72) - 0.23
+    elif name == "square":
+        out = np.maximum(au, av) - 0.82
+    elif name == "diamond":
+        out = (au * 1.15 + av * 0.95 - 1.0) / 1.49
+    elif name == "triangle":
+        out = np.maximum(v - 0.8, (2 * au - v - 0.95) / np.sqrt(5))
+    elif name == "cross":
+        out = np.minimum(np.maximum(au - 1.0, av - 0.3), np.maximum(av - 1.0, au - 0.3))
+    elif name == "crescent":
+        out = np.maximum(r - 0.97, 0.72 - np.hypot(u - 0.5, v))
+    else:
+        # star: five edges between radius 1.05 and 0.45
+        theta = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+        px, py = r * np.cos(theta), r * np.sin(theta)
+        ex, ey = 0.45 * np.cos(np.pi / 5) - 1.05, 0.45 * np.sin(np.pi / 5)
+        out = (-(py * ex - (px - 1.05) * ey)) / np.hypot(ex, ey)
+    return out

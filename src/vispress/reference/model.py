@@ -12,6 +12,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from vispress.reference.scenes import IMAGE_SIZE, PATCH_SIZE
 from vispress.reference.words import BOS, EOS, IMAGE, PAD, VOCABULARY, WORD_ID
@@ -141,7 +142,7 @@ def encode_image(
     return features, hidden[:, 0], last
 
 
-def _cls_only(layer: nn.Module, hidden: Tensor) -> Tensor:
+def _cls_only(layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
     """One encoder layer evaluated at [CLS] only: a fifth of its cost; gradients stop at its input.
 
     Shapes: (B, 1 + N, Dv) to (B, Dv).

@@ -34,7 +34,8 @@ def orthogonalise(stack: Tensor) -> Tensor:
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    out: Tensor = (x.mT if tall else x).float()
+    return out
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -99,8 +100,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for same, directions in zip(by_shape.values(), shared(stacks, orthogonalise), strict=True):
             # 0.2 * sqrt(max side) matches AdamW's usual update RMS
             scale = 0.2 * max(same[0].shape) ** 0.5
-            torch._foreach_mul_(same, 1 - rate * group["weight_decay"])
-            torch._foreach_add_(same, list(directions.unbind()), alpha=-rate * scale)
+            weights: list[Tensor] = list(same)
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            torch._foreach_add_(weights, list(directions.unbind()), alpha=-rate * scale)
 
     def _adamw(self, params: list[nn.Parameter], rate: float, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

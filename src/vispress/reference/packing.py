@@ -59,7 +59,7 @@ class PackedBatch:
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask within slots, shape (B, S, W, W): causal, and only one's own question."""
-        group = self.group[:, PREFIX:].unflatten(1, (-1, SLOT))
+        group = torch.unflatten(self.group[:, PREFIX:], 1, (-1, SLOT))
         same = group[..., :, None] == group[..., None, :]
         order = torch.arange(SLOT, device=group.device)
         allowed = same & (order[:, None] >= order[None, :])

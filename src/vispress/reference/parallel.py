@@ -41,7 +41,7 @@ def average_gradients(params: list[nn.Parameter], seconds: float) -> float:
     flat = torch.cat([g.flatten() for g in grads] + [clock])
     dist.all_reduce(flat)
     flat /= world
-    parts: list[Tensor] = list(flat[:-1].split([g.numel() for g in grads]))
+    parts: list[Tensor] = list(torch.split(flat[:-1], [g.numel() for g in grads]))
     torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
     return float(flat[-1])
 
@@ -62,7 +62,7 @@ def shared(stacks: list[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tenso
     flat = torch.zeros(sum(s.numel() for s in stacks), device=stacks[0].device)
     results = [
         part.view_as(stack)
-        for part, stack in zip(flat.split([s.numel() for s in stacks]), stacks, strict=True)
+        for part, stack in zip(torch.split(flat, [s.numel() for s in stacks]), stacks, strict=True)
     ]
     for stack, result in zip(stacks, results, strict=True):
         # a stack of one row belongs to the last process, as the first has other work

@@ -159,7 +159,8 @@ def _place(rng: np.random.Generator, cast: list[tuple[Kind, int, int, int]]) -> 
         for member, u in zip(members, along, strict=True):
             v = 12 + 24 * lane + float(rng.uniform(-1.5, 1.5))
             x, y = (v, float(u)) if flip else (float(u), v)
-            items.append(Item(*cast[member], x, y))
+            kind, value, color, dot = cast[member]
+            items.append(Item(kind, value, color, dot, x, y))
     return items
 
 
@@ -168,7 +169,7 @@ def _background(rng: np.random.Generator) -> NDArray[np.float32]:
     side = IMAGE_SIZE + 2 * _MARGIN
     base = rng.uniform(55, 110) + rng.uniform(-22, 22, (4, 4, 3))
     up = _upsample(side)
-    canvas = np.einsum("yi,ijc,xj->yxc", up, base, up, optimize=True)
+    canvas: NDArray[np.float64] = np.einsum("yi,ijc,xj->yxc", up, base, up, optimize=True)
     t = np.arange(side) * rng.uniform(0.1, 0.7)
     angle = rng.uniform(0, np.pi)
     wave = np.sin(np.cos(angle) * t[:, None] + np.sin(angle) * t[None, :] + rng.uniform(0, 6.3))
@@ -180,7 +181,8 @@ def _background(rng: np.random.Generator) -> NDArray[np.float32]:
 def _upsample(side: int) -> NDArray[np.float64]:
     """Linear interpolation from 4 knots to `side` pixels, shape (side, 4)."""
     at = np.linspace(0, 3, side)
-    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
+    weights: NDArray[np.float64] = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
+    return weights
 
 
 def _window(x: float, y: float) -> tuple[slice, slice]:
@@ -202,7 +204,8 @@ def _paste(
     full = np.zeros(canvas.shape[:2], dtype=np.float32)
     full[where] = alpha
     inner = full[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
-    return inner.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum((1, 3))
+    covered: Alpha = inner.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum((1, 3))
+    return covered
 
 
 def _draw(rng: np.random.Generator, canvas: NDArray[np.float32], item: Item, split: Split) -> Alpha:

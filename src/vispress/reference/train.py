@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from transformers import LlavaForConditionalGeneration
 
 from vispress.reference.card import write_card, write_curves
@@ -119,7 +120,7 @@ def train_reference(
     else:
         with tempfile.TemporaryDirectory() as folder:
             arguments = (processes, f"file://{folder}/meet", plan)
-            torch.multiprocessing.spawn(_process, arguments, nprocs=processes)
+            spawn(_process, arguments, nprocs=processes)
     result = json.loads((plan.out / "accuracy.json").read_text())
     return dict(result["accuracy"])
 
@@ -183,7 +184,7 @@ def _report(model: LlavaForConditionalGeneration, plan: Plan, run: Run) -> None:
     run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
     run.skip_time()
     unfinished = "Intermediate checkpoint of a run that is not finished"
-    write_card(plan.out, dict(scores), questions=plan.check_questions, note=unfinished)
+    write_card(plan.out, scores, questions=plan.check_questions, note=unfinished)
 
 
 def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -> dict[str, float]:
@@ -199,7 +200,7 @@ def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -
     """
     for_inference(model)
     export(model, out / "checkpoint")
-    scores = {str(k): v for k, v in accuracy(model, build_processor(), n=questions).items()}
+    scores = accuracy(model, build_processor(), n=questions)
     result = {"questions": questions, "accuracy": scores}
     (out / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     write_curves(out)

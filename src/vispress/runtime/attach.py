@@ -16,11 +16,12 @@ from vispress.adapters.base import Modality, ModelAdapter
 from vispress.errors import CompressionStateError
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
-from vispress.runtime.attention import _SINK, watch, watching
+from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink
 from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
+from vispress.runtime.step import StaticStep
 from vispress.types import Signal
 
 Backend = Literal["auto", "torch", "triton"]
@@ -73,6 +74,7 @@ class Attachment:
             Signal.VISION_KEYS,
             Signal.VISION_FEATURES,
         }
+        self._decoder = (adapter.language_model, *adapter.decoder_layers)
         self.reads_text = Signal.TEXT_EMBEDDINGS in wanted
         self.first_layer = min(step.placement.layer for step in steps)
 
@@ -169,6 +171,16 @@ class Attachment:
     # --- hooks
 
     def _base_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() and not _brings_images(kwargs):
+            return  # a compiled decode step: nothing to remember, nothing that breaks the graph
+        now = (self.adapter.language_model, *self.adapter.decoder_layers)
+        if len(now) != len(self._decoder) or any(
+            a is not b for a, b in zip(now, self._decoder, strict=True)
+        ):
+            raise CompressionStateError(
+                "decoder layers were exchanged after compress_model, so nothing would be compressed; "
+                "call remove_compression(model) and compress again"
+            )
         bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
         call = Call(self, bound.arguments | bound.arguments.get("kwargs", {}))
         for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
@@ -194,7 +206,10 @@ class Attachment:
         return capture
 
     def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        _CALLS.set(tuple(c for c in _CALLS.get()[:-1]))
+        if torch.compiler.is_compiling():
+            return
+        if (calls := _CALLS.get()) and calls[-1].attachment is self:
+            _CALLS.set(calls[:-1])
 
     def _current(self) -> Call | None:
         calls = _CALLS.get()
@@ -203,7 +218,7 @@ class Attachment:
     def _get_features(
         self, modality: Modality, original: Original, *args: Any, **kwargs: Any
     ) -> Any:
-        if isinstance(_SINK.get(), EncoderSink):  # Qwen's video method calls the image method
+        if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
             return original(*args, **kwargs)
         sink = EncoderSink(self.adapter, self.encoder_signals, self.all_encoder_layers())
         bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
@@ -220,11 +235,13 @@ class Attachment:
         return output
 
     def _projector_starts(self, module: nn.Module, args: Any) -> None:
-        sink = _SINK.get()
+        sink = current_sink()
         if isinstance(sink, EncoderSink):
             sink.projector_input = args[0]
 
     def _language_model_starts(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not args and (step := StaticStep.of(self, kwargs)) is not None:
+            return args, kwargs | {STATE: step}
         call = self._current() or Call(self, {})
         state, kwargs = prefill.begin(self, call.arguments, call.captures, module, args, kwargs)
         if state is None:
@@ -233,8 +250,8 @@ class Attachment:
         return (), kwargs | {STATE: state}
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        state: ForwardState | None = kwargs.get(STATE)
-        if state is None:
+        state = kwargs.get(STATE)
+        if not isinstance(state, ForwardState):
             return None
         if state.sink is not None:
             _SINK.reset(state.sink)
@@ -244,11 +261,13 @@ class Attachment:
         return prefill.finish(self, state, output)
 
     def _layer_starts(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        state: ForwardState | None = kwargs.get(STATE)
+        state: ForwardState | StaticStep | None = kwargs.get(STATE)
         if state is None:
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != STATE}
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        if isinstance(state, StaticStep):
+            return (hidden, *args[1:]), state.layer_kwargs(number, hidden, kwargs)
         hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
         if state.short(number):
             kwargs = state.layer_kwargs(number, hidden, kwargs)
@@ -258,7 +277,7 @@ class Attachment:
     def _module_ran(
         self, number: int, part: int, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        state = _SINK.get()
+        state = current_sink()
         if isinstance(state, ForwardState) and state.attachment is self and not state.peeking:
             x = args[0] if args else kwargs["hidden_states"]
             prefill.measure(
@@ -269,7 +288,7 @@ class Attachment:
         self, original: Original, hidden: Tensor, visual: Tensor, embeds: Tensor
     ) -> Tensor:
         """Qwen3-VL adds early encoder features between layers: hand it the rows that still live."""
-        state = _SINK.get()
+        state = current_sink()
         if isinstance(state, ForwardState) and state.attachment is self and not state.untouched:
             rows = state.last.to(hidden.device)
             visual = visual.to(hidden.device)
@@ -280,3 +299,8 @@ class Attachment:
             visual = here
         result: Tensor = original(hidden, visual, embeds)
         return result
+
+
+def _brings_images(kwargs: Mapping[str, Any]) -> bool:
+    names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    return any(kwargs.get(name) is not None for name in names)

@@ -47,6 +47,11 @@ def watching(sink: Sink | None) -> Iterator[None]:
         _SINK.reset(token)
 
 
+def current_sink() -> Sink | None:
+    """The sink of this context; none inside a compiled graph, which has nothing to record."""
+    return None if torch.compiler.is_compiling() else _SINK.get()
+
+
 class ConfigView:
     """A config seen through, with another attention implementation named on top."""
 
@@ -98,7 +103,7 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    sink = _SINK.get()
+    sink = current_sink()
     if sink is not None:
         sink.observe(module, query, key, attention_mask, kwargs)
     if implementation == "eager":  # not in the registry: each modeling file has its own

@@ -5,7 +5,6 @@ length is that of the full sequence; inside it holds the rows that live at that 
 logical position and validity of each slot.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,85 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from vispress.errors import CompressionStateError, UnsupportedModelError
-
-
-@dataclass
-class Slots:
-    """What the physical slots of one cache layer hold; shared by layers with the same rows.
-
-    Args:
-        positions: `[B, P]` int64, logical position of each slot, ascending along valid slots.
-        valid: `[B, P]` bool, or None when every slot holds a real token.
-        shift: `[B]` int64, how much smaller the position ids of later tokens are (compact), or
-            None.
-        logical: Logical length.
-    """
-
-    positions: Tensor
-    valid: Tensor | None
-    shift: Tensor | None
-    logical: int
-
-    def select(self, index: Tensor) -> "Slots":
-        """Rows of the batch by index."""
-        index = index.to(self.positions.device)
-        return Slots(
-            self.positions[index],
-            None if self.valid is None else self.valid[index],
-            None if self.shift is None else self.shift[index],
-            self.logical,
-        )
-
-    def repeat(self, repeats: int) -> "Slots":
-        """Each row of the batch `repeats` times."""
-        rows = torch.arange(self.positions.shape[0], device=self.positions.device)
-        return self.select(rows.repeat_interleave(repeats))
-
-
-class Compressed(CacheLayerMixin):
-    """The part that both kinds share."""
-
-    slots: Slots
-    pending: Slots | None
-    keys: Tensor | None
-    values: Tensor | None
-
-    @property
-    def physical(self) -> int:
-        """Slots in use."""
-        return self.slots.positions.shape[1]
-
-    def expect(self, slots: Slots) -> None:
-        """Say what the layer holds once the coming chunk is stored."""
-        self.pending = slots
-
-    def _commit(self) -> None:
-        if self.pending is None:
-            raise CompressionStateError(
-                "this KV cache was filled by a compressed model, and the model that now uses it "
-                "does not "
-                "know which tokens it holds: compression was removed, or it is another model. "
-                "Start with "
-                "a new cache"
-            )
-        self.slots, self.pending = self.pending, None
-
-    def get_seq_length(self) -> int:
-        """Logical length."""
-        return self.slots.logical
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical key length and offset; the runtime cuts the mask for each layer."""
-        return self.slots.logical + int(query_length), 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the batch (beam search)."""
-        if self.slots.logical > 0:
-            assert self.keys is not None
-            assert self.values is not None
-            self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
-            self.values = self.values.index_select(0, beam_idx.to(self.values.device))
-            self.slots = self.slots.select(beam_idx)
+from vispress.runtime.slots import Compressed, Slots
+from vispress.runtime.static_cache import CompressedStaticLayer
 
 
 class CompressedDynamicLayer(Compressed, DynamicLayer):
@@ -109,7 +31,7 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the physical rows of a chunk."""
-        self._commit()
+        self.slots = self._take_pending()
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
@@ -160,62 +82,6 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
         self.slots = self.slots.select(indices)
 
 
-class CompressedStaticLayer(Compressed, StaticLayer):
-    """A preallocated layer, allocated short: its capacity shrinks by what the prefill dropped."""
-
-    @classmethod
-    def upgrade(cls, layer: StaticLayer, slots: Slots) -> "CompressedStaticLayer":
-        """Take over a plain layer that is still empty (its buffer is allocated at the
-        first update).
-        """
-        if slots.logical > 0:
-            raise CompressionStateError(
-                "a static cache that already holds tokens cannot be compressed by a later prefill; "
-                "use a DynamicCache, or put all images into the first turn"
-            )
-        new = cls(max_cache_len=layer.max_cache_len)
-        new.logical_capacity = layer.max_cache_len
-        new.slots, new.pending = slots, None
-        return new
-
-    logical_capacity: int
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the physical rows of a chunk behind those in use."""
-        first = not self.is_initialized
-        self._commit()
-        if first:
-            dropped = self.slots.logical - key_states.shape[-2]
-            self.max_cache_len = self.logical_capacity - dropped
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical capacity: transformers sizes static masks by it."""
-        return self.logical_capacity, 0
-
-    def get_max_length(self) -> int:
-        """Logical capacity."""
-        return self.logical_capacity
-
-    def get_max_cache_shape(self) -> int:
-        """Logical capacity (the name older transformers use)."""
-        return self.logical_capacity
-
-    def reset(self) -> None:
-        """Forget all tokens and free the short buffer: the next prefill may keep another number."""
-        device = self.slots.positions.device
-        empty = torch.zeros(self.slots.positions.shape[0], 0, dtype=torch.long, device=device)
-        fresh = StaticLayer(max_cache_len=self.logical_capacity)
-        capacity = self.logical_capacity
-        self.__dict__.clear()
-        self.__dict__.update(fresh.__dict__)
-        self.logical_capacity = capacity
-        self.slots, self.pending = Slots(empty, None, None, 0), None
-
-
 def crop_count(tokens_to_remove: int, logical: int) -> int:
     """Tokens to drop: a negative count, or (transformers 5.17) the positive length to keep."""
     if tokens_to_remove > 0:
@@ -264,15 +130,6 @@ def layer_at(cache: Cache, index: int) -> CacheLayerMixin:
 def physical_length(layer: CacheLayerMixin) -> int:
     """Slots in use, compressed or not."""
     return layer.physical if isinstance(layer, Compressed) else int(layer.get_seq_length())
-
-
-def buffer_length(layer: "Compressed", slots: Slots, new_rows: int) -> int:
-    """Length of the key tensor that `update` will return once it stores `new_rows` more."""
-    if not isinstance(layer, CompressedStaticLayer):
-        return slots.positions.shape[1]
-    if layer.is_initialized:
-        return int(layer.max_cache_len)
-    return layer.logical_capacity - (slots.logical - new_rows)
 
 
 def upgrade(cache: Cache, index: int, slots: Slots) -> Compressed:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vispress.errors import UnsupportedModelError
-from vispress.runtime.cache import Slots
+from vispress.runtime.slots import Slots
 
 
 def check_implementation(name: str | None) -> str:

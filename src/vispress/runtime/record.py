@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vispress.runtime.cache import Compressed
 from vispress.runtime.images import Image
+from vispress.runtime.slots import Compressed
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment

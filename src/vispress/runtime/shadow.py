@@ -48,7 +48,7 @@ def shadow(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callabl
 
 
 def forget(module: nn.Module, name: str) -> None:
-    """Remove an attribute that was set past `nn.Module` (a function: deep copies follow the module)."""
+    """Remove an attribute of the instance (a function, so that deep copies follow the module)."""
     del module.__dict__[name]
 
 

@@ -10,17 +10,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vispress.runtime import masks
-from vispress.runtime.cache import (
-    Compressed,
-    Slots,
-    buffer_length,
-    layer_at,
-    physical_length,
-    upgrade,
-)
+from vispress.runtime.cache import layer_at, physical_length, upgrade
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
 from vispress.runtime.seen import EnoughSeen, Seen, Wanted
+from vispress.runtime.slots import Compressed, Slots
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
@@ -174,7 +168,7 @@ class ForwardState:
             held = upgrade(self.cache, layer, empty if before is None else before)
         offset = physical_length(held)
         held.expect(slots)
-        return slots, offset, buffer_length(held, slots, rows.size)
+        return slots, offset, held.buffer(slots, rows.size)
 
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
         """What a layer holds once the chunk's rows are behind what it held."""
