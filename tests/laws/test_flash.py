@@ -19,7 +19,7 @@ CALLS: list[tuple[int, bool]] = []
 def emulated(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal from the bottom right; a 2-D mask says which keys are real; gapped ids mean packing."""
+    """Causal from the bottom right; a 2-D mask says which keys are real; gapped ids: packing."""
     assert mask is None or mask.shape == (k.shape[0], k.shape[2])
     ids = kwargs.get("position_ids")
     assert ids is None or bool((ids.diff() <= 1).all())

@@ -2,11 +2,8 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -17,6 +14,7 @@ from vispress.errors import CompressionStateError
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
+from vispress.runtime.call import CALLS, LATEST, Call, brings_images
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink
 from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
@@ -27,21 +25,6 @@ from vispress.types import Signal
 Backend = Literal["auto", "torch", "triton"]
 STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
-
-
-@dataclass(eq=False)
-class Call:
-    """What the base model's forward was called with; lives as long as that call."""
-
-    attachment: "Attachment"
-    arguments: Mapping[str, Any]
-    captures: dict[Modality, Capture] = field(default_factory=dict)
-
-
-_LATEST: ContextVar[Mapping[tuple[int, Modality], "weakref.ref[Capture]"]] = ContextVar(
-    "vispress_latest", default=MappingProxyType({})
-)
-_CALLS: ContextVar[tuple[Call, ...]] = ContextVar("vispress_calls", default=())
 
 
 class Attachment:
@@ -171,14 +154,14 @@ class Attachment:
     # --- hooks
 
     def _base_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() and not _brings_images(kwargs):
+        if torch.compiler.is_compiling() and not brings_images(kwargs):
             return  # a compiled decode step: nothing to remember, nothing that breaks the graph
         now = (self.adapter.language_model, *self.adapter.decoder_layers)
         if len(now) != len(self._decoder) or any(
             a is not b for a, b in zip(now, self._decoder, strict=True)
         ):
             raise CompressionStateError(
-                "decoder layers were exchanged after compress_model, so nothing would be compressed; "
+                "decoder layers were exchanged after compress_model: nothing would be compressed; "
                 "call remove_compression(model) and compress again"
             )
         bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
@@ -186,13 +169,13 @@ class Attachment:
         for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
             if output is not None:
                 call.captures[modality] = self._capture_of(modality, output)
-        _CALLS.set((*_CALLS.get(), call))
+        CALLS.set((*CALLS.get(), call))
 
     def _capture_of(self, modality: Modality, output: Any) -> Capture:
         """What was seen when these features were computed (by `generate`, ahead of the forward)."""
         capture: Capture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
         if capture is None:  # accelerate rebuilds containers on their way to a device
-            seen = _LATEST.get().get((id(self), modality))
+            seen = LATEST.get().get((id(self), modality))
             latest = None if seen is None else seen()
             if latest is not None and latest.gave(self.adapter.features(modality, output)):
                 capture = latest
@@ -208,11 +191,11 @@ class Attachment:
     def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if (calls := _CALLS.get()) and calls[-1].attachment is self:
-            _CALLS.set(calls[:-1])
+        if (calls := CALLS.get()) and calls[-1].attachment is self:
+            CALLS.set(calls[:-1])
 
     def _current(self) -> Call | None:
-        calls = _CALLS.get()
+        calls = CALLS.get()
         return calls[-1] if calls and calls[-1].attachment is self else None
 
     def _get_features(
@@ -229,7 +212,7 @@ class Attachment:
         capture = Capture(self.adapter, modality, features, arguments, sink)
         if not isinstance(output, tuple | list | Tensor):
             setattr(output, CAPTURE_ATTRIBUTE, capture)
-            _LATEST.set(dict(_LATEST.get()) | {(id(self), modality): weakref.ref(capture)})
+            LATEST.set(dict(LATEST.get()) | {(id(self), modality): weakref.ref(capture)})
         if (call := self._current()) is not None:
             call.captures[modality] = capture
         return output
@@ -299,8 +282,3 @@ class Attachment:
             visual = here
         result: Tensor = original(hidden, visual, embeds)
         return result
-
-
-def _brings_images(kwargs: Mapping[str, Any]) -> bool:
-    names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-    return any(kwargs.get(name) is not None for name in names)
