@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -18,9 +18,9 @@ from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
 from vispress.report import CompressionReport, build_report
 from vispress.types import Positions, Signal
+from vispress_kernels import Backend
 
 M = TypeVar("M", bound=nn.Module)
-Backend = Literal["auto", "torch", "triton"]
 Method = str | Compressor
 
 

@@ -49,7 +49,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        types = "-".join(sorted({str(t) for t in self.types.values() if isinstance(t, str)}))
+        flat = {t if isinstance(t, str) else str(t[0]) for t in self.types.values()}
+        types = "-".join(sorted(flat))
         parts = [f"{k}={v}" for k, v in self.constants.items()]
         return f"{self.kernel.__name__}[{types},{','.join(parts)}]"
 
@@ -61,9 +62,11 @@ def variants() -> list[Variant]:
 
 def _copies() -> list[Variant]:
     found = []
-    blocks = tuple(sorted({gather.launch_rule(D) for D in range(1, 5000)}))
-    n = len(blocks)
-    for dtype in ("u8", "bf16", "fp32", "i64"):
+    rules = sorted({gather.launch_rule(D) for D in range(1, 5000)})
+    # three tensors a launch, as hidden states, a rotary table and position ids are
+    launches = [tuple(rules[i::4]) for i in range(4)]
+    for dtype, blocks in product(("u8", "bf16", "fp32", "i64"), launches):
+        n = len(blocks)
         types = {
             "xs": (f"*{dtype}",) * n,
             "outs": (f"*{dtype}",) * n,
@@ -73,7 +76,7 @@ def _copies() -> list[Variant]:
             "keep_ptr": "*i64",
         }
         ones = {(2, i, 2): 1 for i in range(n)}
-        default = dtype in ("bf16", "i64")
+        default = dtype == "bf16"
         found.append(
             Variant(gather.gather_tokens_kernel, types, {"BLOCKS": blocks}, (), default, ones)
         )

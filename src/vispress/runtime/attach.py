@@ -4,7 +4,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
 from vispress.types import Signal
+from vispress_kernels import Backend
 
-Backend = Literal["auto", "torch", "triton"]
 STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
 
@@ -203,7 +203,9 @@ class Attachment:
     ) -> Any:
         if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
             return original(*args, **kwargs)
-        sink = EncoderSink(self.adapter, self.encoder_signals, self.all_encoder_layers())
+        sink = EncoderSink(
+            self.adapter, self.encoder_signals, self.all_encoder_layers(), self.backend
+        )
         bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
         arguments = bound.arguments | bound.arguments.get("kwargs", {})
         with watching(sink):

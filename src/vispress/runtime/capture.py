@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
-from vispress.runtime.attention import attention_rows, column_means
+from vispress.runtime.attention import column_means
 from vispress.types import CropLayout, Signal
+from vispress_kernels import Backend
+from vispress_kernels.query_attention import query_attention
 
 CAPTURE_ATTRIBUTE = "_vispress_capture"
 
@@ -20,16 +22,21 @@ class EncoderSink:
         adapter: The family.
         wanted: Signals to collect.
         layers: Encoder layers whose attention is read.
+        backend: Kernels to use.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, wanted: frozenset[Signal], layers: Sequence[int]
+        self,
+        adapter: ModelAdapter,
+        wanted: frozenset[Signal],
+        layers: Sequence[int],
+        backend: Backend,
     ) -> None:
         self._modules = adapter.encoder_attentions()
         self._feature_layer = adapter.feature_layer()
         self._has_cls = adapter.has_cls
         self._wanted = wanted
-        self._layers = layers
+        self._layers, self._backend = layers, backend
         self.attention: dict[tuple[Signal, int], list[Tensor]] = {}
         self.keys: list[Tensor] = []
         self.projector_input: Tensor | None = None
@@ -54,7 +61,8 @@ class EncoderSink:
 
     def _attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         if Signal.CLS_ATTENTION in self._wanted:
-            row = attention_rows(query[:, :, :1], key, None, scaling)[:, :, 0, 1:]
+            row = query_attention(query[:, :, :1], key, scale=scaling, backend=self._backend)
+            row = row[:, :, 0, 1:]
             self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row)
         if Signal.COLUMN_ATTENTION in self._wanted:
             mean = column_means(query, key, scaling)

@@ -19,6 +19,7 @@ from vispress.runtime.seen import EnoughSeen, Seen, Wanted
 from vispress.runtime.select import apply, decide, write_values
 from vispress.runtime.state import ForwardState
 from vispress.types import Queries
+from vispress_kernels import Backend
 from vispress_kernels.transition_scores import transition_scores
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _before_llm(attachment: "Attachment", state: ForwardState, embeds: Tensor) -
         if decision is not None:
             embeds = write_values(decision, whole, hidden, embeds, project)
             state.rows.append((0, decision.rows))
-            hidden = gather_rows(embeds, decision.rows.index)
+            hidden = gather_rows(embeds, decision.rows.index, attachment.backend)
     return embeds
 
 
@@ -218,11 +219,8 @@ def enter_layer(
     if not state.images:
         return hidden
     if number == 0:
-        return (
-            hidden
-            if state.rows_at(0).whole
-            else gather_rows(hidden, state.rows_at(0).to(hidden.device).index)
-        )
+        rows = state.rows_at(0).to(hidden.device)
+        return hidden if rows.whole else gather_rows(hidden, rows.index, state.attachment.backend)
     attachment = state.attachment
     project = projector_function(attachment.adapter)
     if number in state.decided:  # a checkpointed layer runs again: no second decision
@@ -263,7 +261,7 @@ def _peek(
 
 def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:
     """Note how far a module (0 attention, 1 MLP) moved its rows."""
-    magnitude, cosine = transition_scores(x.detach(), y.detach())
+    magnitude, cosine = transition_scores(x.detach(), y.detach(), backend=state.attachment.backend)
     if part == 0:
         rows = state.rows_at(number)
         zeros = torch.zeros_like(magnitude)
@@ -281,19 +279,20 @@ def finish(attachment: "Attachment", state: ForwardState, output: Any) -> Any:
         attachment.record = Record.of(attachment, state, kv_bytes(state.cache))
     if state.untouched:
         return None
+    backend = attachment.backend
     if isinstance(output, tuple):
-        return (_expand(output[0], state.last), *output[1:])
-    output.last_hidden_state = _expand(output.last_hidden_state, state.last)
+        return (_expand(output[0], state.last, backend), *output[1:])
+    output.last_hidden_state = _expand(output.last_hidden_state, state.last, backend)
     if output.get("hidden_states") is not None:  # input of layer 0, then the output of each layer
         output.hidden_states = tuple(
-            _expand(hidden, state.rows_at(number - 1)) if number else hidden
+            _expand(hidden, state.rows_at(number - 1), backend) if number else hidden
             for number, hidden in enumerate(output.hidden_states)
         )
     return output
 
 
-def _expand(hidden: Tensor, rows: Rows) -> Tensor:
+def _expand(hidden: Tensor, rows: Rows, backend: Backend) -> Tensor:
     """`[B, P, D]` to `[B, Q, D]`: dropped places carry the nearest earlier survivor."""
     if rows.whole or hidden.shape[1] != rows.size:
         return hidden
-    return gather_rows(hidden, rows.to(hidden.device).place)
+    return gather_rows(hidden, rows.to(hidden.device).place, backend)

@@ -6,6 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens
+
 
 @dataclass
 class Rows:
@@ -128,9 +131,9 @@ def narrow(
     return Rows(rows.index.gather(1, local), new_valid, rows.length, counts, dropped), local
 
 
-def gather_rows(x: Tensor, local: Tensor) -> Tensor:
+def gather_rows(x: Tensor, local: Tensor, backend: Backend) -> Tensor:
     """`x[b, local[b, p]]` for `[B, P, D]`, differentiable."""
-    return x.gather(1, local.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return gather_tokens(x, local, backend=backend)
 
 
 def gather_rotary(x: Tensor, index: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from vispress.runtime.attention import attention_rows
 from vispress.runtime.images import Image
 from vispress.runtime.rows import Rows
 from vispress.types import Queries
+from vispress_kernels import Backend
+from vispress_kernels.query_attention import query_attention
 
 
 class EnoughSeen(Exception):  # noqa: N818  (control flow, not an error)
@@ -42,7 +44,13 @@ class Wanted:
 
     @torch.no_grad()
     def read(
-        self, rows: Rows, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+        self,
+        rows: Rows,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        backend: Backend,
     ) -> None:
         """Compute the rows from what the layer's attention is called with.
 
@@ -52,6 +60,7 @@ class Wanted:
             key: `[B, Hkv, S, D]`, the past included.
             mask: 4-D, `[B, S]` (FlashAttention), or None.
             scaling: Factor on the logits.
+            backend: Kernels to use.
         """
         local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
         heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
@@ -59,14 +68,16 @@ class Wanted:
         if mask is not None and mask.ndim == 4:
             mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
             index = local[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-            allowed = mask.gather(2, index)
+            self.rows = attention_rows(query.gather(2, heads), key, mask.gather(2, index), scaling)
         else:
-            reach = (local + self.offset).unsqueeze(-1)
-            allowed = torch.arange(S, device=key.device) <= reach
-            if mask is not None:
-                allowed = allowed & mask[:, None, :S].bool()
-            allowed = allowed.unsqueeze(1)
-        self.rows = attention_rows(query.gather(2, heads), key, allowed, scaling)
+            self.rows = query_attention(
+                query.gather(2, heads),
+                key,
+                rows=local + self.offset,
+                key_valid=None if mask is None else mask[:, :S].bool(),
+                scale=scaling,
+                backend=backend,
+            )
 
 
 @dataclass(eq=False)

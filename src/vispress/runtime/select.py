@@ -15,6 +15,7 @@ from vispress.runtime.rows import Rows, gather_rows, narrow
 from vispress.runtime.signals import visual_tokens
 from vispress.runtime.state import ForwardState
 from vispress.types import Placement, Positions, TokenPlan
+from vispress_kernels import Backend
 from vispress_kernels.merge_tokens import merge_tokens
 
 
@@ -55,12 +56,14 @@ class Decision:
         rows: Rows that stay.
         local: `[B, P']`, place of each in `before`.
         changes: Buckets whose survivors change value.
+        backend: Kernels to use.
     """
 
     before: Rows
     rows: Rows
     local: Tensor
     changes: list[Change]
+    backend: Backend
 
 
 def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
@@ -105,12 +108,12 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
         raise BudgetError(
             "nothing is left of the prompt: it holds visual tokens only, none is kept"
         )
-    return Decision(rows, new, local, changes)
+    return Decision(rows, new, local, changes, state.attachment.backend)
 
 
 def apply(decision: Decision, hidden: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
     """The surviving rows of `hidden`, changed where the plans say so (differentiable)."""
-    out = gather_rows(hidden, decision.local)
+    out = gather_rows(hidden, decision.local, decision.backend)
     return write_values(decision, decision.rows, hidden, out, project)
 
 
@@ -130,7 +133,7 @@ def write_values(
         project: The projector.
     """
     for change in decision.changes:
-        values = _values(change, decision.before, hidden, project)
+        values = _values(change, decision, hidden, project)
         sample = change.kept.sample.unsqueeze(1)
         local = rows.place[sample, change.kept.positions]
         out = out.index_put((sample.expand_as(local), local), values.to(out.dtype))
@@ -138,7 +141,7 @@ def write_values(
 
 
 def _values(
-    change: Change, rows: Rows, hidden: Tensor, project: Callable[[Tensor], Tensor]
+    change: Change, decision: Decision, hidden: Tensor, project: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """`[Bk, K, D]` new values of the kept tokens."""
     plan, before = change.plan, change.before
@@ -146,18 +149,21 @@ def _values(
         return plan.features
     assert plan.assign is not None
     assert plan.weight is not None
-    slots = change.kept.num_visual
+    slots, rows, backend = change.kept.num_visual, decision.before, decision.backend
     sample = before.sample.unsqueeze(1)
     own = hidden[sample, rows.place[sample, before.positions]]
     if plan.merge_on == "features":
-        return merge_tokens(own, plan.assign, slots, weight=plan.weight)
+        return merge_tokens(own, plan.assign, slots, weight=plan.weight, backend=backend)
     whole = [image.capture.vision_features(image.number) for image in before.images]
-    inputs = gather_rows(torch.stack(whole).to(hidden.device), before.index)
-    merged = project(merge_tokens(inputs, plan.assign, slots, weight=plan.weight))
+    inputs = gather_rows(torch.stack(whole).to(hidden.device), before.index, backend)
+    folded = merge_tokens(inputs, plan.assign, slots, weight=plan.weight, backend=backend)
+    merged = project(folded)
     # a slot of one token keeps it as it is: newline tokens never went through the projector
     assert isinstance(plan.keep, Tensor)
     return torch.where(
-        (_members(plan.assign, slots) > 1).unsqueeze(-1), merged, gather_rows(own, plan.keep)
+        (_members(plan.assign, slots) > 1).unsqueeze(-1),
+        merged,
+        gather_rows(own, plan.keep, backend),
     )
 
 

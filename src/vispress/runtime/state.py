@@ -267,7 +267,7 @@ class ForwardState:
                 if self.peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                want.read(rows, query, key, mask, scaling)
+                want.read(rows, query, key, mask, scaling, self.attachment.backend)
         if self.peeking:
             raise EnoughSeen
 
