@@ -212,7 +212,7 @@ def demo(
     # a demo of another commit is moved aside, not refused
     _bench(load_plan("demo", model=model), out, device, force=True)
     names = ["fastv", "fastervlm", "divprune", "visionzip", "fourier", "random", "uniform"]
-    chosen = make_all(names, {"mean_keep_ratio": 0.25})
+    chosen = make_all(names, {"mean_keep_ratio": 0.25, "dims": 2})
     _show("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
 
 

@@ -131,6 +131,14 @@ def raise_in_encoder(model: Any) -> Callable[[], None]:
     return handle.remove  # type: ignore[no-any-return]
 
 
+def decoder_alone(model: Any) -> Tensor:
+    """What the decoder gives for embeddings that belong to no prompt."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(3, 7, 64, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        return model.model.language_model(inputs_embeds=embeddings).last_hidden_state  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("place", [raise_in_decoder, raise_in_encoder])
 @pytest.mark.parametrize("method", ["fastv", "visionzip", "transprune", "pyramiddrop"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,6 +147,7 @@ def test_an_exception_inside_the_forward_leaves_nothing_behind(
 ) -> None:
     model, inputs = model_of(family), inputs_of(family)
     before(family)
+    expected = decoder_alone(model)
     with compressed(model, method, **settings(family, method)):
         good = logits_of(model, inputs)
         undo = place(model)
@@ -149,7 +158,8 @@ def test_an_exception_inside_the_forward_leaves_nothing_behind(
                 greedy(model, inputs)
         finally:
             undo()
-        # and the compressed model goes on as if nothing had happened
+        # and the compressed model goes on as if nothing had happened, as does its decoder by itself
+        assert torch.equal(decoder_alone(model), expected)
         assert torch.equal(logits_of(model, inputs), good)
     assert_as_before(family)
 

@@ -83,12 +83,15 @@ def _draw(axes: Any, summary: Summary, task: str | None) -> None:
             linewidth=1.4,
         )
         low, high = [v.low for v in values], [v.high for v in values]
-        axes.fill_between(kept, low, high, color=color, alpha=0.1, linewidth=0)
+        axes.fill_between(kept, low, high, color=color, alpha=0.04 if task else 0.1, linewidth=0)
     _references(axes, summary, task)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    asked = {r.keep_ratio * r.visual_tokens for r in summary.rows if r.accuracy and r.keep_ratio}
+    if asked:
+        axes.set_xticks(sorted(asked), [f"{count:.0f}" for count in sorted(asked)])
+    axes.minorticks_off()
     axes.set_ylim(-0.02, 1.04)
-    axes.set_xlabel("visual tokens kept (mean over decoder layers)")
+    axes.set_xlabel("visual tokens kept" + ("" if task else " (mean over decoder layers)"))
     axes.set_ylabel("exact match")
     title = (
         task or f"mean of {len(summary.chance)} tasks, {summary.plan['questions']} questions each"

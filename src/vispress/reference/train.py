@@ -120,7 +120,7 @@ def train_reference(
     else:
         with tempfile.TemporaryDirectory() as folder:
             arguments = (processes, f"file://{folder}/meet", plan)
-            spawn(_process, arguments, nprocs=processes)
+            spawn(_process, arguments, nprocs=processes)  # type: ignore[no-untyped-call]
     result = json.loads((plan.out / "accuracy.json").read_text())
     return dict(result["accuracy"])
 

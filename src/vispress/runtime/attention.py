@@ -144,23 +144,3 @@ def attention_rows(query: Tensor, key: Tensor, allowed: Tensor | None, scaling: 
             logits = logits + allowed.to(dtype)
     # a row with no key at all (padding) gives zeros, not NaN
     return logits.softmax(dim=-1).nan_to_num(0.0)
-
-
-def column_means(query: Tensor, key: Tensor, scaling: float, *, block: int = 256) -> Tensor:
-    """Mean over query rows of the attention map, without storing the map.
-
-    Args:
-        query: `[B, H, S, D]`.
-        key: `[B, H, S, D]`.
-        scaling: Factor on the logits.
-        block: Query rows at a time.
-
-    Returns:
-        `[B, H, S]` in fp32 (fp64 for fp64 inputs).
-    """
-    total = None
-    for rows in torch.split(query, block, dim=2):
-        part = attention_rows(rows, key, None, scaling).sum(dim=2)
-        total = part if total is None else total + part
-    assert total is not None
-    return total / query.shape[2]

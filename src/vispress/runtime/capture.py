@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
-from vispress.runtime.attention import column_means
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
+from vispress_kernels.column_attention import column_attention
 from vispress_kernels.query_attention import query_attention
 
 CAPTURE_ATTRIBUTE = "_vispress_capture"
@@ -65,7 +65,7 @@ class EncoderSink:
             row = row[:, :, 0, 1:]
             self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row)
         if Signal.COLUMN_ATTENTION in self._wanted:
-            mean = column_means(query, key, scaling)
+            mean = column_attention(query, key, scale=scaling, backend=self._backend)
             mean = mean[..., 1:] if self._has_cls else mean
             self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
 

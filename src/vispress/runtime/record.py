@@ -45,7 +45,7 @@ class Record:
     def of(cls, attachment: "Attachment", state: "ForwardState", kv_bytes: int) -> "Record":
         """The record of a finished call."""
         config: Any = attachment.adapter.language_model.config
-        seen: dict[int, Tensor] = {}
+        seen: dict[int, tuple[object, Tensor]] = {}
         layers = [
             _alive(state, layer, seen) for layer in range(len(attachment.adapter.decoder_layers))
         ]
@@ -61,15 +61,15 @@ class Record:
         )
 
 
-def _alive(state: "ForwardState", layer: int, seen: dict[int, Tensor]) -> Tensor:
+def _alive(state: "ForwardState", layer: int, seen: dict[int, tuple[object, Tensor]]) -> Tensor:
     rows = state.rows_at(layer)
     held = None
     if state.cache is not None and layer < len(state.cache.layers):
         held = state.cache.layers[layer]
     slots = held.slots if isinstance(held, Compressed) and held.slots.logical else None
-    key = id(rows) if slots is None else id(slots)
-    if key in seen:
-        return seen[key]
+    same = rows if slots is None else slots  # held in `seen`, so that its id stays its own
+    if id(same) in seen:
+        return seen[id(same)][1]
     batch, full = rows.index.shape[0], state.past + rows.length
     if slots is not None:
         alive = torch.zeros(batch, full + 1, dtype=torch.bool, device=slots.positions.device)
@@ -82,5 +82,5 @@ def _alive(state: "ForwardState", layer: int, seen: dict[int, Tensor]) -> Tensor
         if state.mask_2d is not None:
             before = state.mask_2d[:, : state.past].to(chunk.device)
         alive = torch.cat([before, chunk], dim=1)
-    seen[key] = alive
+    seen[id(same)] = (same, alive)
     return alive

@@ -1,0 +1,83 @@
+"""A compressed prefill never holds more memory at its peak than the uncompressed one."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.cases import make
+from tests.tiny import Image, Sample, Text, build, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vispress import compressed
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts bytes of live storages that were made inside the block (weights are older)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[int, int]] = {}  # storage -> (bytes, tensors that show it)
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._saw(tensor)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _saw(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        size, users = self.live.get(key, (storage.nbytes(), 0))
+        if users == 0:
+            self.now += size
+        self.live[key] = (size, users + 1)
+        weakref.finalize(tensor, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        size, users = self.live[key]
+        if users == 1:
+            self.now -= size
+            del self.live[key]
+        else:
+            self.live[key] = (size, users - 1)
+
+
+def peak(model: Any, inputs: dict[str, Any]) -> int:
+    with torch.no_grad():
+        model(**inputs)  # warm: lasting buffers of transformers
+        with PeakMemory() as memory:
+            model(**inputs, logits_to_keep=1)
+    return memory.peak
+
+
+# text enough for the language model to be the peak, as it is in real models (attention columns that
+# the encoder leaves behind are 1 % of its own peak)
+@pytest.mark.parametrize(
+    "method",
+    ["fastv", "fastervlm", "divprune", "pyramiddrop", "transprune", "visionzip", "fourier"],
+)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_peak_is_not_above_the_uncompressed_one(family: str, method: str) -> None:
+    model = build(family, dtype=torch.float32)
+    size = Image(12, 12)
+    samples = [Sample([Text(300), size, Text(2), size, Text(4)])] * 2
+    inputs = make_inputs(family, samples, dtype=torch.float32)
+    plain = peak(model, inputs)
+    more: dict[str, Any] = {} if method in ("pyramiddrop", "transprune") else {"keep_ratio": 0.25}
+    with compressed(model, make(family, method, **more)):
+        assert peak(model, inputs) <= plain
+
+
+def test_the_meter_sees_a_large_tensor() -> None:
+    with PeakMemory() as memory:
+        x = torch.zeros(1000)
+        y = x + 1
+        del x
+        z = y * 2
+    assert memory.peak == 8000
+    assert z.shape == (1000,)
