@@ -41,6 +41,18 @@ def method_table(families: Sequence[Family]) -> Table:
     return table
 
 
+def method_markdown() -> str:
+    """The README's table: one row a method, from the registry."""
+    lines = ["| method | | keeps | acts | reads | source | evidence |", "|---|---|---|---|---|---|---|"]
+    for name in list_methods():
+        cls = get_method(name)
+        reads = ", ".join(sorted(signal.value for signal in cls.reads)) or "features"
+        does = "merges" if cls.merges else "prunes"
+        cells = (f"`{name}`", does, cls.summary, _where(cls), reads, cls.paper, cls.evidence)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _legend(families: Sequence[Family]) -> str:
     words = {True: "[CLS]", False: "no [CLS]", None: "[CLS] if its encoder has one"}
     # brackets are markup to rich

@@ -149,3 +149,11 @@ def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, meth
     kinds = [[image.modality for image in sample.images] for sample in result.report.samples]
     assert kinds == [["video", "image"], ["image"]]
     assert_equals_oracle(model, inputs, result)
+
+
+def test_one_layer_can_be_read_ahead_and_while_it_runs() -> None:
+    """PyramidDrop peeks at layer 2, FastV before layer 3 reads layer 2 as it ran, on fewer rows."""
+    model, inputs = model_of("llava"), inputs_of("llava")
+    chain = [PyramidDrop(layers=(2,), keep_ratio=0.7), FastV(keep_ratio=0.5, layer=3)]
+    result = run(model, inputs, chain, positions="original")
+    assert_equals_oracle(model, inputs, result)

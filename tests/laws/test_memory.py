@@ -71,8 +71,8 @@ def test_peak_is_not_above_the_uncompressed_one(family: str, method: str) -> Non
     more: dict[str, Any] = {} if method in ("pyramiddrop", "transprune") else {"keep_ratio": 0.25}
     with compressed(model, make(family, method, **more)):
         got = peak(model, inputs)
-    # schedules run their first layers whole: what they note of each token there (positions, transition
-    # measures) comes on top; 24 bytes a layer are 0.3 % of a 7B model's hidden row
+    # schedules run their first layers whole: what they note of each token there (positions,
+    # transition measures) comes on top; 24 bytes a layer are 0.3 % of a 7B model's hidden row
     late = method in ("pyramiddrop", "transprune")
     notes = 24 * inputs["input_ids"].numel() * 6 if late else 0
     assert got <= plain + notes

@@ -9,23 +9,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vispress.adapters.base import Modality
-from vispress.runtime import masks
+from vispress.runtime import locate, masks
 from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
 from vispress.runtime.capture import Capture, projector_function
-from vispress.runtime.images import Image, find_images, make_buckets
 from vispress.runtime.record import Record
 from vispress.runtime.rows import Rows, all_rows, gather_rows
-from vispress.runtime.seen import EnoughSeen, Seen, Wanted
+from vispress.runtime.seen import EnoughSeen, Seen
 from vispress.runtime.select import apply, decide, write_values
 from vispress.runtime.state import ForwardState
-from vispress.types import Queries
 from vispress_kernels import Backend
 from vispress_kernels.transition_scores import transition_scores
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
-
-_CODES: dict[Modality, int] = {"image": 1, "video": 2}
 
 
 def begin(
@@ -67,7 +63,7 @@ def begin(
         check_cache(cache)
     state = _make_state(attachment, arguments, given, cache, embeds)
     if captures:
-        _find(attachment, state, arguments, captures, embeds)
+        locate.find(attachment, state, arguments, captures, embeds)
         given["inputs_embeds"], given["input_ids"] = _before_llm(attachment, state, embeds), None
     return state, given
 
@@ -135,68 +131,6 @@ def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
     return torch.cat([seen[:, -1, :past], own], dim=1).expand(batch, -1)
 
 
-def _find(
-    attachment: "Attachment",
-    state: ForwardState,
-    arguments: Mapping[str, Any],
-    captures: Mapping[Modality, Capture],
-    embeds: Tensor,
-) -> None:
-    """Locate the images and set up what must be read from attention."""
-    placeholders = attachment.adapter.placeholders()
-    marks = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    for modality, token in placeholders.items():
-        marks = marks.masked_fill(
-            _placeholder_mask(attachment, arguments, token, embeds), _CODES[modality]
-        )
-    valid = (
-        torch.ones_like(marks) if state.chunk_valid is None else state.chunk_valid.to(marks.device)
-    )
-    host_marks, host_valid = torch.stack([marks, valid.long()]).cpu()  # the one sync of a prefill
-    ordered = [captures[modality] for modality in placeholders if modality in captures]
-    images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
-    state.images = images
-    if attachment.reads_text:
-        text = (host_valid.bool() & (host_marks == 0)).to(embeds.device)
-        state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]
-    queries = {step.placement.queries for step in attachment.steps} - {None}
-    by_text = attachment.reads_text or Queries.TEXT_AFTER in queries
-    state.buckets = make_buckets(images, embeds.device, by_text=by_text)
-    for step in attachment.steps:
-        placement = step.placement
-        if placement.queries is None:
-            continue
-        layer = placement.layer if placement.attention_of == "next" else placement.layer - 1
-        if not any(w.layer == layer and w.queries is placement.queries for w in state.wanted):
-            rows = _query_positions(placement.queries, images, host_valid.bool())
-            width = max(map(len, rows))
-            padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
-            positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
-            state.wanted.append(Wanted(layer, placement.queries, positions, [len(r) for r in rows]))
-
-
-def _placeholder_mask(
-    attachment: "Attachment", arguments: Mapping[str, Any], token: int, embeds: Tensor
-) -> Tensor:
-    input_ids = arguments.get("input_ids")
-    if isinstance(input_ids, Tensor):
-        return torch.eq(input_ids, token).to(embeds.device)
-    given: Tensor = arguments["inputs_embeds"]
-    table = attachment.adapter.base.get_input_embeddings()
-    own: Tensor = table(torch.tensor(token, device=given.device))
-    return torch.eq(given, own).all(-1).to(embeds.device)
-
-
-def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:
-    """Chunk positions of the wanted rows of each sample."""
-    if queries is Queries.LAST:
-        return [row.nonzero()[-1].tolist() for row in valid]
-    rows: list[list[int]] = [[] for _ in range(valid.shape[0])]
-    for image in images:  # the first image of a sample has the longest list
-        rows[image.sample] = max(rows[image.sample], image.text_after.tolist(), key=len)
-    return rows
-
-
 def _before_llm(attachment: "Attachment", state: ForwardState, embeds: Tensor) -> Tensor:
     """Take the placements before the LLM; new values go into the full-length embeddings."""
     project = projector_function(attachment.adapter)
@@ -238,6 +172,9 @@ def enter_layer(
             hidden = apply(fresh, hidden, project)
             state.rows.append((number, fresh.rows))
             state.decided[number].append(fresh)
+    for want in state.wanted:  # rows that were used: many queries are large
+        if want.seen:
+            want.rows = None
     return hidden
 
 

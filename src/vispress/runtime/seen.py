@@ -9,7 +9,7 @@ from torch import Tensor
 from vispress.runtime.attention import attention_rows
 from vispress.runtime.images import Image
 from vispress.runtime.rows import Rows
-from vispress.types import Queries
+from vispress.types import Placement, Queries
 from vispress_kernels import Backend
 from vispress_kernels.query_attention import query_attention
 
@@ -25,6 +25,7 @@ class Wanted:
     Args:
         layer: Decoder layer that computes them.
         queries: Whose rows.
+        peek: Read ahead of the layer, on the rows before its placement; else while it runs.
         positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
             one).
         lengths: Real rows of each sample, on the host.
@@ -32,10 +33,18 @@ class Wanted:
 
     layer: int
     queries: Queries
+    peek: bool
     positions: Tensor
     lengths: Sequence[int]
-    rows: Tensor | None = None  # [B, H, R, S], once seen
+    rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
+    seen: bool = False
     offset: int = 0  # slot of the chunk's first row
+
+    def serves(self, placement: Placement) -> bool:
+        """Whether these are the rows that a placement reads."""
+        layer = placement.layer - (0 if self.peek else 1)
+        peek = placement.attention_of == "next"
+        return (self.layer, self.peek, self.queries) == (layer, peek, placement.queries)
 
     def tail(self, image: Image) -> list[int]:
         """Rows that stand behind an image: the last ones of its sample."""
@@ -62,6 +71,7 @@ class Wanted:
             scaling: Factor on the logits.
             backend: Kernels to use.
         """
+        self.seen = True
         local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
         heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         S = key.shape[2]

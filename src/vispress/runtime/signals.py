@@ -92,8 +92,7 @@ def _query_attention(
     state: ForwardState, placement: Placement, bucket: Bucket, local: Tensor
 ) -> Tensor:
     """`[Bk, H, Q, N]` of the rows that the placement names."""
-    layer = placement.layer if placement.attention_of == "next" else placement.layer - 1
-    want = next(w for w in state.wanted if w.layer == layer and w.queries is placement.queries)
+    want = next(w for w in state.wanted if w.serves(placement))
     assert want.rows is not None
     device = bucket.index.device
     probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]

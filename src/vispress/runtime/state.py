@@ -261,7 +261,7 @@ class ForwardState:
         """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
         scaling = float(kwargs["scaling"])
         for want in self.wanted:
-            if want.layer == module.layer_idx and want.rows is None:
+            if want.layer == module.layer_idx and want.peek == self.peeking and not want.seen:
                 rows = self.rows_at(want.layer) if not self.peeking else self.last
                 want.offset = self._offset(want.layer, rows)
                 if self.peeking and want.offset:  # its update did not run: the past is still apart

@@ -1,0 +1,88 @@
+"""Set up a prefill: where the images stand, and what must be read from attention."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vispress.adapters.base import Modality
+from vispress.runtime.capture import Capture
+from vispress.runtime.images import Image, find_images, make_buckets
+from vispress.runtime.seen import Wanted
+from vispress.runtime.state import ForwardState
+from vispress.types import Queries
+
+if TYPE_CHECKING:
+    from vispress.runtime.attach import Attachment
+
+_CODES: dict[Modality, int] = {"image": 1, "video": 2}
+
+
+def find(
+    attachment: "Attachment",
+    state: ForwardState,
+    arguments: Mapping[str, Any],
+    captures: Mapping[Modality, Capture],
+    embeds: Tensor,
+) -> None:
+    """Locate the images and set up what must be read from attention."""
+    placeholders = attachment.adapter.placeholders()
+    marks = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    for modality, token in placeholders.items():
+        marks = marks.masked_fill(
+            _placeholder_mask(attachment, arguments, token, embeds), _CODES[modality]
+        )
+    valid = (
+        torch.ones_like(marks) if state.chunk_valid is None else state.chunk_valid.to(marks.device)
+    )
+    host_marks, host_valid = torch.stack([marks, valid.long()]).cpu()  # the one sync of a prefill
+    ordered = [captures[modality] for modality in placeholders if modality in captures]
+    images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
+    state.images = images
+    if attachment.reads_text:
+        text = (host_valid.bool() & (host_marks == 0)).to(embeds.device)
+        state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]
+    queries = {step.placement.queries for step in attachment.steps} - {None}
+    by_text = attachment.reads_text or Queries.TEXT_AFTER in queries
+    state.buckets = make_buckets(images, embeds.device, by_text=by_text)
+    state.wanted = _wanted(attachment, images, host_valid.bool())
+
+
+def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) -> list[Wanted]:
+    """Attention rows that the placements read, each once."""
+    wanted: list[Wanted] = []
+    for placement in (step.placement for step in attachment.steps):
+        if placement.queries is None or any(want.serves(placement) for want in wanted):
+            continue
+        rows = _query_positions(placement.queries, images, valid)
+        width = max(map(len, rows))
+        padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
+        positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+        peek = placement.attention_of == "next"
+        layer = placement.layer - (0 if peek else 1)
+        lengths = [len(row) for row in rows]
+        wanted.append(Wanted(layer, placement.queries, peek, positions, lengths))
+    return wanted
+
+
+def _placeholder_mask(
+    attachment: "Attachment", arguments: Mapping[str, Any], token: int, embeds: Tensor
+) -> Tensor:
+    input_ids = arguments.get("input_ids")
+    if isinstance(input_ids, Tensor):
+        return torch.eq(input_ids, token).to(embeds.device)
+    given: Tensor = arguments["inputs_embeds"]
+    table = attachment.adapter.base.get_input_embeddings()
+    own: Tensor = table(torch.tensor(token, device=given.device))
+    return torch.eq(given, own).all(-1).to(embeds.device)
+
+
+def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:
+    """Chunk positions of the wanted rows of each sample."""
+    if queries is Queries.LAST:
+        return [row.nonzero()[-1].tolist() for row in valid]
+    rows: list[list[int]] = [[] for _ in range(valid.shape[0])]
+    for image in images:  # the first image of a sample has the longest list
+        rows[image.sample] = max(rows[image.sample], image.text_after.tolist(), key=len)
+    return rows
