@@ -43,7 +43,8 @@ def method_table(families: Sequence[Family]) -> Table:
 
 def method_markdown() -> str:
     """The README's table: one row a method, from the registry."""
-    lines = ["| method | | keeps | acts | reads | source | evidence |", "|---|---|---|---|---|---|---|"]
+    names = ("method", "", "keeps", "acts", "reads", "source", "evidence")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name in list_methods():
         cls = get_method(name)
         reads = ", ".join(sorted(signal.value for signal in cls.reads)) or "features"
