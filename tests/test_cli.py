@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from tests.bench.conftest import checkpoint  # noqa: F401  (a fixture)
-from vispress import cli, doctor, registry
+from vispress import cli, doctor, registry, versions
 from vispress.errors import UnsupportedVersionError
 
 ROOT = Path(__file__).parents[1]
@@ -155,13 +155,13 @@ def test_doctor_names_what_is_broken(monkeypatch):
 
 
 def test_versions_out_of_range_are_refused(monkeypatch):
-    doctor.check_versions()
-    monkeypatch.setattr(doctor, "SUPPORTED", {"transformers": "<5"})
+    versions.check_versions()
+    monkeypatch.setattr(versions, "SUPPORTED", {"transformers": "<5"})
     with pytest.raises(UnsupportedVersionError, match=f"transformers {version('transformers')} is"):
-        doctor.check_versions()
-    monkeypatch.setattr(doctor, "SUPPORTED", {"no-such-package": ">1"})
+        versions.check_versions()
+    monkeypatch.setattr(versions, "SUPPORTED", {"no-such-package": ">1"})
     with pytest.raises(UnsupportedVersionError, match="not installed"):
-        doctor.check_versions()
+        versions.check_versions()
 
 
 def test_supported_ranges_are_those_of_the_package():
@@ -169,7 +169,7 @@ def test_supported_ranges_are_those_of_the_package():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ranges = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
-    for name, supported in doctor.SUPPORTED.items():
+    for name, supported in versions.SUPPORTED.items():
         assert ranges[name] == Requirement(name + supported).specifier
 
 

@@ -18,6 +18,7 @@ from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
 from vispress.report import CompressionReport, build_report
 from vispress.types import Positions, Signal
+from vispress.versions import check_versions
 from vispress_kernels import Backend
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,12 +65,14 @@ def compress_model(
         UnsupportedMethodError: Unknown method, or one that needs a signal this model cannot give.
         ConfigError: A hyper-parameter is unknown or out of range.
         CompressionStateError: The model is compressed already.
+        UnsupportedVersionError: torch or transformers is outside the supported range.
     """
     methods = _resolve(method, config, keep_ratio, num_tokens, hyperparameters)
     if positions not in (None, "original", "compact"):
         raise ConfigError(f"positions must be 'original' or 'compact', got {positions!r}")
     if backend not in ("auto", "torch", "triton"):
         raise ConfigError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    check_versions()
     adapter = find_adapter(model)
 
     from vispress.runtime.attach import ATTRIBUTE, Attachment

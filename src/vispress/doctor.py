@@ -8,10 +8,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from vispress.errors import UnsupportedVersionError, VispressError
-
-SUPPORTED = {"torch": ">=2.11", "transformers": ">=5.17,<6"}
-"""Ranges of `pyproject.toml` that decide whether the runtime works."""
+from vispress import versions
+from vispress.errors import VispressError
 
 OPTIONAL = {
     "triton": "kernels run as plain torch without it",
@@ -55,34 +53,6 @@ class Family:
     has_cls: bool | None
 
 
-def check_versions() -> None:
-    """Refuse versions outside the supported ranges.
-
-    Raises:
-        UnsupportedVersionError: Names package, version and range.
-    """
-    for name in SUPPORTED:
-        _check_version(name)
-
-
-def _check_version(name: str) -> str:
-    from packaging.specifiers import SpecifierSet
-
-    try:
-        found = version(name)
-    except PackageNotFoundError as error:
-        raise UnsupportedVersionError(
-            f"{name} is not installed; vispress needs {name}{SUPPORTED[name]}"
-        ) from error
-    # local builds and pre-releases count as their release
-    if not SpecifierSet(SUPPORTED[name]).contains(found.partition("+")[0], prereleases=True):
-        raise UnsupportedVersionError(
-            f"{name} {found} is outside the supported range {SUPPORTED[name]}; "
-            f"install one with: pip install '{name}{SUPPORTED[name]}'"
-        )
-    return found
-
-
 def families() -> list[Family]:
     """Every model family that has an adapter, sorted by name."""
     import vispress.adapters  # noqa: F401  (registers the built-in ones)
@@ -104,8 +74,8 @@ def families() -> list[Family]:
 def diagnose() -> Iterator[Check]:
     """All checks, one after another; none raises."""
     yield Check("python", "ok", platform.python_version())
-    for name in SUPPORTED:
-        yield _try(name, partial(_check_version, name))
+    for name in versions.SUPPORTED:
+        yield _try(name, partial(versions.check_version, name))
     for name, use in OPTIONAL.items():
         try:
             yield Check(name, "ok", version(name))
@@ -180,7 +150,7 @@ def _family(family: Family) -> str:
     if missing:
         raise UnsupportedVersionError(
             f"this transformers has no {', '.join(missing)}; vispress needs "
-            f"transformers{SUPPORTED['transformers']}"
+            f"transformers{versions.SUPPORTED['transformers']}"
         )
     return ", ".join(family.models)
 
