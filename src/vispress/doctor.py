@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from vispress import versions
-from vispress.errors import VispressError
+from vispress.errors import UnsupportedVersionError, VispressError
 
 OPTIONAL = {
     "triton": "kernels run as plain torch without it",

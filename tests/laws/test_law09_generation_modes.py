@@ -173,6 +173,32 @@ def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) 
     assert (got - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl"])
+def test_an_image_after_a_turn_of_text_compresses_from_there(family: str, method: str) -> None:
+    model = model_of(family)
+    first = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(1))
+    pad = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    samples = [Sample([Text(3), Image(4, 6), Text(6)])] * 2
+    second = make_inputs(family, samples, seed=5)
+    mask = torch.cat([pad, second["attention_mask"]], dim=1)
+
+    def two_turns() -> torch.Tensor:
+        cache = DynamicCache()
+        model(input_ids=first, attention_mask=pad, past_key_values=cache)
+        return model(**(second | {"attention_mask": mask}), past_key_values=cache).logits
+
+    with torch.no_grad():
+        with compressed(model, make(family, method)):
+            got = two_turns()
+            report = compression_report(model)
+        alive = [report.alive(layer) for layer in range(report.num_layers)]
+        with masked_model(model, [*alive, mask.bool()], make(family, method).default_positions):
+            expected = two_turns()
+    assert int(alive[-1].sum()) < int(mask.sum())
+    assert (got - oracle_expand(expected, alive[-1][:, 6:])).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_user_made_static_cache_is_allocated_short(method: str) -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
