@@ -19,6 +19,7 @@ FLOORS: dict[str, int] = {
     "vispress.budget": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,
+    "vispress.versions": 1,
     "vispress.methods": 2,
     "vispress.adapters": 2,
     "vispress.config": 3,

@@ -1,9 +1,8 @@
-"""The optimiser: orthogonal updates, groups, and the same result in one process or two."""
+"""The optimiser: orthogonal updates, and who gets which parameters."""
 
 import torch
 from torch import nn
 
-from vispress.reference.loop import Budget, learning_rate
 from vispress.reference.optim import make_optimizer, orthogonalise
 
 
@@ -42,16 +41,3 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
     shapes = {g["muon"]: [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups}
     assert shapes == {True: [(4, 4)], False: [(4,), (5, 4)]}
     assert all(g["lr_scale"] == 0.5 for g in optimizer.param_groups)
-
-
-def test_the_learning_rate_warms_up_and_ends_at_its_floor():
-    rates = [learning_rate(p, peak=1.0, floor=0.1) for p in (0.0, 0.01, 0.02, 0.5, 1.0)]
-    assert rates[0] < rates[1] < rates[2] == 1.0
-    assert rates[2] > rates[3] > rates[4]
-    assert abs(rates[4] - 0.1) < 1e-9
-
-
-def test_a_budget_ends_at_its_nearer_limit():
-    budget = Budget(minutes=2, images=100)
-    assert budget.progress(60, 10) == 0.5
-    assert budget.progress(0, 75) == 0.75

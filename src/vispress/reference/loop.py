@@ -21,6 +21,8 @@ from vispress.reference.parallel import average_gradients, is_main, rank_and_wor
 _WARM_UP: Final = 0.02
 _CLIP: Final = 1.0
 
+LOG_EVERY: Final = 50  # steps
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -67,6 +69,26 @@ class Progress:
     step: int = 0
     images: int = 0
     seconds: float = 0.0
+
+
+class Means:
+    """Running means of scalars, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add one scalar for each name."""
+        self.count += 1
+        for key, value in values.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {key: float(value) / self.count for key, value in self._sums.items()}
+        self.count, self._sums = 0, {}
+        return means
 
 
 class Run:
@@ -143,6 +165,14 @@ class Run:
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def _trim_log(self) -> None:
+        """Drop lines about steps that were lost when the run stopped."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= self.at.step]
+            path.write_text("".join(kept))
+
     def save(self) -> None:
         """Write everything a resume needs in one file, atomically (main process only)."""
         if not is_main():
@@ -192,6 +222,8 @@ class Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.at = Progress(**json.loads(metadata["progress"]))
+        if is_main():
+            self._trim_log()
         self._tick = time.perf_counter()
         return True
 

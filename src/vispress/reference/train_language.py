@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from vispress.reference.attention import PREFIX
 from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseHeads
-from vispress.reference.loop import Budget, Run, stream
+from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
 from vispress.reference.model import encode_image, normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import LanguageStream, PackedBatch
@@ -121,7 +121,7 @@ def train_language(
     run.resume()
     data: Dataset[PackedBatch] = LanguageStream(seed, share, SLOTS, easy)
     batches = stream(data, run.at.step, workers=workers)
-    sums: dict[str, Any] = {}
+    means = Means()
     due = run.at.seconds + 60 * save_minutes
     with progress_bar("language", visible=is_main()) as update:
         while run.progress < 1:
@@ -132,19 +132,19 @@ def train_language(
                 loss, hits = answer_loss(model, hidden, packed, early=early)
                 dense, scores = heads(*seen, words.weight, packed.dense)
             run.advance(loss + 0.1 * dense, share)
-            for key, value in {"loss": loss.detach(), "first": hits, **scores}.items():
-                sums[key] = sums.get(key, 0.0) + value
-            if run.at.step % 50 == 0:
-                means = {k: float(v) / 50 for k, v in sums.items()}
-                run.log(means)
-                update(run.progress, means)
-                sums = {}
+            means.add({"loss": loss.detach(), "first": hits, **scores})
+            if means.count == LOG_EVERY:
+                shown = means.take()
+                run.log(shown)
+                update(run.progress, shown)
             if run.at.seconds >= due:
                 due = run.at.seconds + 60 * save_minutes
                 run.save()
                 if report is not None and is_main():
                     report(run)
             update(run.progress, {})
+    if means.count:
+        run.log(means.take())
     run.save()
     if report is not None and is_main():
         report(run)

@@ -1,7 +1,7 @@
 """Stage 1: the vision encoder and the projector learn to see, from dense labels alone."""
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch.utils.data import Dataset
@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseBatch, DenseHeads, collate
-from vispress.reference.loop import Budget, Run, stream
+from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
 from vispress.reference.model import encode_image, normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.parallel import is_main, rank_and_world
@@ -18,7 +18,6 @@ from vispress.reference.scenes import draw_scene
 BATCH: Final = 32
 PEAK: Final = 3e-3
 FLOOR: Final = 0.1
-SCORES: Final = ("what", "color", "dot", "center", "content")
 
 
 class VisionStream(Dataset[DenseBatch]):
@@ -74,7 +73,7 @@ def train_vision(
     run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
     run.resume()
     batches = stream(VisionStream(seed, share), run.at.step, workers=workers)
-    sums: dict[str, Any] = {}
+    means = Means()
     with progress_bar("vision", visible=is_main()) as update:
         while run.progress < 1:
             data: DenseBatch = next(batches).to(device)
@@ -82,14 +81,14 @@ def train_vision(
                 seen = encode_image(model, normalise(data.pixels))
                 loss, scores = heads(*seen, words.weight, data)
             run.advance(loss, share)
-            for key, value in {"loss": loss.detach(), **scores}.items():
-                sums[key] = sums.get(key, 0.0) + value
-            if run.at.step % 50 == 0:
-                means = {k: float(v) / 50 for k, v in sums.items()}
-                run.log(means)
-                update(run.progress, means)
-                sums = {}
+            means.add({"loss": loss.detach(), **scores})
+            if means.count == LOG_EVERY:
+                shown = means.take()
+                run.log(shown)
+                update(run.progress, shown)
             if run.at.step % 500 == 0:
                 run.save()
             update(run.progress, {})
+    if means.count:
+        run.log(means.take())
     run.save()

@@ -58,6 +58,10 @@ class Attachment:
             Signal.VISION_FEATURES,
         }
         self._decoder = (adapter.language_model, *adapter.decoder_layers)
+        self.reads_encoder_late = any(
+            step.placement.layer > 0 and step.method.signals() & self.encoder_signals
+            for step in steps
+        )
         self.reads_text = Signal.TEXT_EMBEDDINGS in wanted
         self.first_layer = min(step.placement.layer for step in steps)
 
@@ -217,6 +221,7 @@ class Attachment:
             LATEST.set(dict(LATEST.get()) | {(id(self), modality): weakref.ref(capture)})
         if (call := self._current()) is not None:
             call.captures[modality] = capture
+            capture.transient = True
         return output
 
     def _projector_starts(self, module: nn.Module, args: Any) -> None:

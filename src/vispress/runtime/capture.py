@@ -101,6 +101,7 @@ class Capture:
         sink: EncoderSink,
     ) -> None:
         self.modality = modality
+        self.transient = False  # made inside the forward that uses it, and by nobody else
         self.counts = tuple(len(feature) for feature in features)
         self._first = features[0].detach() if features else None
         self.layouts: Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]
@@ -120,6 +121,11 @@ class Capture:
         if sink.projector_input is not None:
             rows = adapter.projector_inputs(modality, sink.projector_input, call)
             self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
+
+    def release(self) -> None:
+        """Let go of the signals once no placement reads them any more."""
+        if self.transient:
+            self._signals.clear()
 
     def gave(self, features: Sequence[Tensor]) -> bool:
         """Whether these features (possibly moved, or repeated for beams) came from this call."""

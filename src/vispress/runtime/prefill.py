@@ -65,6 +65,9 @@ def begin(
     if captures:
         locate.find(attachment, state, arguments, captures, embeds)
         given["inputs_embeds"], given["input_ids"] = _before_llm(attachment, state, embeds), None
+        if not attachment.reads_encoder_late:
+            for capture in captures.values():
+                capture.release()
     return state, given
 
 
@@ -167,7 +170,10 @@ def enter_layer(
             continue
         if step.placement.queries is not None and step.placement.attention_of == "next":
             _peek(state, number, module, hidden, kwargs)
-        fresh = decide(state, step, hidden)
+        # a checkpoint that wraps this hook must not count the tensors that deciding saves,
+        # because its second run does not decide
+        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            fresh = decide(state, step, hidden)
         if fresh is not None:
             hidden = apply(fresh, hidden, project)
             state.rows.append((number, fresh.rows))
@@ -176,6 +182,10 @@ def enter_layer(
         if want.seen:
             want.rows = None
     return hidden
+
+
+def _itself(saved: Tensor) -> Tensor:
+    return saved
 
 
 @torch.no_grad()

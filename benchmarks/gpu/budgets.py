@@ -1,0 +1,53 @@
+"""The budgets that the papers publish, carried over to images with other counts of tokens."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.gpu.record import ROOT
+
+PUBLISHED_TOKENS = 576
+"""Visual tokens of LLaVA-1.5, which the counts in `configs/methods` belong to."""
+CONFIGS: Path = ROOT / "configs" / "methods"
+
+
+@cache
+def _published(method: str) -> dict[str, Any]:
+    path = CONFIGS / f"{method}.yaml"
+    if not path.exists():
+        return {}
+    known = yaml.safe_load(path.read_text())
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+
+
+def published(method: str, visual: int, *, has_cls: bool) -> dict[str, Any]:
+    """Arguments of `compress_model` for one method, `method` among them.
+
+    Args:
+        method: A registered name.
+        visual: Visual tokens of an image; counts of tokens are scaled to it.
+        has_cls: Whether the encoder has a [CLS] token; else the documented substitute is used.
+    """
+    options = (_published(method) or {"keep_ratio": 0.25}) | {"method": method}
+    for count in ("num_tokens", "contextual"):
+        if isinstance(options.get(count), int):
+            options[count] = max(1, round(options[count] * visual / PUBLISHED_TOKENS))
+    return substituted(options, has_cls=has_cls)
+
+
+def substituted(options: dict[str, Any], *, has_cls: bool) -> dict[str, Any]:
+    """With the documented substitute for [CLS] attention where the encoder has none."""
+    from vispress.registry import get_method
+    from vispress.types import Signal
+
+    needs = Signal.CLS_ATTENTION in get_method(options["method"]).reads
+    return options | {"scores": "column_mean"} if needs and not has_cls else options
+
+
+def compressor_of(options: dict[str, Any]) -> Any:
+    """The compressor that `compress_model(model, **options)` would make."""
+    from vispress.config import make_compressor
+
+    return make_compressor(options["method"], **{k: v for k, v in options.items() if k != "method"})

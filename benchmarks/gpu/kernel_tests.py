@@ -1,0 +1,119 @@
+"""Part `kernels`: the kernel tests, compiled, in a process of their own; counts by op."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.record import ROOT, Deadline, Part, Row, Settings, read_json
+
+OPS = (
+    "gather_tokens",
+    "merge_tokens",
+    "query_attention",
+    "column_attention",
+    "transition_scores",
+    "perturbation_scores",
+    "dct_lowpass",
+    "assign_nearest",
+    "maxmin_select",
+    "dpp_select",
+)
+FILES = (*OPS, "backend")
+"""Test files that run; `compile` needs no GPU and runs in CI."""
+WORKERS = 8
+
+
+def run_part(settings: Settings, deadline: Deadline) -> Part:
+    """Run the tests; a row an op, `green` when at least one passed and none failed."""
+    part = Part("kernels", settings, deadline)
+    if part.complete:
+        return part
+    if find_spec("pytest") is None:
+        part.rows = [{"name": name, "status": "unknown", "passed": 0} for name in FILES]
+        part.extra = {"note": "pytest is not installed: no test ran"}
+        part.save()
+        return part
+    part.rows, part.extra = _run_tests(settings, deadline)
+    part.complete = not part.extra["stopped"]
+    part.save()
+    return part
+
+
+def statuses(settings: Settings) -> dict[str, str]:
+    """`green`, `red` or `unknown` for each op, from the part's file of this identity."""
+    known = read_json(settings.out / "kernels.json")
+    if known is None or known.get("identity") != settings.identity:
+        return dict.fromkeys(OPS, "unknown")
+    found = {row["name"]: row["status"] for row in known["rows"]}
+    return {op: found.get(op, "unknown") for op in OPS}
+
+
+def _run_tests(settings: Settings, deadline: Deadline) -> tuple[list[Row], dict[str, Any]]:
+    names = ("transition_scores",) if settings.dry else FILES
+    files = [f"tests/kernels/test_{name}.py" for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.tally"]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *files]
+    workers = min(WORKERS, os.cpu_count() or 1)
+    if not settings.dry and workers > 1 and find_spec("xdist") is not None:
+        command += ["-n", str(workers)]
+    with tempfile.TemporaryDirectory() as folder:
+        tally = Path(folder) / "tally.jsonl"
+        stopped = False
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=_environment(tally), capture_output=True, text=True,
+                timeout=max(1.0, deadline.left), check=False,
+            )  # fmt: skip
+            tail = (done.stdout + done.stderr)[-1500:]
+        except subprocess.TimeoutExpired:
+            stopped, tail = True, "stopped: the part's time was up"
+        lines = tally.read_text().splitlines() if tally.exists() else []
+    rows = count([json.loads(line) for line in lines], names, stopped)
+    return rows, {"stopped": stopped, "workers": workers, "output_tail": tail}
+
+
+def _environment(tally: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    places = [str(ROOT), str(ROOT / "src"), str(ROOT / "kernels")]
+    known = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join(places + ([known] if known else []))
+    return kept | {"PYTHONPATH": path, "VISPRESS_TALLY": str(tally)}
+
+
+def count(entries: list[dict[str, Any]], names: tuple[str, ...], stopped: bool) -> list[Row]:
+    """Rows by test file from the tally; a test counts once, with its worst outcome.
+
+    Args:
+        entries: `test`, `outcome` and `text` each, repeats allowed.
+        names: Ops (or files) that should have run.
+        stopped: Whether the run was cut off: what has not failed is then unknown, not green.
+    """
+    worst: dict[str, str] = {}
+    order = {"passed": 0, "skipped": 1, "missing": 2, "failed": 3}
+    texts: dict[str, str] = {}
+    for entry in entries:
+        test, outcome = entry["test"], entry["outcome"]
+        if order[outcome] >= order[worst.get(test, "passed")]:
+            worst[test] = outcome
+            texts[test] = entry.get("text", "")
+    rows = []
+    for name in names:
+        own = {t: o for t, o in worst.items() if f"test_{name}.py" in t}
+        counts = Counter(own.values())
+        failed = [t for t, o in own.items() if o == "failed"]
+        good = counts["passed"] > 0 and not stopped and not counts["missing"]
+        rows.append(
+            {
+                "name": name,
+                "status": "red" if failed else "green" if good else "unknown",
+                **{outcome: counts[outcome] for outcome in order},
+                "failures": [{"test": t, "text": texts[t]} for t in failed[:5]],
+            }
+        )
+    return rows

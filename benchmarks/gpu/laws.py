@@ -1,0 +1,162 @@
+"""Part `laws`: laws 1 to 5 on tiny random models of every family, in fp32 and bf16, on the device.
+
+The tests of `tests/laws` run in fp64 on a CPU; here the same oracle judges other dtypes, kernels
+that are launched, and tensors of the device. In fp32 the tolerance on logits of scale 20 is 1e-3.
+In bf16 the compressed model may err twice as much against the fp32 oracle (same weights, same kept
+tokens) as the bf16 oracle does.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from tests.laws import cases
+from tests.laws.oracle import oracle_expand, oracle_forward
+from tests.tiny import Sample, Text, build, make_inputs
+from tests.tiny_models import IMAGE_ID, VIDEO_ID
+from torch import Tensor
+
+from benchmarks.gpu.record import Deadline, Part, Row, Settings
+from vispress import compressed, compression_report
+
+FP32_TOLERANCE = 1e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DRY = {"families": ("llava", "qwen2_5_vl"), "methods": ("divprune", "fastv", "visionzip")}
+Check = Callable[["_Bed", str], Row]
+
+
+class _Bed:
+    """A family in one dtype on the device, with the batch of the law tests."""
+
+    def __init__(self, family: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.family, self.dtype, self.device = family, dtype, device
+        self.model = build(family, dtype=dtype).to(device)
+        self.inputs = self.to(cases.inputs_of(family, "left", dtype))
+        self.real = self.inputs["attention_mask"].bool()
+
+    def to(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs on the device."""
+        return {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+
+    def options(self, method: str, **more: Any) -> dict[str, Any]:
+        """Arguments of `compress_model`."""
+        return {"method": method} | cases.settings(self.family, method, **more)
+
+
+def run_part(settings: Settings, deadline: Deadline) -> Part:
+    """A row for each law, dtype, family and method; `ok` says whether it held."""
+    part = Part("laws", settings, deadline)
+    if part.complete:
+        return part
+    families = DRY["families"] if settings.dry else cases.FAMILIES
+    methods = DRY["methods"] if settings.dry else cases.METHODS
+    for kind, dtype in DTYPES.items():
+        for family in families:
+            bed = cache(lambda f=family, d=dtype: _Bed(f, d, settings.device))
+            for law, check in LAWS.items():
+                for method in methods:
+                    if (law == "law2" and method == "no_image") or (
+                        law == "law4" and kind == "bf16"  # near ties may fall either way
+                    ):
+                        continue
+                    name = f"{law}/{kind}/{family}/{method}"
+                    part.row(name, lambda c=check, b=bed, m=method: c(b(), m))
+    counts = {name: [0, 0] for name in LAWS}
+    for row in part.rows:
+        counts[row["name"].split("/")[0]][0 if row.get("ok") else 1] += 1
+    part.extra = {"held_and_broken": counts}
+    part.finish()
+    return part
+
+
+def prune_equals_mask(bed: _Bed, method: str) -> Row:
+    """Law 1: the prefill's logits are those of the masked model."""
+    compressor = cases.make(bed.family, method)
+    result = cases.run(bed.model, bed.inputs, compressor)
+    alive = [mask.to(bed.device) for mask in result.alive]
+    values = {k: (m.to(bed.device), v.to(bed.device)) for k, (m, v) in result.values.items()}
+
+    def oracle(model: Any, inputs: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            masked = oracle_forward(model, inputs, alive, result.positions, values)
+        return oracle_expand(masked, alive[-1])[bed.real].double()
+
+    got, same = result.logits[bed.real].double(), oracle(bed.model, bed.inputs)
+    worst = float((got - same).abs().max())
+    if bed.dtype == torch.float32:
+        return {"ok": worst < FP32_TOLERANCE, "max_difference": worst}
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in bed.inputs.items()}
+    exact = oracle(copy.deepcopy(bed.model).float(), wide)
+    mine = float((got - exact).norm() / exact.norm())
+    allowed = 2 * float((same - exact).norm() / exact.norm())
+    return {"ok": mine <= allowed, "error": mine, "allowed": allowed, "max_difference": worst}
+
+
+def whole_is_identity(bed: _Bed, method: str) -> Row:
+    """Law 2: keep_ratio=1 is bit-equal."""
+    plain = cases.logits_of(bed.model, bed.inputs)
+    with compressed(bed.model, **bed.options(method, keep_ratio=1.0)):
+        same = torch.equal(cases.logits_of(bed.model, bed.inputs), plain)
+    return {"ok": same}
+
+
+def removal_leaves_nothing(bed: _Bed, method: str) -> Row:
+    """Law 3: outputs bit-equal, no hook left."""
+    plain = cases.logits_of(bed.model, bed.inputs)
+    hooks = _hooks(bed.model)
+    with compressed(bed.model, **bed.options(method)):
+        changed = not torch.equal(cases.logits_of(bed.model, bed.inputs), plain)
+    same = torch.equal(cases.logits_of(bed.model, bed.inputs), plain)
+    return {"ok": same and changed and _hooks(bed.model) == hooks, "changed_inside": changed}
+
+
+def batched_equals_alone(bed: _Bed, method: str) -> Row:
+    """Law 4: same kept tokens, and logits within the tolerance."""
+    options, worst, same = bed.options(method), 0.0, True
+    with compressed(bed.model, **options):
+        together = cases.logits_of(bed.model, cases.real_positions(bed.family, bed.inputs))
+        kept = [_kept(s) for s in compression_report(bed.model).samples]
+        for index in range(len(cases.SAMPLES)):
+            single = make_inputs(bed.family, cases.SAMPLES, only=index, dtype=bed.dtype)
+            single = cases.real_positions(bed.family, bed.to(single))
+            alone = cases.logits_of(bed.model, single)[0]
+            if kept[index]:  # a text-only prompt leaves no report of its own
+                same &= kept[index] == _kept(compression_report(bed.model).samples[0])
+            own = together[index][bed.real[index]]
+            worst = max(worst, float((own - alone).abs().max()))
+    return {"ok": same and worst < FP32_TOLERANCE, "same_kept": same, "max_difference": worst}
+
+
+def text_survives(bed: _Bed, method: str) -> Row:
+    """Law 5: no text token is dropped; text-only input is bit-equal."""
+    only = bed.to(make_inputs(bed.family, [Sample([Text(9)])], dtype=bed.dtype))
+    plain = cases.logits_of(bed.model, only)
+    ids = bed.inputs["input_ids"]
+    text = (bed.real & (ids != IMAGE_ID) & (ids != VIDEO_ID)).cpu()
+    with compressed(bed.model, **bed.options(method)):
+        cases.logits_of(bed.model, bed.inputs)
+        report = compression_report(bed.model)
+        masks = [report.alive(layer).cpu() for layer in range(report.num_layers)]
+        same = torch.equal(cases.logits_of(bed.model, only), plain)
+    there = all(bool(mask[text].all()) for mask in masks)
+    padding = any(bool(mask[~bed.real.cpu()].any()) for mask in masks)
+    return {"ok": there and same and not padding, "text_kept": there, "text_only_equal": same}
+
+
+def _kept(sample: Any) -> list[tuple[tuple[int, ...], ...]]:
+    return [tuple(p.kept for p in image.placements) for image in sample.images]
+
+
+def _hooks(model: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+LAWS: dict[str, Check] = {
+    "law1": prune_equals_mask,
+    "law2": whole_is_identity,
+    "law3": removal_leaves_nothing,
+    "law4": batched_equals_alone,
+    "law5": text_survives,
+}

@@ -1,0 +1,144 @@
+"""Part `sweep`: launch rules tried out; the winners are what the rules should say.
+
+A rule is replaced in the kernel's module for the length of a measurement. Blocks change the order of
+sums, so a winner is taken over by hand, into the rule, after its tests are run with it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.gpu.cases import CASES, SIZES, TINY
+from benchmarks.gpu.record import Deadline, Part, Row, Settings
+from benchmarks.gpu.timing import in_turns
+
+Rule = dict[str, Any]
+
+
+def _grid(**axes: tuple[Any, ...]) -> list[Rule]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+GRIDS: dict[str, list[Rule]] = {
+    "transition_scores": _grid(
+        BLOCK_N=(1, 2, 4, 8), BLOCK_D=(512, 1024, 2048), num_warps=(4, 8)
+    ),
+    "gather_tokens": _grid(TILE=(512, 1024, 2048, 4096)),
+    "merge_tokens": _grid(BLOCK_N=(1, 4, 8), BLOCK_D=(256, 512, 1024), num_warps=(4, 8)),
+    "dct_lowpass": _grid(
+        BLOCK_P=(16,), BLOCK_Q=(16,), BLOCK_W=(16, 32, 64), BLOCK_C=(16, 32, 64),
+        num_warps=(4, 8), num_stages=(2, 3),
+    ),
+    "query_attention": _grid(
+        BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3),
+    ),
+    "maxmin_select": _grid(BLOCK_N=(4, 8, 16, 32), BLOCK_D=(256, 512), num_warps=(4, 8)),
+    "assign_nearest": _grid(
+        BLOCK_N=(64, 128), BLOCK_M=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8),
+        num_stages=(3,),
+    ),
+}  # fmt: skip
+"""What is tried for each op; keys that are left out stay as the rule has them."""
+LIKELY = {
+    "transition_scores": ("llava_next", "video"),
+    "gather_tokens": ("llava_next", "video"),
+    "merge_tokens": ("llava_next", "video"),
+    "dct_lowpass": ("llava_next", "video"),
+    "query_attention": ("llava_next", "video"),
+    "maxmin_select": ("llava_next",),
+    "assign_nearest": ("llava_next",),
+}
+
+
+def run_part(settings: Settings, deadline: Deadline) -> Part:
+    """A row for each op and size, with all that was tried and the winner."""
+    part = Part("sweep", settings, deadline)
+    if part.complete:
+        return part
+    # every op at its first size before any at its second
+    plan = [(op, names[i]) for i in (0, 1) for op, names in LIKELY.items() if i < len(names)]
+    if settings.dry:
+        plan = [(op, "tiny") for op in ("transition_scores", "gather_tokens")]
+    for op, size in plan:
+        part.row(f"{op}/{size}", lambda o=op, s=size: _sweep(o, s, settings, deadline))
+    part.extra = {
+        "winners": {r["name"]: r["winner"] for r in part.rows if r.get("winner") is not None}
+    }
+    part.finish()
+    return part
+
+
+def _sweep(op: str, size: str, settings: Settings, deadline: Deadline) -> Row:
+    torch.manual_seed(0)
+    case = CASES[op]((TINY | SIZES)[size], settings.device)
+    assert case is not None
+    grid = GRIDS[op][:2] if settings.dry else GRIDS[op]
+    expected = tree_leaves(case.kernel())
+    repeats = 3 if settings.dry else 25
+    default = _time(case.kernel, settings, repeats)
+    tried: list[dict[str, Any]] = []
+    for rule in grid:
+        if deadline.passed:
+            break
+        entry: dict[str, Any] = {"rule": rule}
+        try:
+            with replaced(op, rule):
+                got = tree_leaves(case.kernel())
+                entry["agrees"] = _agree(expected, got)
+                entry |= _time(case.kernel, settings, repeats)
+        except Exception as error:  # too much shared memory, say
+            entry["error"] = f"{type(error).__name__}: {error}"[:200]
+        tried.append(entry)
+    usable = [entry for entry in tried if entry.get("agrees") and "median" in entry]
+    best = min(usable, key=lambda entry: entry["median"], default=None)
+    return {
+        "op": op,
+        "size": size,
+        "default_ms": default,
+        "winner": None if best is None else best["rule"],
+        "winner_ms": None if best is None else best["median"],
+        "gain": None if best is None else default["median"] / best["median"],
+        "cut_short": len(tried) < len(grid),
+        "tried": tried,
+    }
+
+
+def _time(call: Callable[[], Any], settings: Settings, repeats: int) -> dict[str, float]:
+    found = in_turns({"k": call}, settings.device, repeats=repeats, limit_s=0.1, flush=True)
+    return found["k"]
+
+
+def _agree(expected: list[Any], got: list[Any]) -> bool:
+    """Same indices but for near ties, same numbers but for the order of sums."""
+    for a, b in zip(expected, got, strict=True):
+        if a.is_floating_point():
+            if not torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2):
+                return False
+        elif float((a != b).float().mean()) > 0.02:
+            return False
+    return True
+
+
+@contextmanager
+def replaced(op: str, rule: Rule) -> Iterator[None]:
+    """The op's launch rule with these entries in place of its own."""
+    module = import_module(f"vispress_kernels.{op}.kernel")
+    name = "TILE" if "TILE" in rule else "launch_rule"
+    before = getattr(module, name)
+    if name == "TILE":
+        value: Any = rule["TILE"]
+    else:
+
+        def value(*arguments: Any) -> Rule:
+            return before(*arguments) | rule
+
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
