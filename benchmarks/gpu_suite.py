@@ -7,7 +7,7 @@
 Parts: `kernels` (the kernel tests, compiled), `bandwidth` (each op against reference, torch.compile
 and floor), `models` (7B shapes), `laws` (1 to 5 on the device), `sweep` (launch rules). Each writes
 one JSON file; the same command again goes on where time ran out, and measures nothing twice unless
-the code, the device or a version changed, or `--force` is given. `--budget` scales the parts' times.
+the code, the device or a version changed, or `--force` is given. `--budget` scales the parts' time.
 """
 
 import argparse
@@ -62,7 +62,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help="every part")
     parser.add_argument("--parts", default="", help=f"some of {','.join(BUDGETS)}")
-    parser.add_argument("--out", type=Path, help="folder of the JSON files")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the JSON files (default: $OUT, else below benchmarks/results)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--budget", type=float, default=1.0, help="factor on the parts' times")
@@ -78,7 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _prepare(dry_run: bool) -> None:
-    """Make the checkout importable; a dry run interprets the kernels (read when triton comes in)."""
+    """Make the checkout importable; a dry run interprets kernels (read when triton comes in)."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -104,7 +104,7 @@ class Bench:
         return {
             "sequence": length,
             "visual_tokens": visual,
-            "kept_at_last_layer": [i.num_kept for s in report.samples for i in s.images][0],
+            "kept_at_last_layer": next(i.num_kept for s in report.samples for i in s.images),
             "mean_keep_ratio": report.mean_keep_ratio,
             "just_that_length": length - visual + kept,
             "kv_bytes": report.kv_bytes,
@@ -172,8 +172,8 @@ class Bench:
 def _ratios(times: Mapping[str, Spreads]) -> dict[str, float]:
     """What the targets speak of, from the medians.
 
-    `overhead_share` is what choosing costs over the uncompressed prefill: the prefill beyond that of
-    a text of the kept length, and what the encoder takes longer.
+    `overhead_share` is what choosing costs over the uncompressed prefill: the prefill beyond that
+    of a text of the kept length, and what the encoder takes longer.
     """
     ttft = {name: spread["median"] for name, spread in times["ttft_ms"].items()}
     prefill = {name: spread["median"] for name, spread in times["prefill_ms"].items()}

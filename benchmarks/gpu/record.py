@@ -87,6 +87,7 @@ class Part:
         self.not_reached: list[str] = []
         self.extra: dict[str, Any] = {}
         self.complete = False
+        self.used = 0.0
         known = None if settings.force else read_json(self.path)
         if known is not None and known.get("identity") == self.identity:
             self.complete = bool(known.get("complete"))
@@ -128,11 +129,12 @@ class Part:
 
     def save(self) -> None:
         """Write the file in one step."""
+        self.used = self.deadline.used
         data = {
             "part": self.name,
             "identity": self.identity,
             "complete": self.complete,
-            "used_s": round(self.deadline.used, 2),
+            "used_s": round(self.used, 2),
             "budget_s": round(self.deadline.seconds, 2),
             "extra": self.extra,
             "rows": self.rows,

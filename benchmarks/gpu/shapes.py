@@ -109,6 +109,13 @@ TINY_SHAPES = {
     ),
 }  # fmt: skip
 
+_CPU_TEXT = _LLAMA | {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 24}
+_CPU_TEXT |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 8192}
+CPU_SHAPE = Shape(
+    "llava_300m", "llava", _CPU_TEXT, _CLIP | {"num_hidden_layers": 12}, 336, 576
+)  # fmt: skip
+"""About 320M parameters, 150M of them the encoder: what a CPU prefills in seconds."""
+
 _CLASSES = {
     "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
     "llava_next": ("LlavaNextConfig", "LlavaNextForConditionalGeneration"),

@@ -1,7 +1,7 @@
 """Part `sweep`: launch rules tried out; the winners are what the rules should say.
 
-A rule is replaced in the kernel's module for the length of a measurement. Blocks change the order of
-sums, so a winner is taken over by hand, into the rule, after its tests are run with it.
+A rule is replaced in the kernel's module for the length of a measurement. Blocks change the order
+of sums, so a winner is taken over by hand, into the rule, after its tests are run with it.
 """
 
 import itertools

@@ -10,7 +10,7 @@ def print_tables(parts: Iterable[Part]) -> None:
     """What was measured, a block a part; the files hold the rest."""
     for part in parts:
         state = "complete" if part.complete else f"{len(part.not_reached)} rows not reached"
-        print(f"\n== {part.name}: {state}, {part.deadline.used:.0f} s -> {part.path}")
+        print(f"\n== {part.name}: {state}, {part.used:.0f} s -> {part.path}")
         lines = _TABLES[part.name](part)
         if lines:
             _show(lines)

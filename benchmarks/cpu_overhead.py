@@ -1,0 +1,173 @@
+"""What choosing tokens costs on a CPU, as a share of the uncompressed prefill.
+
+    python benchmarks/cpu_overhead.py                 # 300M parameters, every method, two budgets
+    python benchmarks/cpu_overhead.py --methods fastv,divprune --rounds 5
+    python benchmarks/cpu_overhead.py --dry-run       # tiny, seconds
+
+A random-weight LLaVA: an encoder like CLIP-L with 12 layers and 576 tokens, an LLM of 24 layers,
+1024 wide. Each round times the uncompressed model, the method and `random` with the same budget,
+one after the other; ratios are taken within a round. Two estimates of a method's overhead:
+
+* `overhead_share`: time inside vispress's own hooks (signals, scores, choice, gather, merge,
+  expand) over the uncompressed prefill;
+* `beyond_random_share`: prefill beyond that of `random`, which scores nothing, over the same.
+
+Methods that prune inside the LLM keep more than `random` before the LLM does, so only the first
+estimate holds for them; `beyond_random_share` is left out there.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
+RATIOS = (0.25, 0.5)
+LIMIT = 0.03
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write the file, print a table; 1 when a method misses a target."""
+    options = _parse(arguments)
+    _prepare()
+    import torch
+
+    from benchmarks.gpu.record import Deadline, Part, Settings, identity
+
+    torch.set_num_threads(options.threads)
+    device = torch.device("cpu")
+    path: Path = options.out
+    tied = identity(device, options.dry_run) | {"threads": options.threads}
+    settings = Settings(device, path.parent, options.dry_run, tied, options.force)
+    part = Part(path.stem, settings, Deadline(options.limit_s))
+    model, inputs, count = _subject(options.dry_run)
+    part.extra = {"parameters": count, "limit": LIMIT, "dtype": "float32", "attention": "sdpa"}
+    for method, ratio in _cases(options):
+        part.row(
+            f"{method}/{ratio}",
+            lambda m=method, r=ratio: _measure(model, inputs, m, r, options.rounds),
+        )
+    part.finish()
+    _show(part.rows)
+    if part.not_reached:
+        print(f"not reached: {', '.join(part.not_reached)}; the same command goes on from here")
+    missed = [row for row in part.rows if "error" in row or not row.get("ok", True)]
+    return int(bool(missed) and not options.dry_run)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file")
+    parser.add_argument("--methods", default="", help="names, with commas; all by default")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit-s", type=float, default=1800, help="start no row after this")
+    parser.add_argument("--force", action="store_true", help="measure again what is there")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model, one round")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        options.rounds = 1
+        if options.out == OUT:
+            options.out = OUT.with_name("cpu_overhead_dry_run.json")
+    return options
+
+
+def _prepare() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for folder in (ROOT / "kernels", ROOT / "src", ROOT):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+
+
+def _subject(dry: bool) -> tuple[Any, dict[str, Any], int]:
+    """The model, one prompt with one image, and how many parameters the model has."""
+    import torch
+
+    from benchmarks.gpu import shapes
+
+    shape = shapes.TINY_SHAPES["llava_1_5_7b"] if dry else shapes.CPU_SHAPE
+    device = torch.device("cpu")
+    model = shapes.build(shape, device, torch.float32)
+    inputs = shapes.prompt(shape, 1, device, torch.float32)
+    return model, inputs, sum(p.numel() for p in model.parameters())
+
+
+def _cases(options: argparse.Namespace) -> list[tuple[str, float]]:
+    from vispress import list_methods
+
+    names = [name for name in options.methods.split(",") if name] or list_methods()
+    if options.dry_run and not options.methods:
+        names = ["divprune", "fastervlm", "fastv", "pyramiddrop"]
+    return [(name, ratio) for name in names for ratio in RATIOS]
+
+
+def _options_of(method: str, ratio: float) -> dict[str, Any]:
+    """In-LLM schedules read the ratio as a mean; where their first layer forbids it, theirs."""
+    from benchmarks.gpu.budgets import compressor_of
+
+    options: dict[str, Any] = {"method": method, "keep_ratio": ratio}
+    if method == "no_image":
+        options.pop("keep_ratio")
+        return options
+    try:
+        compressor_of(options).placements(24)
+    except ValueError:
+        options.pop("keep_ratio")
+    return options
+
+
+def _measure(
+    model: Any, inputs: dict[str, Any], method: str, ratio: float, rounds: int
+) -> dict[str, Any]:
+    from benchmarks.gpu.budgets import compressor_of
+    from benchmarks.gpu.overhead import one_round
+    from benchmarks.gpu.record import quantiles
+
+    options = _options_of(method, ratio)
+    subject = compressor_of(options)
+    control = compressor_of({"method": "random", "keep_ratio": ratio})
+    one_round(model, inputs, subject, control)  # warms up
+    done = [one_round(model, inputs, subject, control) for _ in range(rounds)]
+    base = [r["uncompressed"] for r in done]
+
+    def shares(name: str, less: str | None = None) -> dict[str, float]:
+        values = [(r[name] - (r[less] if less else 0.0)) / r["uncompressed"] for r in done]
+        return quantiles(values)
+
+    found: dict[str, Any] = {
+        "method": method,
+        "options": {k: v for k, v in options.items() if k != "method"},
+        "uncompressed_ms": quantiles(base),
+        "compressed_ms": quantiles([r["compressed"] for r in done]),
+        "hooks_ms": quantiles([r["hooks"] for r in done]),
+        "plan_ms": quantiles([r["plan"] for r in done]),
+        "prefill_ratio": shares("compressed"),
+        "overhead_share": shares("hooks"),
+    }
+    if all(place.layer == 0 for place in subject.placements(24)):
+        found["beyond_random_share"] = shares("compressed", "control")
+    cheap = found["overhead_share"]["median"] <= LIMIT
+    return found | {"ok": cheap and found["prefill_ratio"]["median"] < 1.0}
+
+
+def _show(rows: Sequence[dict[str, Any]]) -> None:
+    print(f"{'method/ratio':24} {'prefill':>8} {'overhead':>9} {'plan ms':>8} {'> random':>9}  ok")
+    for row in rows:
+        if "error" in row:
+            print(f"{row['name']:24} {row['error'][:100]}")
+            continue
+        beyond = row.get("beyond_random_share")
+        print(
+            f"{row['name']:24} {row['prefill_ratio']['median']:8.3f} "
+            f"{row['overhead_share']['median']:9.2%} {row['plan_ms']['median']:8.2f} "
+            f"{'-' if beyond is None else format(beyond['median'], '.2%'):>9}  {row['ok']}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

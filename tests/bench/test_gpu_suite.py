@@ -1,0 +1,209 @@
+"""The GPU suite: a dry run on a CPU, what its files look like, resuming, and the time budget."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import gpu_suite
+from benchmarks.gpu.kernel_tests import count
+from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    known: dict[str, Any] = {"identity": {"commit": "abc", "device": "cpu"}, "force": False}
+    return Settings(CPU, folder, True, **(known | changes))
+
+
+def part_in(folder: Path, clock: FakeClock | None = None, **changes: Any) -> Part:
+    now = clock or FakeClock()
+    return Part("models", settings_in(folder, **changes), Deadline(10.0, now))
+
+
+# --- time
+
+
+def test_a_deadline_passes_when_its_seconds_are_used() -> None:
+    clock = FakeClock()
+    deadline = Deadline(10.0, clock)
+    assert (deadline.used, deadline.left, deadline.passed) == (0.0, 10.0, False)
+    clock.time += 4
+    assert (deadline.used, deadline.left, deadline.passed) == (4.0, 6.0, False)
+    clock.time += 7
+    assert (deadline.left, deadline.passed) == (0.0, True)
+
+
+def test_rows_behind_the_deadline_are_named_and_the_part_is_not_complete(tmp_path: Path) -> None:
+    clock = FakeClock()
+    part = part_in(tmp_path, clock)
+    assert part.row("one", lambda: {"x": 1}) is not None
+    clock.time += 11
+    assert part.row("two", lambda: pytest.fail("measured although the time was up")) is None
+    assert part.row("one", lambda: pytest.fail("measured twice")) == part.rows[0]
+    part.finish()
+    data = read_json(part.path)
+    assert data is not None
+    assert (data["complete"], data["not_reached"]) == (False, ["two"])
+
+
+def test_the_parts_together_stay_within_nine_minutes() -> None:
+    assert sum(gpu_suite.BUDGETS.values()) <= gpu_suite.LIMIT < 9 * 60
+
+
+# --- resuming
+
+
+def test_a_part_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    first = part_in(tmp_path)
+    first.row("good", lambda: {"x": 1})
+    first.row("broken", lambda: {}["missing"])
+    assert "KeyError" in first.rows[1]["error"]
+    again = part_in(tmp_path)
+    assert not again.complete
+    assert [row["name"] for row in again.rows] == ["good"]
+    again.row("broken", lambda: {"x": 2})
+    again.finish()
+    assert again.complete
+    done = part_in(tmp_path)
+    assert done.complete
+    assert [row["x"] for row in done.rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"identity": {"commit": "other", "device": "cpu"}}, {"force": True}]
+)
+def test_another_commit_or_force_starts_anew(tmp_path: Path, changes: dict[str, Any]) -> None:
+    part = part_in(tmp_path)
+    part.row("one", lambda: {"x": 1})
+    part.finish()
+    again = part_in(tmp_path, **changes)
+    assert not again.complete
+    assert again.rows == []
+
+
+def test_a_damaged_file_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "models.json").write_text('{"part": "mod')
+    assert part_in(tmp_path).rows == []
+    write_json(tmp_path / "models.json", {"a": 1})
+    assert read_json(tmp_path / "models.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["models.json"]
+
+
+# --- counting
+
+
+def test_memory_that_runs_out_is_a_row_and_no_failure(tmp_path: Path) -> None:
+    def burst() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    row = part_in(tmp_path).row("large", burst)
+    assert row is not None
+    assert row["error"] == "out of memory"
+    assert not gpu_suite.bad(row)
+
+
+@pytest.mark.parametrize("row", [{"error": "x"}, {"ok": False}, {"status": "red"}])
+def test_what_fails_the_run(row: dict[str, Any]) -> None:
+    assert gpu_suite.bad(row)
+    assert not gpu_suite.bad({"ok": True, "status": "green"})
+
+
+def entry(name: str, outcome: str) -> dict[str, str]:
+    return {"test": f"tests/kernels/test_{name}.py::t", "outcome": outcome, "text": ""}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "stopped", "status"),
+    [
+        (["passed"], False, "green"),
+        (["passed", "failed"], False, "red"),
+        (["failed", "passed"], False, "red"),
+        (["missing"], False, "unknown"),
+        (["skipped"], False, "unknown"),
+        ([], False, "unknown"),
+        (["passed"], True, "unknown"),
+        (["failed"], True, "red"),
+    ],
+)
+def test_an_op_is_green_only_when_its_tests_passed(
+    outcomes: list[str], stopped: bool, status: str
+) -> None:
+    rows = count([entry("merge_tokens", o) for o in outcomes], ("merge_tokens",), stopped)
+    assert [row["status"] for row in rows] == [status]
+
+
+def test_quantiles_lie_between_the_values() -> None:
+    spread = quantiles([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert spread == {"median": 3.0, "p20": pytest.approx(1.8), "p80": pytest.approx(4.2), "n": 5}
+    with pytest.raises(ValueError, match="at least one"):
+        quantiles([])
+
+
+def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--parts", "kernel"])
+    assert "known: kernels,"[:6] in capsys.readouterr().err
+
+
+def test_without_a_gpu_only_a_dry_run_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main(["--all", "--out", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+# --- the dry run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without CUDA only")
+def test_a_dry_run_writes_every_part_and_a_second_measures_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    command = ["--all", "--dry-run", "--out", str(tmp_path)]
+    assert gpu_suite.main(command) == 0, capsys.readouterr().out
+    parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(parts) == set(gpu_suite.BUDGETS)
+    for name, data in parts.items():
+        assert data["part"] == name
+        assert data["complete"], data["not_reached"]
+        assert {"commit", "source", "device", "versions"} <= set(data["identity"])
+        assert data["rows"]
+        assert not [row for row in data["rows"] if "error" in row]
+    check_shapes(parts)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert gpu_suite.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == written
+
+
+def check_shapes(parts: dict[str, Any]) -> None:
+    """Keys that readers of the files rely on."""
+    spread = {"median", "p20", "p80", "n"}
+    for row in parts["bandwidth"]["rows"]:
+        assert set(row["kernel_ms"]) == spread
+        assert row["floor_ms"] > 0
+        speedups = [key for key in row if key.startswith("speedup")]
+        assert bool(speedups) == row["green"]  # nothing is claimed for an op that was not tested
+    for row in parts["models"]["rows"]:
+        for times in ("ttft_ms", "prefill_ms", "decode_ms_per_token"):
+            assert set(row[times]) == {"uncompressed", "compressed", "text"}
+        assert 0 < row["kv_bytes"] < row["uncompressed_kv_bytes"]
+        assert row["just_that_length"] < row["sequence"]
+    assert all(row["ok"] for row in parts["laws"]["rows"])
+    assert set(parts["laws"]["extra"]["held_and_broken"]) == {f"law{n}" for n in range(1, 6)}
+    for row in parts["sweep"]["rows"]:
+        assert set(row["default_ms"]) == spread
+        assert all("rule" in tried for tried in row["tried"])
