@@ -28,7 +28,8 @@ def column_attention(q: Tensor, k: Tensor, backend: str) -> Call:
 
     def block(queries: Tensor, keys: Tensor) -> Tensor:
         logits = queries.float() @ keys.float().transpose(-1, -2) * head**-0.5
-        return logits.softmax(-1).sum(-2)
+        weights: Tensor = logits.softmax(-1)
+        return weights.sum(-2)
 
     fast = _compile(block, backend)
 
@@ -51,7 +52,8 @@ def perturbation_scores(
 
     def step(hidden: Tensor, move: Tensor, w2: Tensor) -> Tensor:
         change = gelu(hidden + move) - gelu(hidden - move)
-        return torch.linalg.vector_norm(linear(change, w2), dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(linear(change, w2), dim=-1)
+        return norm
 
     fast, nudge = _compile(step, backend), 0.01
 

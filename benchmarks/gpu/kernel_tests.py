@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,54 +65,72 @@ def _run_tests(settings: Settings, deadline: Deadline) -> tuple[list[Row], dict[
         command += ["-n", str(workers)]
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder) / "tally.jsonl"
-        stopped = False
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=_environment(tally), capture_output=True, text=True,
-                timeout=max(1.0, deadline.left), check=False,
-            )  # fmt: skip
-            tail = (done.stdout + done.stderr)[-1500:]
-        except subprocess.TimeoutExpired:
-            stopped, tail = True, "stopped: the part's time was up"
+        log = Path(folder) / "log"
+        stopped = not _finishes(command, _environment(tally, settings.dry), log, deadline.left)
+        tail = log.read_text(errors="replace")[-1500:]
         lines = tally.read_text().splitlines() if tally.exists() else []
-    rows = count([json.loads(line) for line in lines], names, stopped)
+    rows = count([json.loads(line) for line in lines], names)
     return rows, {"stopped": stopped, "workers": workers, "output_tail": tail}
 
 
-def _environment(tally: Path) -> dict[str, str]:
+def _finishes(command: list[str], env: dict[str, str], log: Path, seconds: float) -> bool:
+    """Run to the end, or stop it with its workers, which would disturb what is timed next."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            process.wait(timeout=max(1.0, seconds))
+            return True
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+
+
+def _environment(tally: Path, dry: bool) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    if not dry:
+        kept.pop("TRITON_INTERPRET", None)
     places = [str(ROOT), str(ROOT / "src"), str(ROOT / "kernels")]
     known = os.environ.get("PYTHONPATH")
     path = os.pathsep.join(places + ([known] if known else []))
     return kept | {"PYTHONPATH": path, "VISPRESS_TALLY": str(tally)}
 
 
-def count(entries: list[dict[str, Any]], names: tuple[str, ...], stopped: bool) -> list[Row]:
+def count(entries: list[dict[str, Any]], names: tuple[str, ...]) -> list[Row]:
     """Rows by test file from the tally; a test counts once, with its worst outcome.
 
+    An op is green when every collected test of its file ran, none failed and one passed.
+
     Args:
-        entries: `test`, `outcome` and `text` each, repeats allowed.
+        entries: Outcomes (`test`, `outcome`, `text`) and counts (`test`, `"collected"`, `number`),
+            repeats allowed.
         names: Ops (or files) that should have run.
-        stopped: Whether the run was cut off: what has not failed is then unknown, not green.
     """
     worst: dict[str, str] = {}
-    order = {"passed": 0, "skipped": 1, "missing": 2, "failed": 3}
     texts: dict[str, str] = {}
+    collected: dict[str, int] = {}
+    order = {"passed": 0, "skipped": 1, "missing": 2, "failed": 3}
     for entry in entries:
         test, outcome = entry["test"], entry["outcome"]
-        if order[outcome] >= order[worst.get(test, "passed")]:
+        if outcome == "collected":
+            collected[test] = entry["number"]
+        elif order[outcome] >= order[worst.get(test, "passed")]:
             worst[test] = outcome
             texts[test] = entry.get("text", "")
     rows = []
     for name in names:
-        own = {t: o for t, o in worst.items() if f"test_{name}.py" in t}
+        file = f"tests/kernels/test_{name}.py"
+        own = {t: o for t, o in worst.items() if t.startswith(file)}
         counts = Counter(own.values())
         failed = [t for t, o in own.items() if o == "failed"]
-        good = counts["passed"] > 0 and not stopped and not counts["missing"]
+        whole = len(own) >= collected.get(file, 1) and not counts["missing"]
         rows.append(
             {
                 "name": name,
-                "status": "red" if failed else "green" if good else "unknown",
+                "status": "red" if failed else "green" if whole and counts["passed"] else "unknown",
+                "collected": collected.get(file, 0),
                 **{outcome: counts[outcome] for outcome in order},
                 "failures": [{"test": t, "text": texts[t]} for t in failed[:5]],
             }

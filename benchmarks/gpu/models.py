@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -24,6 +25,7 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     part = Part("models", settings, deadline)
     if part.complete:
         return part
+    _release(settings.device)
     shapes = list((TINY_SHAPES if settings.dry else SHAPES).values())
     for number, shape in enumerate(shapes):
         share = Deadline(deadline.left / (len(shapes) - number))
@@ -33,13 +35,17 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
             if share.passed and part.find(name) is None:
                 part.not_reached.append(name)
                 continue
-            part.row(name, lambda m=method, b=batch, s=shape, k=made: _row(s, m, b, k, settings))
+            part.row(name, partial(_row, shape, method, batch, made, settings))
         made.clear()
-        gc.collect()
-        if settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _release(settings.device)
     part.finish()
     return part
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _plan(shape: Shape, settings: Settings) -> Iterator[tuple[int, str]]:

@@ -62,9 +62,10 @@ class Settings:
 
 
 class Part:
-    """One part of the suite and its file, which is written after every row.
+    """One part of the suite and its file, which is written while rows come in.
 
-    A part of the same identity is taken up where it stopped; rows that failed are tried again.
+    A part of the same identity is taken up where it stopped; rows that failed or were cut short are
+    tried again.
 
     Args:
         name: Of the part, and of its file.
@@ -87,12 +88,12 @@ class Part:
         self.not_reached: list[str] = []
         self.extra: dict[str, Any] = {}
         self.complete = False
-        self.used = 0.0
+        self.used = self._saved = 0.0
         known = None if settings.force else read_json(self.path)
         if known is not None and known.get("identity") == self.identity:
             self.complete = bool(known.get("complete"))
-            self.rows = [r for r in known["rows"] if self.complete or "error" not in r]
-            self.extra = known.get("extra", {})
+            self.rows = [r for r in known["rows"] if self.complete or not _unfinished(r)]
+            self.extra, self.used = known.get("extra", {}), float(known.get("used_s", 0.0))
 
     def row(self, name: str, measure: Callable[[], Row]) -> Row | None:
         """Measure one row, unless it is there or the time is up; an error becomes the row.
@@ -115,7 +116,9 @@ class Part:
             found = {"error": f"{type(error).__name__}: {error}"[:600]}
         row = {"name": name, **found, "took_s": round(time.perf_counter() - start, 3)}
         self.rows.append(row)
-        self.save()
+        # many quick rows are not written one by one
+        if len(self.rows) < 50 or time.perf_counter() - self._saved > 1:
+            self.save()
         return row
 
     def find(self, name: str) -> Row | None:
@@ -141,6 +144,11 @@ class Part:
             "not_reached": self.not_reached,
         }
         write_json(self.path, data)
+        self._saved = time.perf_counter()
+
+
+def _unfinished(row: Row) -> bool:
+    return "error" in row or bool(row.get("cut_short"))
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ of sums, so a winner is taken over by hand, into the rule, after its tests are r
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -25,24 +26,14 @@ def _grid(**axes: tuple[Any, ...]) -> list[Rule]:
 
 
 GRIDS: dict[str, list[Rule]] = {
-    "transition_scores": _grid(
-        BLOCK_N=(1, 2, 4, 8), BLOCK_D=(512, 1024, 2048), num_warps=(4, 8)
-    ),
+    "transition_scores": _grid(BLOCK_N=(1, 2, 4), BLOCK_D=(512, 1024, 2048), num_warps=(4, 8)),
     "gather_tokens": _grid(TILE=(512, 1024, 2048, 4096)),
-    "merge_tokens": _grid(BLOCK_N=(1, 4, 8), BLOCK_D=(256, 512, 1024), num_warps=(4, 8)),
-    "dct_lowpass": _grid(
-        BLOCK_P=(16,), BLOCK_Q=(16,), BLOCK_W=(16, 32, 64), BLOCK_C=(16, 32, 64),
-        num_warps=(4, 8), num_stages=(2, 3),
-    ),
-    "query_attention": _grid(
-        BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(2, 3),
-    ),
-    "maxmin_select": _grid(BLOCK_N=(4, 8, 16, 32), BLOCK_D=(256, 512), num_warps=(4, 8)),
-    "assign_nearest": _grid(
-        BLOCK_N=(64, 128), BLOCK_M=(64, 128), BLOCK_D=(32, 64), num_warps=(4, 8),
-        num_stages=(3,),
-    ),
-}  # fmt: skip
+    "merge_tokens": _grid(BLOCK_N=(1, 4, 8), BLOCK_D=(512, 1024), num_warps=(4, 8)),
+    "dct_lowpass": _grid(BLOCK_W=(16, 32, 64), BLOCK_C=(32, 64), num_warps=(4, 8)),
+    "query_attention": _grid(BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8)),
+    "maxmin_select": _grid(BLOCK_N=(4, 8, 16), BLOCK_D=(256, 512), num_warps=(4, 8)),
+    "assign_nearest": _grid(BLOCK_N=(64, 128), BLOCK_M=(64, 128), num_warps=(4, 8)),
+}
 """What is tried for each op; keys that are left out stay as the rule has them."""
 LIKELY = {
     "transition_scores": ("llava_next", "video"),
@@ -65,7 +56,10 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     if settings.dry:
         plan = [(op, "tiny") for op in ("transition_scores", "gather_tokens")]
     for op, size in plan:
-        part.row(f"{op}/{size}", lambda o=op, s=size: _sweep(o, s, settings, deadline))
+        name = f"{op}/{size}"
+        row = part.row(name, partial(_sweep, op, size, settings, deadline))
+        if row is not None and row.get("cut_short"):
+            part.not_reached.append(name)
     part.extra = {
         "winners": {r["name"]: r["winner"] for r in part.rows if r.get("winner") is not None}
     }
@@ -110,14 +104,15 @@ def _sweep(op: str, size: str, settings: Settings, deadline: Deadline) -> Row:
 
 def _time(call: Callable[[], Any], settings: Settings, repeats: int) -> dict[str, float]:
     found = in_turns({"k": call}, settings.device, repeats=repeats, limit_s=0.1, flush=True)
-    return found["k"]
+    spread: dict[str, float] = found["k"]
+    return spread
 
 
 def _agree(expected: list[Any], got: list[Any]) -> bool:
     """Same indices but for near ties, same numbers but for the order of sums."""
     for a, b in zip(expected, got, strict=True):
         if a.is_floating_point():
-            if not torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2):
+            if not float((a.float() - b.float()).norm()) <= 1e-2 * float(a.float().norm()):
                 return False
         elif float((a != b).float().mean()) > 0.02:
             return False
@@ -135,7 +130,8 @@ def replaced(op: str, rule: Rule) -> Iterator[None]:
     else:
 
         def value(*arguments: Any) -> Rule:
-            return before(*arguments) | rule
+            known: Rule = before(*arguments)
+            return known | rule
 
     setattr(module, name, value)
     try:

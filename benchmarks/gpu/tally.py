@@ -5,6 +5,7 @@ Set VISPRESS_TALLY to a file; one JSON object a line is added to it.
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         text = str(report.longrepr)[-300:] if report.outcome == "failed" else ""
         _note(test=report.nodeid, outcome=report.outcome, text=text)
+
+
+@pytest.hookimpl
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """How many tests each file has, to tell a run that was cut off from a whole one."""
+    for file, number in Counter(item.nodeid.split("::")[0] for item in session.items).items():
+        _note(test=file, outcome="collected", number=number)
 
 
 @pytest.hookimpl

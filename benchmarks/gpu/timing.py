@@ -38,14 +38,14 @@ class Stopwatch:
         """A mark in time, without the flush."""
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def between(self, first: Any, last: Any) -> float:
         """Milliseconds between two marks (waits for the last)."""
         if not self.cuda:
-            return 1e3 * (last - first)
+            return float(1e3 * (last - first))
         last.synchronize()
         return float(first.elapsed_time(last))
 
@@ -98,7 +98,8 @@ def graph_ms(call: Call, device: torch.device, repeats: int = 20) -> dict[str, f
     if device.type != "cuda":
         return None
     try:
-        stream = torch.cuda.Stream(device)
+        stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             call()
         stream.synchronize()
@@ -138,16 +139,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
 def ceilings(device: torch.device, dry: bool) -> dict[str, float]:
     """The rates that floors are computed from, measured in this run."""
     edge = 128 if dry else 8192
+    small = torch.zeros(1, device=device)
+    launch = in_turns({"launch": lambda: small.add_(1)}, device, flush=True)
     rates = {
+        "launch_ms": launch["launch"]["median"],
         "copy_bytes_per_s": copy_rate(device, 2**20 if dry else 2**30),
         "bf16_flops_per_s": matrix_rate(device, torch.bfloat16, edge),
         "fp32_flops_per_s": matrix_rate(device, torch.float32, edge // 2),
     }
     if device.type == "cuda":
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
         try:
             rates["tf32_flops_per_s"] = matrix_rate(device, torch.float32, edge)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            torch.set_float32_matmul_precision(before)
     return rates

@@ -1,14 +1,22 @@
 """The GPU suite: a dry run on a CPU, what its files look like, resuming, and the time budget."""
 
 import json
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import gpu_suite
-from benchmarks.gpu.kernel_tests import count
+from benchmarks.gpu import shapes
+from benchmarks.gpu.budgets import published
+from benchmarks.gpu.forwards import Bench
+from benchmarks.gpu.kernel_tests import _finishes, count
 from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
+
+from vispress import list_methods
 
 CPU = torch.device("cpu")
 
@@ -121,28 +129,46 @@ def test_what_fails_the_run(row: dict[str, Any]) -> None:
     assert not gpu_suite.bad({"ok": True, "status": "green"})
 
 
-def entry(name: str, outcome: str) -> dict[str, str]:
-    return {"test": f"tests/kernels/test_{name}.py::t", "outcome": outcome, "text": ""}
+def entry(name: str, outcome: str, number: int) -> dict[str, str]:
+    return {"test": f"tests/kernels/test_{name}.py::t{number}", "outcome": outcome, "text": ""}
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "stopped", "status"),
+    ("outcomes", "collected", "status"),
     [
-        (["passed"], False, "green"),
-        (["passed", "failed"], False, "red"),
-        (["failed", "passed"], False, "red"),
-        (["missing"], False, "unknown"),
-        (["skipped"], False, "unknown"),
-        ([], False, "unknown"),
-        (["passed"], True, "unknown"),
-        (["failed"], True, "red"),
+        (["passed"], 1, "green"),
+        (["passed", "skipped"], 2, "green"),
+        (["passed", "failed"], 2, "red"),
+        (["missing"], 0, "unknown"),
+        (["passed", "missing"], 2, "unknown"),
+        (["skipped"], 1, "unknown"),
+        ([], 3, "unknown"),
+        (["passed"], 2, "unknown"),  # cut off
+        (["failed"], 9, "red"),
     ],
 )
-def test_an_op_is_green_only_when_its_tests_passed(
-    outcomes: list[str], stopped: bool, status: str
+def test_an_op_is_green_only_when_all_its_tests_ran(
+    outcomes: list[str], collected: int, status: str
 ) -> None:
-    rows = count([entry("merge_tokens", o) for o in outcomes], ("merge_tokens",), stopped)
+    file = "tests/kernels/test_merge_tokens.py"
+    entries: list[dict[str, Any]] = [
+        {"test": file, "outcome": "collected", "number": collected},
+        *(entry("merge_tokens", outcome, i) for i, outcome in enumerate(outcomes)),
+        entry("gather_tokens", "failed", 0),
+    ]
+    rows = count([*entries, *entries], ("merge_tokens",))  # workers repeat what the main one says
     assert [row["status"] for row in rows] == [status]
+
+
+def test_an_outcome_never_gets_better() -> None:
+    twice = [entry("merge_tokens", outcome, 0) for outcome in ("failed", "passed")]
+    assert count(twice, ("merge_tokens",))[0]["status"] == "red"
+
+
+def test_a_run_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    sleep = [sys.executable, "-c", "import time; print('on', flush=True); time.sleep(60)"]
+    assert not _finishes(sleep, dict(os.environ), tmp_path / "log", 1.0)
+    assert _finishes([sys.executable, "-c", "pass"], dict(os.environ), tmp_path / "log", 30.0)
 
 
 def test_quantiles_lie_between_the_values() -> None:
@@ -162,6 +188,79 @@ def test_without_a_gpu_only_a_dry_run_runs(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_suite.main(["--all", "--out", str(tmp_path)]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_breaks_does_not_cost_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def runner(name: str) -> Any:
+        def run(settings: Settings, deadline: Deadline) -> Part:
+            if name == "laws":
+                raise RuntimeError("no luck")
+            return Part(name, settings, deadline)
+
+        return run
+
+    monkeypatch.setattr(gpu_suite, "_runner", runner)
+    command = ["--parts", "laws,sweep", "--dry-run", "--out", str(tmp_path)]
+    assert gpu_suite.main(command) == 1
+    captured = capsys.readouterr()
+    assert "no luck" in captured.err
+    assert "== sweep" in captured.out
+
+
+# --- the models
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llava_1_5_7b", 7.06), ("llava_next_7b", 7.06), ("qwen2_5_vl_7b", 8.29)],
+)
+def test_shapes_have_as_many_parameters_as_the_checkpoints(name: str, billions: float) -> None:
+    model = shapes.build(shapes.SHAPES[name], torch.device("meta"), torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def narrow(name: str, layers: int) -> shapes.Shape:
+    """The true geometry (images, patches, crops, tokens) at small widths."""
+    shape = shapes.SHAPES[name]
+    small = {"hidden_size": 32, "intermediate_size": 32}
+    text = shape.text | small | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"vocab_size": 64, "num_hidden_layers": layers}
+    vision = shape.vision | small
+    if shape.family == "qwen2_5_vl":
+        text["rope_parameters"] = shape.text["rope_parameters"] | {"mrope_section": [2, 3, 3]}
+        vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
+    else:
+        vision |= {"num_attention_heads": 2, "num_hidden_layers": 2}
+    return replace(shape, text=text, vision=vision)
+
+
+@pytest.mark.parametrize("name", list(shapes.SHAPES))
+def test_prompts_hold_as_many_placeholders_as_the_encoder_gives_tokens(name: str) -> None:
+    """Transformers refuses a prompt whose count is off."""
+    shape = narrow(name, 1)
+    model = shapes.build(shape, CPU, torch.float32)
+    inputs = shapes.prompt(shape, 2, CPU, torch.float32)
+    assert int((inputs["input_ids"] == shapes.IMAGE_ID).sum()) == 2 * shape.visual
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=1).logits
+    assert logits.shape == (2, 1, 64)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(shapes.SHAPES))
+def test_every_method_runs_at_its_published_budget(name: str) -> None:
+    shape = narrow(name, 8)
+    bench = Bench(shape, CPU, torch.float32)
+    inputs = shapes.prompt(shape, 1, CPU, torch.float32)
+    for method in list_methods():
+        options = published(method, shape.visual, has_cls=bench.has_cls)
+        facts = bench._facts(inputs, options)
+        assert 0 <= facts["kept_at_last_layer"] < shape.visual, method
+        assert facts["kv_bytes"] < facts["uncompressed_kv_bytes"], method
 
 
 # --- the dry run
