@@ -94,7 +94,8 @@ One run each on a machine that other work shared, so only large differences mean
 ## Limits
 
 Pictures are synthetic, questions follow fixed templates, and most need a single look; results on
-it rank methods on this world, not on photographs. In-LLM pruning late in so shallow a model is
+it rank methods on this world, not on photographs. The digit split is by image, not by
+writer. In-LLM pruning late in so shallow a model is
 cheap, because answers are read early: always compare at the same depth.
 """
 

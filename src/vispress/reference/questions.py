@@ -18,9 +18,9 @@ from vispress.reference.words import (
     QuestionKind,
 )
 
-# accuracy of the best constant answer on balanced questions
+# accuracy of the best guess from the question alone, answers being balanced
 CHANCE: Final[dict[QuestionKind, float]] = {
-    "attribute": 1 / 16,
+    "attribute": 1 / 8,
     "place": 1 / 8,
     "existence": 1 / 2,
     "needle": 1 / 8,

@@ -60,7 +60,7 @@ def train_reference(
 ) -> dict[str, float]:
     """Train the reference model from nothing.
 
-    Without any budget: 45,000 images of vision, then 100,000 of language. Writes into `out_dir`:
+    Without any budget: 32,000 images of vision, then 32,000 of language. Writes into `out_dir`:
     `vision/` and `language/` (log and resumable state), `checkpoint/` (a Hugging Face folder with
     the model card, rewritten at every saved state), `accuracy.json` and `curves.png`.
 
@@ -93,9 +93,9 @@ def train_reference(
             than 1 on another device than the CPU.
     """
     if vision_minutes is None and vision_images is None:
-        vision_images = 45_000
+        vision_images = 32_000
     if language_minutes is None and language_images is None:
-        language_images = 100_000
+        language_images = 32_000
     if processes < 1 or vision_batch % processes or language_batch % processes:
         raise ValueError(f"processes must divide {vision_batch} and {language_batch}: {processes}")
     if processes > 1 and torch.device(device).type != "cpu":
