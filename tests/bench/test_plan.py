@@ -86,7 +86,7 @@ def test_shipped_plans_hold_the_controls(name):
 
 
 def test_unknown_plans_name_the_shipped_ones():
-    with pytest.raises(ConfigError, match=r"did you mean 'smoke'\? known: demo, offline, smoke"):
+    with pytest.raises(ConfigError, match=r"did you mean 'smoke'\? known: demo, frontier, offline, smoke"):
         load_plan("smok")
 
 
