@@ -86,7 +86,8 @@ def test_shipped_plans_hold_the_controls(name):
 
 
 def test_unknown_plans_name_the_shipped_ones():
-    with pytest.raises(ConfigError, match=r"did you mean 'smoke'\? known: demo, frontier, offline, smoke"):
+    known = r"did you mean 'smoke'\? known: demo, frontier, offline, smoke"
+    with pytest.raises(ConfigError, match=known):
         load_plan("smok")
 
 
