@@ -94,7 +94,7 @@ def families_or_none() -> list[Family]:
     """`families()`, or none where transformers cannot be imported."""
     try:
         return families()
-    except Exception:
+    except (ImportError, RuntimeError):  # RuntimeError: transformers wraps what its modules raise
         return []
 
 

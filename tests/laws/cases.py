@@ -1,7 +1,7 @@
 """The table that laws run over: every registered method on every family, and the prompts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -221,7 +221,6 @@ __all__ = [
     "make",
     "model_of",
     "real_positions",
-    "replace",
     "run",
     "settings",
 ]

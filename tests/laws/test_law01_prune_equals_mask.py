@@ -8,7 +8,7 @@ from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, run
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 
-from vispress import compress_model, compression_report, remove_compression
+from vispress import compress_model, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods import DivPrune, FastV, PyramidDrop, Random
 
@@ -116,7 +116,6 @@ def test_a_wrong_alive_mask_is_noticed() -> None:
     result = run(model, inputs, make("llava", "fastv"))
     image = result.report.samples[0].images[0]
     lost = next(i for i in range(image.num_visual) if i not in image.kept)
-    result.alive[-1][0, image.positions[lost]] = True
     alive = result.alive
     alive[-1] = alive[-1].clone()
     alive[-1][0, image.positions[lost]] = True
@@ -133,7 +132,6 @@ def test_report_and_alive_agree() -> None:
             last = result.report.alive(result.report.num_layers - 1)[b]
             here = [i for i, p in enumerate(image.positions) if last[p]]
             assert tuple(here) == image.kept
-    assert compression_report is not None
 
 
 @pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool"])
