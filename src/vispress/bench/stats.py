@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+FLIPS = 9_999
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,7 @@ def bootstrap_mean(
     Raises:
         ValueError: A stratum is empty, or there is none.
     """
-    if not strata or any(len(scores) == 0 for scores in strata):
-        raise ValueError("bootstrap_mean needs at least one score in every stratum")
-    arrays = [np.asarray(scores, dtype=np.float64) for scores in strata]
+    arrays = _arrays(strata)
     mean = float(np.mean([scores.mean() for scores in arrays]))
     rng = np.random.default_rng(seed)
     drawn = np.mean([_resampled(scores, rng, resamples) for scores in arrays], axis=0)
@@ -55,6 +54,76 @@ def bootstrap_mean(
     elif mean == 0.0:
         high = 1 - bound
     return Interval(mean, low, high)
+
+
+def bootstrap_difference(
+    strata: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """As `bootstrap_mean`, for paired differences in `[-1, 1]`.
+
+    Args:
+        strata: Differences by question, one list a task.
+        seed: Of the resampling.
+        resamples: How often.
+
+    Raises:
+        ValueError: A stratum is empty, or there is none.
+    """
+    arrays = _arrays(strata)
+    rng = np.random.default_rng(seed)
+    drawn = np.mean([_resampled(gaps, rng, resamples) for gaps in arrays], axis=0)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = (float(q) for q in np.quantile(drawn, (tail, 1 - tail)))
+    return Interval(float(np.mean([gaps.mean() for gaps in arrays])), low, high)
+
+
+def sign_flip_test(
+    strata: Sequence[Sequence[float]], *, seed: int = 0, flips: int = FLIPS
+) -> float:
+    """Two-sided p-value of a paired test: are the differences centred on zero?
+
+    Under the null hypothesis each question's difference is as likely with the other sign. The
+    statistic is the mean over tasks of the mean difference, as the tables show it.
+
+    Args:
+        strata: Differences by question, one list a task.
+        seed: Of the flips.
+        flips: How many random sign patterns; p is never below `1 / (flips + 1)`.
+
+    Raises:
+        ValueError: A stratum is empty, or there is none.
+    """
+    arrays = _arrays(strata)
+    weighted = np.concatenate([gaps / (len(gaps) * len(arrays)) for gaps in arrays])
+    weighted = weighted[weighted != 0]
+    if not len(weighted):
+        return 1.0
+    observed = abs(weighted.sum())
+    rng = np.random.default_rng(seed)
+    block = max(1, 2_000_000 // len(weighted))
+    extreme = 0
+    for start in range(0, flips, block):
+        shape = (min(block, flips - start), len(weighted))
+        signs = 2.0 * rng.integers(0, 2, shape, dtype=np.int8) - 1
+        # sums in another order differ in their last bits: those are ties
+        extreme += int((np.abs(signs @ weighted) >= observed * (1 - 1e-9)).sum())
+    return (extreme + 1) / (flips + 1)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p-values, in the order given."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def _arrays(strata: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
+    if not strata or any(len(scores) == 0 for scores in strata):
+        raise ValueError("statistics need at least one score in every stratum")
+    return [np.asarray(scores, dtype=np.float64) for scores in strata]
 
 
 def _resampled(

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from vispress.bench.cells import UNCOMPRESSED
+from vispress.bench.compare import Comparison, compare, loyalty, per_question
 from vispress.bench.stats import Interval, Quantiles, bootstrap_mean
 from vispress.bench.store import read_results, write_json, write_text
 
@@ -27,6 +28,8 @@ class Row:
         tasks: Accuracy by task.
         accuracy: Mean over tasks.
         visual_tokens: Visual tokens of an image.
+        loyalty: Share of answers equal to the uncompressed model's, mean over tasks; None where
+            that cell is not finished.
         kept_mean: Kept of them, as a mean over decoder layers.
         kept_end: Kept at the last layer.
         prefill_ratio: Prefill time over the uncompressed model's.
@@ -40,6 +43,7 @@ class Row:
     refused: str | None = None
     tasks: Mapping[str, Interval] | None = None
     accuracy: Interval | None = None
+    loyalty: Interval | None = None
     visual_tokens: float = 0.0
     kept_mean: float = 0.0
     kept_end: float = 0.0
@@ -62,6 +66,7 @@ class Summary:
         chance: Accuracy of the best constant answer, by task.
         plan: The plan as stored.
         missing: Cells that are not finished.
+        comparisons: Methods against controls at equal budget.
         provenance: Of the last cell.
     """
 
@@ -70,6 +75,7 @@ class Summary:
     plan: Mapping[str, Any]
     missing: int
     provenance: Mapping[str, Any]
+    comparisons: tuple[Comparison, ...] = ()
 
     def find(self, group: str) -> Row | None:
         """The first row of a group that has results."""
@@ -88,20 +94,29 @@ def summarise(folder: str | Path) -> Summary:
         asked = cell["cell"]
         groups.setdefault((asked["group"], asked["keep_ratio"]), []).append(cell)
     seed = manifest["plan"]["seed"]
+    baseline = next((c for c in cells if c["cell"]["group"] == UNCOMPRESSED), None)
     return Summary(
-        rows=tuple(_row(*key, found, seed) for key, found in groups.items()),
+        rows=tuple(_row(*key, found, seed, baseline) for key, found in groups.items()),
         chance={name: card["chance"] for name, card in manifest["tasks"].items()},
         plan=manifest["plan"],
         missing=len(manifest["plan"]["cells"]) - len(cells),
         provenance=cells[-1]["provenance"] if cells else {},
+        comparisons=compare(cells, seed=seed),
     )
 
 
-def _row(group: str, keep_ratio: float | None, cells: Sequence[dict[str, Any]], seed: int) -> Row:
+def _row(
+    group: str,
+    keep_ratio: float | None,
+    cells: Sequence[dict[str, Any]],
+    seed: int,
+    baseline: dict[str, Any] | None,
+) -> Row:
     refused = next((cell["refused"] for cell in cells if "refused" in cell), None)
     if refused is not None:
         return Row(group=group, keep_ratio=keep_ratio, seeds=len(cells), refused=refused)
-    right = {name: _per_question(cells, name) for name in cells[0]["tasks"]}
+    right = per_question(cells)
+    same = None if baseline is None else bootstrap_mean(loyalty(cells, baseline), seed=seed)
     kept = [cell["kept"] for cell in cells]
     return Row(
         group=group,
@@ -109,6 +124,7 @@ def _row(group: str, keep_ratio: float | None, cells: Sequence[dict[str, Any]], 
         seeds=len(cells),
         tasks={name: bootstrap_mean([scores], seed=seed) for name, scores in right.items()},
         accuracy=bootstrap_mean(list(right.values()), seed=seed),
+        loyalty=same,
         visual_tokens=fmean(k["visual_tokens"] for k in kept),
         kept_mean=fmean(k["kept_mean_over_layers"] for k in kept),
         kept_end=fmean(k["kept_at_end"] for k in kept),
@@ -129,12 +145,6 @@ def _cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _per_question(cells: Sequence[dict[str, Any]], task: str) -> list[float]:
-    """Share of seeds that got each question right."""
-    columns = zip(*(cell["tasks"][task]["right"] for cell in cells), strict=True)
-    return [fmean(map(int, column)) for column in columns]
-
-
 def write_summary(summary: Summary, folder: str | Path) -> None:
     """Write `summary.json` and `summary.csv` (one line a row and task, `mean` included).
 
@@ -148,13 +158,15 @@ def write_summary(summary: Summary, folder: str | Path) -> None:
         "chance": summary.chance,
         "provenance": summary.provenance,
         "rows": [asdict(row) for row in summary.rows],
+        "comparisons": [asdict(found) for found in summary.comparisons],
     }
     write_json(folder / "summary.json", data)
     write_text(folder / "summary.csv", _csv(summary))
 
 
 _COLUMNS = (
-    "method", "keep_ratio", "seeds", "task", "accuracy", "low", "high", "chance", "visual_tokens",
+    "method", "keep_ratio", "seeds", "task", "accuracy", "low", "high", "chance", "loyalty",
+    "visual_tokens",
     "kept_mean_over_layers", "kept_at_end", "prefill_ratio", "prefill_ratio_p20",
     "prefill_ratio_p80", "kv_ratio", "kv_bytes", "refused",
 )  # fmt: skip
@@ -175,6 +187,7 @@ def _csv(summary: Summary) -> str:
             writer.writerow(shared)
             continue
         shared |= {
+            "loyalty": None if row.loyalty is None else row.loyalty.mean,
             "visual_tokens": row.visual_tokens,
             "kept_mean_over_layers": row.kept_mean,
             "kept_at_end": row.kept_end,

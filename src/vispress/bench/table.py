@@ -13,6 +13,8 @@ from vispress.bench.summary import BLIND, Row, Summary
 def tables(summary: Summary) -> RenderableType:
     """Accuracy and cost by method, accuracy by task, and what could not be run."""
     parts: list[RenderableType] = [_overview(summary), _by_task(summary)]
+    if summary.comparisons:
+        parts.append(_against_controls(summary))
     reasons = [f"{_name(row)}: {row.refused}" for row in summary.rows if row.refused]
     if reasons:
         parts.append(Text("Not run:\n  " + "\n  ".join(reasons), style="yellow"))
@@ -32,10 +34,18 @@ def _overview(summary: Summary) -> Table:
             else "at one placement (mean over layers where a method has a schedule)"
         )
         + "; kept: visual tokens of an image; prefill includes the vision encoder, x uncompressed, "
-        "p20-p80; intervals: 95 %",
+        "p20-p80; loyalty: answers as uncompressed; intervals: 95 %",
     )
     table.add_column("method")
-    for name in ("asked", "kept, mean", "at the end", "accuracy %", "prefill x", "KV cache x"):
+    for name in (
+        "asked",
+        "kept, mean",
+        "at the end",
+        "accuracy %",
+        "loyalty %",
+        "prefill x",
+        "KV cache x",
+    ):
         table.add_column(name, justify="right")
     previous = ""
     for row in summary.rows:
@@ -45,18 +55,19 @@ def _overview(summary: Summary) -> Table:
         table.add_row(_name(row, ratio=False), _asked(row), *_overview_cells(row))
     chance = fmean(summary.chance.values())
     table.add_section()
-    table.add_row("best constant answer", "", "", "", f"{100 * chance:.1f}", "", "", style="dim")
+    table.add_row("best constant answer", *[""] * 3, f"{100 * chance:.1f}", *[""] * 3, style="dim")
     return table
 
 
 def _overview_cells(row: Row) -> list[str]:
     if row.accuracy is None:
-        return ["", "", "not run", "", ""]
+        return ["", "", "not run", "", "", ""]
     ratio = row.prefill_ratio
     return [
         f"{row.kept_mean:.1f}",
         f"{row.kept_end:.1f} of {row.visual_tokens:.0f}",
         _interval(row.accuracy),
+        "" if row.loyalty is None else f"{100 * row.loyalty.mean:.1f}",
         "" if ratio is None else f"{ratio.median:.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})",
         "" if row.kv_ratio is None else f"{row.kv_ratio:.2f}",
     ]
@@ -75,6 +86,24 @@ def _by_task(summary: Summary) -> Table:
     table.add_section()
     chance = [f"{100 * value:.0f}" for value in summary.chance.values()]
     table.add_row("best constant answer", *chance, style="dim")
+    return table
+
+
+def _against_controls(summary: Summary) -> Table:
+    table = Table(
+        title="methods less controls at equal budget, accuracy in points (95 % interval)",
+        caption="paired sign-flip test, Holm-corrected over methods; = where nothing is shown at "
+        "5 %. The best control is chosen on the same answers, which favours it",
+    )
+    for name in ("method", "asked", "against", "difference", "p", ""):
+        table.add_column(name, justify="right" if name in ("asked", "difference", "p") else "left")
+    for found in summary.comparisons:
+        gap = found.difference
+        verdict = "=" if not found.significant else "better" if gap.mean > 0 else "worse"
+        against = found.control if found.against == "random" else f"best control, {found.control}"
+        difference = f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
+        ratio = f"{found.keep_ratio:g}"
+        table.add_row(found.group, ratio, against, difference, f"{found.p_holm:.2g}", verdict)
     return table
 
 

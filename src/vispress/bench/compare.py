@@ -1,0 +1,138 @@
+"""Which differences are real: paired tests at equal budget, corrected for the number of methods."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from vispress.bench.stats import Interval, bootstrap_difference, holm, sign_flip_test
+from vispress.config import from_mapping
+
+RANDOM = "random"
+LEVEL = 0.05
+
+Against = Literal["random", "best control"]
+Strata = list[list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A method and a control at the same keep ratio, on the same questions.
+
+    Args:
+        group: The method.
+        keep_ratio: Of both.
+        against: Which comparison this is; methods are corrected for within one.
+        control: The control it is compared with. The best control is chosen on the same answers,
+            which favours the control.
+        difference: Accuracy of the method less that of the control, mean over tasks, in `[-1, 1]`.
+        p: Two-sided, of a paired sign-flip test.
+        p_holm: The same after Holm's correction over the methods at this keep ratio.
+    """
+
+    group: str
+    keep_ratio: float
+    against: Against
+    control: str
+    difference: Interval
+    p: float
+    p_holm: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference stands at 5 % after the correction."""
+        return self.p_holm < LEVEL
+
+
+def per_question(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Share of a group's seeds that got each question right, by task."""
+    return {
+        task: [
+            fmean(map(int, column))
+            for column in zip(*(cell["tasks"][task]["right"] for cell in cells), strict=True)
+        ]
+        for task in cells[0]["tasks"]
+    }
+
+
+def loyalty(cells: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> Strata:
+    """Share of seeds that gave the uncompressed model's answer, right or wrong, by question.
+
+    Args:
+        cells: Seeds of one method at one budget.
+        baseline: The uncompressed model's cell.
+
+    Returns:
+        One list a task.
+    """
+    return [
+        [
+            fmean(cell["tasks"][task]["answers"][i] == answer for cell in cells)
+            for i, answer in enumerate(asked["answers"])
+        ]
+        for task, asked in baseline["tasks"].items()
+    ]
+
+
+def compare(cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> tuple[Comparison, ...]:
+    """Every method against random and against the best control, at each keep ratio.
+
+    Args:
+        cells: Finished cells, as stored; refused ones and those without a keep ratio are left out.
+        seed: Of the tests.
+    """
+    groups: dict[float, dict[str, list[Mapping[str, Any]]]] = {}
+    for cell in cells:
+        asked = cell["cell"]
+        if asked["keep_ratio"] is not None and "refused" not in cell:
+            groups.setdefault(asked["keep_ratio"], {}).setdefault(asked["group"], []).append(cell)
+    found: list[Comparison] = []
+    for keep_ratio, by_group in groups.items():
+        scores = {name: list(per_question(own).values()) for name, own in by_group.items()}
+        controls = [name for name, own in by_group.items() if _is_control(own[0])]
+        methods = [name for name in by_group if name not in controls]
+        if not controls:
+            continue
+        best = max(controls, key=lambda name: fmean(map(fmean, scores[name])))
+        # with the control's default label; under another one it still counts as a control
+        if RANDOM in controls:
+            found += _family(methods, scores, RANDOM, "random", keep_ratio, seed)
+        found += _family(methods, scores, best, "best control", keep_ratio, seed)
+    return tuple(found)
+
+
+def _family(
+    methods: Sequence[str],
+    scores: Mapping[str, Strata],
+    control: str,
+    against: Against,
+    keep_ratio: float,
+    seed: int,
+) -> list[Comparison]:
+    """One Holm family: all methods against one control at one keep ratio."""
+    gaps = {name: _minus(scores[name], scores[control]) for name in methods}
+    values = [sign_flip_test(gap, seed=seed) for gap in gaps.values()]
+    return [
+        Comparison(
+            group=name,
+            keep_ratio=keep_ratio,
+            against=against,
+            control=control,
+            difference=bootstrap_difference(gap, seed=seed),
+            p=p,
+            p_holm=corrected,
+        )
+        for (name, gap), p, corrected in zip(gaps.items(), values, holm(values), strict=True)
+    ]
+
+
+def _minus(first: Strata, second: Strata) -> Strata:
+    return [
+        [a - b for a, b in zip(one, other, strict=True)]
+        for one, other in zip(first, second, strict=True)
+    ]
+
+
+def _is_control(cell: Mapping[str, Any]) -> bool:
+    made = [from_mapping(method, "stored cell") for method in cell["cell"]["methods"]]
+    return all(not isinstance(method, list) and method.evidence == "control" for method in made)
