@@ -16,7 +16,12 @@ from vispress.registry import get_method
 from vispress.report import CompressionReport
 from vispress.types import Signal, TokenPlan, VisualTokens
 
-SETTINGS: dict[str, dict[str, Any]] = {"no_image": {}, "pyramiddrop": {}, "transprune": {}}
+NO_BUDGET = frozenset({"no_image", "vtw"})
+"""Methods that take no budget."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    name: {} for name in (*sorted(NO_BUDGET), "pyramiddrop", "transprune")
+}
 """What `compress_model` gets beside the name; others get a ratio."""
 
 METHODS = tuple(list_methods())

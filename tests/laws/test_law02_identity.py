@@ -5,14 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import FAMILIES, METHODS, greedy, inputs_of, logits_of, model_of, settings
+from tests.laws.cases import (
+    FAMILIES,
+    METHODS,
+    NO_BUDGET,
+    greedy,
+    inputs_of,
+    logits_of,
+    model_of,
+    settings,
+)
 from torch import Tensor
 
 from vispress import compressed
 from vispress.methods import DivPrune, FastV, PyramidDrop
 
-NO_RATIO = frozenset({"no_image"})
-"""Takes no budget and keeps no token, so it has no identity; law 6 checks what it keeps."""
+NO_RATIO = NO_BUDGET
+"""They end with no token, so they have no identity; law 6 checks what they keep."""
 
 CASES = [(family, method) for family in FAMILIES for method in METHODS if method not in NO_RATIO]
 PLENTY = 10_000

@@ -12,6 +12,7 @@ import torch
 from tests.laws.cases import (
     CASES,
     FAMILIES,
+    NO_BUDGET,
     inputs_of,
     logits_of,
     make,
@@ -94,9 +95,9 @@ def test_each_image_keeps_its_share(family: str, method: str) -> None:
         assert_met(image, compressor)
 
 
-@pytest.mark.parametrize(("family", "method"), [case for case in CASES if case[1] != "no_image"])
+@pytest.mark.parametrize(("family", "method"), [case for case in CASES if case[1] not in NO_BUDGET])
 def test_each_image_keeps_the_number_asked(family: str, method: str) -> None:
-    """For `no_image`, which takes no number, the test above holds: it keeps 0."""
+    """For methods that take no number the test above holds: they keep 0."""
     chosen = {k: v for k, v in settings(family, method).items() if k != "keep_ratio"}
     for count in (1, 7):
         compressor = make_compressor(method, **chosen, num_tokens=count)

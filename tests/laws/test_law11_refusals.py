@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.laws.cases import FAMILIES, METHODS, inputs_of, logits_of, model_of, settings
+from tests.laws.cases import FAMILIES, METHODS, NO_BUDGET, inputs_of, logits_of, model_of, settings
 from tests.tiny import QWEN, Image, Sample, Text, build, make_inputs
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
@@ -222,13 +222,13 @@ def test_a_third_party_placement_that_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if m not in ("no_image", "pyramiddrop", "transprune")]
+    "method", [m for m in METHODS if m not in {*NO_BUDGET, "pyramiddrop", "transprune"}]
 )
 def test_a_method_without_a_schedule_wants_a_budget(method: str) -> None:
     refused(BudgetError, f"{method} needs a budget", method=method)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "no_image"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in NO_BUDGET])
 def test_two_budgets_are_refused(method: str) -> None:
     refused(BudgetError, "keep_ratio and num_tokens", method=method, keep_ratio=0.4, num_tokens=5)
 
@@ -254,8 +254,9 @@ def test_a_mean_that_cannot_be_reached_is_refused_with_the_least_possible() -> N
     refused(BudgetError, "cannot be reached", method="pyramiddrop", keep_ratio=0.1)
 
 
-def test_no_image_takes_no_budget() -> None:
-    refused(BudgetError, "no_image .* takes no keep_ratio", method="no_image", keep_ratio=0.5)
+@pytest.mark.parametrize("method", sorted(NO_BUDGET))
+def test_methods_without_a_budget_refuse_one(method: str) -> None:
+    refused(BudgetError, f"{method} .* takes no keep_ratio", method=method, keep_ratio=0.5)
 
 
 @pytest.mark.parametrize(

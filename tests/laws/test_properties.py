@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.laws.cases import FAMILIES, METHODS, model_of, run
+from tests.laws.cases import FAMILIES, METHODS, NO_BUDGET, model_of, run
 from tests.laws.cases import settings as settings_of
 from tests.laws.oracle import oracle_expand, oracle_forward
 from tests.tiny import QWEN, VIDEO, Image, Part, Sample, Text, Video, make_inputs
@@ -55,7 +55,7 @@ def batches(draw: st.DrawFn, family: str) -> dict[str, Any]:
 def compressors(draw: st.DrawFn, family: str) -> Compressor:
     name = draw(st.sampled_from(METHODS))
     options = {k: v for k, v in settings_of(family, name).items() if k != "keep_ratio"}
-    if name == "no_image":
+    if name in NO_BUDGET:
         return make_compressor(name)
     if draw(st.booleans()):
         return make_compressor(name, **options, num_tokens=draw(st.integers(1, 40)))

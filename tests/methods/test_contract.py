@@ -54,7 +54,7 @@ def variants(name):
 
 
 METHODS = [pytest.param(name, id=name) for name in BUILT_IN]
-BUDGETED = [name for name in BUILT_IN if name != "no_image"]
+BUDGETED = [name for name in BUILT_IN if get_method(name).takes_budget]
 VARIANTS = [
     pytest.param(m, id="-".join([name, *(str(i) for i in [i] if i)]))
     for name in BUILT_IN
@@ -86,7 +86,7 @@ def bucket(method, geometry="image", **kwargs):
 
 def count_for(method, tokens, count):
     """The budget the runtime would hand over."""
-    if method.name == "no_image":
+    if not method.takes_budget:
         return 0
     return count if count > 0 else tokens.num_visual + count
 

@@ -38,6 +38,8 @@ class Compressor(ABC):
     rounding: ClassVar[Rounding] = "round"
     exact: ClassVar[bool] = True
     """False: `plan` may keep another count than asked (grids, adaptive counts) and reports it."""
+    takes_budget: ClassVar[bool] = True
+    """False: what is kept is fixed (nothing, say), and a budget is refused."""
     merges: ClassVar[bool] = False
     """True: survivors do not keep their own values."""
     default_positions: ClassVar[Positions] = "compact"

@@ -28,6 +28,7 @@ class NoImage(Compressor):
     summary: ClassVar[str] = "nothing: the floor that text alone reaches"
     paper: ClassVar[str] = "control"
     evidence: ClassVar[Evidence] = "control"
+    takes_budget: ClassVar[bool] = False
 
     def validate(self) -> None:
         given = {
