@@ -13,6 +13,7 @@ def cell(group, right, *, method="fastv", ratio=0.5, seed=None, answers=None):
     tasks = {"t": {"right": right, "answers": answers or list(right)}}
     methods = [{"method": method, "keep_ratio": 0.5}] if method else []
     asked = {"group": group, "keep_ratio": ratio, "seed": seed, "methods": methods}
+    asked["control"] = method in ("random", "uniform")
     return {"cell": asked, "tasks": tasks}
 
 
@@ -69,6 +70,15 @@ def test_methods_meet_random_and_the_best_control_at_their_own_budget():
     assert not found["same", "random"].significant
     assert found["same", "best control"].difference.mean == pytest.approx(-0.25)
     assert all(c.p_holm >= c.p for c in found.values())
+
+
+def test_random_as_the_best_control_is_met_once():
+    cells = [
+        cell("m", "10"),
+        cell("random", "11", method="random"),
+        cell("u", "00", method="uniform"),
+    ]
+    assert [(c.against, c.control) for c in compare(cells)] == [("random", "random")]
 
 
 def test_loyalty_counts_equal_answers_right_or_wrong():

@@ -77,7 +77,7 @@ def test_text_survives_a_chain_and_a_much_longer_neighbour(family: str, padding:
 def test_text_around_and_between_video_frames_survives(family: str) -> None:
     """Qwen3-VL has text (timestamps) between the frames of one video."""
     model, inputs = model_of(family), prompts(family, "left", "video")
-    for method in ("fastv", "divprune", "no_image"):
+    for method in ("fastv", "divprune", "no_image", "vtw"):
         with compressed(model, method, **settings(family, method)):
             logits_of(model, inputs)
             assert_text_survives(model, inputs)
@@ -88,7 +88,7 @@ def test_every_token_that_generate_adds_is_seen_by_the_next(family: str) -> None
     """Generated tokens are text, too: the cache keeps all of them, in every layer."""
     model, inputs = model_of(family), prompts(family, "left")
     start = inputs["input_ids"].shape[1]
-    for method in ("fastv", "no_image"):
+    for method in ("fastv", "no_image", "vtw"):
         cache = DynamicCache()
         with compressed(model, method, **settings(family, method)):
             model.generate(
@@ -157,8 +157,9 @@ def test_a_prompt_of_nothing_but_an_image_keeps_some_of_it_or_is_refused(family:
     with compressed(model, "random", num_tokens=2) as report:
         assert logits_of(model, inputs).isfinite().all()
         assert report.samples[0].images[0].num_kept == 2
-    with compressed(model, "no_image"), pytest.raises(BudgetError, match="nothing is left"):
-        logits_of(model, inputs)
+    for method in ("no_image", "vtw"):
+        with compressed(model, method), pytest.raises(BudgetError, match="nothing is left"):
+            logits_of(model, inputs)
 
 
 def test_a_dropped_text_token_is_noticed() -> None:

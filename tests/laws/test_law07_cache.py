@@ -100,7 +100,9 @@ def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None
     assert cache.get_seq_length() == single(family)["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "pyramiddrop", "visionzip", "no_image"])
+@pytest.mark.parametrize(
+    "method", ["fastv", "divprune", "pyramiddrop", "visionzip", "no_image", "vtw"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_buffers_are_allocated_short(family: str, method: str) -> None:
     model, inputs = model_of(family), single(family)

@@ -254,11 +254,6 @@ def test_a_mean_that_cannot_be_reached_is_refused_with_the_least_possible() -> N
     refused(BudgetError, "cannot be reached", method="pyramiddrop", keep_ratio=0.1)
 
 
-@pytest.mark.parametrize("method", sorted(NO_BUDGET))
-def test_methods_without_a_budget_refuse_one(method: str) -> None:
-    refused(BudgetError, f"{method} .* takes no keep_ratio", method=method, keep_ratio=0.5)
-
-
 @pytest.mark.parametrize(
     ("typed", "meant"), [("fastvlm", "fastervlm"), ("FastV", "fastv"), ("divprun", "divprune")]
 )

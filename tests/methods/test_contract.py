@@ -286,7 +286,15 @@ def test_num_tokens_is_what_the_last_placement_leaves(name):
 
 
 @pytest.mark.refusal
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in BUDGETED])
+def test_a_method_without_a_budget_refuses_one(name):
+    for bad in ({"keep_ratio": 0.5}, {"num_tokens": 4}, {"mean_keep_ratio": 0.5}):
+        with pytest.raises(BudgetError, match=f"{name} takes no {next(iter(bad))}"):
+            get_method(name)(**bad)
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("name", BUDGETED)
 def test_bad_budgets_are_refused(name):
     cls = get_method(name)
     with pytest.raises(BudgetError, match="one budget"):

@@ -40,12 +40,19 @@ class Cell:
         ratio = "" if self.keep_ratio is None else f"--{self.keep_ratio:g}"
         return f"{self.group}{ratio}" + ("" if self.seed is None else f"--seed{self.seed}")
 
+    @property
+    def control(self) -> bool:
+        """Whether all of the chain are controls; False for the uncompressed model."""
+        found = [method.evidence == "control" for method in self.chain]
+        return bool(found) and all(found)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every hyper-parameter."""
         return {
             "key": self.key,
             "group": self.group,
             "methods": [to_mapping(method) for method in self.chain],
+            "control": self.control,
             "keep_ratio": self.keep_ratio,
             "seed": self.seed,
         }
@@ -91,7 +98,7 @@ def cells_of(entry: Entry, keep_ratios: tuple[float, ...], budget: BudgetMeaning
 
 def takes_ratio(method: Compressor) -> bool:
     """Whether a keep ratio can be set: there is no budget yet, and the method takes one."""
-    if any(getattr(method, name) is not None for name in BUDGETS):
+    if not method.takes_budget or any(getattr(method, name) is not None for name in BUDGETS):
         return False
     try:
         replace(method, keep_ratio=0.5)

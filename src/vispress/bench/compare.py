@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any, Literal
 
 from vispress.bench.stats import Interval, bootstrap_difference, holm, sign_flip_test
-from vispress.config import from_mapping
 
 RANDOM = "random"
 LEVEL = 0.05
@@ -75,7 +74,7 @@ def loyalty(cells: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> 
 
 
 def compare(cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> tuple[Comparison, ...]:
-    """Every method against random and against the best control, at each keep ratio.
+    """Every method against random and, where another is best, the best control, at each keep ratio.
 
     Args:
         cells: Finished cells, as stored; refused ones and those without a keep ratio are left out.
@@ -89,7 +88,7 @@ def compare(cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> tuple[Compa
     found: list[Comparison] = []
     for keep_ratio, by_group in groups.items():
         scores = {name: list(per_question(own).values()) for name, own in by_group.items()}
-        controls = [name for name, own in by_group.items() if _is_control(own[0])]
+        controls = [name for name, own in by_group.items() if own[0]["cell"]["control"]]
         methods = [name for name in by_group if name not in controls]
         if not controls:
             continue
@@ -97,7 +96,8 @@ def compare(cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> tuple[Compa
         # with the control's default label; under another one it still counts as a control
         if RANDOM in controls:
             found += _family(methods, scores, RANDOM, "random", keep_ratio, seed)
-        found += _family(methods, scores, best, "best control", keep_ratio, seed)
+        if best != RANDOM:
+            found += _family(methods, scores, best, "best control", keep_ratio, seed)
     return tuple(found)
 
 
@@ -131,8 +131,3 @@ def _minus(first: Strata, second: Strata) -> Strata:
         [a - b for a, b in zip(one, other, strict=True)]
         for one, other in zip(first, second, strict=True)
     ]
-
-
-def _is_control(cell: Mapping[str, Any]) -> bool:
-    made = [from_mapping(method, "stored cell") for method in cell["cell"]["methods"]]
-    return all(not isinstance(method, list) and method.evidence == "control" for method in made)

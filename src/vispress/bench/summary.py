@@ -27,9 +27,9 @@ class Row:
         refused: Why there is no result, or None.
         tasks: Accuracy by task.
         accuracy: Mean over tasks.
-        visual_tokens: Visual tokens of an image.
         loyalty: Share of answers equal to the uncompressed model's, mean over tasks; None where
             that cell is not finished.
+        visual_tokens: Visual tokens of an image.
         kept_mean: Kept of them, as a mean over decoder layers.
         kept_end: Kept at the last layer.
         prefill_ratio: Prefill time over the uncompressed model's.
@@ -66,8 +66,8 @@ class Summary:
         chance: Accuracy of the best constant answer, by task.
         plan: The plan as stored.
         missing: Cells that are not finished.
-        comparisons: Methods against controls at equal budget.
         provenance: Of the last cell.
+        comparisons: Methods against controls at equal budget.
     """
 
     rows: tuple[Row, ...]

@@ -93,7 +93,8 @@ def _against_controls(summary: Summary) -> Table:
     table = Table(
         title="methods less controls at equal budget, accuracy in points (95 % interval)",
         caption="paired sign-flip test, Holm-corrected over methods; = where nothing is shown at "
-        "5 %. The best control is chosen on the same answers, which favours it",
+        "5 %. Random is the best control where no other is named; the best is chosen on the same "
+        "answers, which favours it",
     )
     for name in ("method", "asked", "against", "difference", "p", ""):
         table.add_column(name, justify="right" if name in ("asked", "difference", "p") else "left")

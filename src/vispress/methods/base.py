@@ -54,6 +54,11 @@ class Compressor(ABC):
             for f in ("keep_ratio", "num_tokens", "mean_keep_ratio")
             if getattr(self, f) is not None
         ]
+        if given and not self.takes_budget:
+            raise BudgetError(
+                f"{self.name} takes no {given[0]}, got {getattr(self, given[0])!r}: what it keeps "
+                "is fixed; leave the budget out"
+            )
         if len(given) > 1:
             raise BudgetError(f"give one budget, got {' and '.join(given)}")
         for field in ("keep_ratio", "mean_keep_ratio"):
@@ -130,6 +135,12 @@ class ScorePruner(Compressor):
         if not self.per_segment or not tokens.segmented:
             return TokenPlan(keep=top_indices(score, num_keep))
         return TokenPlan(keep=top_per_segment(score, tokens.segments(), num_keep))
+
+
+def keep_none(tokens: VisualTokens) -> TokenPlan:
+    """The plan that drops every token of a bucket."""
+    none = torch.empty(tokens.batch, 0, dtype=torch.int64, device=tokens.features.device)
+    return TokenPlan(keep=none)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -9,11 +9,8 @@ Reconstructed: the search for the layer on calibration data is not part of it; g
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
-
 from vispress.budget import PUBLISHED_DEPTH, Budget, scaled_layer
-from vispress.errors import BudgetError
-from vispress.methods.base import Compressor, Evidence, check_layer
+from vispress.methods.base import Compressor, Evidence, check_layer, keep_none
 from vispress.methods.checks import check_integer
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Stage, TokenPlan, VisualTokens
@@ -45,11 +42,6 @@ class VTW(Compressor):
     layer: int | None = None
 
     def validate(self) -> None:
-        for field in ("keep_ratio", "num_tokens", "mean_keep_ratio"):
-            if (value := getattr(self, field)) is not None:
-                raise BudgetError(
-                    f"vtw keeps no visual token and takes no {field}, got {value!r}; give layer"
-                )
         if self.layer is not None:
             check_integer("layer", self.layer, low=1)
 
@@ -60,5 +52,4 @@ class VTW(Compressor):
         return (Placement(stage=Stage.IN_LLM, budget=Budget(num_tokens=0), layer=layer),)
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        device = tokens.features.device
-        return TokenPlan(keep=torch.empty(tokens.batch, 0, dtype=torch.int64, device=device))
+        return keep_none(tokens)
