@@ -69,8 +69,8 @@ def train_reference(
 ) -> dict[str, float]:
     """Train the reference model from nothing.
 
-    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of episodes (several
-    pictures, examples, conversations). Writes into `out_dir`: `vision/`, `language/` and
+    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of episodes
+    (several pictures, examples, conversations). Writes into `out_dir`: `vision/`, `language/` and
     `episodes/` (log and resumable state), `checkpoint/` (a Hugging Face folder with
     the model card, rewritten at every saved state), `accuracy.json` and `curves.png`.
 
@@ -217,9 +217,7 @@ def _train_from_nothing(
     )
 
 
-def _report(
-    model: LlavaForConditionalGeneration, plan: Plan, run: Run, *, episodes: bool
-) -> None:
+def _report(model: LlavaForConditionalGeneration, plan: Plan, run: Run, *, episodes: bool) -> None:
     """Export, and append a quick accuracy to the log."""
     export(model, plan.out / "checkpoint")
     if not plan.check_questions:
