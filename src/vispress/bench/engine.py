@@ -20,7 +20,7 @@ from vispress.bench.store import ResultsFolder, open_results
 from vispress.bench.subjects import Subject, load_subject
 from vispress.bench.targets import Kept
 from vispress.bench.tasks import Prompt, get_task
-from vispress.bench.treatment import answer, check_cell
+from vispress.bench.treatment import answer, check_cell, compressors
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 Advance = Callable[[str, int], None]
@@ -186,11 +186,12 @@ def run_cell(
         name: _scored(prompts, given[name], plan.seed) for name, prompts in bank.questions.items()
     }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
-    if plan.timing.batch:
+    if plan.timing.batch and cell.picture is None:
         advance(f"{cell.key}, timing", 0)
         everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
         timed = timed_batch(subject, everything, plan.timing.batch)
-        result["cost"] = measure_cost(subject, cell, timed, plan)
+        chain = compressors(cell, subject, timed, subject.encode(timed))
+        result["cost"] = measure_cost(subject, chain, timed, plan)
     return result
 
 

@@ -12,6 +12,7 @@ from vispress.bench.oracle import Oracle, told
 from vispress.bench.subjects import Subject
 from vispress.bench.targets import Kept, check_target
 from vispress.bench.tasks import Prompt
+from vispress.methods.base import Compressor
 from vispress.types import Positions
 
 
@@ -59,15 +60,26 @@ def treated(
         marks = inputs["input_ids"] == subject.model.config.image_token_id
         yield Treated(inputs, (int(marks.sum()),) * 2)
         return
-    chain = [
-        told(method, subject.model, inputs, prompts) if isinstance(method, Oracle) else method
-        for method in cell.chain
-    ]
+    chain = compressors(cell, subject, prompts, inputs)
     compress_model(subject.model, chain, positions=positions)
     try:
         yield Treated(inputs)
     finally:
         remove_compression(subject.model)
+
+
+def compressors(
+    cell: Cell, subject: Subject, prompts: Sequence[Prompt], inputs: Any
+) -> list[Compressor]:
+    """The chain of a cell for one batch: the oracle is told where its evidence is.
+
+    Raises:
+        UnsupportedMethodError: The prompts do not say it, or the model has no grid for it.
+    """
+    return [
+        told(method, subject.model, inputs, prompts) if isinstance(method, Oracle) else method
+        for method in cell.chain
+    ]
 
 
 def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> None:
