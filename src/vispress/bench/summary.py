@@ -1,16 +1,28 @@
 """From finished cells to rows: seeds averaged, intervals over questions."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.compare import Comparison, compare, loyalty, per_question
-from vispress.bench.stats import Interval, Quantiles, bootstrap_mean
+from vispress.bench.compare import (
+    ORACLE,
+    Cells,
+    Comparison,
+    compare,
+    loyalty,
+    per_question,
+    rankings,
+)
+from vispress.bench.controls import RANDOM
+from vispress.bench.cost_rows import Cost, cost_of
+from vispress.bench.csv_rows import csv_text
+from vispress.bench.downsample import Downsample
+from vispress.bench.measures import gain, gap_closed, hard_subset, leakage, turns
+from vispress.bench.ranking import Ranking
+from vispress.bench.stats import Interval, bootstrap_mean
 from vispress.bench.store import read_results, write_json, write_text
 
 BLIND = "no_image"
@@ -32,9 +44,16 @@ class Row:
         visual_tokens: Visual tokens of an image.
         kept_mean: Kept of them, as a mean over decoder layers.
         kept_end: Kept at the last layer.
-        prefill_ratio: Prefill time over the uncompressed model's.
-        kv_ratio: Cache size over the uncompressed model's.
-        kv_bytes: Bytes of keys and values a prompt.
+        cost: Times, memory and FLOPs; None where nothing was timed.
+        control: Whether it is a control (random, oracle, down-sampling...), not a method.
+        gap_closed: Share of the gap between random (0) and the oracle (1) at this keep ratio; None
+            where that gap is not significant.
+        hard: Accuracy on the hard subset: questions that the uncompressed model gets right and
+            down-sampling at this keep ratio gets wrong; None where there are none.
+        hard_questions: How many these are, over all tasks.
+        gain: Multi-modal gain by task: accuracy less that of the same model without picture.
+        mean_gain: Mean of it over tasks.
+        turns: Accuracy of each turn, by task; only for tasks of several turns.
     """
 
     group: str
@@ -47,9 +66,14 @@ class Row:
     visual_tokens: float = 0.0
     kept_mean: float = 0.0
     kept_end: float = 0.0
-    prefill_ratio: Quantiles | None = None
-    kv_ratio: float | None = None
-    kv_bytes: float | None = None
+    cost: Cost | None = None
+    control: bool = False
+    gap_closed: Interval | None = None
+    hard: Interval | None = None
+    hard_questions: int = 0
+    gain: Mapping[str, Interval] | None = None
+    mean_gain: Interval | None = None
+    turns: Mapping[str, tuple[Interval, ...]] | None = None
 
     @property
     def uncompressed(self) -> bool:
@@ -68,6 +92,9 @@ class Summary:
         missing: Cells that are not finished.
         provenance: Of the last cell.
         comparisons: Methods against controls at equal budget.
+        rankings: Places of methods and controls at each keep ratio, as far as they are certain.
+        leakage: By task, how far the model without picture beats the best constant answer, at
+            least 0; empty where the blind control is not finished.
     """
 
     rows: tuple[Row, ...]
@@ -76,6 +103,8 @@ class Summary:
     missing: int
     provenance: Mapping[str, Any]
     comparisons: tuple[Comparison, ...] = ()
+    rankings: tuple[Ranking, ...] = ()
+    leakage: Mapping[str, float] = field(default_factory=dict)
 
     def find(self, group: str) -> Row | None:
         """The first row of a group that has results."""
@@ -94,15 +123,44 @@ def summarise(folder: str | Path) -> Summary:
         asked = cell["cell"]
         groups.setdefault((asked["group"], asked["keep_ratio"]), []).append(cell)
     seed = manifest["plan"]["seed"]
-    baseline = next((c for c in cells if c["cell"]["group"] == UNCOMPRESSED), None)
+    chance = {name: card["chance"] for name, card in manifest["tasks"].items()}
+    peers = Peers.of(groups)
     return Summary(
-        rows=tuple(_row(*key, found, seed, baseline) for key, found in groups.items()),
-        chance={name: card["chance"] for name, card in manifest["tasks"].items()},
+        rows=tuple(_row(*key, found, seed, peers) for key, found in groups.items()),
+        chance=chance,
         plan=manifest["plan"],
         missing=len(manifest["plan"]["cells"]) - len(cells),
         provenance=cells[-1]["provenance"] if cells else {},
         comparisons=compare(cells, seed=seed),
+        rankings=rankings(cells, seed=seed),
+        leakage={} if peers.blind is None else leakage(peers.blind, chance),
     )
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The finished cells that rows are measured against.
+
+    Args:
+        baseline: The uncompressed model's.
+        blind: The one without picture.
+        at: Random, oracle and down-sampling, by name and keep ratio.
+    """
+
+    baseline: dict[str, Any] | None
+    blind: Cells | None
+    at: Mapping[tuple[str, float | None], Cells]
+
+    @classmethod
+    def of(cls, groups: Mapping[tuple[str, float | None], Cells]) -> "Peers":
+        """Those of a run, as far as they are finished."""
+        done = {
+            key: cells
+            for key, cells in groups.items()
+            if not any("refused" in cell for cell in cells)
+        }
+        baseline = done.get((UNCOMPRESSED, None))
+        return cls(None if baseline is None else dict(baseline[0]), done.get((BLIND, None)), done)
 
 
 def _row(
@@ -110,13 +168,19 @@ def _row(
     keep_ratio: float | None,
     cells: Sequence[dict[str, Any]],
     seed: int,
-    baseline: dict[str, Any] | None,
+    peers: Peers,
 ) -> Row:
     refused = next((cell["refused"] for cell in cells if "refused" in cell), None)
+    control = cells[0]["cell"]["control"]
     if refused is not None:
-        return Row(group=group, keep_ratio=keep_ratio, seeds=len(cells), refused=refused)
+        return Row(
+            group=group,
+            keep_ratio=keep_ratio,
+            seeds=len(cells),
+            refused=refused,
+            control=control,
+        )
     right = per_question(cells)
-    same = None if baseline is None else bootstrap_mean(loyalty(cells, baseline), seed=seed)
     kept = [cell["kept"] for cell in cells]
     return Row(
         group=group,
@@ -124,25 +188,36 @@ def _row(
         seeds=len(cells),
         tasks={name: bootstrap_mean([scores], seed=seed) for name, scores in right.items()},
         accuracy=bootstrap_mean(list(right.values()), seed=seed),
-        loyalty=same,
         visual_tokens=fmean(k["visual_tokens"] for k in kept),
         kept_mean=fmean(k["kept_mean_over_layers"] for k in kept),
         kept_end=fmean(k["kept_at_end"] for k in kept),
-        **_cost([cell["cost"] for cell in cells if "cost" in cell]),
+        cost=cost_of(cells),
+        control=control,
+        turns=turns(cells, seed=seed) or None,
+        **_against_peers(keep_ratio, cells, seed, peers),
     )
 
 
-def _cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Cost columns of a row, averaged over seeds; none where nothing was timed."""
-    if not costs:
-        return {}
-    ratios = [cost["prefill_ratio"] for cost in costs]
-    spread = (fmean(ratio[name] for ratio in ratios) for name in ("p20", "median", "p80"))
-    return {
-        "prefill_ratio": Quantiles(*spread),
-        "kv_ratio": fmean(cost["kv_bytes"] / cost["uncompressed_kv_bytes"] for cost in costs),
-        "kv_bytes": fmean(cost["kv_bytes"] for cost in costs),
-    }
+def _against_peers(
+    keep_ratio: float | None, cells: Cells, seed: int, peers: Peers
+) -> dict[str, Any]:
+    """Fields of a row that compare it with other cells, as far as these are finished."""
+    found: dict[str, Any] = {}
+    if peers.baseline is not None:
+        found["loyalty"] = bootstrap_mean(loyalty(cells, peers.baseline), seed=seed)
+    if peers.blind is not None:
+        found["gain"], found["mean_gain"] = gain(cells, peers.blind, seed=seed)
+    if keep_ratio is None:
+        return found
+    random, oracle, small = (
+        peers.at.get((name, keep_ratio)) for name in (RANDOM, ORACLE, Downsample.name)
+    )
+    if random is not None and oracle is not None:
+        found["gap_closed"] = gap_closed(cells, random, oracle, seed=seed)
+    if small is not None and peers.baseline is not None:
+        measured = hard_subset(cells, small, peers.baseline, seed=seed)
+        found["hard"], found["hard_questions"] = measured
+    return found
 
 
 def write_summary(summary: Summary, folder: str | Path) -> None:
@@ -159,49 +234,8 @@ def write_summary(summary: Summary, folder: str | Path) -> None:
         "provenance": summary.provenance,
         "rows": [asdict(row) for row in summary.rows],
         "comparisons": [asdict(found) for found in summary.comparisons],
+        "rankings": [asdict(ranking) for ranking in summary.rankings],
+        "leakage": summary.leakage,
     }
     write_json(folder / "summary.json", data)
-    write_text(folder / "summary.csv", _csv(summary))
-
-
-_COLUMNS = (
-    "method", "keep_ratio", "seeds", "task", "accuracy", "low", "high", "chance", "loyalty",
-    "visual_tokens",
-    "kept_mean_over_layers", "kept_at_end", "prefill_ratio", "prefill_ratio_p20",
-    "prefill_ratio_p80", "kv_ratio", "kv_bytes", "refused",
-)  # fmt: skip
-
-
-def _csv(summary: Summary) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in summary.rows:
-        shared: dict[str, Any] = {
-            "method": row.group,
-            "keep_ratio": row.keep_ratio,
-            "seeds": row.seeds,
-            "refused": row.refused,
-        }
-        if row.tasks is None or row.accuracy is None:
-            writer.writerow(shared)
-            continue
-        shared |= {
-            "loyalty": None if row.loyalty is None else row.loyalty.mean,
-            "visual_tokens": row.visual_tokens,
-            "kept_mean_over_layers": row.kept_mean,
-            "kept_at_end": row.kept_end,
-            "kv_ratio": row.kv_ratio,
-            "kv_bytes": row.kv_bytes,
-        }
-        if (ratio := row.prefill_ratio) is not None:
-            shared |= {
-                "prefill_ratio": ratio.median,
-                "prefill_ratio_p20": ratio.p20,
-                "prefill_ratio_p80": ratio.p80,
-            }
-        chance = {**summary.chance, "mean": fmean(summary.chance.values())}
-        for task, interval in [*row.tasks.items(), ("mean", row.accuracy)]:
-            own = {"task": task, "accuracy": interval.mean, "low": interval.low}
-            writer.writerow(shared | own | {"high": interval.high, "chance": chance[task]})
-    return text.getvalue()
+    write_text(folder / "summary.csv", csv_text(summary))

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 EVIDENCE_GRID: Final = 12
 """Rows, and columns, of the raster that `Prompt.evidence` counts in."""
 
+EVIDENCE_GRID: Final = 12
+"""Rows, and columns, of the raster that `Prompt.evidence` counts in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
