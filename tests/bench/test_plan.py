@@ -70,6 +70,7 @@ def test_ratios_are_means_over_layers_unless_asked_otherwise():
         ({"questions": 0}, ConfigError, "questions must be an integer >= 1"),
         ({"timing": {"round": 3}}, ConfigError, "did you mean 'rounds'"),
         ({"timing": {"rounds": 1}}, ConfigError, "timing.rounds"),
+        ({"timing": {"decode_tokens": -1}}, ConfigError, "timing.decode_tokens"),
         ({"keep_ratio": [0.5]}, ConfigError, "did you mean 'keep_ratios'"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
