@@ -155,8 +155,9 @@ def test_variants_take_turns_there_and_back_and_the_first_are_not_counted():
         yield
         inside.pop()
 
-    def run():
-        order.append(inside[-1])
+    def run(name):
+        assert inside == [name]
+        order.append(name)
         return len(order)
 
     variants = {name: lambda name=name: entered(name) for name in "abc"}
@@ -247,7 +248,16 @@ def test_a_replay_keeps_the_same_tokens_every_time(subject, prompts, method, opt
             reports.append(view.report)
     assert reports[0].samples == reports[1].samples == reports[2].samples
     assert reports[0].kv_bytes == reports[2].kv_bytes
-    assert not replays(chain, logs)[0].signals()
+
+
+def test_a_replay_reads_nothing():
+    chain = [make_compressor("transprune"), make_compressor("fastv", keep_ratio=0.5, layer=20)]
+    for method, replayed in zip(chain, replays(chain, [[], []]), strict=True):
+        asked, repeated = method.placements(32), replayed.placements(32)
+        assert any(p.queries for p in asked)
+        assert not any(p.queries or p.transitions for p in repeated)
+        assert [(p.layer, p.budget) for p in repeated] == [(p.layer, p.budget) for p in asked]
+        assert not replayed.signals()
 
 
 def test_a_replayed_chain_keeps_positions_and_answers(subject, prompts):

@@ -1,10 +1,15 @@
 """Plans: what they expand to, and what they refuse."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from vispress.bench.plan import load_plan, plan_from_mapping
+from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BASE = {"tasks": ["attribute"], "methods": ["divprune"], "keep_ratios": [0.5, 0.25]}
 
 
@@ -80,14 +85,28 @@ def test_mistakes_are_named(changes, error, words):
         plan_from_mapping(BASE | changes)
 
 
-@pytest.mark.parametrize("name", ["smoke", "demo", "offline"])
+@pytest.mark.parametrize("name", ["smoke", "demo", "offline", "efficiency"])
 def test_shipped_plans_hold_the_controls(name):
     groups = {cell.group for cell in load_plan(name).cells()}
     assert groups >= {"none", "random", "uniform", "avg_pool", "no_image"}
 
 
+def test_efficiency_has_the_published_budgets_of_its_methods():
+    """A count of LLaVA-1.5's 576 tokens is the same share of the reference model's 144."""
+    for cell in load_plan("efficiency").cells()[1:]:
+        (ours,) = cell.chain
+        published = load_config(CONFIGS / f"{ours.name}.yaml")
+        if cell.group == "transprune-low":  # the other preset of a method with one file
+            published = replace(published, preset="low")
+        kept = [
+            [placement.budget.resolve(visual) for placement in method.placements(32)]
+            for method, visual in ((published, 576), (ours, 144))
+        ]
+        assert [round(count / 4) for count in kept[0]] == kept[1], cell.key
+
+
 def test_unknown_plans_name_the_shipped_ones():
-    known = r"did you mean 'smoke'\? known: demo, frontier, offline, smoke"
+    known = r"did you mean 'smoke'\? known: demo, efficiency, frontier, offline, smoke"
     with pytest.raises(ConfigError, match=known):
         load_plan("smok")
 
