@@ -93,8 +93,11 @@ def measure_cost(
             KEPT: partial(compressed, subject.model, list(chain), positions=positions),
             REPLAY: lambda: compressed(subject.model, replays(chain, logs), positions=positions),
         }
-    decode = plan.timing.decode_tokens
-    run = partial(timed_generate, subject.model, inputs, decode, clock)
+
+    def run(name: str) -> Sample:
+        tokens = 0 if name == REPLAY else plan.timing.decode_tokens
+        return timed_generate(subject.model, inputs, tokens, clock)
+
     rounds = in_rounds(variants, run, plan.timing)
     count = len(prompts)
     return {
@@ -116,12 +119,12 @@ def measure_cost(
     }
 
 
-def in_rounds(variants: Variants, run: Callable[[], Sample], timing: Timing) -> list[Round]:
+def in_rounds(variants: Variants, run: Callable[[str], Sample], timing: Timing) -> list[Round]:
     """Samples of every variant, round by round; the first round and the first runs are warm-up.
 
     Args:
         variants: What to enter around the runs of each.
-        run: Takes one sample.
+        run: Takes one sample of the variant of this name.
         timing: Rounds and repeats.
     """
     rounds: list[Round] = []
@@ -129,7 +132,7 @@ def in_rounds(variants: Variants, run: Callable[[], Sample], timing: Timing) -> 
         found = {}
         for name in list(variants)[:: -1 if number % 2 else 1]:
             with variants[name]():
-                found[name] = [run() for _ in range(timing.repeats + 1)][1:]
+                found[name] = [run(name) for _ in range(timing.repeats + 1)][1:]
         rounds.append(found)
     return rounds[1:]
 
