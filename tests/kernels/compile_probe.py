@@ -142,7 +142,7 @@ def _selections() -> list[Variant]:
         rule = {"BLOCK_P": maxmin.MAX_BESTS, **maxmin.launch_rule(N, D)}
         default = weighted and D == 4096 and (N == 576 or dtype == "bf16") and dtype != "fp16"
         more = dict.fromkeys(("inv_ptr", "weight_ptr", "nearest_ptr"), "*fp32")
-        constants = {"LOWEST": maxmin.LOWEST, "HAS_WEIGHT": weighted, **rule}
+        constants = {"ZERO": maxmin.ZERO, "LOWEST": maxmin.LOWEST, "HAS_WEIGHT": weighted, **rule}
         kernel = maxmin.maxmin_step_kernel
         found.append(Variant(kernel, types | more, constants, ("stride_d",), default))
         if weighted:
