@@ -99,8 +99,9 @@ def _query_attention(
     probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]
     if placement.queries is Queries.TEXT_AFTER:
         # rows of a sample are its text behind the first image; behind this image is a tail of them
-        picks = torch.tensor([want.tail(image) for image in bucket.images], device=device)
-        probs = _pick(probs, 2, picks.view(len(probs), -1), backend)
+        tails = [want.tail(image) for image in bucket.images]
+        picks = torch.tensor(tails, dtype=torch.int64, device=device)
+        probs = _pick(probs, 2, picks, backend)
     return _pick(probs, 3, local + want.offset, backend)
 
 
