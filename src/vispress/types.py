@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vispress.budget import Budget
 from vispress.errors import BudgetError
+from vispress_kernels import Backend
 
 Positions = Literal["original", "compact"]
 
@@ -110,6 +111,36 @@ class Transition:
     sequence_valid: Bool[Tensor, "B L"]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TwoLayer:
+    """The weights of a projector that is exactly `w2 act(w1 x + b1) + b2`, and nothing else.
+
+    It says the same as the callable beside it, to methods that share work between its calls.
+
+    Args:
+        w1: `[Dh, Dv]`, as `nn.Linear` has it; any floating dtype.
+        b1: `[Dh]`, or None.
+        w2: `[D, Dh]`.
+        b2: `[D]`, or None.
+        activation: `"gelu"` (exact) or `"gelu_tanh"`.
+    """
+
+    w1: Float[Tensor, "Dh Dv"]
+    b1: Float[Tensor, "Dh"] | None
+    w2: Float[Tensor, "D Dh"]
+    b2: Float[Tensor, "D"] | None
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+
+    def to(self, device: torch.device) -> "TwoLayer":
+        """The same weights on another device."""
+        w1, b1, w2, b2 = (
+            None if w is None else w.to(device) for w in (self.w1, self.b1, self.w2, self.b2)
+        )
+        assert w1 is not None
+        assert w2 is not None
+        return TwoLayer(w1=w1, b1=b1, w2=w2, b2=b2, activation=self.activation)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
     """A bucket of images (or videos) with equal N and geometry; no padding, one row an image.
@@ -128,12 +159,14 @@ class VisualTokens:
         vision_keys: `[B, Hv, N, Dh]`, keys of the feature layer of the encoder.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
+        two_layer: The projector's weights, where it is a two-layer MLP; comes with `projector`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
         crops: Geometry when they are not.
         image_count: Images in the sample that each bucket row belongs to, `[B]` int64.
+        backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
 
     features: Float[Tensor, "B N D"]
@@ -144,12 +177,14 @@ class VisualTokens:
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None
     projector: Callable[[Tensor], Tensor] | None = None
+    two_layer: TwoLayer | None = None
     text_embeddings: Float[Tensor, "B T D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None
     crops: CropLayout | None = None
     image_count: Int[Tensor, "B"] | None = None
+    backend: Backend = "auto"
 
     @property
     def batch(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from vispress.types import CropLayout, TokenPlan, Transition, VisualTokens, full_index
+from vispress.types import CropLayout, TokenPlan, Transition, TwoLayer, VisualTokens, full_index
 
 
 class TinyProjector:
@@ -14,6 +14,11 @@ class TinyProjector:
     def __init__(self, width_in, width_out, generator):
         self.first = torch.randn(width_in, 7, generator=generator, dtype=torch.float64)
         self.second = torch.randn(7, width_out, generator=generator, dtype=torch.float64)
+
+    @property
+    def weights(self):
+        """The same as weights."""
+        return TwoLayer(w1=self.first.mT, b1=None, w2=self.second.mT, b2=None)
 
     def __call__(self, x):
         return torch.nn.functional.gelu(x @ self.first.to(x)) @ self.second.to(x)
@@ -94,6 +99,7 @@ def make_tokens(
         )
 
     layers = () if encoder_layers == 1 else (encoder_layers,)
+    projector = TinyProjector(6, dim, g)
     return VisualTokens(
         features=normal(B, N, dim).to(dtype),
         index=full_index(B, N, torch.device("cpu")),
@@ -102,7 +108,8 @@ def make_tokens(
         column_attention=attention(B, *layers, heads).to(dtype),
         vision_keys=normal(B, heads, N, 5).to(dtype),
         vision_features=normal(B, N, 6).to(dtype),
-        projector=TinyProjector(6, dim, g),
+        projector=projector,
+        two_layer=projector.weights,
         text_embeddings=normal(B, 4, dim).to(dtype),
         query_attention=attention(B, heads, queries),
         transition=tuple(transition(layer) for layer in transitions),
@@ -135,7 +142,7 @@ def with_scores(*rows):
 
 
 def map_tensors(tokens, change):
-    """A copy with `change` applied to every device tensor (`crops` stays on the host)."""
+    """A copy with `change` applied to every tensor of the bucket (`crops` stays on the host)."""
 
     def visit(value):
         if isinstance(value, Tensor):
@@ -146,7 +153,10 @@ def map_tensors(tokens, change):
             return tuple(visit(v) for v in value)
         return value
 
-    return replace(tokens, **{k: visit(v) for k, v in vars_of(tokens).items() if k != "crops"})
+    return replace(
+        tokens,
+        **{k: visit(v) for k, v in vars_of(tokens).items() if k not in ("crops", "two_layer")},
+    )
 
 
 def vars_of(value):

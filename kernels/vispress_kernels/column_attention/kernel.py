@@ -217,7 +217,7 @@ def column_attention_triton(
     if not out.numel():
         return out
     lse = torch.empty_like(out)
-    counts = query_counts(bounds, valid, (B, S)).to(q.device)
+    counts = query_counts(bounds, valid, q)
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     rule = launch_rule(Dh, q.element_size())
     q, k = dot_operand(q), dot_operand(k)

@@ -4,10 +4,13 @@ Memory-bound: reads the grid once for each tile of 16 x 16 new tokens (once in a
 sizes, then from cache) and writes each new token once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vispress_kernels._launch import Rule, ceil_div, launch, store_dtype
 
@@ -83,8 +86,7 @@ def launch_rule() -> Rule:
     }
 
 
-def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Launch the kernel; arguments as in `dct_lowpass_reference`."""
+def _launch_dct(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     B, _, C = x.shape
     P, H = rows.shape
     Q, W = columns.shape
@@ -108,3 +110,23 @@ def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         on=x,
     )
     return out.to(x.dtype)
+
+
+class _DctLowpass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        return _launch_dct(x, rows, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        # the map is linear: its transpose is the same kernel with both matrices transposed
+        return _launch_dct(grad, rows.mT, columns.mT), None, None
+
+
+def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Launch the kernel, with autograd; arguments as in `dct_lowpass_reference`."""
+    out: Tensor = _DctLowpass.apply(x, rows, columns)
+    return out

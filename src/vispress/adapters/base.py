@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.errors import ConfigError, UnsupportedModelError
-from vispress.types import CropLayout, Signal
+from vispress.types import CropLayout, Signal, TwoLayer
 
 Modality = Literal["image", "video"]
 """Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
@@ -85,6 +85,14 @@ class ModelAdapter(ABC):
             `[..., N, D]`.
         """
         return projector(features)  # type: ignore[no-any-return]
+
+    def two_layer(self) -> TwoLayer | None:
+        """The projector's weights, if it is exactly two linear layers around a GELU.
+
+        None where anything else may happen between token inputs (`projector_inputs`) and output: a
+        norm, an adapter (LoRA), quantised or offloaded weights, a hook on its layers.
+        """
+        return None
 
     @abstractmethod
     def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:

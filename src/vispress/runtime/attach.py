@@ -22,6 +22,7 @@ from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
 from vispress.types import Signal
 from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens_many
 
 STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
@@ -283,9 +284,9 @@ class Attachment:
             rows = state.last.to(hidden.device)
             visual = visual.to(hidden.device)
             number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
-            here = visual.gather(1, rows.index)
+            here, number = gather_tokens_many((visual, number), rows.index, backend=self.backend)
             here = here if rows.valid is None else here & rows.valid
-            embeds = embeds.to(hidden.device)[number.gather(1, rows.index)[here]]
+            embeds = embeds.to(hidden.device)[number[here]]
             visual = here
         result: Tensor = original(hidden, visual, embeds)
         return result

@@ -53,32 +53,27 @@ class EncoderSink:
         """Called by a watched encoder attention, once a layer or once an image and layer."""
         layer = next((i for i in self._layers if self._modules[i] is module), None)
         is_feature_layer = self._modules[self._feature_layer] is module
-        for q, k in _split_packed(query, key, kwargs):
-            if layer is not None:
-                self._attention(layer, q, k, float(kwargs["scaling"]))
-            if is_feature_layer and Signal.VISION_KEYS in self._wanted:
-                self.keys.append(k[:, :, 1:] if self._has_cls else k)
+        if layer is not None:
+            # a varlen kernel gets all images in one packed sequence
+            self._attention(
+                layer, query, key, float(kwargs["scaling"]), kwargs.get("cu_seq_lens_q")
+            )
+        if is_feature_layer and Signal.VISION_KEYS in self._wanted:
+            self.keys.append(key[:, :, 1:] if self._has_cls else key)
 
-    def _attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def _attention(
+        self, layer: int, query: Tensor, key: Tensor, scaling: float, bounds: Tensor | None
+    ) -> None:
         if Signal.CLS_ATTENTION in self._wanted:
             row = query_attention(query[:, :, :1], key, scale=scaling, backend=self._backend)
             row = row[:, :, 0, 1:]
             self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row)
         if Signal.COLUMN_ATTENTION in self._wanted:
-            mean = column_attention(query, key, scale=scaling, backend=self._backend)
+            mean = column_attention(
+                query, key, cu_seqlens=bounds, scale=scaling, backend=self._backend
+            )
             mean = mean[..., 1:] if self._has_cls else mean
             self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
-
-
-def _split_packed(
-    query: Tensor, key: Tensor, kwargs: Mapping[str, Any]
-) -> list[tuple[Tensor, Tensor]]:
-    """One pair an image when a varlen kernel gets all images in one packed sequence."""
-    ends = kwargs.get("cu_seq_lens_q")
-    if ends is None:
-        return [(query, key)]
-    sizes = (ends[1:] - ends[:-1]).tolist()
-    return list(zip(torch.split(query, sizes, dim=2), torch.split(key, sizes, dim=2), strict=True))
 
 
 class Capture:

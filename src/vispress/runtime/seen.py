@@ -74,20 +74,21 @@ class Wanted:
         self.seen = True
         local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
         heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-        S = key.shape[2]
-        if mask is not None and mask.ndim == 4:
+        query, S = query.gather(2, heads), key.shape[2]
+        places: Tensor | None = local + self.offset
+        if mask is not None and mask.ndim == 4:  # causality is in the mask
             mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
-            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-            self.rows = attention_rows(query.gather(2, heads), key, mask.gather(2, index), scaling)
-        else:
-            self.rows = query_attention(
-                query.gather(2, heads),
-                key,
-                rows=local + self.offset,
-                key_valid=None if mask is None else mask[:, :S].bool(),
-                scale=scaling,
-                backend=backend,
-            )
+            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
+            mask, places = mask.gather(2, index), None
+            if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
+                self.rows = attention_rows(query, key, mask, scaling)
+                return
+            mask = mask[:, 0]
+        elif mask is not None:
+            mask = mask[:, :S].bool()
+        self.rows = query_attention(
+            query, key, rows=places, key_valid=mask, scale=scaling, backend=backend
+        )
 
 
 @dataclass(eq=False)

@@ -11,6 +11,8 @@ from vispress.runtime.images import Bucket
 from vispress.runtime.rows import Rows
 from vispress.runtime.state import ForwardState
 from vispress.types import Placement, Queries, Signal, Transition, VisualTokens
+from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens
 
 
 def visual_tokens(
@@ -51,6 +53,7 @@ def visual_tokens(
         num_original=first.num_visual,
         grid=first.grid,
         crops=first.crops,
+        backend=state.attachment.backend,
         **signals,
     )
 
@@ -67,11 +70,7 @@ def _encoder_signals(
         whole = torch.stack(values).to(device)
         if bucket.num_visual == bucket.images[0].num_visual:
             return whole
-        shape = [1] * whole.ndim
-        shape[0], shape[axis] = len(values), -1
-        wanted = list(whole.shape)
-        wanted[axis] = bucket.num_visual
-        return whole.gather(axis, bucket.index.view(shape).expand(wanted))
+        return _pick(whole, axis, bucket.index, state.attachment.backend)
 
     for signal in (Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION):
         if signal in reads:
@@ -85,6 +84,8 @@ def _encoder_signals(
         out["vision_features"] = stacked(inputs, 1)
     if Signal.PROJECTOR in reads:
         out["projector"] = projector_function(adapter)
+        two_layer = adapter.two_layer()
+        out["two_layer"] = None if two_layer is None else two_layer.to(device)
     return out
 
 
@@ -94,17 +95,19 @@ def _query_attention(
     """`[Bk, H, Q, N]` of the rows that the placement names."""
     want = next(w for w in state.wanted if w.serves(placement))
     assert want.rows is not None
-    device = bucket.index.device
+    device, backend = bucket.index.device, state.attachment.backend
     probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]
     if placement.queries is Queries.TEXT_AFTER:
         # rows of a sample are its text behind the first image; behind this image is a tail of them
-        picks = torch.tensor([want.tail(image) for image in bucket.images], device=device)
-        probs = probs.gather(
-            2, picks[:, None, :, None].expand(-1, probs.shape[1], -1, probs.shape[3])
-        )
-    slots = local + want.offset
-    wanted = slots[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
-    return probs.gather(3, wanted)
+        tails = [want.tail(image) for image in bucket.images]
+        picks = torch.tensor(tails, dtype=torch.int64, device=device)
+        probs = _pick(probs, 2, picks, backend)
+    return _pick(probs, 3, local + want.offset, backend)
+
+
+def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
+    """Places `index [B, K]` along one axis of `[B, ...]`."""
+    return gather_tokens(x.movedim(axis, 1), index, backend=backend).movedim(1, axis)
 
 
 def _transitions(

@@ -237,8 +237,8 @@ class ForwardState:
             return self._rotary[key]
         if rows.shift is None and before is None:
             if not rows.whole:
-                cos, sin = (gather_rotary(table.to(hidden.device), rows.index) for table in given)
-                given = (cos, sin)
+                cos, sin = (table.to(hidden.device) for table in given)
+                given = gather_rotary((cos, sin), rows.index, self.attachment.backend)
         else:
             assert self.position_ids is not None
             ids = self.position_ids.to(hidden.device).expand(rows.index.shape[0], -1)
