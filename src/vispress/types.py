@@ -129,6 +129,7 @@ class VisualTokens:
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
+        text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
@@ -145,6 +146,7 @@ class VisualTokens:
     vision_features: Float[Tensor, "B N Dv"] | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     text_embeddings: Float[Tensor, "B T D"] | None = None
+    text_after: int = 0
     query_attention: Float[Tensor, "B H Q N"] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None

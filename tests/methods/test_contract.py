@@ -37,6 +37,10 @@ GEOMETRIES = {
 COUNTS = [1, 2, 7, 13, -1]
 
 
+# choices that change what is read or how, by method
+OTHER_SETTINGS = {"cdpruner": [{"relevance": "none"}]}
+
+
 def variants(name):
     """The method as a user would get it, and with each choice that changes what it reads."""
     cls = get_method(name)
@@ -50,6 +54,7 @@ def variants(name):
         asked.append({"dims": 2})
     if "direction" in fields:
         asked.append({"direction": "abs"})
+    asked += OTHER_SETTINGS.get(name, [])
     return [cls(**a) for a in asked]
 
 
@@ -69,7 +74,7 @@ def chosen(rule):
 
 def ranks(method):
     """Whether the method orders tokens by something in the bucket."""
-    greedy = method.name in ("divprune", "zoo_prune")
+    greedy = method.name in ("cdpruner", "divprune", "zoo_prune")
     return greedy or (isinstance(method, ScorePruner) and method.name != "random")
 
 

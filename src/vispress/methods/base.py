@@ -12,7 +12,7 @@ from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_m
 from vispress.errors import BudgetError, ConfigError
 from vispress.types import Placement, Positions, Signal, TokenPlan, VisualTokens
 
-Evidence = Literal["code", "paper", "reconstructed", "control"]
+Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
 
 
 @dataclass(frozen=True, kw_only=True)

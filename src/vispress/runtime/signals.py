@@ -42,6 +42,7 @@ def visual_tokens(
         signals["transition"] = _transitions(state, placement, bucket)
     if Signal.TEXT_EMBEDDINGS in reads:
         signals["text_embeddings"] = _text_embeddings(state, bucket)
+        signals["text_after"] = len(first.text_after)
     if Signal.IMAGE_COUNT in reads:
         counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
