@@ -34,7 +34,7 @@ def test_relevance_is_the_mean_cosine_scaled_to_one():
 
 def test_golden_vector_of_the_selection():
     r = torch.tensor([[0.9, 0.5, 0.8, 0.4, 1, 0.7, 0.6, 0.3]])
-    # the rank is 3: the published vector's fourth pick (6) is rounding noise, ours goes by relevance
+    # rank 3: the published fourth pick (6) is rounding noise, ours goes by relevance
     assert dpp_select(GOLDEN[None], r, 4).tolist() == [[4, 0, 2, 5]]
 
 

@@ -38,7 +38,10 @@ COUNTS = [1, 2, 7, 13, -1]
 
 
 # choices that change what is read or how, by method
-OTHER_SETTINGS = {"cdpruner": [{"relevance": "none"}]}
+OTHER_SETTINGS = {
+    "cdpruner": [{"relevance": "none"}],
+    "holov": [{"variant": "paper", "num_crops": 3}],
+}
 
 
 def variants(name):

@@ -150,9 +150,13 @@ def upcast(x: Tensor) -> Tensor:
 
 def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
     """Ascending indices `[B, K]` of the highest scores; ties keep the earlier, NaN is lowest."""
+    return descending(score)[:, :num_keep].sort(dim=-1).values
+
+
+def descending(score: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """All indices, the highest score first; ties keep the earlier token first, NaN is lowest."""
     clean = torch.where(score.isnan(), float("-inf"), score)
-    order = clean.argsort(dim=-1, descending=True, stable=True)
-    return order[:, :num_keep].sort(dim=-1).values
+    return clean.argsort(dim=-1, descending=True, stable=True)
 
 
 def segment_shares(segments: Int[Tensor, "N"], num_keep: int) -> dict[int, int]:

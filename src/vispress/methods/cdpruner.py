@@ -84,7 +84,6 @@ class CDPruner(Compressor):
             relevance = text_relevance(x, question(tokens), counted, negate=self.negate)
 
         def pick(part: Part) -> Tensor:
-            own = relevance[part.rows][:, part.places]
-            return dpp_select(x[part.rows][:, part.places], own, part.share)
+            return dpp_select(part.of(x), part.of(relevance), part.share)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

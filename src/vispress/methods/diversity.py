@@ -35,6 +35,13 @@ def nearest_distance(x: Float[Tensor, "B N D"], *, block: int = 1024) -> Float[T
     return 1 - (x * x.gather(1, other)).sum(dim=-1)
 
 
+def largest_cosine(
+    x: Float[Tensor, "B N D"], others: Float[Tensor, "B M D"], *, block: int = 1024
+) -> Float[Tensor, "B N"]:
+    """Cosine of each unit token to the most similar of the others, `block` rows at a time."""
+    return torch.cat([(b @ others.mT).amax(dim=2) for b in torch.split(x, block, dim=1)], dim=1)
+
+
 def maxmin_select(
     x: Float[Tensor, "B N D"],
     num_keep: int,
