@@ -213,12 +213,18 @@ def _resolve(
 
 
 def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:
-    """Refuse a method whose signals this model cannot give, with what would work."""
+    """Refuse a method whose input or signals this model cannot give, with what would work."""
+    if method.needs is not None and method.needs not in adapter.kinds:
+        has = {"anyres": "cuts no images into AnyRes crops", "video": "reads no videos"}
+        raise UnsupportedMethodError(
+            f"{method.name} is made for {method.needs} input, but {adapter.family} "
+            f"{has[method.needs]}. Methods that work on this model: {', '.join(_working(adapter))}"
+        )
     missing = method.signals() - adapter.signals()
     if not missing:
         return
     names = ", ".join(sorted(signal.value for signal in missing))
-    works = [name for name in list_methods() if get_method(name).reads <= adapter.signals()]
+    works = _working(adapter)
     hint = ""
     if missing == {Signal.CLS_ATTENTION} and "scores" in method.hyperparameters():
         hint = " The documented substitute is scores='column_mean'."
@@ -230,3 +236,13 @@ def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:
         else f"{method.name} needs {names}, which {adapter.family} cannot give. "
         f"Methods that work on this model: {', '.join(works)}"
     )
+
+
+def _working(adapter: ModelAdapter) -> list[str]:
+    """Methods that need nothing that this model lacks."""
+    return [
+        name
+        for name in list_methods()
+        if (cls := get_method(name)).reads <= adapter.signals()
+        and (cls.needs is None or cls.needs in adapter.kinds)
+    ]

@@ -63,6 +63,12 @@ def _legend(families: Sequence[Family]) -> str:
 
 def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
     """Where a method works; None for nowhere among these families."""
+    if cls.needs is not None:
+        fitting = [family for family in families if cls.needs in family.kinds]
+        if not fitting:
+            return None
+        if len(fitting) < len(families):
+            return f"with {cls.needs} input: {', '.join(family.name for family in fitting)}"
     if Signal.CLS_ATTENTION not in cls.reads or all(family.has_cls for family in families):
         return "all"
     if any(field.name == "scores" for field in fields(cls)):

@@ -13,6 +13,8 @@ from vispress.budget import Budget
 from vispress.errors import BudgetError
 
 Positions = Literal["original", "compact"]
+Need = Literal["anyres", "video"]
+"""Kinds of visual input that not every model has: AnyRes crops, videos."""
 
 
 class Stage(StrEnum):

@@ -25,7 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What `compress_model` gets beside the name; others get a ratio."""
 
-CASES = [(family, method) for family in FAMILIES for method in METHODS]
+VIDEO_ONLY = frozenset(name for name in METHODS if get_method(name).needs == "video")
+"""Methods that leave the images of the common batch whole; laws on videos run over them."""
 
 # two images and one, a text-only sample, unequal lengths; sizes differ where the family allows it
 SAMPLES = (
@@ -39,6 +40,20 @@ SAMPLES = (
 def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa") -> Any:
     """One model a family; tests must leave it as they found it."""
     return build(family, dtype=dtype, attn=attn)
+
+
+def fits(family: str, method: str) -> bool:
+    """Whether the family has the kind of input that the method is made for."""
+    needs = get_method(method).needs
+    return needs is None or needs in find_adapter(model_of(family)).kinds
+
+
+CASES = [
+    (family, method)
+    for family in FAMILIES
+    for method in METHODS
+    if method not in VIDEO_ONLY and fits(family, method)
+]
 
 
 @cache
@@ -217,6 +232,7 @@ __all__ = [
     "METHODS",
     "QWEN",
     "SAMPLES",
+    "VIDEO_ONLY",
     "Run",
     "Spy",
     "changed_rows",

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, run
+from tests.laws.cases import CASES, FAMILIES, VIDEO_ONLY, inputs_of, make, model_of, run
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 
@@ -134,7 +134,7 @@ def test_report_and_alive_agree() -> None:
             assert tuple(here) == image.kept
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool"])
+@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool", *sorted(VIDEO_ONLY)])
 @pytest.mark.parametrize("family", VIDEO)
 def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, method: str) -> None:
     model = model_of(family)

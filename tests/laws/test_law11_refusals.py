@@ -6,8 +6,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tests.laws.cases import FAMILIES, METHODS, NO_BUDGET, inputs_of, logits_of, model_of, settings
-from tests.tiny import QWEN, Image, Sample, Text, build, make_inputs
+from tests.laws.cases import (
+    FAMILIES,
+    METHODS,
+    NO_BUDGET,
+    fits,
+    inputs_of,
+    logits_of,
+    model_of,
+    settings,
+)
+from tests.tiny import QWEN, VIDEO, Image, Sample, Text, build, make_inputs
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
@@ -51,7 +60,29 @@ def refused(error: type[VispressError], match: str, **options: Any) -> Any:
 
 def test_families_without_cls_are_the_ones_meant() -> None:
     assert tuple(f for f in FAMILIES if not find_adapter(model_of(f)).has_cls) == WITHOUT_CLS
-    assert set(CLS_METHODS) == {"fastervlm", "visionzip", "vtc_cls"}
+    assert set(CLS_METHODS) == {"fastervlm", "holov", "vispruner", "visionzip", "vtc_cls"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kinds_of_input_are_the_ones_meant(family: str) -> None:
+    adapter = find_adapter(model_of(family))
+    assert ("video" in adapter.kinds) == ("video" in adapter.placeholders()) == (family in VIDEO)
+    assert ("anyres" in adapter.kinds) == (family in ("llava_next", "llava_onevision"))
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [(f, m) for f in FAMILIES for m in METHODS if not fits(f, m)]
+)
+def test_a_method_for_other_input_is_refused_with_its_reason(family: str, method: str) -> None:
+    reason = {"anyres": "cuts no images into AnyRes crops", "video": "reads no videos"}
+    refused(
+        UnsupportedMethodError,
+        f"{method} is made for {get_method(method).needs} input, but {family} "
+        f"{reason[get_method(method).needs or '']}. Methods that work on this model: .*divprune",
+        model=model_of(family),
+        method=method,
+        keep_ratio=0.5,
+    )
 
 
 @pytest.mark.parametrize("method", CLS_METHODS)

@@ -62,6 +62,7 @@ def variants(name):
 
 
 METHODS = [pytest.param(name, id=name) for name in BUILT_IN]
+VIDEO_ONLY = {n for n in BUILT_IN if get_method(n).needs == "video"}
 BUDGETED = [name for name in BUILT_IN if get_method(name).takes_budget]
 VARIANTS = [
     pytest.param(m, id="-".join([name, *(str(i) for i in [i] if i)]))
@@ -87,7 +88,11 @@ def acts_before_the_llm(method):
 
 
 def bucket(method, geometry="image", **kwargs):
-    """Random tokens with as many encoder layers as the method asks of a 6-layer encoder."""
+    """Random tokens with as many encoder layers as the method asks of a 6-layer encoder.
+
+    Methods for videos never see anything else.
+    """
+    geometry = "video" if method.name in VIDEO_ONLY else geometry
     layers = method.encoder_layers(6, 4)
     return make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
 
@@ -237,7 +242,7 @@ def test_a_second_compressor_sees_what_the_first_left(method, geometry):
     # rows differ in which places are left, so that geometry has to be looked up
     first = get_method("divprune")(num_tokens=20)
     left = take(tokens, first.plan(tokens, 20).keep)
-    if method.name in ("fourier", "avg_pool") or getattr(method, "dims", 1) == 2:
+    if method.name in ("fourier", "avg_pool", *VIDEO_ONLY) or getattr(method, "dims", 1) == 2:
         with pytest.raises(UnsupportedMethodError, match="whole images"):
             planned(method, left)
         return

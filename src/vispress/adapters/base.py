@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.errors import ConfigError, UnsupportedModelError
-from vispress.types import CropLayout, Signal
+from vispress.types import CropLayout, Need, Signal
 
 Modality = Literal["image", "video"]
 """Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
@@ -28,6 +28,8 @@ class ModelAdapter(ABC):
     """Class names of base models this adapter serves."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a [CLS] token at index 0 of its sequence."""
+    kinds: ClassVar[frozenset[Need]] = frozenset()
+    """Special kinds of visual input: AnyRes crops, videos."""
     packed: ClassVar[bool] = False
     """Whether the encoder runs all images as one packed sequence (`pack` then gets `[S, C]`)."""
     mrope: ClassVar[bool] = False

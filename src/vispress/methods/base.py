@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
 from vispress.errors import BudgetError, ConfigError
-from vispress.types import Placement, Positions, Signal, TokenPlan, VisualTokens
+from vispress.types import Need, Placement, Positions, Signal, TokenPlan, VisualTokens
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
 
@@ -40,6 +40,8 @@ class Compressor(ABC):
     """False: `plan` may keep another count than asked (grids, adaptive counts) and reports it."""
     takes_budget: ClassVar[bool] = True
     """False: what is kept is fixed (nothing, say), and a budget is refused."""
+    needs: ClassVar[Need | None] = None
+    """What the method is made for: a model without it is refused. `"video"`: images pass whole."""
     merges: ClassVar[bool] = False
     """True: survivors do not keep their own values."""
     default_positions: ClassVar[Positions] = "compact"

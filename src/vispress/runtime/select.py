@@ -181,7 +181,8 @@ def _plans(
     placement, method = step.placement, step.method
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
     num_keep = placement.budget.resolve(bucket.entered[step.compressor])
-    if num_keep >= bucket.num_visual:
+    whole = method.needs == "video" and bucket.images[0].modality != "video"
+    if whole or num_keep >= bucket.num_visual:
         yield bucket, None
         return
     if num_keep == 0:
