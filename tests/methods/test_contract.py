@@ -40,6 +40,7 @@ COUNTS = [1, 2, 7, 13, -1]
 # choices that change what is read or how, by method
 OTHER_SETTINGS = {
     "cdpruner": [{"relevance": "none"}],
+    "flashvlm": [{"gating": True}],
     "holov": [{"variant": "paper", "num_crops": 3}],
 }
 

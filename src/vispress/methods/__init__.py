@@ -6,6 +6,7 @@ from vispress.methods.divprune import DivPrune as DivPrune
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM
 from vispress.methods.fastv import FastV as FastV
+from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.max_norm import MaxNorm as MaxNorm

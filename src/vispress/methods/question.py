@@ -24,18 +24,22 @@ def mean_cosine(x: Float[Tensor, "B N D"], texts: Float[Tensor, "B T D"]) -> Flo
     return (unit(x) * mean).sum(dim=-1)
 
 
-def scaled(score: Float[Tensor, "B N"], counted: Tensor, eps: float) -> Float[Tensor, "B N"]:
+def scaled(
+    score: Float[Tensor, "B N"], *, counted: Tensor | None = None, eps: float = 0.0
+) -> Float[Tensor, "B N"]:
     """Min-max over the counted tokens of each image, `(s - min + eps) / (max - min)`.
 
     Args:
         score: Any range.
-        counted: `[B, N]` bool; others (newlines) get a value, but do not set the scale.
+        counted: `[B, N]` bool; others (newlines) get a value, but do not set the scale. None: all.
         eps: Keeps the lowest above 0.
 
     Returns:
         1 for all where the range is within rounding of 0.
     """
     score = upcast(score)
+    if counted is None:
+        counted = torch.ones_like(score, dtype=torch.bool)
     low = score.masked_fill(~counted, float("inf")).amin(dim=1, keepdim=True)
     high = score.masked_fill(~counted, float("-inf")).amax(dim=1, keepdim=True)
     spread = high - low
