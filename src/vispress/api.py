@@ -17,7 +17,7 @@ from vispress.errors import (
 from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
 from vispress.report import CompressionReport, build_report
-from vispress.types import Positions, Signal
+from vispress.types import CLS_SIGNALS, Positions
 from vispress.versions import check_versions
 from vispress_kernels import Backend
 
@@ -226,13 +226,13 @@ def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:
     names = ", ".join(sorted(signal.value for signal in missing))
     works = _working(adapter)
     hint = ""
-    if missing == {Signal.CLS_ATTENTION} and "scores" in method.hyperparameters():
+    if missing <= CLS_SIGNALS and "scores" in method.hyperparameters():
         hint = " The documented substitute is scores='column_mean'."
     raise UnsupportedMethodError(
         f"{method.name} needs {names}, which {adapter.family} cannot give (its vision encoder "
         "has no [CLS] "
         f"token).{hint} Methods that work on this model: {', '.join(works)}"
-        if missing == {Signal.CLS_ATTENTION}
+        if missing <= CLS_SIGNALS
         else f"{method.name} needs {names}, which {adapter.family} cannot give. "
         f"Methods that work on this model: {', '.join(works)}"
     )

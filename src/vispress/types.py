@@ -29,6 +29,8 @@ class Signal(StrEnum):
     """What a compressor may read beside the features; declared in `Compressor.reads`."""
 
     CLS_ATTENTION = "cls_attention"
+    CLS_LOGITS = "cls_logits"
+    CLS_WIDE_ATTENTION = "cls_wide_attention"
     COLUMN_ATTENTION = "column_attention"
     VISION_KEYS = "vision_keys"
     VISION_FEATURES = "vision_features"
@@ -39,6 +41,12 @@ class Signal(StrEnum):
     GRID = "grid"
     CROPS = "crops"
     IMAGE_COUNT = "image_count"
+
+
+CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
+"""What only an encoder with a [CLS] token gives."""
+ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
+"""What is read of the encoder's attention."""
 
 
 class Queries(StrEnum):
@@ -63,6 +71,7 @@ class Placement:
             layer `layer` would compute on the rows that are still there (only q and k are
             computed).
         transitions: Decoder layers whose module inputs and outputs are measured up to here.
+        adaptive: The method decides how much it keeps; `budget` is the most.
     """
 
     stage: Stage
@@ -71,6 +80,7 @@ class Placement:
     queries: Queries | None = None
     attention_of: Literal["previous", "next"] = "previous"
     transitions: tuple[int, ...] = ()
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +135,11 @@ class VisualTokens:
         num_original: Tokens the image had at the start (N0); equals N unless pruned before.
         cls_attention: `[B, H, N]`, [CLS] row of the encoder layer that gives the features; or
             `[B, E, H, N]` when `Compressor.encoder_layers` asks for E != 1 layers, in its order.
+        cls_logits: As `cls_attention`, scaled but before the softmax.
+        cls_wide_attention: As `cls_attention`, with all heads as one of full width: H = 1.
         column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS]
             row.
-        vision_keys: `[B, Hv, N, Dh]`, keys of the feature layer of the encoder.
+        vision_keys: `[B, Hv, N, Dh]`, keys of the (last) encoder layer that is asked for.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
@@ -143,6 +155,8 @@ class VisualTokens:
     index: Int[Tensor, "B N"]
     num_original: int
     cls_attention: Float[Tensor, "B *EH N"] | None = None
+    cls_logits: Float[Tensor, "B *EH N"] | None = None
+    cls_wide_attention: Float[Tensor, "B *EH N"] | None = None
     column_attention: Float[Tensor, "B *EH N"] | None = None
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None

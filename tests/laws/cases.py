@@ -14,7 +14,7 @@ from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
 from vispress.report import CompressionReport
-from vispress.types import Signal, TokenPlan, VisualTokens
+from vispress.types import CLS_SIGNALS, TokenPlan, VisualTokens
 
 METHODS = tuple(list_methods())
 NO_BUDGET = frozenset(name for name in METHODS if not get_method(name).takes_budget)
@@ -68,7 +68,7 @@ def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
     """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
     chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
     adapter = find_adapter(model_of(family))
-    if Signal.CLS_ATTENTION in get_method(method).reads and not adapter.has_cls:
+    if get_method(method).reads & CLS_SIGNALS and not adapter.has_cls:
         chosen["scores"] = "column_mean"
     return chosen
 

@@ -149,6 +149,20 @@ def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, meth
     assert_equals_oracle(model, inputs, result)
 
 
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl"])
+def test_counts_that_images_decide_equal_the_masked_model(family: str, plus: bool) -> None:
+    model, inputs = model_of(family), inputs_of(family)
+    method = make(family, "prumerge", keep_ratio=None, plus=plus)
+    result = run(model, inputs, method)
+    images = [image for sample in result.report.samples for image in sample.images]
+    counts = [len(image.kept) for image in images]
+    assert all(0 < n < image.num_visual for n, image in zip(counts, images, strict=True))
+    if plus:
+        assert len(set(counts)) > 1
+    assert_equals_oracle(model, inputs, result)
+
+
 def test_one_layer_can_be_read_ahead_and_while_it_runs() -> None:
     """PyramidDrop peeks at layer 2, FastV before layer 3 reads layer 2 as it ran, on fewer rows."""
     model, inputs = model_of("llava"), inputs_of("llava")

@@ -41,6 +41,7 @@ COUNTS = [1, 2, 7, 13, -1]
 OTHER_SETTINGS = {
     "cdpruner": [{"relevance": "none"}],
     "flashvlm": [{"gating": True}],
+    "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "holov": [{"variant": "paper", "num_crops": 3}],
 }
 
@@ -88,6 +89,16 @@ def acts_before_the_llm(method):
     return not method.reads & {Signal.QUERY_ATTENTION, Signal.TRANSITION}
 
 
+def counts_by_shape(method):
+    """Whether counts follow from shapes alone; an image that decides its own must be looked at."""
+    return not method.placements(32)[0].adaptive if method.name == "prumerge" else True
+
+
+def kept(plan):
+    """Kept tokens of each image, as lists."""
+    return [keep.tolist() for keep in plan.keep]
+
+
 def bucket(method, geometry="image", **kwargs):
     """Random tokens with as many encoder layers as the method asks of a 6-layer encoder.
 
@@ -122,11 +133,11 @@ def test_plans_are_well_formed_and_meet_the_budget(method, geometry):
         plan.check(tokens, num_keep, exact=method.exact)
         plan.check_values(tokens)
         assert max(plan.counts) <= num_keep
-        assert plan.keep.dtype == torch.int64
+        assert all(keep.dtype == torch.int64 for keep in plan.keep)
         if num_keep:
             assert min(plan.counts) >= 1
         if plan.features is not None:
-            assert plan.features.shape == (2, plan.counts[0], tokens.features.shape[-1])
+            assert plan.features.shape == (2, max(plan.counts), tokens.features.shape[-1])
             assert plan.features.dtype == tokens.features.dtype
         if plan.assign is not None:
             slots = torch.arange(plan.counts[0]).expand(2, -1)
@@ -189,13 +200,17 @@ def test_half_precision_decides_as_its_values_in_fp32(method, dtype):
     half = bucket(method, "anyres", dtype=dtype)
     full = map_tensors(half, lambda t: t.float() if t.dtype == dtype else t)
     in_half, in_full = planned(method, half), planned(method, full)
-    assert torch.equal(in_half.keep, in_full.keep)
+    assert kept(in_half) == kept(in_full)
     if in_half.features is not None:
         assert in_half.features.dtype == dtype
         close = 8 * torch.finfo(dtype).eps
-        torch.testing.assert_close(
-            in_half.features.float(), in_full.features, rtol=close, atol=close
-        )
+        for b, count in enumerate(in_half.counts):
+            torch.testing.assert_close(
+                in_half.features[b, :count].float(),
+                in_full.features[b, :count],
+                rtol=close,
+                atol=close,
+            )
     if in_half.assign is not None:
         assert torch.equal(in_half.assign, in_full.assign)
         assert in_half.weight.dtype == torch.float32
@@ -210,7 +225,7 @@ def test_double_precision_stays(method):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("method", chosen(counts_by_shape))
 def test_planning_never_waits_for_the_device(method, geometry):
     # meta tensors have no values: reading one on the host is an error
     tokens = map_tensors(bucket(method, geometry), lambda t: t.to("meta"))
@@ -248,10 +263,10 @@ def test_a_second_compressor_sees_what_the_first_left(method, geometry):
             planned(method, left)
         return
     plan = planned(method, left)
-    plan.check(left, count_for(method, left, 7), exact=True)
+    plan.check(left, count_for(method, left, 7), exact=method.exact)
     plan.check_values(left)
     for b in range(2):
-        assert torch.equal(plan.keep[b : b + 1], planned(method, single(left, b)).keep)
+        assert kept(plan)[b : b + 1] == kept(planned(method, single(left, b)))
 
 
 # --- placements and budgets

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.errors import ConfigError, UnsupportedModelError
-from vispress.types import CropLayout, Need, Signal
+from vispress.types import CLS_SIGNALS, CropLayout, Need, Signal
 
 Modality = Literal["image", "video"]
 """Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
@@ -133,8 +133,7 @@ class ModelAdapter(ABC):
 
     def signals(self) -> frozenset[Signal]:
         """Signals this family can give."""
-        always = set(Signal) - {Signal.CLS_ATTENTION}
-        return frozenset(always | ({Signal.CLS_ATTENTION} if self.has_cls else set()))
+        return frozenset(Signal) if self.has_cls else frozenset(Signal) - CLS_SIGNALS
 
     # --- checks
 

@@ -11,6 +11,7 @@ from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
+from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.random_ import Random as Random
 from vispress.methods.transprune import TransPrune as TransPrune

@@ -94,7 +94,10 @@ class Compressor(ABC):
 
     @abstractmethod
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """Decide for a bucket of images. Never called with `num_keep >= N` (the identity)."""
+        """Decide for a bucket of images.
+
+        Never called with `num_keep >= N` (the identity), unless the placement is adaptive.
+        """
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.

@@ -65,9 +65,6 @@ class FlashVLM(Compressor):
         step: Duplicates dropped a round, at least 1.
         gating: Weigh words by the length of their embeddings.
         scores: `"cls"`, or `"column_mean"` (mean attention received) for encoders without [CLS].
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     summary: ClassVar[str] = "pointed at by [CLS] and the text, and the rest without duplicates"

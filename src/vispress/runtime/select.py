@@ -182,7 +182,7 @@ def _plans(
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
     num_keep = placement.budget.resolve(bucket.entered[step.compressor])
     whole = method.needs == "video" and bucket.images[0].modality != "video"
-    if whole or num_keep >= bucket.num_visual:
+    if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
         yield bucket, None
         return
     if num_keep == 0:

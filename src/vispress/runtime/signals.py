@@ -10,7 +10,7 @@ from vispress.runtime.capture import projector_function
 from vispress.runtime.images import Bucket
 from vispress.runtime.rows import Rows
 from vispress.runtime.state import ForwardState
-from vispress.types import Placement, Queries, Signal, Transition, VisualTokens
+from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
 
 
 def visual_tokens(
@@ -74,13 +74,14 @@ def _encoder_signals(
         wanted[axis] = bucket.num_visual
         return whole.gather(axis, bucket.index.view(shape).expand(wanted))
 
-    for signal in (Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION):
+    for signal in ATTENTION_SIGNALS:
         if signal in reads:
             layers = state.attachment.encoder_layers(method, signal)
             values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
             out[signal.value] = stacked(values, values[0].ndim)
     if Signal.VISION_KEYS in reads:
-        out["vision_keys"] = stacked([i.capture.keys(i.number) for i in bucket.images], 2)
+        (*_, layer) = state.attachment.encoder_layers(method, Signal.VISION_KEYS)
+        out["vision_keys"] = stacked([i.capture.keys(layer, i.number) for i in bucket.images], 2)
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
         out["vision_features"] = stacked(inputs, 1)
