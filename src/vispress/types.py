@@ -36,6 +36,7 @@ class Signal(StrEnum):
     VISION_FEATURES = "vision_features"
     PROJECTOR = "projector"
     TEXT_EMBEDDINGS = "text_embeddings"
+    INPUT_EMBEDDINGS = "input_embeddings"
     QUERY_ATTENTION = "query_attention"
     TRANSITION = "transition"
     GRID = "grid"
@@ -143,6 +144,7 @@ class VisualTokens:
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
+        input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
         text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
         transition: One entry a measured layer so far, ascending.
@@ -163,6 +165,7 @@ class VisualTokens:
     projector: Callable[[Tensor], Tensor] | None = None
     text_embeddings: Float[Tensor, "B T D"] | None = None
     text_after: int = 0
+    input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None

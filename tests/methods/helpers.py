@@ -107,6 +107,7 @@ def make_tokens(
         projector=TinyProjector(6, dim, g),
         text_embeddings=normal(B, queries + 1, dim).to(dtype),
         text_after=queries,
+        input_embeddings=normal(B, N, dim).to(dtype),
         query_attention=attention(B, heads, queries),
         transition=tuple(transition(layer) for layer in transitions),
         grid=grid,

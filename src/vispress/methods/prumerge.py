@@ -49,7 +49,6 @@ class PruMerge(Compressor):
         Signal.VISION_FEATURES,
         Signal.PROJECTOR,
     }
-    exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 
     plus: bool = False

@@ -61,6 +61,7 @@ class Attachment:
             step.placement.layer > 0 and step.method.signals() & self.encoder_signals
             for step in steps
         )
+        self.reads_input = Signal.INPUT_EMBEDDINGS in wanted
         self.reads_text = Signal.TEXT_EMBEDDINGS in wanted
         self.first_layer = min(step.placement.layer for step in steps)
 

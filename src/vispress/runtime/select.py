@@ -191,7 +191,7 @@ def _plans(
         return
     tokens = visual_tokens(state, step.method, placement, bucket, rows, hidden)
     plan = method.plan(tokens, num_keep)
-    plan.check(tokens, num_keep, exact=method.exact)
+    plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if isinstance(plan.keep, Tensor):
         yield bucket, plan
         return

@@ -36,13 +36,15 @@ def visual_tokens(
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
-    if Signal.QUERY_ATTENTION in reads:
+    if placement.queries is not None:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, bucket)
     if Signal.TEXT_EMBEDDINGS in reads:
         signals["text_embeddings"] = _text_embeddings(state, bucket)
         signals["text_after"] = len(first.text_after)
+    if Signal.INPUT_EMBEDDINGS in reads:
+        signals["input_embeddings"] = _input_embeddings(state, bucket)
     if Signal.IMAGE_COUNT in reads:
         counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
@@ -137,3 +139,12 @@ def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
     """`[Bk, T, D]`, right-aligned; samples of one bucket have equally many text tokens."""
     assert state.text_embeddings is not None
     return torch.stack([state.text_embeddings[image.sample] for image in bucket.images])
+
+
+def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
+    """`[Bk, N0, D]`, dropped tokens included."""
+    assert state.input_embeddings is not None
+    device = state.input_embeddings.device
+    positions = torch.stack([image.positions for image in bucket.images]).to(device)
+    sample = bucket.sample.to(device).unsqueeze(1)
+    return state.input_embeddings[sample, positions].to(bucket.index.device)
