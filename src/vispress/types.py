@@ -14,6 +14,8 @@ from vispress.errors import BudgetError
 from vispress_kernels import Backend
 
 Positions = Literal["original", "compact"]
+Need = Literal["anyres", "video"]
+"""Kinds of visual input that not every model has: AnyRes crops, videos."""
 
 
 class Stage(StrEnum):
@@ -28,16 +30,25 @@ class Signal(StrEnum):
     """What a compressor may read beside the features; declared in `Compressor.reads`."""
 
     CLS_ATTENTION = "cls_attention"
+    CLS_LOGITS = "cls_logits"
+    CLS_WIDE_ATTENTION = "cls_wide_attention"
     COLUMN_ATTENTION = "column_attention"
     VISION_KEYS = "vision_keys"
     VISION_FEATURES = "vision_features"
     PROJECTOR = "projector"
     TEXT_EMBEDDINGS = "text_embeddings"
+    INPUT_EMBEDDINGS = "input_embeddings"
     QUERY_ATTENTION = "query_attention"
     TRANSITION = "transition"
     GRID = "grid"
     CROPS = "crops"
     IMAGE_COUNT = "image_count"
+
+
+CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
+"""What only an encoder with a [CLS] token gives."""
+ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
+"""What is read of the encoder's attention."""
 
 
 class Queries(StrEnum):
@@ -62,6 +73,7 @@ class Placement:
             layer `layer` would compute on the rows that are still there (only q and k are
             computed).
         transitions: Decoder layers whose module inputs and outputs are measured up to here.
+        adaptive: The method decides how much it keeps; `budget` is the most.
     """
 
     stage: Stage
@@ -70,6 +82,7 @@ class Placement:
     queries: Queries | None = None
     attention_of: Literal["previous", "next"] = "previous"
     transitions: tuple[int, ...] = ()
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +167,17 @@ class VisualTokens:
         num_original: Tokens the image had at the start (N0); equals N unless pruned before.
         cls_attention: `[B, H, N]`, [CLS] row of the encoder layer that gives the features; or
             `[B, E, H, N]` when `Compressor.encoder_layers` asks for E != 1 layers, in its order.
+        cls_logits: As `cls_attention`, scaled but before the softmax.
+        cls_wide_attention: As `cls_attention`, with all heads as one of full width: H = 1.
         column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS]
             row.
-        vision_keys: `[B, Hv, N, Dh]`, keys of the feature layer of the encoder.
+        vision_keys: `[B, Hv, N, Dh]`, keys of the (last) encoder layer that is asked for.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
         two_layer: The projector's weights, where it is a two-layer MLP; comes with `projector`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
+        input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
+        text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
@@ -173,12 +190,16 @@ class VisualTokens:
     index: Int[Tensor, "B N"]
     num_original: int
     cls_attention: Float[Tensor, "B *EH N"] | None = None
+    cls_logits: Float[Tensor, "B *EH N"] | None = None
+    cls_wide_attention: Float[Tensor, "B *EH N"] | None = None
     column_attention: Float[Tensor, "B *EH N"] | None = None
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     two_layer: TwoLayer | None = None
     text_embeddings: Float[Tensor, "B T D"] | None = None
+    text_after: int = 0
+    input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None

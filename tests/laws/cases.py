@@ -14,18 +14,19 @@ from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
 from vispress.report import CompressionReport
-from vispress.types import Signal, TokenPlan, VisualTokens
+from vispress.types import CLS_SIGNALS, TokenPlan, VisualTokens
 
 METHODS = tuple(list_methods())
 NO_BUDGET = frozenset(name for name in METHODS if not get_method(name).takes_budget)
 """Methods that take no budget; a contract test holds them to it."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    name: {} for name in (*sorted(NO_BUDGET), "pyramiddrop", "transprune")
+    name: {} for name in (*sorted(NO_BUDGET), "pyramiddrop", "sparsevlm", "transprune")
 }
 """What `compress_model` gets beside the name; others get a ratio."""
 
-CASES = [(family, method) for family in FAMILIES for method in METHODS]
+VIDEO_ONLY = frozenset(name for name in METHODS if get_method(name).needs == "video")
+"""Methods that leave the images of the common batch whole; laws on videos run over them."""
 
 # two images and one, a text-only sample, unequal lengths; sizes differ where the family allows it
 SAMPLES = (
@@ -41,6 +42,20 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"
     return build(family, dtype=dtype, attn=attn)
 
 
+def fits(family: str, method: str) -> bool:
+    """Whether the family has the kind of input that the method is made for."""
+    needs = get_method(method).needs
+    return needs is None or needs in find_adapter(model_of(family)).kinds
+
+
+CASES = [
+    (family, method)
+    for family in FAMILIES
+    for method in METHODS
+    if method not in VIDEO_ONLY and fits(family, method)
+]
+
+
 @cache
 def inputs_of(
     family: str, padding: str = "left", dtype: torch.dtype = torch.float64
@@ -53,7 +68,7 @@ def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
     """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
     chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
     adapter = find_adapter(model_of(family))
-    if Signal.CLS_ATTENTION in get_method(method).reads and not adapter.has_cls:
+    if get_method(method).reads & CLS_SIGNALS and not adapter.has_cls:
         chosen["scores"] = "column_mean"
     return chosen
 
@@ -217,6 +232,7 @@ __all__ = [
     "METHODS",
     "QWEN",
     "SAMPLES",
+    "VIDEO_ONLY",
     "Run",
     "Spy",
     "changed_rows",

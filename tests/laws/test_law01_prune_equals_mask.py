@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, run
+from tests.laws.cases import CASES, FAMILIES, VIDEO_ONLY, inputs_of, make, model_of, run
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 
@@ -134,7 +134,7 @@ def test_report_and_alive_agree() -> None:
             assert tuple(here) == image.kept
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool"])
+@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool", *sorted(VIDEO_ONLY)])
 @pytest.mark.parametrize("family", VIDEO)
 def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, method: str) -> None:
     model = model_of(family)
@@ -146,6 +146,26 @@ def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, meth
     result = run(model, inputs, make(family, method))
     kinds = [[image.modality for image in sample.images] for sample in result.report.samples]
     assert kinds == [["video", "image"], ["image"]]
+    assert_equals_oracle(model, inputs, result)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prumerge", {"keep_ratio": None}),
+        ("prumerge", {"keep_ratio": None, "plus": True}),
+        ("sparsevlm", {"layers": (2,), "ratios": (0.5,), "rank_scale": 1.0, "rank_bias": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl"])
+def test_counts_that_images_decide_equal_the_masked_model(
+    family: str, method: str, options: dict[str, Any]
+) -> None:
+    model, inputs = model_of(family), inputs_of(family)
+    result = run(model, inputs, make(family, method, **options))
+    images = [image for sample in result.report.samples for image in sample.images]
+    counts = [len(image.kept) for image in images]
+    assert all(0 < n < image.num_visual for n, image in zip(counts, images, strict=True))
     assert_equals_oracle(model, inputs, result)
 
 

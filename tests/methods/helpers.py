@@ -106,11 +106,15 @@ def make_tokens(
         num_original=N,
         cls_attention=attention(B, *layers, heads).to(dtype),
         column_attention=attention(B, *layers, heads).to(dtype),
+        cls_logits=normal(B, *layers, heads, N).to(dtype),
+        cls_wide_attention=attention(B, *layers, 1).to(dtype),
         vision_keys=normal(B, heads, N, 5).to(dtype),
         vision_features=normal(B, N, 6).to(dtype),
         projector=projector,
         two_layer=projector.weights,
-        text_embeddings=normal(B, 4, dim).to(dtype),
+        text_embeddings=normal(B, queries + 1, dim).to(dtype),
+        text_after=queries,
+        input_embeddings=normal(B, N, dim).to(dtype),
         query_attention=attention(B, heads, queries),
         transition=tuple(transition(layer) for layer in transitions),
         grid=grid,
@@ -185,6 +189,8 @@ def take(tokens, keep):
         index=tokens.index[rows, keep],
         cls_attention=tokens.cls_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
         column_attention=tokens.column_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
+        cls_logits=tokens.cls_logits.transpose(1, 2)[rows, keep].transpose(1, 2),
+        cls_wide_attention=tokens.cls_wide_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
         query_attention=None,
@@ -200,10 +206,15 @@ def merged(plan, values):
 
 def same_plan(a: TokenPlan, b: TokenPlan):
     """Whether two plans are equal, values to rounding."""
-    if not torch.equal(a.keep, b.keep) or (a.assign is None) != (b.assign is None):
+    if [k.tolist() for k in a.keep] != [k.tolist() for k in b.keep]:
+        return False
+    if (a.assign is None) != (b.assign is None):
         return False
     if a.assign is not None and not (
         torch.equal(a.assign, b.assign) and torch.allclose(a.weight, b.weight)
     ):
         return False
-    return a.features is None or torch.allclose(a.features, b.features, rtol=1e-4, atol=1e-5)
+    return a.features is None or all(
+        torch.allclose(a.features[i, :count], b.features[i, :count], rtol=1e-4, atol=1e-5)
+        for i, count in enumerate(a.counts)
+    )

@@ -40,6 +40,8 @@ def find(
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
     state.images = images
+    if attachment.reads_input:
+        state.input_embeddings = embeds.detach()
     if attachment.reads_text:
         text = (host_valid.bool() & (host_marks == 0)).to(embeds.device)
         state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]

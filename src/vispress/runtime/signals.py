@@ -10,7 +10,7 @@ from vispress.runtime.capture import projector_function
 from vispress.runtime.images import Bucket
 from vispress.runtime.rows import Rows
 from vispress.runtime.state import ForwardState
-from vispress.types import Placement, Queries, Signal, Transition, VisualTokens
+from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens
 
@@ -38,12 +38,15 @@ def visual_tokens(
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
-    if Signal.QUERY_ATTENTION in reads:
+    if placement.queries is not None:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, bucket)
     if Signal.TEXT_EMBEDDINGS in reads:
         signals["text_embeddings"] = _text_embeddings(state, bucket)
+        signals["text_after"] = len(first.text_after)
+    if Signal.INPUT_EMBEDDINGS in reads:
+        signals["input_embeddings"] = _input_embeddings(state, bucket)
     if Signal.IMAGE_COUNT in reads:
         counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
@@ -72,13 +75,14 @@ def _encoder_signals(
             return whole
         return _pick(whole, axis, bucket.index, state.attachment.backend)
 
-    for signal in (Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION):
+    for signal in ATTENTION_SIGNALS:
         if signal in reads:
             layers = state.attachment.encoder_layers(method, signal)
             values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
             out[signal.value] = stacked(values, values[0].ndim)
     if Signal.VISION_KEYS in reads:
-        out["vision_keys"] = stacked([i.capture.keys(i.number) for i in bucket.images], 2)
+        (*_, layer) = state.attachment.encoder_layers(method, Signal.VISION_KEYS)
+        out["vision_keys"] = stacked([i.capture.keys(layer, i.number) for i in bucket.images], 2)
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
         out["vision_features"] = stacked(inputs, 1)
@@ -138,3 +142,12 @@ def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
     """`[Bk, T, D]`, right-aligned; samples of one bucket have equally many text tokens."""
     assert state.text_embeddings is not None
     return torch.stack([state.text_embeddings[image.sample] for image in bucket.images])
+
+
+def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
+    """`[Bk, N0, D]`, dropped tokens included."""
+    assert state.input_embeddings is not None
+    device = state.input_embeddings.device
+    positions = torch.stack([image.positions for image in bucket.images]).to(device)
+    sample = bucket.sample.to(device).unsqueeze(1)
+    return state.input_embeddings[sample, positions].to(bucket.index.device)

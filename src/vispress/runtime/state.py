@@ -52,6 +52,7 @@ class ForwardState:
     wanted: list[Wanted] = field(default_factory=list)
     transitions: dict[int, Seen] = field(default_factory=dict)
     text_embeddings: list[Tensor] | None = None
+    input_embeddings: Tensor | None = None
     peeking: bool = False
     sink: Token[Any] | None = None
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
