@@ -19,7 +19,7 @@ from vispress.bench.stats import bootstrap_mean
 from vispress.bench.store import ResultsFolder, open_results
 from vispress.bench.subjects import Subject, load_subject
 from vispress.bench.targets import Kept, check_target
-from vispress.bench.tasks import Prompt, get_task
+from vispress.bench.tasks import Prompt, Task, get_task
 from vispress.errors import BudgetError, UnsupportedMethodError
 
 Advance = Callable[[str, int], None]
@@ -99,14 +99,7 @@ def run_cell(
     answers, kept = _ask(plan, cell, subject, questions, advance)
     tasks = {}
     for name, prompts in questions.items():
-        right = [int(a == p.answer) for a, p in zip(answers[name], prompts, strict=True)]
-        interval = asdict(bootstrap_mean([right], seed=plan.seed))
-        tasks[name] = {
-            "questions": len(right),
-            **interval,
-            "right": "".join(map(str, right)),
-            "answers": answers[name],
-        }
+        tasks[name] = scored(get_task(name), prompts, answers[name], plan.seed)
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
     if plan.timing.batch:
         advance(f"{cell.key}, timing", 0)
@@ -114,6 +107,19 @@ def run_cell(
         batch = timed_batch(subject, everything, plan.timing.batch)
         result["cost"] = measure_cost(subject, cell.chain, batch, plan)
     return result
+
+
+def scored(task: Task, prompts: list[Prompt], answers: list[str], seed: int) -> dict[str, Any]:
+    """What a cell stores of one task; `scores` are there where one is neither right nor wrong."""
+    scores = [task.score(a, p) for a, p in zip(answers, prompts, strict=True)]
+    fractions = {} if set(scores) <= {0.0, 1.0} else {"scores": scores}
+    return {
+        "questions": len(scores),
+        **asdict(bootstrap_mean([scores], seed=seed)),
+        "right": "".join("1" if score >= 0.5 else "0" for score in scores),
+        **fractions,
+        "answers": answers,
+    }
 
 
 def _ask(

@@ -95,6 +95,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every cell spelt out."""
         data = asdict(self) | {"cells": [cell.to_dict() for cell in self.cells()]}
+        sources = {name: get_task(name).source for name in self.tasks}
+        data |= {"sources": found} if (found := {k: v for k, v in sources.items() if v}) else {}
         return cast("dict[str, Any]", json.loads(json.dumps(data)))
 
     def digest(self) -> str:

@@ -1,9 +1,9 @@
 """Tasks by name: where questions come from, what blind guessing earns, which tokens they need."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vispress.errors import ConfigError
 
@@ -42,6 +42,11 @@ class Prompt:
         return " / ".join((self.answer, *(answer for _, answer in self.followups)))
 
 
+def exact(prediction: str, prompt: Prompt) -> float:
+    """1.0 if the model's words are the answer, letter by letter, else 0.0."""
+    return float(prediction == prompt.answer_text)
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A kind of question.
@@ -52,12 +57,17 @@ class Task:
         chance: Accuracy of the best constant answer, in `[0, 1]`.
         draw: `draw(n, seed)` gives `n` prompts, always the same ones; the first `m` of a larger
             draw need not be those of a draw of `m`.
+        score: `score(prediction, prompt)` in `[0, 1]`, 1.0 is fully right.
+        source: What decides the questions beside the name (a dataset and how it is read), as plain
+            data; None where the name and the commit decide. It is part of a plan's identity.
     """
 
     name: str
     needs: str
     chance: float
     draw: Callable[[int, int], list[Prompt]]
+    score: Callable[[str, Prompt], float] = exact
+    source: Mapping[str, Any] | None = None
 
 
 _TASKS: dict[str, Task] = {}
