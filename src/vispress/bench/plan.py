@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from vispress.bench.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
+from vispress.bench.described import task_name
 from vispress.bench.tasks import get_task, suggest
 from vispress.errors import ConfigError
 from vispress.types import Positions
@@ -33,7 +34,8 @@ class Plan:
     """What a benchmark does; `load_plan` reads one from YAML.
 
     Args:
-        tasks: Names of tasks.
+        tasks: Names of tasks. A YAML plan may also describe one in place, or name a YAML file that
+            does (see `Description`).
         methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
             may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
             place of the plan's; `[]` for the method's own budget).
@@ -156,6 +158,8 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
         if not isinstance(data.get(name), list):
             raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")
         data[name] = tuple(data[name])
+    base = Path(where).parent if Path(where).is_file() else Path()
+    data["tasks"] = tuple(task_name(entry, base) for entry in data["tasks"])
     data["timing"] = Timing(**_mapping(data.get("timing") or {}, Timing, f"{where}, timing"))
     return Plan(**data)
 

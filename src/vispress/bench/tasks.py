@@ -109,15 +109,18 @@ def all_tasks() -> dict[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name: registered, or described in a shipped file.
 
     Raises:
         ConfigError: No such task; the message suggests close names.
     """
+    from vispress.bench.described import shipped_task, shipped_tasks
+
     tasks = all_tasks()
-    if name not in tasks:
-        raise ConfigError(f"unknown task {name!r}; {suggest(name, tasks)}")
-    return tasks[name]
+    found = tasks.get(name) or shipped_task(name)
+    if found is None:
+        raise ConfigError(f"unknown task {name!r}; {suggest(name, [*tasks, *shipped_tasks()])}")
+    return found
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
