@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from vispress.bench.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
+from vispress.bench.controls import ALL, Controls, Overrides, expand, with_controls
 from vispress.bench.described import task_name
+from vispress.bench.subjects import DTYPES, Dtype
 from vispress.bench.tasks import get_task, suggest
 from vispress.errors import ConfigError
 from vispress.types import Positions
@@ -16,17 +18,19 @@ from vispress.types import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How prefill is measured, interleaved with the uncompressed model.
+    """How cost is measured, interleaved with the uncompressed model.
 
     Args:
         batch: Prompts of equal length in the timed batch; 0 measures nothing.
         rounds: Alternations; the first is warm-up.
-        repeats: Timed prefills of each model a round.
+        repeats: Timed runs of each variant a round.
+        decode_tokens: Tokens generated behind the first in a timed run; 0 times no decoding.
     """
 
     batch: int = 8
     rounds: int = 6
     repeats: int = 3
+    decode_tokens: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class Plan:
             does (see `Description`).
         methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
             may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
-            place of the plan's; `[]` for the method's own budget).
+            place of the plan's; `[]` for the method's own budget). `"all"` is every registered
+            method that is no control; those that cannot reach a budget are listed as not run.
         keep_ratios: Each in `(0, 1]`.
         budget: What a keep ratio means: `"mean"` is the mean of visual tokens over decoder layers,
             equal cost for all; `"placement"` is what one placement keeps.
@@ -48,7 +53,12 @@ class Plan:
         seed: Of questions and bootstrap.
         positions: As in `compress_model`; None for each method's default.
         max_new_tokens: Longest answer.
-        timing: How prefill is measured.
+        timing: How cost is measured.
+        overrides: Hyper-parameters by method, for the methods of `"all"`.
+        controls: `"standard"` adds what is missing of random (three seeds), uniform, average
+            pooling, down-sampling and oracle at every keep ratio, no image and VTW; `"none"` adds
+            nothing.
+        dtype: Of weights and computation.
 
     Raises:
         ConfigError: A value is out of range, or a task is unknown.
@@ -67,12 +77,15 @@ class Plan:
     positions: Positions | None = None
     max_new_tokens: int = 4
     timing: Timing = field(default_factory=Timing)
+    overrides: Overrides = field(default_factory=dict)
+    controls: Controls = "standard"
+    dtype: Dtype = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("questions", "batch_size", "max_new_tokens"):
             _integer(name, getattr(self, name), low=1)
         _integer("seed", self.seed, low=0)
-        for name, low in (("batch", 0), ("rounds", 2), ("repeats", 1)):
+        for name, low in (("batch", 0), ("rounds", 2), ("repeats", 1), ("decode_tokens", 0)):
             _integer(f"timing.{name}", getattr(self.timing, name), low=low)
         _choice("budget", self.budget, get_args(BudgetMeaning))
         _choice("positions", self.positions, (None, *get_args(Positions)))
@@ -81,13 +94,20 @@ class Plan:
             raise ConfigError(f"tasks must be a list of different names, got {names}")
         for name in names:
             get_task(name)
+        _choice("controls", self.controls, get_args(Controls))
+        _choice("dtype", self.dtype, tuple(DTYPES))
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must be a mapping by method, got {self.overrides!r}")
         self.cells()
 
     def cells(self) -> tuple[Cell, ...]:
         """The uncompressed model first, then every method at every keep ratio."""
         cells = [Cell(group=UNCOMPRESSED)]
-        for entry in self.methods:
-            cells += cells_of(entry, self.keep_ratios, self.budget)
+        methods: Sequence[Entry] = self.methods
+        if self.controls == "standard":
+            methods = with_controls(methods, budgets=bool(self.keep_ratios))
+        for entry, optional in expand(methods, self.overrides):
+            cells += cells_of(entry, self.keep_ratios, self.budget, optional=optional)
         keys = [cell.key for cell in cells]
         for key in keys:
             if keys.count(key) > 1:
@@ -154,6 +174,8 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
         ConfigError: A key is unknown, missing or of the wrong type; see also `Plan`.
     """
     data = _mapping(data, Plan, where)
+    if data.get("methods") == ALL:
+        data["methods"] = [ALL]
     for name in ("tasks", "methods", "keep_ratios"):
         if not isinstance(data.get(name), list):
             raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")
