@@ -225,7 +225,7 @@ def _known(data: Any, cls: type, where: str) -> dict[str, Any]:
 
 def _build(cls: type[D], values: dict[str, Any], where: str) -> D:
     """An object of a dataclass whose fields are checked against their annotations."""
-    for field in fields(cls):
+    for field in fields(cls):  # type: ignore[arg-type]
         required = field.default is MISSING
         if required and field.name not in values:
             raise ConfigError(f"{where}: the key {field.name!r} is missing")
