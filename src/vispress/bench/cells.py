@@ -96,10 +96,10 @@ def cells_of(
     rest = {str(key): value for key, value in data.items() if key not in _OWN_KEYS}
     label = data.get("label")
     if "chain" in rest:
-        if "seeds" in data or "keep_ratios" in data:
-            raise ConfigError("a chain takes no seeds and no keep_ratios; set them in its parts")
         chain = from_mapping(rest, f"method {entry!r}")
         assert isinstance(chain, list)
+        if "seeds" in data or "keep_ratios" in data:
+            raise ConfigError("a chain takes no seeds and no keep_ratios; set them in its parts")
         name = "+".join(method.name for method in chain)
         return [Cell(group=_label(label, name), chain=tuple(chain))]
     made = _make(rest, f"method {entry!r}")

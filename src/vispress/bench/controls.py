@@ -12,11 +12,12 @@ Controls = Literal["standard", "none"]
 Overrides = Mapping[str, Mapping[str, Any]]
 
 ALL: Final = "all"
+RANDOM: Final = "random"
 SEEDS: Final = (0, 1, 2)
 """Draws of the random control; a plan may list more, never fewer."""
 
 _AT_A_BUDGET: Final[tuple[Entry, ...]] = (
-    {"method": "random", "seeds": list(SEEDS)},
+    {"method": RANDOM, "seeds": list(SEEDS)},
     # on the grid: along the raster, equal steps are stripes when they divide the row
     {"method": "uniform", "dims": 2},
     "avg_pool",
@@ -68,16 +69,16 @@ def with_controls(methods: Sequence[Entry], *, budgets: bool) -> list[Entry]:
 
 
 def _three_seeds(entry: Entry) -> Entry:
-    if _group(entry) != "random":
+    if entry != RANDOM and not (isinstance(entry, Mapping) and _group(entry) == RANDOM):
         return entry
-    data = dict(entry) if isinstance(entry, Mapping) else {"method": entry}
-    seeds = data.setdefault("seeds", list(SEEDS))
+    data = {"method": entry} if isinstance(entry, str) else dict(entry)
+    seeds = data.get("seeds", list(SEEDS))
     if "seed" in data or not isinstance(seeds, list) or len(set(map(str, seeds))) < len(SEEDS):
         raise ConfigError(
             f"random needs a list of at least {len(SEEDS)} seeds to be a control, got {entry!r}; "
             "give them, or a label of its own, or say `controls: none`"
         )
-    return data
+    return data | {"seeds": seeds}
 
 
 def _group(entry: Entry) -> str:

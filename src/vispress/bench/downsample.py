@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch.nn.functional import interpolate
 
 from vispress.bench.pictures import Grid, check_family, is_qwen, picture_grids

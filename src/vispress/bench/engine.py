@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import vispress
+from vispress.adapters.base import find_adapter
 from vispress.bench.batches import Batch, Inputs, make_batches
 from vispress.bench.cells import Cell
 from vispress.bench.cost import measure_cost, timed_batch
@@ -55,11 +56,13 @@ def run(
         ResultsError: The folder is in use, foreign or not writable.
         BudgetError: A method kept another number of tokens than asked.
         CheckpointError: The model's checkpoint is missing or damaged.
+        UnsupportedModelError: No adapter knows the model.
         ConfigError: The launcher's variables are incomplete, or a hyper-parameter does not fit the
             model.
     """
     shard = this_shard() if shard is None else shard
     subject = load_subject(plan.model, shard.device(device), plan.dtype)
+    find_adapter(subject.model)
     identity = {
         "plan": plan.digest(),
         "commit": commit(),

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Strata = list[list[float]]
+"""Scores by question, one list a task."""
+
 CONFIDENCE = 0.95
+LEVEL = 0.05
 RESAMPLES = 2000
 FLIPS = 9_999
 
@@ -139,6 +143,14 @@ def sign_flip_test(
         return (extreme + 1) / (flips + 1)
     bound = 2 * math.exp(-(observed**2) / (2 * float(sizes @ sizes)))
     return min(bound, 1 / (flips + 1))
+
+
+def minus(first: Strata, second: Strata) -> Strata:
+    """Differences by question."""
+    return [
+        [a - b for a, b in zip(one, other, strict=True)]
+        for one, other in zip(first, second, strict=True)
+    ]
 
 
 def holm(values: Sequence[float]) -> list[float]:
