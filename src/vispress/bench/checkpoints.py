@@ -193,9 +193,10 @@ def _check_architecture(folder: Path, name: str) -> None:
         with torch.device("meta"):
             skeleton = AutoModelForImageTextToText.from_config(config)
     except Exception as error:  # unknown types, remote code, sizes that do not fit
+        families = ", ".join(list_families())
         raise UnsupportedModelError(
-            f"{name} is of type {kind!r}, which transformers does not build as an "
-            f"image-text-to-text model ({_first_line(error)}); supported families: {', '.join(list_families())}"
+            f"{name} is of type {kind!r}, which transformers does not build as an image-text-to-"
+            f"text model ({_first_line(error)}); supported families: {families}"
         ) from error
     find_adapter(skeleton)
 

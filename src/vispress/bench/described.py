@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from vispress.bench.metrics import METRICS
 from vispress.bench.rows import fingerprint
-from vispress.bench.tasks import Task, all_tasks, register_task, suggest
+from vispress.bench.tasks import Task, register_task, suggest
 from vispress.errors import ConfigError
 
 D = TypeVar("D")
@@ -131,13 +131,13 @@ def task_name(entry: Any, base: Path) -> str:
         base: Folder that paths start at.
 
     Raises:
-        ConfigError: The description is malformed, or its name is taken by another task.
+        ConfigError: The description is malformed, or its name is taken by a task without dataset.
     """
     if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
         path = base / entry
-        return add_task(*_read(path if path.is_file() else Path(entry)))
+        return register_task(make_task(*_read(path if path.is_file() else Path(entry)))).name
     if isinstance(entry, Mapping):
-        return add_task(describe(entry, f"{base}, task"), base)
+        return register_task(make_task(describe(entry, "task"), base)).name
     return str(entry)
 
 
@@ -165,17 +165,6 @@ def describe(data: Any, where: str) -> Description:
         if isinstance(values.get(key), list):
             values[key] = tuple(values[key])
     return _build(Description, values, where)
-
-
-def add_task(description: Description, base: Path) -> str:
-    """Register a described task, once."""
-    task = make_task(description, base)
-    known = all_tasks().get(task.name)
-    if known is None:
-        register_task(task)
-    elif known.source != task.source:
-        raise ConfigError(f"task {task.name!r} is already there, with another description")
-    return task.name
 
 
 def make_task(description: Description, base: Path) -> Task:

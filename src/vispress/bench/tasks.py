@@ -86,12 +86,13 @@ _NEEDS = {
 
 
 def register_task(task: Task) -> Task:
-    """Make a task available to plans.
+    """Make a task available to plans; a dataset's description may be replaced by a newer one.
 
     Raises:
         ConfigError: The name is taken.
     """
-    if task.name in all_tasks():
+    known = all_tasks().get(task.name)
+    if known is not None and (known.source is None or task.source is None):
         raise ConfigError(f"task {task.name!r} is already registered")
     _TASKS[task.name] = task
     return task
