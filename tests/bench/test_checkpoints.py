@@ -82,7 +82,7 @@ def test_load_subject_knows_which_folder_is_which(folder, tmp_path):
     assert type(subject).__name__ == "Checkpoint"
     assert subject.model.dtype == torch.bfloat16
     assert type(load_subject("reference")).__name__ == "Subject"
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="a folder with a checkpoint, or a hub id"):
         load_subject("nowhere")
 
 

@@ -124,7 +124,10 @@ def load_checkpoint(
     if not folder.is_dir():
         found = _HUB_ID.fullmatch(name)
         if found is None:
-            raise ConfigError(f"there is no folder {name!r}, and it is no hub id (org/name)")
+            raise ConfigError(
+                "model must be 'reference', a folder with a checkpoint, or a hub id (org/name or "
+                f"org/name@revision), got {name!r}"
+            )
         # the configuration first: an unsupported model need not be downloaded
         _check_architecture(_fetch(found[1], found[2], ("config.json",)), name)
         folder = _fetch(found[1], found[2], _FILES)
