@@ -27,7 +27,9 @@ _EXTRA = ("matplotlib", "PIL", "sklearn")
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
-Model = Annotated[str | None, typer.Option(help="'reference', or a folder of train-reference.")]
+Model = Annotated[
+    str | None, typer.Option(help="'reference', a checkpoint's folder, or a hub id (org/name).")
+]
 
 
 def main() -> None:

@@ -53,14 +53,18 @@ class Comparison:
 
 
 def per_question(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Share of a group's seeds that got each question right, by task."""
+    """Score of each question as a mean over a group's seeds, by task."""
     return {
         task: [
-            fmean(map(int, column))
-            for column in zip(*(cell["tasks"][task]["right"] for cell in cells), strict=True)
+            fmean(column)
+            for column in zip(*(_scores(cell["tasks"][task]) for cell in cells), strict=True)
         ]
         for task in cells[0]["tasks"]
     }
+
+
+def _scores(task: Mapping[str, Any]) -> list[float]:
+    return list(task["scores"]) if "scores" in task else [float(bit) for bit in task["right"]]
 
 
 def loyalty(cells: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> Strata:

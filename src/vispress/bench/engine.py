@@ -20,7 +20,7 @@ from vispress.bench.stats import bootstrap_mean
 from vispress.bench.store import ResultsFolder, open_results
 from vispress.bench.subjects import Subject, load_subject
 from vispress.bench.targets import Kept
-from vispress.bench.tasks import Prompt, get_task
+from vispress.bench.tasks import Prompt, Task, get_task
 from vispress.bench.treatment import answer, check_cell, compressors
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
@@ -186,7 +186,8 @@ def run_cell(
             given[batch.task][place] = turns
         advance(f"{cell.key}, {batch.task}", len(batch.prompts))
     tasks = {
-        name: _scored(prompts, given[name], plan.seed) for name, prompts in bank.questions.items()
+        name: _scored(get_task(name), prompts, given[name], plan.seed)
+        for name, prompts in bank.questions.items()
     }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
     if plan.timing.batch and cell.picture is None:
@@ -199,17 +200,22 @@ def run_cell(
 
 
 def _scored(
-    prompts: Sequence[Prompt], given: Sequence[tuple[str, ...]], seed: int
+    task: Task, prompts: Sequence[Prompt], given: Sequence[tuple[str, ...]], seed: int
 ) -> dict[str, Any]:
-    """What is stored of a task: a conversation is right when all of its turns are."""
+    """What is stored of a task; `scores` only where an answer is neither right nor wrong.
+
+    A conversation is right when all of its turns are.
+    """
     answers = [" / ".join(turns) for turns in given]
-    right = [int(a == p.answer_text) for a, p in zip(answers, prompts, strict=True)]
+    scores = [task.score(a, p) for a, p in zip(answers, prompts, strict=True)]
     scored: dict[str, Any] = {
-        "questions": len(right),
-        **asdict(bootstrap_mean([right], seed=seed)),
-        "right": "".join(map(str, right)),
+        "questions": len(scores),
+        **asdict(bootstrap_mean([scores], seed=seed)),
+        "right": "".join("1" if score >= 0.5 else "0" for score in scores),
         "answers": answers,
     }
+    if not set(scores) <= {0.0, 1.0}:
+        scored["scores"] = scores
     wanted = [(p.answer, *(answer for _, answer in p.followups)) for p in prompts]
     if (most := max(map(len, wanted))) > 1:
         pairs = list(zip(given, wanted, strict=True))

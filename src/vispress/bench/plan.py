@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from vispress.bench.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.controls import ALL, Controls, Overrides, expand, with_controls
+from vispress.bench.described import task_name
 from vispress.bench.subjects import DTYPES, Dtype
 from vispress.bench.tasks import get_task, suggest
 from vispress.errors import ConfigError
@@ -37,7 +38,8 @@ class Plan:
     """What a benchmark does; `load_plan` reads one from YAML.
 
     Args:
-        tasks: Names of tasks.
+        tasks: Names of tasks. A YAML plan may also describe one in place, or name a YAML file that
+            does (see `Description`).
         methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
             may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
             place of the plan's; `[]` for the method's own budget). `"all"` is every registered
@@ -115,6 +117,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every cell spelt out."""
         data = asdict(self) | {"cells": [cell.to_dict() for cell in self.cells()]}
+        sources = {name: get_task(name).source for name in self.tasks}
+        data |= {"sources": found} if (found := {k: v for k, v in sources.items() if v}) else {}
         return cast("dict[str, Any]", json.loads(json.dumps(data)))
 
     def digest(self) -> str:
@@ -176,6 +180,8 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
         if not isinstance(data.get(name), list):
             raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")
         data[name] = tuple(data[name])
+    base = Path(where).parent if Path(where).is_file() else Path()
+    data["tasks"] = tuple(task_name(entry, base) for entry in data["tasks"])
     data["timing"] = Timing(**_mapping(data.get("timing") or {}, Timing, f"{where}, timing"))
     return Plan(**data)
 

@@ -1,6 +1,7 @@
 """The model under test, with its processor and the hash of its weights."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,21 +92,46 @@ class Subject:
 def load_subject(
     name: str = "reference", device: str | torch.device = "cpu", dtype: Dtype = "fp32"
 ) -> Subject:
-    """Load `"reference"`, or a folder that `vispress train-reference` wrote.
+    """Load a reference model, or any other checkpoint through `load_checkpoint`.
+
+    Args:
+        name: `"reference"`, a folder that `vispress train-reference` wrote, another Hugging Face
+            folder, or a hub id (`org/name`, `org/name@revision`).
+        device: Where it goes.
+        dtype: Of weights and computation.
 
     Raises:
-        CheckpointError: A checkpoint is missing or damaged.
+        CheckpointError: A checkpoint is missing or damaged, or cannot be reached.
         ConfigError: The folder or the device does not exist.
+        UnsupportedModelError: No adapter knows the checkpoint's architecture.
     """
     from vispress.reference.checkpoint import SHIPPED, read
 
     folder = SHIPPED if name == "reference" else Path(name)
-    if name != "reference" and not folder.is_dir():
-        raise ConfigError(f"model must be 'reference' or a folder with a checkpoint, got {name!r}")
+    if name != "reference" and not _is_reference(folder):
+        from vispress.bench.checkpoints import load_checkpoint
+
+        return load_checkpoint(name, device=device, dtype=DTYPES[dtype])
     model, processor = read(folder, dtype=DTYPES[dtype])
+    to_device(model, device)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    return Subject(name, model.eval(), processor, digest)
+
+
+def to_device(model: Any, device: str | torch.device) -> None:
+    """Move a model, or say that there is no such device."""
     try:
         model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"cannot use the device {device!r}: {error}") from error
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return Subject(name, model.eval(), processor, digest)
+
+
+def _is_reference(folder: Path) -> bool:
+    """Whether a folder holds a reference model: whole words for tokens, and no chat template."""
+    if (folder / "chat_template.jinja").is_file():
+        return False
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return bool(json.loads(text)["model"]["type"] == "WordLevel")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,9 +1,9 @@
 """Tasks by name: where questions come from, what blind guessing earns, which tokens they need."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vispress.errors import ConfigError
 
@@ -45,6 +45,11 @@ class Prompt:
         return " / ".join((self.answer, *(answer for _, answer in self.followups)))
 
 
+def exact(prediction: str, prompt: Prompt) -> float:
+    """1.0 if the model's words are the answer, letter by letter, else 0.0."""
+    return float(prediction == prompt.answer_text)
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """A kind of question.
@@ -55,12 +60,17 @@ class Task:
         chance: Accuracy of the best guess from the words alone, in `[0, 1]`.
         draw: `draw(n, seed)` gives `n` prompts, always the same ones; the first `m` of a larger
             draw need not be those of a draw of `m`.
+        score: `score(prediction, prompt)` in `[0, 1]`, 1.0 is fully right.
+        source: What decides the questions beside the name (a dataset and how it is read), as plain
+            data; None where the name and the commit decide. It is part of a plan's identity.
     """
 
     name: str
     needs: str
     chance: float
     draw: Callable[[int, int], list[Prompt]]
+    score: Callable[[str, Prompt], float] = exact
+    source: Mapping[str, Any] | None = None
 
 
 _TASKS: dict[str, Task] = {}
@@ -84,12 +94,13 @@ _NEEDS = {
 
 
 def register_task(task: Task) -> Task:
-    """Make a task available to plans.
+    """Make a task available to plans; a dataset's description may be replaced by a newer one.
 
     Raises:
         ConfigError: The name is taken.
     """
-    if task.name in all_tasks():
+    known = all_tasks().get(task.name)
+    if known is not None and (known.source is None or task.source is None):
         raise ConfigError(f"task {task.name!r} is already registered")
     _TASKS[task.name] = task
     return task
@@ -110,15 +121,18 @@ def all_tasks() -> dict[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name: registered, or described in a shipped file.
 
     Raises:
         ConfigError: No such task; the message suggests close names.
     """
+    from vispress.bench.described import shipped_task, shipped_tasks
+
     tasks = all_tasks()
-    if name not in tasks:
-        raise ConfigError(f"unknown task {name!r}; {suggest(name, tasks)}")
-    return tasks[name]
+    found = tasks.get(name) or shipped_task(name)
+    if found is None:
+        raise ConfigError(f"unknown task {name!r}; {suggest(name, [*tasks, *shipped_tasks()])}")
+    return found
 
 
 def suggest(name: object, known: Iterable[str]) -> str:

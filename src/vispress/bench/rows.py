@@ -1,0 +1,166 @@
+"""Rows of a dataset: a local file or folder, or a Hugging Face hub id that the user named.
+
+A `.jsonl` file is read here; everything else needs the package `datasets`.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vispress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+_BUILDERS: Final = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".arrow": "arrow"}
+_WHOLE: Final = 64 * 2**20  # bytes of a file that are hashed; of a longer one the size must do
+
+
+def load_rows(
+    dataset: str, *, base: Path, subset: str | None, split: str, revision: str | None
+) -> Rows:
+    """Open a dataset; rows are read when they are indexed.
+
+    Args:
+        dataset: A path, as it is or from `base`, or a hub id (downloaded unless it is cached or
+            `HF_HUB_OFFLINE` is set).
+        base: Folder of the file that names the dataset.
+        subset: Configuration of a hub dataset.
+        split: As the dataset calls it; a single file has none and ignores it.
+        revision: Of a hub dataset.
+
+    Raises:
+        ConfigError: There is no such dataset, subset or split, or it cannot be reached or read.
+    """
+    path = local_path(dataset, base)
+    if path is not None and path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    package = _package(dataset)
+    try:
+        if path is None:
+            found = package.load_dataset(dataset, subset, split=split, revision=revision)
+        elif (path / "dataset_dict.json").is_file():
+            found = package.load_from_disk(str(path))[split]
+        elif (path / "state.json").is_file():
+            found = package.load_from_disk(str(path))
+        elif path.is_dir():
+            found = package.load_dataset(str(path), subset, split=split)
+        elif path.suffix in _BUILDERS:
+            builder = _BUILDERS[path.suffix]
+            found = package.load_dataset(builder, data_files=str(path), split="train")
+        else:
+            raise ConfigError(
+                f"cannot read {path}: it is no folder, and files must end in .jsonl, "
+                f"{', '.join(_BUILDERS)}"
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # each builder has errors of its own, down to pyarrow's
+        raise ConfigError(_cannot(dataset, subset, split, path, error)) from error
+    rows: Rows = found
+    return rows
+
+
+def local_path(dataset: str, base: Path) -> Path | None:
+    """Where a dataset lies on this disk, or None."""
+    for path in (base / dataset, Path(dataset)):
+        if path.exists():
+            return path
+    if dataset.endswith((".jsonl", *_BUILDERS)) or dataset.startswith((".", "/", "~")):
+        raise ConfigError(f"no dataset {dataset!r}: there is no such file or folder (from {base})")
+    return None
+
+
+def fingerprint(dataset: str, base: Path) -> str | None:
+    """Hash of a local dataset's files (names, sizes, content up to 64 MiB each); None elsewhere."""
+    path = local_path(dataset, base)
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        size = file.stat().st_size
+        digest.update(f"{name} {size}\n".encode())
+        if size <= _WHOLE:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def open_pictures(value: Any, folder: Path) -> list["Image"]:
+    """The pictures in one cell of a dataset, in RGB.
+
+    Args:
+        value: A picture, its bytes, `{"bytes": ..., "path": ...}`, a path from `folder`, a list of
+            such, or None for no picture.
+        folder: Where the dataset lies.
+
+    Raises:
+        ConfigError: A file is missing or is no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [picture for part in value for picture in open_pictures(part, folder)]
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        return open_pictures(value.get("path") if data is None else data, folder)
+    if isinstance(value, Image.Image):
+        return [value.convert("RGB")]
+    if not isinstance(value, str | bytes):
+        raise ConfigError(f"a picture must be a path or image data, got {type(value).__name__}")
+    source = io.BytesIO(value) if isinstance(value, bytes) else folder / value
+    try:
+        with Image.open(source) as picture:
+            return [picture.convert("RGB")]
+    except (OSError, UnidentifiedImageError) as error:
+        shown = "image data" if isinstance(value, bytes) else str(source)
+        raise ConfigError(f"cannot open the picture {shown}: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ConfigError(f"{path}, line {number}: a row must be a JSON object")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {number}: no JSON: {error}") from error
+    return rows
+
+
+def _package(dataset: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"reading {dataset} needs the package datasets; run: pip install 'vispress[hub]' "
+            "(a local .jsonl file needs nothing)"
+        ) from error
+    return datasets
+
+
+def _cannot(
+    dataset: str, subset: str | None, split: str, path: Path | None, error: Exception
+) -> str:
+    what = f"{dataset}{f', subset {subset}' if subset else ''}, split {split}"
+    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if path is not None:
+        return f"cannot read the dataset {what}: {reason}"
+    return (
+        f"cannot load the dataset {what} from the hub: {reason}. It must be in the local cache, or "
+        "the hub must be reachable (HF_HUB_OFFLINE unset) and the id right; a local copy works too"
+    )
