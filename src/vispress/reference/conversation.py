@@ -25,6 +25,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProce
 from vispress.reference.episode_sets import Episode, held_out_episodes
 from vispress.reference.model import MAX_NEW_TOKENS
 from vispress.reference.words import EPISODE_KINDS, EpisodeKind
+from vispress.runtime.cache_name import CACHE
 
 
 @torch.inference_mode()
@@ -78,7 +79,7 @@ def _converse(
     asked: dict[str, Any] = dict(inputs)
     turns = []
     for turn in range(len(later[0]) + 1):
-        ids = model.generate(**asked, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        ids = model.generate(**asked, **{CACHE: cache}, max_new_tokens=1, do_sample=False)
         turns.append(ids[:, -1])
         if turn == len(later[0]):
             break
