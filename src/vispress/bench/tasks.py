@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 EVIDENCE_GRID: Final = 12
 """Rows, and columns, of the raster that `Prompt.evidence` counts in."""
 
-EVIDENCE_GRID: Final = 12
-"""Rows, and columns, of the raster that `Prompt.evidence` counts in."""
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

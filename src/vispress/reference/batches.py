@@ -108,7 +108,8 @@ class EpisodeStream(Dataset[PackedBatch]):
             slots, size = (6, _TALK_WIDTH) if talk else (7, 32)
             rows.append(pack(threads, slots, prefix=prefix_ids(visual=visual), width=size))
         parts = torch.from_numpy(np.stack(rows, axis=1))
-        return PackedBatch(pixels, *parts.unbind(), prefix=1 + visual, width=size)
+        ids, places, group, labels, early = parts.unbind()
+        return PackedBatch(pixels, ids, places, group, labels, early, prefix=1 + visual, width=size)
 
 
 def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -145,4 +146,7 @@ def _several(shown: list[Shown], slots: int) -> PackedBatch:
         rows.append(row)
     parts = torch.from_numpy(np.stack(rows, axis=1))
     pixels = torch.from_numpy(np.stack([s.pixels for one in shown for s in one.scenes]))
-    return PackedBatch(pixels, *parts.unbind(), prefix=len(prefix_ids(shown[0].prefix)))
+    ids, places, group, labels, early = parts.unbind()
+    return PackedBatch(
+        pixels, ids, places, group, labels, early, prefix=len(prefix_ids(shown[0].prefix))
+    )

@@ -180,4 +180,7 @@ class LanguageStream(Dataset[PackedBatch]):
             rows.append(pack([((q.text, q.answer),) for q in asked], self.slots))
         parts = torch.from_numpy(np.stack(rows, axis=1))
         dense = collate(scenes)
-        return PackedBatch(dense.pixels, *parts.unbind(), prefix=1 + NUM_PATCHES, dense=dense)
+        ids, places, group, labels, early = parts.unbind()
+        return PackedBatch(
+            dense.pixels, ids, places, group, labels, early, prefix=1 + NUM_PATCHES, dense=dense
+        )
