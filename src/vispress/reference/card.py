@@ -98,8 +98,8 @@ holds, and what training packed.
    from 3 x 3 to 11 x 11 patches), three show videos, four two pictures, four examples. The vision
    encoder learns a little from single pictures (a tenth of the learning rate), not from several.
 
-Muon on matrices and AdamW elsewhere, peak learning rate 3e-3 (stage 3: 1.5e-3), cosine, bf16 autocast over fp32
-weights. Vision encoder 160 wide, 5 layers (features from the last but one, 144 visual tokens);
+Muon on matrices and AdamW elsewhere, peak learning rate 3e-3 (stage 3: 1.5e-3), cosine, bf16
+autocast over fp32 weights. Vision encoder 160 wide, 5 layers (features from the last but one, 144 visual tokens);
 language model 192 wide, 6 layers. Weights are stored in fp16.
 
 Made with torch {torch}, transformers {transformers}, on {machine}.
