@@ -1,7 +1,7 @@
 """Costs: what is timed, in which turns, and what choosing costs beyond compression."""
 
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import pytest
@@ -11,12 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vispress.api import compress_model, compressed, remove_compression
 from vispress.bench.clock import Clock, Marks, Sample, marked, timed_generate
 from vispress.bench.cost import TIMES, in_rounds, measure_cost, timed_batch
+from vispress.bench.downsample import Downsample
 from vispress.bench.plan import Timing
 from vispress.bench.replay import Replay, recorders, replays
 from vispress.bench.subjects import Subject
 from vispress.bench.tasks import get_task
 from vispress.config import make_compressor
 from vispress.errors import BudgetError
+from vispress.flops import flops
 from vispress.methods.base import Compressor
 from vispress.methods.random_ import Random
 from vispress.types import Placement, TokenPlan, VisualTokens
@@ -76,12 +78,14 @@ def prompts(subject):
 def measure(subject, prompts, make_plan):
     """Costs by the clock that counts operations."""
 
-    def run(*chain, subject=subject, **timing):
+    def run(*chain, subject=subject, picture=None, **timing):
         plan = make_plan(
             timing={"batch": 2, "rounds": 2, "repeats": 1, "decode_tokens": 2} | timing
         )
         with Operations() as operations:
-            return measure_cost(subject, chain, prompts, plan, clock=operations.clock)
+            return measure_cost(
+                subject, chain, prompts, plan, picture=picture, clock=operations.clock
+            )
 
     return run
 
@@ -275,6 +279,15 @@ def test_a_replayed_chain_keeps_positions_and_answers(subject, prompts):
 # --- numbers beside times
 
 
+def test_timed_prompts_have_as_many_pictures_and_words(subject):
+    one, other = get_task("count").draw(2, 0)
+    two = replace(other, images=other.images * 2)  # the same text, for what it counts here
+    none = replace(one, images=())
+    assert timed_batch(subject, [one, two, none, none, none], 3) == [one]
+    assert timed_batch(subject, [none], 3) == []
+    assert timed_batch(subject, [one, other], 0) == []
+
+
 def test_sizes_are_those_worked_out_by_hand(measure, subject):
     cost = measure(make_compressor("fastv", keep_ratio=0.5, layer=1))
     config = subject.model.config.text_config
@@ -292,6 +305,18 @@ def test_sizes_are_those_worked_out_by_hand(measure, subject):
     assert macs["ratio"] == pytest.approx(macs["compressed"] / macs["uncompressed"])
     assert cost["flops"]["flop3"]["compressed"] == 2 * macs["compressed"]
     assert 0 < cost["peak_bytes"] < cost["uncompressed_peak_bytes"]
+
+
+def test_smaller_pictures_are_measured_like_a_method(measure, subject):
+    cost = measure(picture=Downsample(num_tokens=36))
+    assert cost["overhead_ms"] is cost["overhead_share"] is None
+    assert cost["uncompressed_kv_bytes"] - cost["kv_bytes"] == 2 * 4 * (144 - 36) * 192 * 4
+    widths = subject.model.config.text_config
+    macs = flops([36] * 4, widths.hidden_size, widths.intermediate_size)
+    assert cost["flops"]["mac3"]["compressed"] == macs
+    assert cost["flops"]["mac3"]["uncompressed"] > 4 * macs
+    assert cost["peak_bytes"] < cost["uncompressed_peak_bytes"] / 2  # the encoder's shrinks too
+    assert not subject.model.model.vision_tower._forward_pre_hooks
 
 
 def test_half_precision_models_are_measured(subject, measure):
