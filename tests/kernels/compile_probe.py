@@ -20,6 +20,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+THROUGH = tuple(f"arith.{name}" for name in ("addi", "subi", "muli", "select", "minsi", "maxsi"))
+THROUGH += ("tt.splat", "tt.broadcast", "tt.expand_dims")
+"""What carries an offset's width from its operands to its result."""
+
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     """Compile to a cubin; registers, stack (where spills go) and shared memory of the result."""
@@ -56,11 +60,42 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return {
+        "narrow": narrow_products(compiled.asm["ttir"]),
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
     }
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Products of two variables in 32 bits that an address is made from; they may pass 2**31.
+
+    Walks back from every address that is moved by 32 bits and from every value that is widened.
+    """
+    made, starts = {}, []
+    for line in ttir.splitlines():
+        found = re.match(r"\s*(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)", line)
+        if not found:
+            continue
+        name, op, rest = found.groups()
+        operands = re.findall(r"%\w+", rest.split(" loc(")[0])
+        made[name] = (op, operands, rest.strip())
+        narrow = re.search(r"xi32>|, i32|: i32", rest)
+        if (op == "tt.addptr" and narrow) or op == "arith.extsi":
+            starts.append(operands[-1])
+    flagged, seen = [], set()
+    while starts:
+        name = starts.pop()
+        op, operands, rest = made.get(name, ("", [], ""))
+        if name in seen or op not in THROUGH or "i64" in rest.rsplit(":", 1)[-1]:
+            continue
+        seen.add(name)
+        variable = [o for o in operands if made.get(o, ("",))[0] != "arith.constant"]
+        if op == "arith.muli" and len(variable) > 1:
+            flagged.append(f"{name} = {op} {rest.split(' loc(')[0]}")
+        starts += operands
+    return flagged
 
 
 def main(out: str, capability: str, *flags: str) -> None:

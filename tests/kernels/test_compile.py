@@ -42,6 +42,8 @@ def check(results):
     # strides other than 1 need an address an element: what spills there is recorded, not refused
     spilled = {name: r["stack"] for name, r in results.items() if r["stack"] and r["even"]}
     assert not spilled, json.dumps(spilled, indent=1)
+    narrow = {name: r["narrow"] for name, r in results.items() if r["narrow"]}
+    assert not narrow, json.dumps(narrow, indent=1)
     large = {name: r["shared"] for name, r in results.items() if r["shared"] > SHARED_LIMIT}
     assert not large, json.dumps(large, indent=1)
     assert len({r["kernel"] for r in results.values()}) == KERNELS

@@ -51,12 +51,13 @@ def dct_lowpass_kernel(
     m_p = o_p < P
     p_x = x_ptr + i_b * stride_b + o_c[None, :] * stride_c
     out = tl.zeros((BLOCK_P, BLOCK_Q, BLOCK_C), tl.float32)
+    first = tl.zeros((), tl.int64)  # token at the start of row h
     for h in range(H):
         narrow = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
         for start in range(0, W, BLOCK_W):
             o_w = start + tl.arange(0, BLOCK_W)
             m_w = o_w < W
-            o_n = (h * W + o_w).to(tl.int64)
+            o_n = first + o_w
             x = tl.load(
                 p_x + o_n[:, None] * stride_n, mask=m_w[:, None] & m_c[None, :], other=0.0
             )  # [BLOCK_W, BLOCK_C]
@@ -68,6 +69,7 @@ def dct_lowpass_kernel(
             narrow = tl.dot(columns, x.to(tl.float32), narrow, input_precision="ieee")
         rows = tl.load(rows_ptr + o_p * H + h, mask=m_p, other=0.0)
         out += rows[:, None, None] * narrow[None, :, :]
+        first += W
     o_n = o_p[:, None, None] * Q + o_q[None, :, None]
     mask = m_p[:, None, None] & m_q[None, :, None] & m_c[None, None, :]
     p_out = out_ptr + (i_b * P * Q + o_n) * C + o_c[None, None, :]

@@ -47,8 +47,8 @@ def maxmin_step_kernel(
     # int64 before any multiply: B*N*D passes 2**31 for video
     i_p = (pid % P).to(tl.int64)
     i_b = (pid // P).to(tl.int64)
-    read = ((step % 2) * B + i_b) * P
-    write = (((step + 1) % 2) * B + i_b) * P
+    read = ((step % 2).to(tl.int64) * B + i_b) * P
+    write = (((step + 1) % 2).to(tl.int64) * B + i_b) * P
     _, pick = read_best(value_ptr + read, index_ptr + read, P, BLOCK_P)
     tl.store(order_ptr + i_b * K + step, pick, mask=i_p == 0)
     if step + 1 < K:

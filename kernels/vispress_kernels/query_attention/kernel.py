@@ -54,9 +54,9 @@ def logits_kernel(
 ):
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(GROUP * Q, BLOCK_M)
-    i_s = pid % splits
-    i_m = (pid // splits) % blocks_m
     # int64 before any multiply
+    i_s = (pid % splits).to(tl.int64)
+    i_m = (pid // splits) % blocks_m
     i_h = ((pid // splits // blocks_m) % Hk).to(tl.int64)
     i_b = (pid // splits // blocks_m // Hk).to(tl.int64)
     # the queries of one key head, over the heads that share it
@@ -74,7 +74,7 @@ def logits_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh
     for i in range(tiles):
-        o_n = ((i_s * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        o_n = (i_s * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         p_kn = p_k + o_n * stride_kn
         if CHUNKED:
@@ -141,7 +141,7 @@ def weights_kernel(
         p_out = out_ptr + first * N
     mean = tl.zeros((BLOCK_N,), tl.float32)
     for i_h in range(heads):
-        o_row = first + i_h * Q
+        o_row = first + i_h.to(tl.int64) * Q
         peaks = tl.load(max_ptr + o_row * splits + o_s, mask=m_s, other=float("-inf"))
         sums = tl.load(sum_ptr + o_row * splits + o_s, mask=m_s, other=0.0)
         peak = tl.max(peaks, axis=0)
