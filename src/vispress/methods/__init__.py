@@ -8,6 +8,7 @@ from vispress.methods.fastervlm import FasterVLM as FasterVLM
 from vispress.methods.fastv import FastV as FastV
 from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
+from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
