@@ -36,8 +36,15 @@ def visual_tokens(
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
-    if placement.queries is not None:
+    if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
+    if Signal.KEY_NORMS in reads:
+        signals["key_norms"] = _key_norms(state, placement, bucket, local)
+    if Signal.TEXT_STATES in reads:
+        behind = torch.stack([image.text_after for image in bucket.images]).to(hidden.device)
+        signals["text_states"] = hidden[sample, rows.place[sample, behind]]
+    if Signal.FINAL_NORM in reads:
+        signals["final_norm"] = state.attachment.adapter.language_model.norm
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, bucket)
     if Signal.TEXT_EMBEDDINGS in reads:
@@ -109,6 +116,17 @@ def _query_attention(
     slots = local + want.offset
     wanted = slots[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
     return probs.gather(3, wanted)
+
+
+def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket, local: Tensor) -> Tensor:
+    """`[Bk, N + T]` of the layer that the placement names."""
+    want = next(w for w in state.wanted if w.serves(placement))
+    assert want.key_norms is not None
+    behind = torch.stack([image.text_after for image in bucket.images]).to(local.device)
+    rows = state.rows_at(want.layer).to(local.device)
+    text = rows.place[bucket.sample.unsqueeze(1), behind]
+    norms = want.key_norms.to(local.device)[bucket.sample]
+    return norms.gather(1, torch.cat([local, text], dim=1) + want.offset)
 
 
 def _transitions(
