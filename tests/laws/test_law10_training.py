@@ -182,7 +182,8 @@ def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None
         assert (reached > 0) == (entered > 0)
 
 
-@pytest.mark.parametrize("method", MERGING)
+# inside the LLM the choice itself moves with the projector, and the loss jumps
+@pytest.mark.parametrize("method", [m for m in MERGING if m not in IN_LLM])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
     """Along the projector's weights, the loss moves as its gradient says (central difference).

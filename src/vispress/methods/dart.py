@@ -4,8 +4,8 @@ Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Du
 More", EMNLP 2025, arXiv:2502.11494.
 Source: https://github.com/ModelTC/LightCompress at 9701d03 (Apache-2.0), a third-party port; the
 authors' repository was not at hand.
-Follows the port: pivots are the image's and the text's tokens with the largest L1 norm of the keys of
-the layer before; one after another, each takes the unused tokens of the image with the lowest
+Follows the port: pivots are the image's and the text's tokens with the largest L1 norm of the keys
+of the layer before; one after another, each takes the unused tokens of the image with the lowest
 cosine to it, on hidden states under the model's final norm.
 Differs: pivots take turns by descending norm, the image's first (the port: in a set's order); a
 budget is met exactly, earlier pivots take one more (the port truncates: 188, 124 and 60 of 192, 128

@@ -39,7 +39,7 @@ def visual_tokens(
     if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
     if Signal.KEY_NORMS in reads:
-        signals["key_norms"] = _key_norms(state, placement, bucket, local)
+        signals["key_norms"] = _key_norms(state, placement, bucket)
     if Signal.TEXT_STATES in reads:
         behind = torch.stack([image.text_after for image in bucket.images]).to(hidden.device)
         signals["text_states"] = hidden[sample, rows.place[sample, behind]]
@@ -118,15 +118,15 @@ def _query_attention(
     return probs.gather(3, wanted)
 
 
-def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket, local: Tensor) -> Tensor:
+def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
     """`[Bk, N + T]` of the layer that the placement names."""
     want = next(w for w in state.wanted if w.serves(placement))
     assert want.key_norms is not None
-    behind = torch.stack([image.text_after for image in bucket.images]).to(local.device)
-    rows = state.rows_at(want.layer).to(local.device)
-    text = rows.place[bucket.sample.unsqueeze(1), behind]
-    norms = want.key_norms.to(local.device)[bucket.sample]
-    return norms.gather(1, torch.cat([local, text], dim=1) + want.offset)
+    device, where = bucket.index.device, bucket.positions
+    behind = torch.stack([image.text_after for image in bucket.images]).to(device)
+    rows = state.rows_at(want.layer).to(device)
+    slots = rows.place[bucket.sample.unsqueeze(1), torch.cat([where, behind], dim=1)]
+    return want.key_norms.to(device)[bucket.sample].gather(1, slots + want.offset)
 
 
 def _transitions(
