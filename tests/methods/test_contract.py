@@ -108,7 +108,10 @@ def bucket(method, geometry="image", **kwargs):
     """
     geometry = "video" if method.name in VIDEO_ONLY else geometry
     layers = method.encoder_layers(6, 4)
-    return make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
+    tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
+    # before the LLM there is no attention of it
+    early = method.name == "vscan"
+    return dataclasses.replace(tokens, query_attention=None) if early else tokens
 
 
 def count_for(method, tokens, count):
@@ -291,7 +294,7 @@ def test_placements_fit_the_depth(name, num_layers):
         assert all(0 <= done < p.layer for done in p.transitions)
         assert bool(p.transitions) == (Signal.TRANSITION in cls.reads)
         read = cls.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS}
-        assert (p.queries is not None) == bool(read)
+        assert (p.queries is not None) == bool(read and p.stage is Stage.IN_LLM)
     for size in (1, 2, 37, 576):
         counts = [p.budget.resolve(size) for p in placements]
         assert counts == sorted(counts, reverse=True)
