@@ -39,6 +39,9 @@ class Signal(StrEnum):
     TEXT_EMBEDDINGS = "text_embeddings"
     INPUT_EMBEDDINGS = "input_embeddings"
     QUERY_ATTENTION = "query_attention"
+    KEY_NORMS = "key_norms"
+    TEXT_STATES = "text_states"
+    FINAL_NORM = "final_norm"
     TRANSITION = "transition"
     GRID = "grid"
     CROPS = "crops"
@@ -179,6 +182,10 @@ class VisualTokens:
         input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
         text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
+        key_norms: `[B, N + T]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
+            whose attention the placement reads: visual tokens, then the text behind the image.
+        text_states: `[B, T, D]`, hidden states of the text behind the image, as `features`.
+        final_norm: The LLM's norm behind its last layer; maps `[..., D]` to `[..., D]`.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
         crops: Geometry when they are not.
@@ -201,6 +208,9 @@ class VisualTokens:
     text_after: int = 0
     input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
+    key_norms: Float[Tensor, "B NT"] | None = None
+    text_states: Float[Tensor, "B T D"] | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None
     crops: CropLayout | None = None

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, FAMILIES, VIDEO_ONLY, inputs_of, make, model_of, run
+from tests.laws.cases import (
+    CASES,
+    FAMILIES,
+    VIDEO_ONLY,
+    inputs_of,
+    make,
+    model_of,
+    real_positions,
+    run,
+)
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 
@@ -37,7 +46,8 @@ def test_prefill_equals_the_masked_model(family: str, method: str) -> None:
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_every_decode_step_equals_the_masked_model(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    result = run(model, inputs, make(family, method))
+    # as generate counts positions: norms of rotated keys (DART) depend on them
+    result = run(model, real_positions(family, inputs), make(family, method))
     tokens, logits = oracle_generate(
         model, inputs, result.alive, 4, result.positions, result.values
     )
@@ -165,7 +175,8 @@ def test_counts_that_images_decide_equal_the_masked_model(
     result = run(model, inputs, make(family, method, **options))
     images = [image for sample in result.report.samples for image in sample.images]
     counts = [len(image.kept) for image in images]
-    assert all(0 < n < image.num_visual for n, image in zip(counts, images, strict=True))
+    assert all(0 < n <= image.num_visual for n, image in zip(counts, images, strict=True))
+    assert sum(counts) < sum(image.num_visual for image in images) or "plus" in options
     assert_equals_oracle(model, inputs, result)
 
 

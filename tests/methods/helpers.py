@@ -24,6 +24,16 @@ class TinyProjector:
         return torch.nn.functional.gelu(x @ self.first.to(x)) @ self.second.to(x)
 
 
+class TinyNorm:
+    """An RMS norm that computes in the dtype of its input."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x), 1e-6)
+
+
 def anyres(side=4, rows=2, cols=2, *, top=0, left=0, newlines=True):
     """A LLaVA-NeXT layout: thumbnail, then the stitched crops in raster order, newline-ended rows.
 
@@ -116,6 +126,9 @@ def make_tokens(
         text_after=queries,
         input_embeddings=normal(B, N, dim).to(dtype),
         query_attention=attention(B, heads, queries),
+        key_norms=torch.rand(B, N + queries, generator=g),
+        text_states=normal(B, queries, dim).to(dtype),
+        final_norm=TinyNorm(normal(dim)),
         transition=tuple(transition(layer) for layer in transitions),
         grid=grid,
         crops=crops,

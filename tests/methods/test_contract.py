@@ -43,6 +43,7 @@ OTHER_SETTINGS = {
     "flashvlm": [{"gating": True}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
+    "globalcom2": [{"logits": False}],
     "holov": [{"variant": "paper", "num_crops": 3}],
 }
 
@@ -87,7 +88,7 @@ def ranks(method):
 
 def acts_before_the_llm(method):
     """Whether the method reads nothing that only the LLM's layers give."""
-    return not method.reads & {Signal.QUERY_ATTENTION, Signal.TRANSITION}
+    return not method.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS, Signal.TRANSITION}
 
 
 def counts_by_shape(method):
@@ -107,7 +108,10 @@ def bucket(method, geometry="image", **kwargs):
     """
     geometry = "video" if method.name in VIDEO_ONLY else geometry
     layers = method.encoder_layers(6, 4)
-    return make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
+    tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
+    # before the LLM there is no attention of it
+    early = method.name == "vscan"
+    return dataclasses.replace(tokens, query_attention=None) if early else tokens
 
 
 def count_for(method, tokens, count):
@@ -290,7 +294,8 @@ def test_placements_fit_the_depth(name, num_layers):
         assert list(p.transitions) == sorted(set(p.transitions))
         assert all(0 <= done < p.layer for done in p.transitions)
         assert bool(p.transitions) == (Signal.TRANSITION in cls.reads)
-        assert (p.queries is not None) == (Signal.QUERY_ATTENTION in cls.reads)
+        read = cls.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS}
+        assert (p.queries is not None) == bool(read and p.stage is Stage.IN_LLM)
     for size in (1, 2, 37, 576):
         counts = [p.budget.resolve(size) for p in placements]
         assert counts == sorted(counts, reverse=True)
@@ -301,7 +306,7 @@ def test_placements_fit_the_depth(name, num_layers):
 def test_the_mean_over_layers_is_what_was_asked(name, budget):
     method, size, depth = get_method(name)(**budget), 10_000, 32
     placements = method.placements(depth)
-    if name == "fastv" and "keep_ratio" in budget:
+    if name in ("dart", "fastv") and "keep_ratio" in budget:
         assert placements[0].budget.resolve(size) == 6000
         return
     starts = [0, *(p.layer for p in placements), depth]

@@ -52,11 +52,8 @@ class Attachment:
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
         wanted = frozenset().union(*(method.signals() for method in methods))
-        self.encoder_signals = wanted & {
-            *ATTENTION_SIGNALS,
-            Signal.VISION_KEYS,
-            Signal.VISION_FEATURES,
-        }
+        others = {Signal.VISION_KEYS, Signal.VISION_FEATURES}
+        self.encoder_signals = wanted & (ATTENTION_SIGNALS | others)
         self._decoder = (adapter.language_model, *adapter.decoder_layers)
         self.reads_encoder_late = any(
             step.placement.layer > 0 and step.method.signals() & self.encoder_signals

@@ -38,8 +38,15 @@ def visual_tokens(
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
-    if placement.queries is not None:
+    if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
+    if Signal.KEY_NORMS in reads:
+        signals["key_norms"] = _key_norms(state, placement, bucket)
+    if Signal.TEXT_STATES in reads:
+        behind = torch.stack([image.text_after for image in bucket.images]).to(hidden.device)
+        signals["text_states"] = hidden[sample, rows.place[sample, behind]]
+    if Signal.FINAL_NORM in reads:
+        signals["final_norm"] = state.attachment.adapter.language_model.norm
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, bucket)
     if Signal.TEXT_EMBEDDINGS in reads:
@@ -112,6 +119,17 @@ def _query_attention(
 def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
     """Places `index [B, K]` along one axis of `[B, ...]`."""
     return gather_tokens(x.movedim(axis, 1), index, backend=backend).movedim(1, axis)
+
+
+def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
+    """`[Bk, N + T]` of the layer that the placement names."""
+    want = next(w for w in state.wanted if w.serves(placement))
+    assert want.key_norms is not None
+    device, where = bucket.index.device, bucket.positions
+    behind = torch.stack([image.text_after for image in bucket.images]).to(device)
+    rows = state.rows_at(want.layer).to(device)
+    slots = rows.place[bucket.sample.unsqueeze(1), torch.cat([where, behind], dim=1)]
+    return want.key_norms.to(device)[bucket.sample].gather(1, slots + want.offset)
 
 
 def _transitions(
