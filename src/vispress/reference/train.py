@@ -9,16 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
-from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.architecture import ARCHITECTURES, Architecture
 from vispress.reference.card import write_card, write_curves
-from vispress.reference.checkpoint import export, for_inference, for_training
-from vispress.reference.dense import DenseHeads
+from vispress.reference.checkpoint import export, for_inference
 from vispress.reference.evaluate import accuracy
 from vispress.reference.loop import Budget, Run
-from vispress.reference.model import TEXT_WIDTH, VISION_WIDTH, build_model, reference_config
 from vispress.reference.parallel import is_main
-from vispress.reference.processor import build_processor
 from vispress.reference.train_language import train_language
 from vispress.reference.train_vision import train_vision
 
@@ -28,6 +25,7 @@ class Plan:
     """Everything `train_reference` was asked for; see there."""
 
     out: Path
+    architecture: str
     seed: int
     vision: Budget
     language: Budget
@@ -39,10 +37,16 @@ class Plan:
     check_questions: int
     config: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Architecture:
+        """The architecture by its name."""
+        return ARCHITECTURES[self.architecture]
+
 
 def train_reference(
     out_dir: str | Path,
     *,
+    architecture: str = "llava",
     seed: int = 0,
     vision_minutes: float | None = None,
     vision_images: int | None = None,
@@ -66,6 +70,7 @@ def train_reference(
 
     Args:
         out_dir: Where everything goes; created.
+        architecture: `"llava"` or `"qwen2_5_vl"`.
         seed: Seed of weights, scenes and questions. Runs limited by images alone repeat exactly
             on one machine with the same numbers of threads and processes.
         vision_minutes: Limit of stage 1 in minutes of training.
@@ -81,7 +86,7 @@ def train_reference(
         language_batch: Images a step in stage 2.
         questions: Held-out questions a kind in the final evaluation.
         check_questions: The same at every saved state; 0 for none.
-        config: Arguments for `reference_config`.
+        config: `vision_layers` and `text_layers`, where they differ from the shipped model's.
 
     Returns:
         Final accuracy by question kind.
@@ -89,9 +94,11 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: A budget is not positive, `processes` does not divide both batches, or is more
+        ValueError: `architecture` is unknown, a budget is not positive, `processes` does not divide both batches, or is more
             than 1 on another device than the CPU.
     """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
     if vision_minutes is None and vision_images is None:
         vision_images = 32_000
     if language_minutes is None and language_images is None:
@@ -102,6 +109,7 @@ def train_reference(
         raise ValueError(f"several processes train on the CPU only, not on {device}")
     plan = Plan(
         out=Path(out_dir),
+        architecture=architecture,
         seed=seed,
         vision=Budget(vision_minutes, vision_images),
         language=Budget(language_minutes, language_images),
@@ -147,14 +155,17 @@ def _train(plan: Plan) -> None:
     """Both stages and the evaluation, in this process."""
     torch.set_flush_denormal(True)
     device = torch.device(plan.device)
-    model = build_model(reference_config(**plan.config), seed=plan.seed).to(device)
+    kind = plan.kind
+    model = kind.build(plan.config, plan.seed).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(device)
-    for_training(model)
+        heads = kind.heads().to(device)
+    kind.for_training(model)
     common: dict[str, Any] = {"seed": plan.seed, "device": device, "workers": plan.workers}
     folders = plan.out / "vision", plan.out / "language"
-    train_vision(model, heads, folders[0], budget=plan.vision, batch=plan.vision_batch, **common)
+    train_vision(
+        kind, model, heads, folders[0], budget=plan.vision, batch=plan.vision_batch, **common
+    )
 
     def report(run: Run) -> None:
         _report(model, plan, run)
