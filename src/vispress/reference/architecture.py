@@ -2,9 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import LlavaProcessor
 
 from vispress.reference.attention import FULL, PACKED
 from vispress.reference.dense import DenseBatch, DenseHeads, Seen, collate
@@ -16,10 +22,41 @@ from vispress.reference.model import (
     normalise,
     reference_config,
 )
-from vispress.reference.processor import build_processor, build_qwen_processor
-from vispress.reference.qwen import build_qwen, encode_qwen, qwen_config
+from vispress.reference.processor import PicturesProcessor, build_processor, build_qwen_processor
+from vispress.reference.qwen import (
+    QWEN_ID,
+    VISION_END,
+    VISION_START,
+    build_qwen,
+    encode_qwen,
+    qwen_config,
+)
 from vispress.reference.qwen_data import collate_tokens, side_of
 from vispress.reference.scenes import Scene
+from vispress.reference.words import BOS, IMAGE, WORD_ID
+
+if TYPE_CHECKING:
+    from vispress.reference.packing import PackedBatch
+
+# after so many decoder layers the visual tokens must know where they are, where none did before
+_PLACED: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What stands before the questions of a packed sequence: P tokens, the picture's among them.
+
+    Args:
+        ids: Token ids, int64, shape (P,).
+        positions: Their positions, int64, shape (1, P); (3, P) with M-RoPE.
+        image: Where the picture's tokens are.
+        after: Position of the first token of a question.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    image: slice
+    after: int
 
 
 class Architecture(ABC):
@@ -27,7 +64,6 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # of transformers
-    processor_class: ClassVar[str]
 
     @abstractmethod
     def build(self, config: Mapping[str, int], seed: int) -> Any:
@@ -42,6 +78,10 @@ class Architecture(ABC):
         """Its processor."""
 
     @abstractmethod
+    def load_processor(self, folder: Path) -> Any:
+        """The processor saved in a folder, offline."""
+
+    @abstractmethod
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """Projector and vision side, in the order the optimiser takes them."""
 
@@ -54,6 +94,14 @@ class Architecture(ABC):
         """What the vision side makes of uint8 pixels (B, S, S, 3)."""
 
     @abstractmethod
+    def prefix(self, side: int) -> Prefix:
+        """What comes before a question about a picture of `side` x `side` visual tokens."""
+
+    @abstractmethod
+    def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
+        """Last hidden states (B, L, D) of packed sequences, and what was seen."""
+
+    @abstractmethod
     def for_training(self, model: Any) -> None:
         """Switch to the attention functions of packed training."""
 
@@ -63,7 +111,6 @@ class LlavaReference(Architecture):
 
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
-    processor_class = "LlavaProcessor"
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
         """See `Architecture.build`."""
@@ -76,6 +123,10 @@ class LlavaReference(Architecture):
     def processor(self) -> Any:
         """See `build_processor`."""
         return build_processor()
+
+    def load_processor(self, folder: Path) -> Any:
+        """See `Architecture.load_processor`."""
+        return LlavaProcessor.from_pretrained(folder, local_files_only=True)
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """The tower and the projector."""
@@ -93,6 +144,25 @@ class LlavaReference(Architecture):
         features, cls, last = encode_image(model, normalise(pixels))
         return Seen(features, features, cls, last)
 
+    def prefix(self, side: int) -> Prefix:
+        """`<s>` and the visual tokens, one after another."""
+        n = side * side
+        ids = np.array([WORD_ID[BOS], *[WORD_ID[IMAGE]] * n])
+        return Prefix(ids, np.arange(1 + n)[None], slice(1, 1 + n), 1 + n)
+
+    def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
+        """See `Architecture.hidden`."""
+        seen = self.look(model, batch.dense.pixels)
+        embeds = _embed(model, batch, seen.features, 1)
+        mask = batch.mask(torch.get_autocast_dtype(embeds.device.type))
+        out = model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return out.last_hidden_state, seen
+
     def for_training(self, model: Any) -> None:
         """Encoder and decoder."""
         model.model.vision_tower.set_attn_implementation(FULL)
@@ -104,7 +174,6 @@ class QwenReference(Architecture):
 
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
-    processor_class = "Qwen2_5_VLProcessor"
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
         """See `Architecture.build`."""
@@ -112,11 +181,15 @@ class QwenReference(Architecture):
 
     def heads(self) -> DenseHeads:
         """Without [CLS]."""
-        return DenseHeads(TEXT_WIDTH, None)
+        return DenseHeads(TEXT_WIDTH, None, place_weight=1.0)
 
     def processor(self) -> Any:
         """See `build_qwen_processor`."""
         return build_qwen_processor()
+
+    def load_processor(self, folder: Path) -> Any:
+        """See `Architecture.load_processor`."""
+        return PicturesProcessor.from_pretrained(folder, local_files_only=True)
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """The merger counts as the projector, not as part of the encoder that holds it."""
@@ -130,9 +203,45 @@ class QwenReference(Architecture):
         """Rotary positions are relative: nothing in the encoder knows where it is."""
         return Seen(encode_qwen(model, pixels))
 
+    def prefix(self, side: int) -> Prefix:
+        """`<s>`, and the picture between its marks, at positions of time, row and column."""
+        n = side * side
+        words = [BOS, VISION_START, *[IMAGE] * n, VISION_END]
+        image = slice(2, 2 + n)
+        rows, columns = np.divmod(np.arange(n), side)
+        positions = np.zeros((3, 3 + n), dtype=np.int64)
+        positions[:, 1] = 1
+        positions[:, image] = 2 + np.stack([np.zeros(n, dtype=np.int64), rows, columns])
+        positions[:, -1] = 2 + side
+        return Prefix(np.array([QWEN_ID[w] for w in words]), positions, image, 3 + side)
+
+    def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
+        """See `Architecture.hidden`; the first decoder layers find out what is where."""
+        seen = self.look(model, batch.dense.pixels)
+        embeds = _embed(model, batch, seen.features, 2)
+        mask = batch.mask(torch.get_autocast_dtype(embeds.device.type))
+        out = model.model.language_model(
+            inputs_embeds=embeds,
+            # a mapping is taken as it is
+            attention_mask={"full_attention": mask},
+            position_ids=batch.position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        states = out.hidden_states[min(_PLACED, len(out.hidden_states) - 1)]
+        places = states[:, 2 : 2 + seen.features.shape[1]]
+        return out.last_hidden_state, Seen(seen.features, places)
+
     def for_training(self, model: Any) -> None:
         """The decoder; `encode_qwen` stands for the encoder."""
         model.model.language_model.set_attn_implementation(PACKED)
+
+
+def _embed(model: Any, batch: "PackedBatch", features: Tensor, first: int) -> Tensor:
+    """Embeddings of packed sequences with the features in place of the placeholders."""
+    embeds: Tensor = model.get_input_embeddings()(batch.input_ids)
+    last = first + features.shape[1]
+    return torch.cat([embeds[:, :first], features.to(embeds.dtype), embeds[:, last:]], dim=1)
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {

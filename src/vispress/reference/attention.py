@@ -7,9 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from vispress.reference.scenes import NUM_PATCHES
-
-PREFIX = 1 + NUM_PATCHES  # <s> and the visual tokens
 FULL = "vispress_full"
 PACKED = "vispress_packed"
 
@@ -41,26 +38,30 @@ def packed_attention(
 
     Args:
         module: Unused.
-        query: Shape (B, H, 145 + S * W, d); `key` and `value` likewise.
-        key: See `query`.
-        value: See `query`.
+        query: Shape (B, H, P + S * W, d), after a prefix of P tokens.
+        key: Likewise, or with fewer heads, each for equally many of the query's.
+        value: See `key`.
         attention_mask: Additive mask within slots, shape (B, S, W, W).
         scaling: Factor on the scores.
 
     Returns:
-        Shape (B, 145 + S * W, H, d), and None.
+        Shape (B, P + S * W, H, d), and None.
     """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
     slots, width = attention_mask.shape[1:3]
-    prefix_key, prefix_value = key[:, :, :PREFIX], value[:, :, :PREFIX]
-    causal = torch.full((PREFIX, PREFIX), -1e30, dtype=query.dtype, device=query.device).triu(1)
-    prefix = (query[:, :, :PREFIX] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
+    first = query.shape[2] - slots * width
+    prefix_key, prefix_value = key[:, :, :first], value[:, :, :first]
+    causal = torch.full((first, first), -1e30, dtype=query.dtype, device=query.device).triu(1)
+    prefix = (query[:, :, :first] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
 
-    text = query[:, :, PREFIX:]
-    q, k, v = (torch.unflatten(x[:, :, PREFIX:], 2, (slots, width)) for x in (query, key, value))
+    text = query[:, :, first:]
+    q, k, v = (torch.unflatten(x[:, :, first:], 2, (slots, width)) for x in (query, key, value))
     inside = (q @ k.mT + attention_mask[:, None]).flatten(2, 3)  # [B, H, S * W, W]
     scores = torch.cat([text @ prefix_key.mT, inside], dim=-1).softmax(-1)
-    to_prefix, to_slot = torch.split(scores, [PREFIX, width], dim=-1)
+    to_prefix, to_slot = torch.split(scores, [first, width], dim=-1)
     own = torch.unflatten(to_slot, 2, (slots, width)) @ v
     answer = to_prefix @ prefix_value + own.flatten(2, 3)
     return torch.cat([prefix, answer], dim=2).transpose(1, 2), None

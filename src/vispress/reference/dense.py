@@ -105,6 +105,7 @@ class DenseHeads(nn.Module):
     Args:
         text_width: Width of the projected features.
         vision_width: Width of the vision encoder; None without [CLS].
+        place_weight: Weight of the loss of places.
     """
 
     what_ids: Tensor
@@ -112,8 +113,11 @@ class DenseHeads(nn.Module):
     dot_ids: Tensor
     place_ids: Tensor
 
-    def __init__(self, text_width: int, vision_width: int | None) -> None:
+    def __init__(
+        self, text_width: int, vision_width: int | None, *, place_weight: float = 0.3
+    ) -> None:
         super().__init__()
+        self.place_weight = place_weight
         self.norm = nn.RMSNorm(text_width, elementwise_affine=False, eps=1e-6)
         self.scale = nn.Parameter(torch.tensor(4.0))
         self.dot_map = nn.Linear(text_width, text_width, bias=False)
@@ -166,7 +170,7 @@ class DenseHeads(nn.Module):
         }
         if seen.places is not None:
             placed, scores["place"] = self._place_loss(self.norm(seen.places.float()), words)
-            loss = loss + 0.3 * placed
+            loss = loss + self.place_weight * placed
         if seen.cls is not None and seen.last is not None:
             content = [
                 self.cls(self.cls_norm(seen.cls.float())).float(),

@@ -1,5 +1,6 @@
 """Many questions behind one set of visual tokens: packed training that equals asking one by one."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -9,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vispress.reference.attention import PREFIX
-from vispress.reference.dense import DenseBatch, collate
+from vispress.reference.architecture import Architecture, Prefix
+from vispress.reference.dense import DenseBatch
 from vispress.reference.questions import Question, mixture
 from vispress.reference.scenes import draw_scene
-from vispress.reference.words import BOS, EOS, IMAGE, PAD, WORD_ID, QuestionKind
+from vispress.reference.words import EOS, PAD, WORD_ID, QuestionKind
 
 SLOT: Final = 32  # tokens that share a block of attention
 
@@ -35,12 +36,13 @@ QUOTA: Final[dict[QuestionKind, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """B packed sequences of length L = 145 + 32 * S.
+    """B packed sequences of length L = P + 32 * S, after a prefix of P tokens.
 
     Args:
         dense: Pixels and dense labels.
         input_ids: int64, shape (B, L).
-        position_ids: What each token's position would be if its question stood alone, (B, L).
+        position_ids: What each token's position would be if its question stood alone, (B, L);
+            (3, B, L) with M-RoPE.
         group: Number of the question a token belongs to; -1 in the prefix, -2 padding; (B, L).
         labels: Token to predict at each position, -100 for none, (B, L).
         early: Likewise, for the first answer word asked too early, (B, L).
@@ -59,7 +61,8 @@ class PackedBatch:
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask within slots, shape (B, S, W, W): causal, and only one's own question."""
-        group = torch.unflatten(self.group[:, PREFIX:], 1, (-1, SLOT))
+        first = int((self.group[0] == -1).sum())
+        group = torch.unflatten(self.group[:, first:], 1, (-1, SLOT))
         same = group[..., :, None] == group[..., None, :]
         order = torch.arange(SLOT, device=group.device)
         allowed = same & (order[:, None] >= order[None, :])
@@ -67,20 +70,22 @@ class PackedBatch:
         return out.masked_fill_(~allowed, -1e30)
 
 
-def pack(questions: list[Question], slots: int) -> NDArray[np.int64]:
+def pack(questions: list[Question], slots: int, prefix: Prefix) -> NDArray[np.int64]:
     """Lay questions out in slots of 32 tokens, each in the first slot with room.
 
     Args:
         questions: In order; those that fit nowhere are left out.
         slots: Number of slots S.
+        prefix: What stands before them, P tokens.
 
     Returns:
-        int64 rows (ids, positions, group, labels, early), shape (5, 145 + 32 * S).
+        int64 rows (ids, group, labels, early, positions...), shape (4 + M, P + 32 * S), where M is
+        the prefix's number of position axes.
     """
-    out = np.full((5, PREFIX + SLOT * slots), -100, dtype=np.int64)
-    out[0], out[1], out[2] = WORD_ID[PAD], 0, -2
-    out[0, 0], out[0, 1:PREFIX] = WORD_ID[BOS], WORD_ID[IMAGE]
-    out[1, :PREFIX], out[2, :PREFIX] = np.arange(PREFIX), -1
+    first = len(prefix.ids)
+    out = np.full((4 + len(prefix.positions), first + SLOT * slots), -100, dtype=np.int64)
+    out[0], out[1], out[4:] = WORD_ID[PAD], -2, 0
+    out[0, :first], out[1, :first], out[4:, :first] = prefix.ids, -1, prefix.positions
     used = [0] * slots
     for number, question in enumerate(questions):
         words = [WORD_ID[w] for w in question.text.split()]
@@ -89,16 +94,16 @@ def pack(questions: list[Question], slots: int) -> NDArray[np.int64]:
         slot = next((i for i, u in enumerate(used) if u + size <= SLOT), None)
         if slot is None:
             continue
-        at = PREFIX + SLOT * slot + used[slot]
+        at = first + SLOT * slot + used[slot]
         used[slot] += size
         here = slice(at, at + size)
         out[0, here] = words + answer
-        out[1, here] = PREFIX + np.arange(size)
-        out[2, here] = number
+        out[1, here] = number
         colon = at + len(words) - 1
-        out[3, colon : at + size] = [*answer, WORD_ID[EOS]]
+        out[2, colon : at + size] = [*answer, WORD_ID[EOS]]
         # the last content word and the question mark
-        out[4, colon - 2 : colon] = answer[0]
+        out[3, colon - 2 : colon] = answer[0]
+        out[4:, here] = prefix.after + np.arange(size)
     return out
 
 
@@ -106,25 +111,41 @@ class LanguageStream(Dataset[PackedBatch]):
     """Batch number -> freshly drawn scenes with packed questions.
 
     Args:
+        architecture: Decides the form of a batch.
         seed: Seed of scenes and questions.
         batch: Scenes a batch.
         slots: Slots of 32 text tokens a scene.
         easy: The first so many images show fewer objects.
+        together: Consecutive batches that make one training step.
     """
 
-    def __init__(self, seed: int, batch: int, slots: int, easy: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        seed: int,
+        batch: int,
+        slots: int,
+        easy: int,
+        together: int = 1,
+    ) -> None:
+        self.architecture = architecture
         self.seed = seed
         self.batch = batch
         self.slots = slots
         self.easy = easy
+        self.together = together
 
-    def __getitem__(self, step: int) -> PackedBatch:
-        scenes, rows = [], []
-        for index in range(step * self.batch, (step + 1) * self.batch):
+    def __getitem__(self, number: int) -> PackedBatch:
+        scenes, asked = [], []
+        for index in range(number * self.batch, (number + 1) * self.batch):
             busy = 1.0 if index >= self.easy else 0.5 + 0.5 * index / self.easy
             scene = draw_scene(self.seed, "train", _OFFSET + index, busy=busy)
             rng = np.random.default_rng((self.seed, 2, index))
             scenes.append(scene)
-            rows.append(pack(mixture(scene, rng, QUOTA), self.slots))
-        parts = torch.from_numpy(np.stack(rows, axis=1))
-        return PackedBatch(collate(scenes), *parts.unbind())
+            asked.append(mixture(scene, rng, QUOTA))
+        dense = self.architecture.collate(scenes, self.seed, number // self.together)
+        prefix = self.architecture.prefix(math.isqrt(dense.what.shape[1]))
+        rows = [pack(questions, self.slots, prefix) for questions in asked]
+        ids, group, labels, early, *positions = torch.from_numpy(np.stack(rows, axis=1))
+        at = positions[0] if len(positions) == 1 else torch.stack(positions)
+        return PackedBatch(dense, ids, at, group, labels, early)

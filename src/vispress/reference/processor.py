@@ -1,6 +1,7 @@
 """Tokenizer and processor of the reference model; both are built here, nothing is downloaded."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -9,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from vispress.reference import qwen
 from vispress.reference.scenes import IMAGE_SIZE, PATCH_SIZE
@@ -65,8 +67,26 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_qwen_processor() -> Qwen2_5_VLProcessor:
-    """A `Qwen2_5_VLProcessor` whose image side needs Pillow only; it takes no videos.
+class PicturesProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
+    """A `Qwen2_5_VLProcessor` without videos: transformers' own asks for torchvision.
+
+    Args:
+        image_processor: Makes patches.
+        tokenizer: Has `image_token`.
+        chat_template: Of conversations; None for none.
+    """
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
+    ) -> None:
+        self.image_token = tokenizer.image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        # past the parent, which would want a video processor
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def build_qwen_processor() -> PicturesProcessor:
+    """The processor of the Qwen reference; its image side needs Pillow only, it takes no videos.
 
     Pictures of 84 to 120 pixels keep their size, rounded to visual tokens of 12 pixels.
     """
@@ -83,6 +103,21 @@ def build_qwen_processor() -> Qwen2_5_VLProcessor:
         "vision_eos_token": qwen.VISION_END,
         "video_token": qwen.VIDEO,
     }
-    return Qwen2_5_VLProcessor(
-        image_processor=images, tokenizer=build_tokenizer(qwen.QWEN_ID, extra)
-    )
+    return PicturesProcessor(images, build_tokenizer(qwen.QWEN_ID, extra))
+
+
+def with_marks(processor: Any, prompt: str) -> str:
+    """A prompt as a processor's model wants it: Qwen's pictures stand between two marks.
+
+    Args:
+        processor: Of a reference model, or of Qwen's.
+        prompt: With `<image>` for each picture.
+
+    Returns:
+        The prompt, changed only where the tokenizer knows marks.
+    """
+    tokenizer = processor.tokenizer
+    start = getattr(tokenizer, "vision_bos_token", None)
+    if start is None:
+        return prompt
+    return prompt.replace(IMAGE, f"{start}{tokenizer.image_token}{tokenizer.vision_eos_token}")

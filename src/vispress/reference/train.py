@@ -171,6 +171,7 @@ def _train(plan: Plan) -> None:
         _report(model, plan, run)
 
     train_language(
+        kind,
         model,
         heads,
         folders[1],
@@ -180,17 +181,17 @@ def _train(plan: Plan) -> None:
         **common,
     )
     if is_main():
-        finish(plan.out, model, questions=plan.questions)
+        finish(plan.out, model, plan.kind, questions=plan.questions)
 
 
-def _report(model: LlavaForConditionalGeneration, plan: Plan, run: Run) -> None:
+def _report(model: Any, plan: Plan, run: Run) -> None:
     """Export, and append a quick accuracy to the log."""
-    export(model, plan.out / "checkpoint")
+    export(model, plan.kind, plan.out / "checkpoint")
     if not plan.check_questions:
         return
     for_inference(model)
-    scores = accuracy(model, build_processor(), n=plan.check_questions, seed=1)
-    for_training(model)
+    scores = accuracy(model, plan.kind.processor(), n=plan.check_questions, seed=1)
+    plan.kind.for_training(model)
     mean = sum(scores.values()) / len(scores)
     run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
     run.skip_time()
@@ -198,20 +199,23 @@ def _report(model: LlavaForConditionalGeneration, plan: Plan, run: Run) -> None:
     write_card(plan.out, scores, questions=plan.check_questions, note=unfinished)
 
 
-def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -> dict[str, float]:
+def finish(
+    out: Path, model: Any, architecture: Architecture, *, questions: int
+) -> dict[str, float]:
     """Export, evaluate on held-out questions, write curves and card.
 
     Args:
         out: Folder with the logs of both stages.
         model: The trained model.
+        architecture: What it is.
         questions: Held-out questions a kind.
 
     Returns:
         Accuracy by question kind, also written to `accuracy.json`.
     """
     for_inference(model)
-    export(model, out / "checkpoint")
-    scores = accuracy(model, build_processor(), n=questions)
+    export(model, architecture, out / "checkpoint")
+    scores = accuracy(model, architecture.processor(), n=questions)
     result = {"questions": questions, "accuracy": scores}
     (out / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     write_curves(out)
