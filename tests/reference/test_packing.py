@@ -3,13 +3,17 @@
 import numpy as np
 import torch
 
-from vispress.reference.attention import PREFIX
+from vispress.reference.architecture import ARCHITECTURES
 from vispress.reference.checkpoint import for_inference, for_training
 from vispress.reference.model import build_model, normalise, reference_config
 from vispress.reference.packing import SLOT, LanguageStream, pack
 from vispress.reference.questions import Question
-from vispress.reference.train_language import answer_loss, packed_hidden
+from vispress.reference.train_language import answer_loss
 from vispress.reference.words import VOCABULARY
+
+LLAVA = ARCHITECTURES["llava"]
+ALONE = LLAVA.prefix(12)
+PREFIX = len(ALONE.ids)
 
 
 def tiny():
@@ -17,10 +21,10 @@ def tiny():
 
 
 def test_each_packed_question_equals_the_question_alone():
-    model, batch = tiny(), LanguageStream(0, 1, 7, 0)[0]
+    model, batch = tiny(), LanguageStream(LLAVA, 0, 1, 7, 0)[0]
     for_training(model)
     with torch.no_grad():
-        packed = model.lm_head(packed_hidden(model, batch)[0])[0]
+        packed = model.lm_head(LLAVA.hidden(model, batch)[0])[0]
     for_inference(model)
     pixels = normalise(batch.dense.pixels)
     groups = batch.group[0].unique().tolist()
@@ -35,7 +39,7 @@ def test_each_packed_question_equals_the_question_alone():
 
 def test_labels_are_the_answer_and_the_end_and_early_labels_its_first_word():
     question = Question("where", "where is the ring ? :", "top left", (0,))
-    ids, positions, group, labels, early = pack([question], 1)
+    ids, group, labels, early, positions = pack([question], 1, ALONE)
     words = [VOCABULARY[i] for i in ids[PREFIX : PREFIX + 8]]
     assert words == ["where", "is", "the", "ring", "?", ":", "top", "left"]
     assert [VOCABULARY[i] for i in labels[PREFIX + 5 : PREFIX + 8]] == ["top", "left", "</s>"]
@@ -48,15 +52,15 @@ def test_labels_are_the_answer_and_the_end_and_early_labels_its_first_word():
 
 def test_questions_that_do_not_fit_are_left_out_whole():
     question = Question("where", "where is the ring ? :", "top left", (0,))
-    group = pack([question] * 9, 2)[2]
+    group = pack([question] * 9, 2, ALONE)[1]
     counts = np.bincount(group[group >= 0])
     assert counts.tolist() == [8] * (2 * SLOT // 8)
 
 
 def test_loss_reads_first_word_accuracy_at_the_colon():
-    model, batch = tiny(), LanguageStream(0, 2, 7, 0)[0]
+    model, batch = tiny(), LanguageStream(LLAVA, 0, 2, 7, 0)[0]
     for_training(model)
-    hidden = packed_hidden(model, batch)[0]
+    hidden = LLAVA.hidden(model, batch)[0]
     late, hits = answer_loss(model, hidden, batch, early=False)
     both, _ = answer_loss(model, hidden, batch, early=True)
     assert both > late > 0

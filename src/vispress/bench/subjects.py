@@ -36,9 +36,11 @@ class Subject:
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """Left-padded inputs of a batch, on the model's device."""
+        from vispress.reference.processor import with_marks
+
         return self.processor(
             images=[image for prompt in prompts for image in prompt.images],
-            text=[prompt.text for prompt in prompts],
+            text=[with_marks(self.processor, prompt.text) for prompt in prompts],
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -55,17 +57,21 @@ class Subject:
 
 
 def load_subject(name: str = "reference", device: str | torch.device = "cpu") -> Subject:
-    """Load `"reference"`, or a folder that `vispress train-reference` wrote.
+    """Load `"reference"`, `"reference-qwen"`, or a folder that `vispress train-reference` wrote.
 
     Raises:
         CheckpointError: A checkpoint is missing or damaged.
         ConfigError: The folder or the device does not exist.
     """
-    from vispress.reference.checkpoint import SHIPPED, read
+    from vispress.reference.checkpoint import SHIPPED, SHIPPED_QWEN, read
 
-    folder = SHIPPED if name == "reference" else Path(name)
-    if name != "reference" and not folder.is_dir():
-        raise ConfigError(f"model must be 'reference' or a folder with a checkpoint, got {name!r}")
+    shipped = {"reference": SHIPPED, "reference-qwen": SHIPPED_QWEN}
+    folder = shipped.get(name, Path(name))
+    if name not in shipped and not folder.is_dir():
+        raise ConfigError(
+            "model must be 'reference', 'reference-qwen' or a folder with a checkpoint, "
+            f"got {name!r}"
+        )
     model, processor = read(folder)
     try:
         model.to(torch.device(device))

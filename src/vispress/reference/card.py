@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from vispress.reference.questions import CHANCE
+from vispress.reference.qwen_card import QWEN_TEXT
 from vispress.reference.words import QuestionKind
 
 _TARGET: Final[dict[QuestionKind, float]] = {
@@ -134,7 +135,8 @@ def write_card(
     vision, language = (_log(out / s) or empty for s in ("vision", "language"))
     config = json.loads((out / "checkpoint" / "config.json").read_text())
     weights = out / "checkpoint" / "model.safetensors"
-    text = _TEXT.format(
+    template = QWEN_TEXT if config["model_type"] == "qwen2_5_vl" else _TEXT
+    text = template.format(
         millions=weights.stat().st_size / 2e6,
         words=config["text_config"]["vocab_size"],
         note=f"**{note}**\n\n" if note else "",
@@ -168,7 +170,7 @@ def write_curves(out: Path) -> None:
     wanted = {"vision": ("what", "color", "dot", "content"), "language": ("first", "what")}
     for axis, (stage, keys) in zip(axes, wanted.items(), strict=True):
         lines = [line for line in _log(out / stage) if "loss" in line]
-        for key in keys:
+        for key in (key for key in keys if lines and key in lines[0]):
             axis.plot([x["images"] for x in lines], [x[key] for x in lines], label=key)
         checks = [line for line in _log(out / stage) if "mean" in line]
         if checks:

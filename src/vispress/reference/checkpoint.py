@@ -15,7 +15,22 @@ from vispress.reference.architecture import ARCHITECTURES, Architecture
 
 SHIPPED: Final = Path(__file__).parent / "checkpoint"
 SHIPPED_QWEN: Final = Path(__file__).parent / "checkpoint_qwen2_5_vl"
+SHIPPED_BY_NAME: Final = {"llava": SHIPPED, "qwen2_5_vl": SHIPPED_QWEN}
 FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The reference architecture that a model has.
+
+    Raises:
+        KeyError: It has none of them.
+    """
+    return ARCHITECTURES[model.config.model_type]
+
+
+def for_training(model: Any) -> None:
+    """Switch to the attention functions of packed training."""
+    architecture_of(model).for_training(model)
 
 
 def for_inference(model: Any) -> None:
@@ -23,14 +38,11 @@ def for_inference(model: Any) -> None:
     model.set_attn_implementation("sdpa")
 
 
-def export(
-    model: Any, architecture: Architecture, folder: Path, *, dtype: torch.dtype = torch.float16
-) -> None:
+def export(model: Any, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Write weights, configuration, tokenizer and processor, replacing the folder at the end.
 
     Args:
         model: The model; not changed.
-        architecture: What it is.
         folder: What `read` takes.
         dtype: Storage type; fp16 keeps three more bits of these small weights than bf16.
     """
@@ -39,7 +51,7 @@ def export(
     stored = copy.deepcopy(model)
     for_inference(stored)
     stored.to(dtype).eval().save_pretrained(temporary)
-    architecture.processor().save_pretrained(temporary)
+    architecture_of(model).processor().save_pretrained(temporary)
     for file in temporary.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)
@@ -84,6 +96,8 @@ def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
 def _architecture(folder: Path) -> Architecture:
     """What the configuration in a folder says it holds."""
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if name not in ARCHITECTURES:
+        raise ValueError(f"model_type {name!r} is none of {[*ARCHITECTURES]}")
     return ARCHITECTURES[name]
 
 

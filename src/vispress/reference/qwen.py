@@ -149,8 +149,15 @@ def encode_qwen(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Te
     x = nn.functional.linear(x, weight)
     places, bias, raster = _layout(side)
     rope = visual.rotary_pos_emb(x, places.to(x.device))
-    cos, sin = (r[:, None].to(x.device, torch.get_autocast_dtype(x.device.type)
-                if torch.is_autocast_enabled(x.device.type) else x.dtype) for r in rope)
+    cos, sin = (
+        r[:, None].to(
+            x.device,
+            torch.get_autocast_dtype(x.device.type)
+            if torch.is_autocast_enabled(x.device.type)
+            else x.dtype,
+        )
+        for r in rope
+    )
     mask = None if bias is None else bias.to(x.device)
     for index, block in enumerate(visual.blocks):
         windows = 1 if index in visual.fullatt_block_indexes else across**2

@@ -12,7 +12,7 @@ from torch.multiprocessing.spawn import spawn
 
 from vispress.reference.architecture import ARCHITECTURES, Architecture
 from vispress.reference.card import write_card, write_curves
-from vispress.reference.checkpoint import export, for_inference
+from vispress.reference.checkpoint import architecture_of, export, for_inference
 from vispress.reference.evaluate import accuracy
 from vispress.reference.loop import Budget, Run
 from vispress.reference.parallel import is_main
@@ -94,8 +94,8 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: `architecture` is unknown, a budget is not positive, `processes` does not divide both batches, or is more
-            than 1 on another device than the CPU.
+        ValueError: `architecture` is unknown, a budget is not positive, `processes` does not
+            divide both batches, or is more than 1 on another device than the CPU.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
@@ -181,12 +181,12 @@ def _train(plan: Plan) -> None:
         **common,
     )
     if is_main():
-        finish(plan.out, model, plan.kind, questions=plan.questions)
+        finish(plan.out, model, questions=plan.questions)
 
 
 def _report(model: Any, plan: Plan, run: Run) -> None:
     """Export, and append a quick accuracy to the log."""
-    export(model, plan.kind, plan.out / "checkpoint")
+    export(model, plan.out / "checkpoint")
     if not plan.check_questions:
         return
     for_inference(model)
@@ -199,23 +199,20 @@ def _report(model: Any, plan: Plan, run: Run) -> None:
     write_card(plan.out, scores, questions=plan.check_questions, note=unfinished)
 
 
-def finish(
-    out: Path, model: Any, architecture: Architecture, *, questions: int
-) -> dict[str, float]:
+def finish(out: Path, model: Any, *, questions: int) -> dict[str, float]:
     """Export, evaluate on held-out questions, write curves and card.
 
     Args:
         out: Folder with the logs of both stages.
         model: The trained model.
-        architecture: What it is.
         questions: Held-out questions a kind.
 
     Returns:
         Accuracy by question kind, also written to `accuracy.json`.
     """
     for_inference(model)
-    export(model, architecture, out / "checkpoint")
-    scores = accuracy(model, architecture.processor(), n=questions)
+    export(model, out / "checkpoint")
+    scores = accuracy(model, architecture_of(model).processor(), n=questions)
     result = {"questions": questions, "accuracy": scores}
     (out / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     write_curves(out)
