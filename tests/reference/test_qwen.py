@@ -148,10 +148,10 @@ def test_each_packed_question_equals_the_question_alone(number):
     with torch.no_grad():
         packed = model.lm_head(QWEN.hidden(model, batch)[0])[0]
     for_inference(model)
-    pixels = batch.dense.pixels
+    pixels = batch.pixels
     assert pixels.shape[1] == (96 if number == 0 else 108)
     inputs = build_qwen_processor().image_processor(images=[pixels[0].numpy()], return_tensors="pt")
-    first = int((batch.group[0] == -1).sum())
+    first = batch.prefix
     groups = batch.group[0].unique().tolist()
     assert len(groups) > 10
     for group in groups[2:]:  # after padding (-2) and prefix (-1)
@@ -168,7 +168,7 @@ def test_the_prefix_is_what_the_processor_makes():
     for side in SIDES:
         image = Image.new("RGB", (12 * side, 12 * side))
         ids = encode(processor, image)["input_ids"][0].tolist()
-        prefix = QWEN.prefix(side).ids.tolist()
+        prefix = QWEN.prefix(side).ids
         assert ids[: len(prefix)] == prefix
         words = [QWEN_VOCABULARY[i] for i in ids[len(prefix) :]]
         assert " ".join(words) == "where is the ring ? :"
@@ -183,7 +183,7 @@ def test_dense_loss_reads_places_from_the_decoder_alone():
     _, scores = heads(seen, words, batch.dense)
     assert "place" in scores
     assert "content" not in scores
-    _, scores = heads(QWEN.look(model, batch.dense.pixels), words, batch.dense)
+    _, scores = heads(QWEN.look(model, batch.pixels), words, batch.dense)
     assert "place" not in scores
 
 

@@ -47,16 +47,15 @@ class Prefix:
     """What stands before the questions of a packed sequence: P tokens, the picture's among them.
 
     Args:
-        ids: Token ids, int64, shape (P,).
-        positions: Their positions, int64, shape (1, P); (3, P) with M-RoPE.
-        image: Where the picture's tokens are.
+        ids: Token ids, P of them.
         after: Position of the first token of a question.
+        positions: Where the tokens are in time, rows and columns, int64, shape (3, P); None where
+            they are simply one after another.
     """
 
-    ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    image: slice
+    ids: Sequence[int]
     after: int
+    positions: NDArray[np.int64] | None = None
 
 
 class Architecture(ABC):
@@ -64,6 +63,7 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # of transformers
+    episodes: ClassVar[bool]  # whether stage 3 is for it
 
     @abstractmethod
     def build(self, config: Mapping[str, int], seed: int) -> Any:
@@ -111,6 +111,7 @@ class LlavaReference(Architecture):
 
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
+    episodes = True
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
         """See `Architecture.build`."""
@@ -146,22 +147,13 @@ class LlavaReference(Architecture):
 
     def prefix(self, side: int) -> Prefix:
         """`<s>` and the visual tokens, one after another."""
-        n = side * side
-        ids = np.array([WORD_ID[BOS], *[WORD_ID[IMAGE]] * n])
-        return Prefix(ids, np.arange(1 + n)[None], slice(1, 1 + n), 1 + n)
+        ids = [WORD_ID[BOS], *[WORD_ID[IMAGE]] * side**2]
+        return Prefix(ids, len(ids))
 
     def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
         """See `Architecture.hidden`."""
-        seen = self.look(model, batch.dense.pixels)
-        embeds = _embed(model, batch, seen.features, 1)
-        mask = batch.mask(torch.get_autocast_dtype(embeds.device.type))
-        out = model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        return out.last_hidden_state, seen
+        seen = self.look(model, batch.pixels)
+        return embed_and_run(model, batch, seen.features).last_hidden_state, seen
 
     def for_training(self, model: Any) -> None:
         """Encoder and decoder."""
@@ -174,6 +166,7 @@ class QwenReference(Architecture):
 
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
+    episodes = False
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
         """See `Architecture.build`."""
@@ -207,41 +200,40 @@ class QwenReference(Architecture):
         """`<s>`, and the picture between its marks, at positions of time, row and column."""
         n = side * side
         words = [BOS, VISION_START, *[IMAGE] * n, VISION_END]
-        image = slice(2, 2 + n)
         rows, columns = np.divmod(np.arange(n), side)
         positions = np.zeros((3, 3 + n), dtype=np.int64)
         positions[:, 1] = 1
-        positions[:, image] = 2 + np.stack([np.zeros(n, dtype=np.int64), rows, columns])
+        positions[:, 2:-1] = 2 + np.stack([np.zeros_like(rows), rows, columns])
         positions[:, -1] = 2 + side
-        return Prefix(np.array([QWEN_ID[w] for w in words]), positions, image, 3 + side)
+        return Prefix([QWEN_ID[w] for w in words], 3 + side, positions)
 
     def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
         """See `Architecture.hidden`; the first decoder layers find out what is where."""
-        seen = self.look(model, batch.dense.pixels)
-        embeds = _embed(model, batch, seen.features, 2)
-        mask = batch.mask(torch.get_autocast_dtype(embeds.device.type))
-        out = model.model.language_model(
-            inputs_embeds=embeds,
-            # a mapping is taken as it is
-            attention_mask={"full_attention": mask},
-            position_ids=batch.position_ids,
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        features = self.look(model, batch.pixels).features
+        out = embed_and_run(model, batch, features)
         states = out.hidden_states[min(_PLACED, len(out.hidden_states) - 1)]
-        places = states[:, 2 : 2 + seen.features.shape[1]]
-        return out.last_hidden_state, Seen(seen.features, places)
+        return out.last_hidden_state, Seen(features, states[:, 2 : batch.prefix - 1])
 
     def for_training(self, model: Any) -> None:
         """The decoder; `encode_qwen` stands for the encoder."""
         model.model.language_model.set_attn_implementation(PACKED)
 
 
-def _embed(model: Any, batch: "PackedBatch", features: Tensor, first: int) -> Tensor:
-    """Embeddings of packed sequences with the features in place of the placeholders."""
-    embeds: Tensor = model.get_input_embeddings()(batch.input_ids)
-    last = first + features.shape[1]
-    return torch.cat([embeds[:, :first], features.to(embeds.dtype), embeds[:, last:]], dim=1)
+def embed_and_run(model: Any, batch: "PackedBatch", features: Tensor) -> Any:
+    """Decoder outputs for packed sequences, given projected features (I, N, D) of all pictures."""
+    embeds = model.get_input_embeddings()(batch.input_ids)
+    visual = (batch.input_ids == model.config.image_token_id)[..., None]
+    embeds = embeds.masked_scatter(visual, features.to(embeds.dtype))
+    mask: Any = batch.mask(torch.get_autocast_dtype(embeds.device.type))
+    mrope = batch.position_ids.ndim == 3
+    return model.model.language_model(
+        inputs_embeds=embeds,
+        # a Qwen decoder takes a mapping as it is, and would make a causal mask of a tensor
+        attention_mask={"full_attention": mask} if mrope else mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        output_hidden_states=mrope,
+    )
 
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {

@@ -38,7 +38,7 @@ def packed_attention(
 
     Args:
         module: Unused.
-        query: Shape (B, H, P + S * W, d), after a prefix of P tokens.
+        query: Shape (B, H, P + S * W, d), P >= 1 tokens of prefix.
         key: Likewise, or with fewer heads, each for equally many of the query's.
         value: See `key`.
         attention_mask: Additive mask within slots, shape (B, S, W, W).
@@ -52,16 +52,16 @@ def packed_attention(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
     slots, width = attention_mask.shape[1:3]
-    first = query.shape[2] - slots * width
-    prefix_key, prefix_value = key[:, :, :first], value[:, :, :first]
-    causal = torch.full((first, first), -1e30, dtype=query.dtype, device=query.device).triu(1)
-    prefix = (query[:, :, :first] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
+    size = query.shape[2] - slots * width
+    prefix_key, prefix_value = key[:, :, :size], value[:, :, :size]
+    causal = torch.full((size, size), -1e30, dtype=query.dtype, device=query.device).triu(1)
+    prefix = (query[:, :, :size] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
 
-    text = query[:, :, first:]
-    q, k, v = (torch.unflatten(x[:, :, first:], 2, (slots, width)) for x in (query, key, value))
+    text = query[:, :, size:]
+    q, k, v = (torch.unflatten(x[:, :, size:], 2, (slots, width)) for x in (query, key, value))
     inside = (q @ k.mT + attention_mask[:, None]).flatten(2, 3)  # [B, H, S * W, W]
     scores = torch.cat([text @ prefix_key.mT, inside], dim=-1).softmax(-1)
-    to_prefix, to_slot = torch.split(scores, [first, width], dim=-1)
+    to_prefix, to_slot = torch.split(scores, [size, width], dim=-1)
     own = torch.unflatten(to_slot, 2, (slots, width)) @ v
     answer = to_prefix @ prefix_value + own.flatten(2, 3)
     return torch.cat([prefix, answer], dim=2).transpose(1, 2), None

@@ -12,7 +12,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLVisionBlock,
+)
 
 from vispress.reference.model import MAX_NEW_TOKENS, TEXT_WIDTH
 from vispress.reference.words import BOS, EOS, IMAGE, PAD, VOCABULARY
@@ -149,15 +152,10 @@ def encode_qwen(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Te
     x = nn.functional.linear(x, weight)
     places, bias, raster = _layout(side)
     rope = visual.rotary_pos_emb(x, places.to(x.device))
-    cos, sin = (
-        r[:, None].to(
-            x.device,
-            torch.get_autocast_dtype(x.device.type)
-            if torch.is_autocast_enabled(x.device.type)
-            else x.dtype,
-        )
-        for r in rope
-    )
+    kind = x.device.type
+    low = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if low else x.dtype
+    cos, sin = (r[:, None].to(x.device, dtype) for r in rope)
     mask = None if bias is None else bias.to(x.device)
     for index, block in enumerate(visual.blocks):
         windows = 1 if index in visual.fullatt_block_indexes else across**2
@@ -226,8 +224,9 @@ def _block(
         scores = scores + keys
     mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape)
     x = x + attention.proj(mixed)
-    return x + block.mlp(_norm(block.norm2, x))
+    out: Tensor = x + block.mlp(_norm(block.norm2, x))
+    return out
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: Qwen2_5_VLRMSNorm, x: Tensor) -> Tensor:
     return nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)

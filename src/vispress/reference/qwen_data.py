@@ -42,7 +42,8 @@ def collate_tokens(scenes: list[Scene], side: int) -> DenseBatch:
     pixels = batch.pixels
     if side != _USUAL:
         pixels = torch.from_numpy(np.stack([resize(s.pixels, side * TOKEN) for s in scenes]))
-    return DenseBatch(pixels, *torch.from_numpy(labels).unbind(), batch.content)
+    what, color, dot, center = torch.from_numpy(labels).unbind()
+    return DenseBatch(pixels, what, color, dot, center, batch.content)
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -39,7 +39,7 @@ def answer_loss(
         early: Whether to ask for the first word before the question has ended, too.
     """
     labels = batch.labels.flatten()
-    # the position before an answer's first word is the colon: its successor has a label as well
+    # the first answer word is asked for at the colon, which follows the early labels
     first = (batch.early.roll(1, dims=1) >= 0) & (batch.early < 0)
     at = labels >= 0
     logits = model.lm_head(hidden.flatten(0, 1)[at]).float()
@@ -110,6 +110,7 @@ def train_language(
                 hidden, seen = architecture.hidden(model, packed)
                 early = run.progress < EARLY_UNTIL
                 loss, hits = answer_loss(model, hidden, packed, early=early)
+                assert packed.dense is not None
                 dense, scores = heads(seen, words.weight, packed.dense)
             run.advance(loss + 0.1 * dense, share)
             means.add({"loss": loss.detach(), "first": hits, **scores})

@@ -18,6 +18,9 @@ QuestionKind = Literal[
 ]
 KINDS: Final[tuple[QuestionKind, ...]] = get_args(QuestionKind)
 
+EpisodeKind = Literal["compare", "in_context", "multi_turn", "order", "change"]
+EPISODE_KINDS: Final[tuple[EpisodeKind, ...]] = get_args(EpisodeKind)
+
 SHAPES: Final = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
 PLURALS: Final = (
     "circles",
