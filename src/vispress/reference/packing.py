@@ -194,10 +194,13 @@ class LanguageStream(Dataset[PackedBatch]):
         dense = self.architecture.collate(scenes, self.seed, number // self.together)
         prefix = self.architecture.prefix(math.isqrt(dense.what.shape[1]))
         rows = [pack(a, self.slots, prefix=prefix.ids, start=prefix.after) for a in asked]
-        ids, positions, *rest = torch.from_numpy(np.stack(rows, axis=1))
+        parts = torch.from_numpy(np.stack(rows, axis=1))
+        ids, positions, group, labels, early = parts.unbind()
         if prefix.positions is not None:
             positions = positions.repeat(3, 1, 1)
             at = torch.tensor(prefix.positions)
             positions[:, :, : len(prefix.ids)] = at[:, None]
         size = len(prefix.ids)
-        return PackedBatch(dense.pixels, ids, positions, *rest, prefix=size, dense=dense)
+        return PackedBatch(
+            dense.pixels, ids, positions, group, labels, early, prefix=size, dense=dense
+        )
