@@ -248,6 +248,8 @@ def test_unknown_architectures_and_models_are_refused(tmp_path):
         load(architecture="gpt")
     with pytest.raises(ValueError, match="'gpt'"):
         train_reference(tmp_path, architecture="gpt")
+    with pytest.raises(ValueError, match="stage 3"):
+        train_reference(tmp_path, architecture="qwen2_5_vl", start=tmp_path)
     with pytest.raises(ConfigError, match="reference-qwen"):
         load_subject("reference-gpt")
 

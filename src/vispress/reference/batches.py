@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from vispress.reference.episodes import Shown, converse, show_examples, show_pair, show_video
+from vispress.reference.episodes import Shown, converse, show_examples, show_pair
 from vispress.reference.packing import QUOTA, PackedBatch, Thread, pack, prefix_ids
 from vispress.reference.questions import mixture
 from vispress.reference.scenes import GRID, PATCH_SIZE, draw_scene
+from vispress.reference.videos import show_video
 from vispress.reference.words import WORD_ID
 
 Layout = Literal["single", "talk", "small", "compare", "in_context", "video"]
@@ -39,10 +40,11 @@ ROUND: Final[tuple[Layout, ...]] = (
     "compare",
     "single",
 )
-PICTURES: Final[dict[Layout, int]] = {
-    "single": 1,
-    "talk": 1,
-    "small": 1,
+# share of a step's pictures that a row takes; what is known already gets half of a step
+COST: Final[dict[Layout, int]] = {
+    "single": 2,
+    "talk": 2,
+    "small": 2,
     "compare": 2,
     "in_context": 3,
     "video": 3,
@@ -74,7 +76,7 @@ class EpisodeStream(Dataset[PackedBatch]):
 
     def __getitem__(self, number: int) -> PackedBatch:
         layout = self.layout(number)
-        rows = max(1, self.batch // PICTURES[layout])
+        rows = max(1, self.batch // COST[layout])
         # numbers of rows need not be dense, only never the same twice
         indices = range(number * self.batch, number * self.batch + rows)
         if layout in ("single", "talk", "small"):

@@ -109,11 +109,14 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: `architecture` is unknown, a budget is not positive, `processes` does not
-            divide every batch, or is more than 1 on another device than the CPU.
+        ValueError: `architecture` is unknown or has no stage 3 to `start`, a budget is not
+            positive, `processes` does not divide every batch, or is more than 1 on another device
+            than the CPU.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
+    if start is not None and not ARCHITECTURES[architecture].episodes:
+        raise ValueError(f"start skips to stage 3, which {architecture!r} does not have")
     if vision_minutes is None and vision_images is None:
         vision_images = 32_000
     if language_minutes is None and language_images is None:

@@ -79,7 +79,7 @@ def train_episodes(
     device: torch.device,
     workers: int = 1,
     batch: int = BATCH,
-    save_minutes: float = 8.0,
+    save_minutes: float = 10.0,
     report: Callable[[Run], None] | None = None,
 ) -> None:
     """Train in place, continuing from the state in `folder` if there is one.
