@@ -28,7 +28,10 @@ _EXTRA = ("matplotlib", "PIL", "sklearn")
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
 Model = Annotated[
-    str | None, typer.Option(help="'reference', a checkpoint's folder, or a hub id (org/name).")
+    str | None,
+    typer.Option(
+        help="'reference', 'reference-qwen', a checkpoint's folder, or a hub id (org/name)."
+    ),
 ]
 
 
@@ -226,6 +229,7 @@ def demo(
 @app.command(name="train-reference")
 def train_reference(
     out: Annotated[Path, typer.Option(help="A stopped run goes on from here.")] = Path("reference"),
+    architecture: Annotated[str, typer.Option(help="'llava' or 'qwen2_5_vl'.")] = "llava",
     seed: Annotated[int, typer.Option(help="Of weights, scenes and questions.")] = 0,
     vision_minutes: Annotated[float | None, typer.Option(help="Limit of stage 1.")] = None,
     vision_images: Annotated[int | None, typer.Option(help="Limit of stage 1.")] = None,
@@ -237,10 +241,15 @@ def train_reference(
 ) -> None:
     """Train the reference model from nothing."""
     _prepare()
+    from vispress.reference.architecture import ARCHITECTURES
     from vispress.reference.train import train_reference as train
+
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
 
     scores = train(
         out,
+        architecture=architecture,
         seed=seed,
         vision_minutes=vision_minutes,
         vision_images=vision_images,

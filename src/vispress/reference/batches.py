@@ -150,6 +150,4 @@ def _several(shown: list[Shown], slots: int) -> PackedBatch:
     parts = torch.from_numpy(np.stack(rows, axis=1))
     pixels = torch.from_numpy(np.stack([s.pixels for one in shown for s in one.scenes]))
     ids, places, group, labels, early = parts.unbind()
-    return PackedBatch(
-        pixels, ids, places, group, labels, early, prefix=len(prefix), width=_WIDE
-    )
+    return PackedBatch(pixels, ids, places, group, labels, early, prefix=len(prefix), width=_WIDE)

@@ -11,6 +11,7 @@ import transformers
 
 from vispress.reference.episodes import EPISODE_CHANCE
 from vispress.reference.questions import CHANCE
+from vispress.reference.qwen_card import QWEN_TEXT
 
 _TARGET: Final[dict[str, float]] = {
     "attribute": 0.95,
@@ -161,7 +162,8 @@ def write_card(
     vision, language, episodes = (_log(out / s) or empty for s in _STAGES)
     config = json.loads((out / "checkpoint" / "config.json").read_text())
     weights = out / "checkpoint" / "model.safetensors"
-    text = _TEXT.format(
+    template = QWEN_TEXT if config["model_type"] == "qwen2_5_vl" else _TEXT
+    text = template.format(
         millions=weights.stat().st_size / 2e6,
         words=config["text_config"]["vocab_size"],
         note=f"**{note}**\n\n" if note else "",
@@ -192,13 +194,14 @@ def write_curves(out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(15, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    wanted = {
+    known_keys = {
         "vision": ("what", "color", "dot", "content"),
         "language": ("first", "what"),
         "episodes": ("single", "talk", "small", "compare", "in_context", "video"),
     }
+    wanted = {stage: keys for stage, keys in known_keys.items() if _log(out / stage)}
+    figure = Figure(figsize=(5 * len(wanted), 4), layout="constrained")
+    axes = figure.subplots(1, len(wanted), squeeze=False)[0]
     for axis, (stage, keys) in zip(axes, wanted.items(), strict=True):
         lines = [line for line in _log(out / stage) if "accuracy" not in line]
         for key in keys:

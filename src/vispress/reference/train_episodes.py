@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.architecture import embed_and_run
 from vispress.reference.bar import progress_bar
 from vispress.reference.batches import EpisodeStream
 from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
@@ -16,7 +17,7 @@ from vispress.reference.model import normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import PackedBatch
 from vispress.reference.parallel import is_main, rank_and_world
-from vispress.reference.train_language import answer_loss, embed_and_run
+from vispress.reference.train_language import answer_loss
 from vispress.reference.words import VOCABULARY
 
 BATCH: Final = 24
@@ -119,7 +120,8 @@ def train_episodes(
             packed: PackedBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 alone = layout in ("single", "talk", "small")
-                hidden = embed_and_run(model, packed, see(model, packed.pixels, train=alone))
+                features = see(model, packed.pixels, train=alone)
+                hidden = embed_and_run(model, packed, features).last_hidden_state
                 loss, hits = answer_loss(model, hidden, packed, early=run.progress < EARLY_UNTIL)
             run.advance(loss, len(packed.pixels))
             means[layout].add({f"{layout}_loss": loss.detach(), layout: hits})
