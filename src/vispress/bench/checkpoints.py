@@ -140,6 +140,18 @@ def load_checkpoint(
     return Checkpoint(name, model.eval(), processor, weights_hash(folder))
 
 
+def skeleton(config: Any) -> Any:
+    """The model of a configuration without weights (on the meta device).
+
+    Raises:
+        Exception: transformers has no image-text-to-text model of this kind.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
 def weights_hash(folder: Path) -> str:
     """Hash of a checkpoint: small files whole; of weights the size and 64 blocks of 64 KiB.
 
@@ -183,7 +195,7 @@ def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
 
 def _check_architecture(folder: Path, name: str) -> None:
     """Refuse a model that no adapter knows, from its configuration alone."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name} has no config.json: it is no Hugging Face checkpoint")
@@ -192,16 +204,14 @@ def _check_architecture(folder: Path, name: str) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{name}: config.json is damaged: {error!r}") from error
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(config)
+        bare = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True))
     except Exception as error:  # unknown types, remote code, sizes that do not fit
         families = ", ".join(list_families())
         raise UnsupportedModelError(
             f"{name} is of type {kind!r}, which transformers does not build as an image-text-to-"
             f"text model ({_first_line(error)}); supported families: {families}"
         ) from error
-    find_adapter(skeleton)
+    find_adapter(bare)
 
 
 def _read_model(
