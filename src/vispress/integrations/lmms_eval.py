@@ -12,7 +12,6 @@ Take the baseline through the same model: lmms-eval chooses prompts by the model
 """
 
 import inspect
-from collections.abc import Iterable
 from typing import Any, Final
 
 from vispress.errors import ConfigError
