@@ -79,6 +79,19 @@ class PackedBatch:
         return out.masked_fill_(~allowed, -1e30)
 
 
+def stack(
+    pixels: Tensor,
+    rows: Sequence[NDArray[np.int64]],
+    *,
+    prefix: int,
+    width: int = SLOT,
+    dense: DenseBatch | None = None,
+) -> PackedBatch:
+    """A batch of rows as `pack` lays them out; the other arguments are fields of the batch."""
+    ids, positions, group, labels, early = torch.from_numpy(np.stack(rows, axis=1)).unbind()
+    return PackedBatch(pixels, ids, positions, group, labels, early, prefix, width, dense)
+
+
 def prefix_ids(text: str = IMAGE, visual: int = NUM_PATCHES) -> list[int]:
     """Token ids of a prefix, as the processor makes them.
 
@@ -178,6 +191,5 @@ class LanguageStream(Dataset[PackedBatch]):
             scenes.append(scene)
             asked = mixture(scene, rng, QUOTA)
             rows.append(pack([((q.text, q.answer),) for q in asked], self.slots))
-        parts = torch.from_numpy(np.stack(rows, axis=1))
         dense = collate(scenes)
-        return PackedBatch(dense.pixels, *parts.unbind(), prefix=1 + NUM_PATCHES, dense=dense)
+        return stack(dense.pixels, rows, prefix=1 + NUM_PATCHES, dense=dense)
