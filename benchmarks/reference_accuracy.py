@@ -1,7 +1,7 @@
 """Exact match of a shipped reference model at full tokens, on held-out questions of each kind.
 
     python benchmarks/reference_accuracy.py [--architecture qwen2_5_vl] [--questions 1000]
-        [--out FILE]
+        [--episodes 1000] [--out FILE]
 
 Minutes on two cores. Writes `benchmarks/results/reference/accuracy.json` (of the Qwen2.5-VL:
 `benchmarks/results/reference_qwen2_5_vl/accuracy.json`) unless told otherwise.
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from vispress.reference import load
+from vispress.reference.conversation import episode_accuracy
 from vispress.reference.evaluate import accuracy
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,15 +23,17 @@ def main() -> None:
     """Ask, count, write."""
     parser = argparse.ArgumentParser(description="Accuracy of the reference model at full tokens")
     parser.add_argument("--questions", type=int, default=1000, help="questions a kind")
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes a kind (llava)")
     parser.add_argument("--architecture", choices=[*FOLDERS], default="llava")
     parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args()
     out = options.out or RESULTS / FOLDERS[options.architecture] / "accuracy.json"
     model, processor = load(architecture=options.architecture)
-    result = {
-        "questions": options.questions,
-        "accuracy": accuracy(model, processor, n=options.questions),
-    }
+    scores = accuracy(model, processor, n=options.questions)
+    result = {"questions": options.questions, "accuracy": scores}
+    if options.architecture == "llava":  # the other was trained on single pictures only
+        scores |= episode_accuracy(model, processor, n=options.episodes)
+        result["episodes"] = options.episodes
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

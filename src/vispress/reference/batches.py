@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from vispress.reference.episodes import Shown, converse, show_examples, show_pair
-from vispress.reference.packing import QUOTA, PackedBatch, Thread, pack, prefix_ids
+from vispress.reference.packing import QUOTA, PackedBatch, Thread, pack, prefix_ids, stack
 from vispress.reference.questions import mixture
 from vispress.reference.scenes import GRID, PATCH_SIZE, draw_scene
 from vispress.reference.videos import show_video
@@ -107,9 +107,7 @@ class EpisodeStream(Dataset[PackedBatch]):
                 threads = [((q.text, q.answer),) for q in mixture(scene, rng, QUOTA)]
             slots, size = (6, _WIDE) if talk else (7, 32)
             rows.append(pack(threads, slots, prefix=prefix_ids(visual=visual), width=size))
-        parts = torch.from_numpy(np.stack(rows, axis=1))
-        ids, places, group, labels, early = parts.unbind()
-        return PackedBatch(pixels, ids, places, group, labels, early, prefix=1 + visual, width=size)
+        return stack(pixels, rows, prefix=1 + visual, width=size)
 
 
 def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -147,7 +145,5 @@ def _several(shown: list[Shown], slots: int) -> PackedBatch:
             if prefix[at] == WORD_ID[":"]:
                 row[3, at] = prefix[at + 1]
         rows.append(row)
-    parts = torch.from_numpy(np.stack(rows, axis=1))
     pixels = torch.from_numpy(np.stack([s.pixels for one in shown for s in one.scenes]))
-    ids, places, group, labels, early = parts.unbind()
-    return PackedBatch(pixels, ids, places, group, labels, early, prefix=len(prefix), width=_WIDE)
+    return stack(pixels, rows, prefix=len(prefix), width=_WIDE)
