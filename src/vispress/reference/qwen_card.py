@@ -67,12 +67,15 @@ Made with torch {torch}, transformers {transformers}, on {machine}.
 
     vispress train-reference --architecture qwen2_5_vl
 
-## What was tried
+## Choices that were not compared
+
+One run was made, so none of these is measured against its alternative.
 
 * The encoder's own forward splits a batch into one attention call a window. All windows of a batch
-  in one batched product compute the same (a test compares them), without a loop.
-* A table of places in the encoder's dense labels, as the LLaVA has it, cannot be learned here (see
-  above); moving that loss into the decoder costs nothing.
+  go through one batched product instead; a test holds that both compute the same.
+* The LLaVA's dense loss of places on encoder features was left out here, by the argument above, and
+  asked of the decoder instead. Whether it helps the answers was not tested.
+* Widths, depths, rotary bases and grouped heads were set beforehand and not varied.
 
 ## Limits
 
