@@ -3,13 +3,14 @@
     python -m vispress.integrations.vlmevalkit --model Qwen2.5-VL-7B-Instruct \\
         --method fastv --keep-ratio 0.25 -- --data MMBench_DEV_EN --mode infer
 
-`--model` is a name that VLMEvalKit knows, and then its own class with its own prompts is compressed,
-or the folder or hub id of any checkpoint that vispress supports, which gets the dataset's prompts
-through its chat template. `--method none` is the baseline. None of VLMEvalKit's files is changed;
-what stands behind `--` goes to `run.py` as it is, `--model` excepted.
+`--model` is a name that VLMEvalKit knows: its own class, with its own prompts, is then compressed.
+Or it is the folder or hub id of any checkpoint that vispress supports, which gets the dataset's
+prompts through its chat template. `--method none` is the baseline. None of VLMEvalKit's files is
+changed; what stands behind `--` goes to `run.py` as it is, `--model` excepted.
 """
 
 import argparse
+import difflib
 import re
 import runpy
 import sys
@@ -20,8 +21,13 @@ from typing import Any, Final
 
 from torch import nn
 
+from vispress.bench.checkpoints import HUB_ID, MARK, load_checkpoint
+from vispress.bench.rows import open_pictures
+from vispress.bench.subjects import DTYPES
+from vispress.bench.tasks import Prompt, suggest
 from vispress.errors import ConfigError, UnsupportedModelError, VispressError
 from vispress.integrations.options import Compression, Tally, read_compression, watch
+from vispress.listing import parse_options
 
 _OURS: Final = ("--model", "--config")
 """Options of `run.py` that the launcher sets, or that would leave out the registered model."""
@@ -39,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = register(own["model"], compression, tally, **own["checkpoint"])
         console.print(f"vispress: {name} is registered", highlight=False)
         run(own["run"] or find_run(), ["--model", name, *rest])
+        if tally.error is not None:
+            # VLMEvalKit logs what breaks a dataset, and goes on with the next
+            raise tally.error
         kept = ", ".join(f"{key} {value:.4g}" for key, value in tally.averages().items())
         console.print(f"vispress: {tally.prompts} prompts; a prompt: {kept}", highlight=False)
     except VispressError as error:
@@ -53,9 +62,6 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ConfigError: An option of `run.py` that is set here.
     """
-    from vispress.bench.subjects import DTYPES
-    from vispress.listing import parse_options
-
     parser = argparse.ArgumentParser(prog="vispress.integrations.vlmevalkit", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="VLMEvalKit's name, a folder or a hub id")
     parser.add_argument("--method", help="a method, or none for the uncompressed baseline")
@@ -113,9 +119,15 @@ def register(model: str, compression: Compression, tally: Tally, **checkpoint: A
     if known is not None:
         _check_early(getattr(known, "keywords", {}).get("model_path"), compression)
         build = _compressed_builder(known, model, compression, tally)
-    else:
+    elif Path(model).is_dir() or re.fullmatch(HUB_ID, model):
+        _check_early(model, compression)
         build = _checkpoint_builder(model, compression, tally, checkpoint)
-    registry[name] = build
+    else:
+        raise ConfigError(
+            f"VLMEvalKit has no model {model!r}, and it is no folder and no hub id (org/name); "
+            + suggest(model, difflib.get_close_matches(model, registry, n=5, cutoff=0.3))
+        )
+    registry[name] = _remembering(build, tally)
     return name
 
 
@@ -169,6 +181,19 @@ def _check_early(path: str | None, compression: Compression) -> None:
         return
 
 
+def _remembering(build: Callable[..., Any], tally: Tally) -> Callable[..., Any]:
+    """A builder whose error is kept for the end of the run."""
+
+    def built(**options: Any) -> Any:
+        try:
+            return build(**options)
+        except Exception as error:
+            tally.error = error
+            raise
+
+    return built
+
+
 def _compressed_builder(
     build: Callable[..., Any], name: str, compression: Compression, tally: Tally
 ) -> Callable[..., Any]:
@@ -193,10 +218,6 @@ def _checkpoint_builder(
     path: str, compression: Compression, tally: Tally, options: dict[str, Any]
 ) -> Callable[..., Any]:
     from vlmeval.vlm.base import BaseModel
-
-    from vispress.bench.checkpoints import MARK, load_checkpoint
-    from vispress.bench.rows import open_pictures
-    from vispress.bench.tasks import Prompt
 
     length = options.pop("max_new_tokens")
 
