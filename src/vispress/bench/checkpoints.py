@@ -22,7 +22,7 @@ from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
 MARK: Final = "<image>"
 """Where a picture stands in a prompt's text."""
 _ANSWER: Final = "\u241eanswer\u241e"  # stands for the model's answer when a template is rendered
-_HUB_ID: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+HUB_ID: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _FILES: Final = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
 _OTHER_COPIES: Final = ("consolidated*", "original/*", "onnx/*")
 _BLOCK, _BLOCKS = 2**16, 64
@@ -122,7 +122,7 @@ def load_checkpoint(
     """
     folder = Path(name)
     if not folder.is_dir():
-        found = _HUB_ID.fullmatch(name)
+        found = HUB_ID.fullmatch(name)
         if found is None:
             raise ConfigError(
                 "model must be 'reference', a folder with a checkpoint, or a hub id (org/name or "

@@ -52,7 +52,8 @@ def __getattr__(name: str) -> Any:
 
 def compressed_class(base: type) -> type:
     """A subclass of an lmms-eval model that takes the arguments of `compress_model` too."""
-    return type(f"Vispress{base.__name__}", (_Compressed, base), {"__doc__": base.__doc__})
+    names = {"__doc__": base.__doc__, "__module__": __name__}
+    return type(f"Vispress{base.__name__}", (_Compressed, base), names)
 
 
 def _model_class(base: str, kind: str) -> type:
@@ -88,10 +89,12 @@ class _Compressed:
 
     def generate_until(self, requests: Any) -> Any:
         """As lmms-eval's model; raises what it would turn into empty answers."""
+        self.kept.clear()
         return self._reported(super().generate_until(requests))  # type: ignore[misc]
 
     def generate_until_multi_round(self, requests: Any) -> Any:
         """As lmms-eval's model; raises what it would turn into empty answers."""
+        self.kept.clear()
         return self._reported(super().generate_until_multi_round(requests))  # type: ignore[misc]
 
     def _reported(self, answers: Any) -> Any:

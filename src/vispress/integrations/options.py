@@ -77,7 +77,7 @@ def read_compression(given: Mapping[str, Any], others: Iterable[str] = ()) -> Co
         raise ConfigError(
             "give method=NAME or config=FILE.yaml; method=none is the uncompressed baseline"
         )
-    call = {key: values.pop(key) for key in _CALL if key in values}
+    call: dict[str, Any] = {key: values.pop(key) for key in _CALL if key in values}
     known = [] if method in (None, UNCOMPRESSED) else [f.name for f in fields(get_method(method))]
     for key in values:
         if key not in known:
@@ -129,6 +129,10 @@ class Tally:
     end: int = 0
     mean: float = 0.0
     error: Exception | None = None
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.__init__()  # type: ignore[misc]
 
     def add(self, report: CompressionReport) -> None:
         """Add one compressed prefill."""
