@@ -128,7 +128,7 @@ def test_show_takes_pictures_and_names_unknown_words(monkeypatch, capsys, tmp_pa
 def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     (plan := tmp_path / "plan.yaml").write_text(
         "{tasks: [count], methods: [uniform], keep_ratios: [0.25], questions: 2,"
-        " timing: {batch: 1, rounds: 2, repeats: 1}}"
+        " controls: none, timing: {batch: 1, rounds: 2, repeats: 1}}"
     )
     model = request.getfixturevalue("checkpoint")
     out = tmp_path / "out"

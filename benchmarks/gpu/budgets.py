@@ -13,6 +13,15 @@ PUBLISHED_TOKENS = 576
 CONFIGS: Path = ROOT / "configs" / "methods"
 
 
+def fitting(crops: int) -> list[str]:
+    """Methods for pictures of so many AnyRes crops (1 for a plain one); none for videos."""
+    from vispress import list_methods
+    from vispress.registry import get_method
+
+    fits = (None, "anyres") if crops > 1 else (None,)
+    return [name for name in list_methods() if get_method(name).needs in fits]
+
+
 @cache
 def _published(method: str) -> dict[str, Any]:
     path = CONFIGS / f"{method}.yaml"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
 import torch
@@ -11,56 +10,28 @@ from torch import Tensor
 
 from vispress.budget import Budget
 from vispress.errors import BudgetError
+from vispress.kinds import (
+    ATTENTION_SIGNALS as ATTENTION_SIGNALS,
+)
+from vispress.kinds import (
+    CLS_SIGNALS as CLS_SIGNALS,
+)
+from vispress.kinds import (
+    Need as Need,
+)
+from vispress.kinds import (
+    Positions as Positions,
+)
+from vispress.kinds import (
+    Queries as Queries,
+)
+from vispress.kinds import (
+    Signal as Signal,
+)
+from vispress.kinds import (
+    Stage as Stage,
+)
 from vispress_kernels import Backend
-
-Positions = Literal["original", "compact"]
-Need = Literal["anyres", "video"]
-"""Kinds of visual input that not every model has: AnyRes crops, videos."""
-
-
-class Stage(StrEnum):
-    """Where in the model a placement acts."""
-
-    ENCODER = "encoder"
-    PRE_LLM = "pre_llm"
-    IN_LLM = "in_llm"
-
-
-class Signal(StrEnum):
-    """What a compressor may read beside the features; declared in `Compressor.reads`."""
-
-    CLS_ATTENTION = "cls_attention"
-    CLS_LOGITS = "cls_logits"
-    CLS_WIDE_ATTENTION = "cls_wide_attention"
-    COLUMN_ATTENTION = "column_attention"
-    VISION_KEYS = "vision_keys"
-    VISION_FEATURES = "vision_features"
-    PROJECTOR = "projector"
-    TEXT_EMBEDDINGS = "text_embeddings"
-    INPUT_EMBEDDINGS = "input_embeddings"
-    QUERY_ATTENTION = "query_attention"
-    KEY_NORMS = "key_norms"
-    TEXT_STATES = "text_states"
-    FINAL_NORM = "final_norm"
-    TRANSITION = "transition"
-    GRID = "grid"
-    CROPS = "crops"
-    IMAGE_COUNT = "image_count"
-
-
-CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
-"""What only an encoder with a [CLS] token gives."""
-ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
-"""What is read of the encoder's attention."""
-
-
-class Queries(StrEnum):
-    """Whose attention rows `query_attention` holds."""
-
-    LAST = "last"
-    """The last valid token of the sequence: Q = 1."""
-    TEXT_AFTER = "text_after"
-    """All valid non-visual tokens behind the image's last token: Q = their count."""
 
 
 @dataclass(frozen=True, kw_only=True)

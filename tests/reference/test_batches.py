@@ -30,7 +30,9 @@ def test_each_packed_thread_equals_the_thread_alone(layout):
     rows = len(batch.input_ids)
     for_training(model)
     with torch.no_grad():
-        hidden = embed_and_run(model, batch, see(model, batch.pixels, train=False))
+        hidden = embed_and_run(
+            model, batch, see(model, batch.pixels, train=False)
+        ).last_hidden_state
         packed = model.lm_head(hidden)
     for_inference(model)
     pixels = normalise(batch.pixels).unflatten(0, (rows, -1))

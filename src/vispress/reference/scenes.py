@@ -6,12 +6,12 @@ Objects stand in rows (or columns) without overlap; places within a row are cont
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vispress.reference.background import background
 from vispress.reference.digits import Alpha, Split, handwritten, printed, warp
 from vispress.reference.masks import VARIANTS, WINDOW, shape_masks
 from vispress.reference.words import COLORS, SHAPES
@@ -123,7 +123,7 @@ def paint(rng: np.random.Generator, items: Sequence[Item], split: Split) -> Scen
         items: What to draw, in order.
         split: Which handwritten digits are used.
     """
-    canvas = _background(rng)
+    canvas = background(rng, IMAGE_SIZE + 2 * _MARGIN)
     coverage = np.zeros((len(items), GRID, GRID), dtype=np.float32)
     labels = np.zeros((4, NUM_PATCHES), dtype=np.uint8)
     best = np.zeros(NUM_PATCHES, dtype=np.float32)
@@ -185,27 +185,6 @@ def place_items(
             items.append(Item(kind, value, color, dot, x, y))
             order.append(int(member))
     return [items[i] for i in np.argsort(order)] if in_order else items
-
-
-def _background(rng: np.random.Generator) -> NDArray[np.float32]:
-    """A dim canvas: low-frequency colour plus a grating."""
-    side = IMAGE_SIZE + 2 * _MARGIN
-    base = rng.uniform(55, 110) + rng.uniform(-22, 22, (4, 4, 3))
-    up = _upsample(side)
-    canvas: NDArray[np.float64] = np.einsum("yi,ijc,xj->yxc", up, base, up, optimize=True)
-    t = np.arange(side) * rng.uniform(0.1, 0.7)
-    angle = rng.uniform(0, np.pi)
-    wave = np.sin(np.cos(angle) * t[:, None] + np.sin(angle) * t[None, :] + rng.uniform(0, 6.3))
-    canvas += (rng.uniform(0, 12) * wave)[..., None]
-    return canvas.astype(np.float32)
-
-
-@cache
-def _upsample(side: int) -> NDArray[np.float64]:
-    """Linear interpolation from 4 knots to `side` pixels, shape (side, 4)."""
-    at = np.linspace(0, 3, side)
-    weights: NDArray[np.float64] = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
-    return weights
 
 
 def _window(x: float, y: float) -> tuple[slice, slice]:
