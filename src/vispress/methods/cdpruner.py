@@ -84,6 +84,6 @@ class CDPruner(Compressor):
             relevance = text_relevance(x, question(tokens), counted, negate=self.negate)
 
         def pick(part: Part) -> Tensor:
-            return dpp_select(part.of(x), part.of(relevance), part.share)
+            return dpp_select(part.of(x), part.of(relevance), part.share, backend=tokens.backend)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

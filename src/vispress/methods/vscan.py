@@ -106,7 +106,9 @@ class VScan(Compressor):
             if not part.newline:
                 keep = scan(part.of(local), part.of(whole), part.of(window), part.share)
                 rows = torch.arange(len(own), device=own.device)[:, None]
-                nearest = keep.gather(1, assign_nearest(own, own[rows, keep])[0])
+                nearest = keep.gather(
+                    1, assign_nearest(own, own[rows, keep], backend=tokens.backend)[0]
+                )
                 places = places[nearest.scatter(1, keep, keep)]
             owner[part.rows, part.places] = places
         return fold(owner, num_keep)
