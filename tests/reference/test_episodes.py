@@ -170,6 +170,18 @@ def test_of_two_visitors_the_sooner_comes_first():
             assert name in seen(shown.scenes[frame], q.evidence[frame])
 
 
+def test_a_visitor_is_in_the_picture_that_is_named():
+    for shown, q in questions(show_video, "visit"):
+        color, shape = q.text.split()[4:6]
+        has = [
+            any(
+                (i.kind, COLORS[i.color], SHAPES[i.value]) == ("shape", color, shape) for i in items
+            )
+            for items in ([i for i in s.items if i.kind == "shape"] for s in shown.scenes)
+        ]
+        assert [ORDINALS[at] for at, there in enumerate(has) if there] == [q.answer]
+
+
 def test_exactly_one_shape_changes_and_stays_changed():
     for shown, q in questions(show_video, "changed"):
         colors: dict[str, list[str]] = {}

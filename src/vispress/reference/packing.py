@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import numpy as np
@@ -79,6 +79,19 @@ class PackedBatch:
         allowed = same & (order[:, None] >= order[None, :])
         out = torch.zeros(allowed.shape, dtype=dtype, device=group.device)
         return out.masked_fill_(~allowed, -1e30)
+
+
+def stack(
+    pixels: Tensor,
+    rows: Sequence[NDArray[np.int64]],
+    *,
+    prefix: int,
+    width: int = SLOT,
+    dense: DenseBatch | None = None,
+) -> PackedBatch:
+    """A batch of rows as `pack` lays them out; the other arguments are fields of the batch."""
+    ids, positions, group, labels, early = torch.from_numpy(np.stack(rows, axis=1)).unbind()
+    return PackedBatch(pixels, ids, positions, group, labels, early, prefix, width, dense)
 
 
 def prefix_ids(text: str = IMAGE, visual: int = NUM_PATCHES) -> list[int]:
@@ -194,13 +207,9 @@ class LanguageStream(Dataset[PackedBatch]):
         dense = self.architecture.collate(scenes, self.seed, number // self.together)
         prefix = self.architecture.prefix(math.isqrt(dense.what.shape[1]))
         rows = [pack(a, self.slots, prefix=prefix.ids, start=prefix.after) for a in asked]
-        parts = torch.from_numpy(np.stack(rows, axis=1))
-        ids, positions, group, labels, early = parts.unbind()
-        if prefix.positions is not None:
-            positions = positions.repeat(3, 1, 1)
-            at = torch.tensor(prefix.positions)
-            positions[:, :, : len(prefix.ids)] = at[:, None]
-        size = len(prefix.ids)
-        return PackedBatch(
-            dense.pixels, ids, positions, group, labels, early, prefix=size, dense=dense
-        )
+        batch = stack(dense.pixels, rows, prefix=len(prefix.ids), dense=dense)
+        if prefix.positions is None:
+            return batch
+        positions = batch.position_ids.repeat(3, 1, 1)
+        positions[:, :, : batch.prefix] = torch.tensor(prefix.positions)[:, None]
+        return replace(batch, position_ids=positions)

@@ -125,7 +125,7 @@ def train_episodes(
                 loss, hits = answer_loss(model, hidden, packed, early=run.progress < EARLY_UNTIL)
             run.advance(loss, len(packed.pixels))
             means[layout].add({f"{layout}_loss": loss.detach(), layout: hits})
-            if run.at.step % LOG_EVERY == 0:
+            if run.at.step % LOG_EVERY == 0 or run.progress >= 1:
                 shown = {k: v for m in means.values() if m.count for k, v in m.take().items()}
                 run.log(shown)
                 update(run.progress, {k: v for k, v in shown.items() if not k.endswith("loss")})

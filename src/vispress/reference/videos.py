@@ -89,14 +89,18 @@ def show_video(seed: int, split: Split, index: int) -> Shown:
     for i, j in combinations(range(len(when)), 2):
         if when[i] == when[j]:
             continue
-        one, two = (i, j) if rng.random() < 0.5 else (j, i)
         sooner = guests[i if when[i] < when[j] else j]
-        text = f"which comes first the {guests[one]} or the {guests[two]} ? :"
         seen = tuple(
             tuple(sorted({p for g in (i, j) if when[g] == f for p in at[f][guests[g]]}))
             for f in range(3)
         )
-        found.append(Asked("order", text, sooner, seen))
+        for one, two in ((i, j), (j, i)):
+            text = f"which comes first the {guests[one]} or the {guests[two]} ? :"
+            found.append(Asked("order", text, sooner, seen))
+    for guest, frame in zip(range(-len(when), 0), when, strict=True):
+        text = f"which picture has a {COLORS[cast[guest][2]]} {names[guest]} ? :"
+        only = tuple(at[f][names[guest]] if f == frame else () for f in range(3))
+        found.append(Asked("visit", text, ORDINALS[frame], only))
     who = names[changed]
     everywhere = tuple(frame[who] for frame in at)
     found.append(Asked("changed", "which shape changed its color ? :", who, everywhere))
