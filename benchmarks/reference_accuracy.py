@@ -10,8 +10,10 @@ Minutes on two cores. Writes `benchmarks/results/reference/accuracy.json` (of th
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from vispress.reference import load
+from vispress.reference.architecture import ARCHITECTURES
 from vispress.reference.conversation import episode_accuracy
 from vispress.reference.evaluate import accuracy
 
@@ -23,17 +25,17 @@ def main() -> None:
     """Ask, count, write."""
     parser = argparse.ArgumentParser(description="Accuracy of the reference model at full tokens")
     parser.add_argument("--questions", type=int, default=1000, help="questions a kind")
-    parser.add_argument("--episodes", type=int, default=1000, help="episodes a kind (llava)")
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes a kind")
     parser.add_argument("--architecture", choices=[*FOLDERS], default="llava")
     parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args()
     out = options.out or RESULTS / FOLDERS[options.architecture] / "accuracy.json"
     model, processor = load(architecture=options.architecture)
-    scores = accuracy(model, processor, n=options.questions)
-    result = {"questions": options.questions, "accuracy": scores}
-    if options.architecture == "llava":  # the other was trained on single pictures only
-        scores |= episode_accuracy(model, processor, n=options.episodes)
+    scores: dict[str, float] = dict(accuracy(model, processor, n=options.questions))
+    result: dict[str, Any] = {"questions": options.questions, "accuracy": scores}
+    if ARCHITECTURES[options.architecture].episodes:
         result["episodes"] = options.episodes
+        scores |= episode_accuracy(model, processor, n=options.episodes)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

@@ -23,6 +23,7 @@ pytestmark = [
 
 # what a method launches beside the gathers of the runtime
 OWN = {
+    "cdpruner": {"dpp_step_kernel"},
     "divprune": {"assign_nearest_kernel", "maxmin_step_kernel"},
     "fastervlm": {"logits_kernel"},
     "fastv": {"logits_kernel"},

@@ -199,7 +199,7 @@ def write_curves(out: Path) -> None:
         "language": ("first", "what"),
         "episodes": ("single", "talk", "small", "compare", "in_context", "video"),
     }
-    wanted = {stage: keys for stage, keys in known_keys.items() if _log(out / stage)}
+    wanted = {stage: keys for stage, keys in known_keys.items() if (out / stage).is_dir()}
     figure = Figure(figsize=(5 * len(wanted), 4), layout="constrained")
     axes = figure.subplots(1, len(wanted), squeeze=False)[0]
     for axis, (stage, keys) in zip(axes, wanted.items(), strict=True):

@@ -207,10 +207,9 @@ class LanguageStream(Dataset[PackedBatch]):
         dense = self.architecture.collate(scenes, self.seed, number // self.together)
         prefix = self.architecture.prefix(math.isqrt(dense.what.shape[1]))
         rows = [pack(a, self.slots, prefix=prefix.ids, start=prefix.after) for a in asked]
-        size = len(prefix.ids)
-        batch = stack(dense.pixels, rows, prefix=size, dense=dense)
+        batch = stack(dense.pixels, rows, prefix=len(prefix.ids), dense=dense)
         if prefix.positions is None:
             return batch
         positions = batch.position_ids.repeat(3, 1, 1)
-        positions[:, :, :size] = torch.tensor(prefix.positions)[:, None]
+        positions[:, :, : batch.prefix] = torch.tensor(prefix.positions)[:, None]
         return replace(batch, position_ids=positions)
