@@ -53,7 +53,8 @@ def make_batches(subject: Subject, task: str, prompts: Sequence[Prompt], size: i
 
 def _lengths(subject: Subject, prompt: Prompt) -> list[int]:
     texts = [*(text for text, _ in prompt.followups), prompt.text]
-    return [len(subject.processor.tokenizer(text)["input_ids"]) for text in texts]
+    counts = [len(subject.processor.tokenizer(text)["input_ids"]) for text in texts]
+    return [len(texts), *counts]
 
 
 class Memory:
