@@ -49,9 +49,9 @@ def published(method: str, visual: int, *, has_cls: bool) -> dict[str, Any]:
 def substituted(options: dict[str, Any], *, has_cls: bool) -> dict[str, Any]:
     """With the documented substitute for [CLS] attention where the encoder has none."""
     from vispress.registry import get_method
-    from vispress.types import Signal
+    from vispress.types import CLS_SIGNALS
 
-    needs = Signal.CLS_ATTENTION in get_method(options["method"]).reads
+    needs = CLS_SIGNALS & get_method(options["method"]).reads
     return options | {"scores": "column_mean"} if needs and not has_cls else options
 
 

@@ -198,9 +198,9 @@ def column_mean_kernel(
 
 
 def launch_rule(Dh: int, itemsize: int) -> Rule:
-    """Square blocks for heads of Dh: both passes walk them."""
+    """Blocks for heads of Dh, walked by both passes; square but in fp32, which would spill."""
     rule = head_rule(Dh, itemsize)
-    return {"BLOCK_M": rule["BLOCK_N"], **rule}
+    return {"BLOCK_M": 16 if rule["CHUNKED"] else rule["BLOCK_N"], **rule}
 
 
 def column_attention_triton(
