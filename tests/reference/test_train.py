@@ -34,7 +34,7 @@ def test_a_run_leaves_checkpoint_card_curves_and_accuracy(trained):
     card = (out / "checkpoint" / "MODEL_CARD.md").read_text()
     assert "load_digits" in card
     assert card.count("16 images") == 2
-    assert "Episodes**, 17 images" in card  # whole steps: 2 + 4 + 3 + 3 + 2 + 3
+    assert "Episodes**, 18 images" in card  # whole steps: 4 + 3 + 3 + 4 + 4
     assert (out / "curves.png").stat().st_size > 1000
 
 

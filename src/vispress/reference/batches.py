@@ -9,45 +9,57 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from vispress.reference.episodes import Shown, converse, show_examples, show_pair
-from vispress.reference.packing import QUOTA, PackedBatch, Thread, pack, prefix_ids, stack
+from vispress.reference.packing import PackedBatch, Thread, pack, prefix_ids, stack
 from vispress.reference.questions import mixture
 from vispress.reference.scenes import GRID, PATCH_SIZE, draw_scene
 from vispress.reference.videos import show_video
-from vispress.reference.words import WORD_ID
+from vispress.reference.words import WORD_ID, QuestionKind
 
 Layout = Literal["single", "talk", "small", "compare", "in_context", "video"]
 
-# eight of twenty steps replay single pictures, so that the old kinds do not fall
+# half of the steps replay single pictures, so that the old kinds do not fall
 ROUND: Final[tuple[Layout, ...]] = (
     "single",
     "video",
     "in_context",
-    "video",
     "single",
     "compare",
+    "single",
     "video",
     "talk",
+    "compare",
+    "single",
+    "video",
+    "small",
+    "single",
+    "compare",
     "video",
     "single",
     "in_context",
-    "video",
-    "compare",
-    "small",
-    "video",
-    "single",
-    "compare",
-    "video",
     "talk",
+    "video",
     "single",
 )
-# share of a step's pictures that a row takes; what is known already gets half of a step
+# share of a step's pictures that a row takes
 COST: Final[dict[Layout, int]] = {
-    "single": 2,
+    "single": 1,
     "talk": 2,
     "small": 2,
     "compare": 2,
     "in_context": 3,
     "video": 3,
+}
+# counting is lost first, so it is replayed most
+REPLAY: Final[dict[QuestionKind, int]] = {
+    "count": 9,
+    "digit": 3,
+    "reading": 1,
+    "attribute": 2,
+    "place": 1,
+    "existence": 3,
+    "needle": 3,
+    "where": 2,
+    "relation": 4,
 }
 
 # scenes of the other stages are not seen again
@@ -104,7 +116,7 @@ class EpisodeStream(Dataset[PackedBatch]):
                 tries = [converse(scene, rng) for _ in range(10)]
                 threads = [tuple((q.text, q.answer) for q in turns) for turns in tries if turns]
             else:
-                threads = [((q.text, q.answer),) for q in mixture(scene, rng, QUOTA)]
+                threads = [((q.text, q.answer),) for q in mixture(scene, rng, REPLAY)]
             slots, size = (6, _WIDE) if talk else (7, 32)
             rows.append(pack(threads, slots, prefix=prefix_ids(visual=visual), width=size))
         return stack(pixels, rows, prefix=1 + visual, width=size)

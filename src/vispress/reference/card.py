@@ -95,11 +95,11 @@ holds, and what training packed.
    the question's last two tokens. Stage 1's losses stay on at 0.1.
 
 3. **Episodes**, {episodes_images:,} images, {episodes_minutes:.0f} minutes: one layout a step; of
-   twenty steps, eight replay single pictures (two of them as conversations, one at reduced sizes
-   from 3 x 3 to 11 x 11 patches), seven show videos, three two pictures, two examples. The vision
+   twenty steps, ten replay single pictures (two of them as conversations, one at reduced sizes
+   from 3 x 3 to 11 x 11 patches), five show videos, three two pictures, two examples. The vision
    encoder learns a little from single pictures (a tenth of the learning rate), not from several.
 
-Muon on matrices and AdamW elsewhere, peak learning rate 3e-3 (stage 3: 1.5e-3), cosine, bf16
+Muon on matrices and AdamW elsewhere, peak learning rate 3e-3 (stage 3: 1e-3), cosine, bf16
 autocast over fp32 weights. Vision encoder 160 wide, 5 layers (features from the last but one, 144
 visual tokens); language model 192 wide, 6 layers. Weights are stored in fp16.
 

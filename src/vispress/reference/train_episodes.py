@@ -21,7 +21,7 @@ from vispress.reference.train_language import answer_loss
 from vispress.reference.words import VOCABULARY
 
 BATCH: Final = 24
-PEAK: Final = 1.5e-3
+PEAK: Final = 1e-3
 FLOOR: Final = 0.03
 EARLY_UNTIL: Final = 0.7
 
