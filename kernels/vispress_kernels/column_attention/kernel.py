@@ -228,12 +228,12 @@ def column_attention_triton(
         **rule,
         "on": q,
     }
-    programs = B * H * ceil_div(S, rule["BLOCK_M"])
+    row_programs, column_programs = (B * H * ceil_div(S, rule[b]) for b in ("BLOCK_M", "BLOCK_N"))
     strides = (*q.stride(), *k.stride())
     sizes = (scale, H, S, Dh, H // k.shape[1])
-    launch(row_lse_kernel, programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
+    launch(row_lse_kernel, row_programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
     launch(
-        column_mean_kernel, programs, q, k, bounds, valid, lse, counts, out,
+        column_mean_kernel, column_programs, q, k, bounds, valid, lse, counts, out,
         *strides, *counts.stride(), *sizes, **options,
     )  # fmt: skip
     return out
