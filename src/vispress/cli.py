@@ -195,7 +195,8 @@ def _show(
     if prompt.answer:
         console.print(f"right answer: {prompt.answer}")
     picture = seen_picture(subject, prompt)
-    draw_views(picture, views, asked, out, evidence=prompt.evidence, truth=prompt.answer)
+    evidence = prompt.evidence[0] if prompt.evidence else ()
+    draw_views(picture, views, asked, out, evidence=evidence, truth=prompt.answer)
     console.print(f"written: {out}", soft_wrap=True)
 
 

@@ -13,6 +13,8 @@ import torch
 from tests.laws.oracle import language_model
 from torch import Tensor, nn
 
+from vispress.runtime.cache_name import cache_of
+
 
 @contextmanager
 def masked_model(
@@ -38,7 +40,7 @@ def masked_model(
     def hook_of(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             (hidden,) = args
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             past = 0 if cache is None else int(cache.get_seq_length(index))
             total = past + hidden.shape[1]
             live = _grow(alive[index], hidden.shape[0], total)

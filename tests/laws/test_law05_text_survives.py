@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from vispress import compressed, compression_report
 from vispress.errors import BudgetError, CompressionStateError
 from vispress.methods import DivPrune, FastV, TransPrune
+from vispress.runtime.cache_name import CACHE, cache_of
 
 LAYOUTS = {
     "mixed": [
@@ -92,7 +93,7 @@ def test_every_token_that_generate_adds_is_seen_by_the_next(family: str) -> None
         cache = DynamicCache()
         with compressed(model, method, **settings(family, method)):
             model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False
+                **inputs, **{CACHE: cache}, max_new_tokens=4, min_new_tokens=4, do_sample=False
             )
         assert [layer.get_seq_length() for layer in cache.layers] == [start + 3] * 6
         for layer in cache.layers:
@@ -117,8 +118,8 @@ def test_a_prompt_without_images_is_untouched(family: str, method: str) -> None:
         with torch.no_grad():
             out = model(**inputs)
         assert torch.equal(out.logits, expected)
-        assert type(out.past_key_values) is DynamicCache
-        assert {type(layer) for layer in out.past_key_values.layers} == {DynamicLayer}
+        assert type(cache_of(out)) is DynamicCache
+        assert {type(layer) for layer in cache_of(out).layers} == {DynamicLayer}
         got_tokens, got_steps = greedy(model, inputs)
         assert torch.equal(got_tokens, tokens)
         assert torch.equal(got_steps, steps)
@@ -132,7 +133,7 @@ def test_a_static_cache_of_a_prompt_without_images_is_untouched(family: str) -> 
     inputs = make_inputs(family, [Sample([Text(7)])])
     with compressed(model, "fastv", keep_ratio=0.4):
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(**inputs, **{CACHE: cache}, max_new_tokens=3, do_sample=False)
     assert {type(layer) for layer in cache.layers} == {StaticLayer}
     assert {layer.keys.shape[2] for layer in cache.layers} == {16}
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from vispress import compressed
 from vispress.methods import DivPrune, FastV
 from vispress.report import CompressionReport
+from vispress.runtime.cache_name import CACHE, cache_of
 
 HEADS, DIM = 2, 16
 """Key-value heads and head width of the tiny models."""
@@ -58,11 +59,11 @@ def check(family: str, method: Any, inputs: dict[str, Any], dtype: torch.dtype) 
     chain = method if isinstance(method, list) else [method]
     first = min(p.layer for one in chain for p in one.placements(report.num_layers))
     expected = rows_per_layer(report, first)
-    assert stored(out.past_key_values) == expected
+    assert stored(cache_of(out)) == expected
     assert expected[-1] < report.alive(0).shape[1]
     batch = len(inputs["input_ids"])
     assert report.kv_bytes == bytes_of(expected, batch, dtype.itemsize)
-    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert cache_of(out).get_seq_length() == inputs["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
@@ -90,7 +91,7 @@ def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None
     with compressed(model, method, **settings(family, method)) as report:
         model.generate(
             **single(family),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=4,
             min_new_tokens=4,
             do_sample=False,
@@ -110,7 +111,7 @@ def test_static_buffers_are_allocated_short(family: str, method: str) -> None:
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + ROOM)
     with compressed(model, method, **settings(family, method)) as report:
         model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False
+            **inputs, **{CACHE: cache}, max_new_tokens=4, min_new_tokens=4, do_sample=False
         )
         alive = [int(report.alive(layer).sum()) for layer in range(report.num_layers)]
         assert report.kv_bytes == bytes_of([rows + ROOM for rows in alive], 1, 8)
@@ -124,7 +125,7 @@ def test_without_a_cache_no_byte_is_reported(family: str) -> None:
     with compressed(model, "fastv", keep_ratio=0.4) as report:
         with torch.no_grad():
             out = model(**single(family), use_cache=False)
-        assert out.past_key_values is None
+        assert cache_of(out) is None
         assert report.kv_bytes == 0
 
 

@@ -13,6 +13,7 @@ from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 from vispress import compress_model, compressed, compression_report, remove_compression
+from vispress.runtime.cache_name import CACHE
 
 METHODS = ["fastv", "divprune", "pyramiddrop", "visionzip"]
 MODES: dict[str, dict[str, Any]] = {
@@ -112,7 +113,7 @@ def test_a_second_turn_of_text_continues_on_the_short_cache(family: str, method:
 
     def two_turns(cache: Any) -> tuple[Any, Any]:
         first = model.generate(
-            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, past_key_values=cache
+            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, **{CACHE: cache}
         )
         ids = torch.cat([first, more], dim=1)
         ones = torch.ones_like(ids[:, inputs["input_ids"].shape[1] :])
@@ -122,7 +123,7 @@ def test_a_second_turn_of_text_continues_on_the_short_cache(family: str, method:
             kinds = inputs["mm_token_type_ids"]
             extra["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(ones).to(kinds)], dim=1)
         second = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3,
+            input_ids=ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=3,
             min_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True,
             **extra,
         )  # fmt: skip
@@ -150,9 +151,9 @@ def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) 
     mask = torch.ones_like(ids)
     with compressed(model, make(family, method)), torch.no_grad():
         cache = DynamicCache()
-        model(**first, past_key_values=cache)
+        model(**first, **{CACHE: cache})
         one = compression_report(model)
-        got = model(**(second | {"attention_mask": mask}), past_key_values=cache).logits
+        got = model(**(second | {"attention_mask": mask}), **{CACHE: cache}).logits
         report = compression_report(model)
     n = first["input_ids"].shape[1]
     alive = [report.alive(i) for i in range(report.num_layers)]
@@ -167,8 +168,8 @@ def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) 
         torch.no_grad(),
     ):
         full = DynamicCache()
-        model(**first, past_key_values=full)
-        expected = model(**(second | {"attention_mask": mask}), past_key_values=full).logits
+        model(**first, **{CACHE: full})
+        expected = model(**(second | {"attention_mask": mask}), **{CACHE: full}).logits
     expected = oracle_expand(expected, alive[-1][:, n:])
     assert (got - expected).abs().max() < 1e-5
 
@@ -185,8 +186,8 @@ def test_an_image_after_a_turn_of_text_compresses_from_there(family: str, method
 
     def two_turns() -> torch.Tensor:
         cache = DynamicCache()
-        model(input_ids=first, attention_mask=pad, past_key_values=cache)
-        return model(**(second | {"attention_mask": mask}), past_key_values=cache).logits
+        model(input_ids=first, attention_mask=pad, **{CACHE: cache})
+        return model(**(second | {"attention_mask": mask}), **{CACHE: cache}).logits
 
     with torch.no_grad():
         with compressed(model, make(family, method)):
@@ -206,7 +207,7 @@ def test_a_user_made_static_cache_is_allocated_short(method: str) -> None:
     with compressed(model, make("llava", method)):
         greedy = generate(model, inputs).sequences
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=L + 8)
-        got = generate(model, inputs, past_key_values=cache).sequences
+        got = generate(model, inputs, **{CACHE: cache}).sequences
         report = compression_report(model)
     assert torch.equal(got, greedy)
     rows = int(report.alive(report.num_layers - 1).sum(1).max())
@@ -217,19 +218,19 @@ def test_crop_and_batch_operations_keep_the_cache_in_step() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     cache = DynamicCache()
     with compressed(model, make("llava", "fastv")), torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         L = inputs["input_ids"].shape[1]
         step = torch.full((3, 2), 9)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], dim=1)
-        once = model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        once = model(input_ids=step, attention_mask=mask, **{CACHE: cache}).logits
         cache.crop(-2)
         assert cache.get_seq_length() == L
-        again = model(input_ids=step, attention_mask=mask, past_key_values=cache).logits
+        again = model(input_ids=step, attention_mask=mask, **{CACHE: cache}).logits
         assert torch.equal(once, again)
         cache.crop(-2)
         order = torch.tensor([2, 0, 0])
         cache.batch_select_indices(order)
-        picked = model(input_ids=step, attention_mask=mask[order], past_key_values=cache).logits
+        picked = model(input_ids=step, attention_mask=mask[order], **{CACHE: cache}).logits
         assert (picked - once[order]).abs().max() < 1e-9
         with pytest.raises(RuntimeError, match="cannot crop"):
             cache.crop(-(L - 2))
@@ -240,8 +241,8 @@ def test_a_compressed_cache_is_refused_by_an_uncompressed_model() -> None:
     cache = DynamicCache()
     compress_model(model, "divprune", keep_ratio=0.5)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     remove_compression(model)
     mask = torch.ones(3, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
     with torch.no_grad(), pytest.raises(RuntimeError, match="new cache"):
-        model(input_ids=torch.full((3, 1), 9), attention_mask=mask, past_key_values=cache)
+        model(input_ids=torch.full((3, 1), 9), attention_mask=mask, **{CACHE: cache})

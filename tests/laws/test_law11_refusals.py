@@ -30,6 +30,7 @@ from vispress.errors import (
 from vispress.methods import DivPrune, FastV, PyramidDrop
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
+from vispress.runtime.cache_name import CACHE
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
 WITHOUT_CLS = ("llava_onevision", *QWEN)
@@ -363,7 +364,7 @@ def test_a_cache_that_cannot_be_short_is_refused_by_name_with_what_works(
     with compressed(model, "fastv", keep_ratio=0.4):
         cache = CACHES[kind](model.config.get_text_config())
         with pytest.raises(UnsupportedModelError) as caught:
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
         assert kind.split()[0] in str(caught.value)
         assert "DynamicCache()" in str(caught.value)
         assert logits_of(model, inputs).isfinite().all()
@@ -374,7 +375,7 @@ def test_a_mixed_cache_is_refused_for_its_one_bad_layer() -> None:
     layers = [DynamicLayer() for _ in range(5)] + [DynamicSlidingWindowLayer(sliding_window=8)]
     refusal = pytest.raises(UnsupportedModelError, match="DynamicSlidingWindowLayer")
     with compressed(model, "fastv", keep_ratio=0.4), refusal:
-        model(**inputs, past_key_values=Cache(layers=layers))
+        model(**inputs, **{CACHE: Cache(layers=layers)})
 
 
 def test_a_cache_that_is_no_transformers_cache_is_refused() -> None:
@@ -385,7 +386,7 @@ def test_a_cache_that_is_no_transformers_cache_is_refused() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     refusal = pytest.raises(UnsupportedModelError, match="Foreign is not supported")
     with compressed(model, "fastv", keep_ratio=0.4), refusal:
-        model(**inputs, past_key_values=Foreign())
+        model(**inputs, **{CACHE: Foreign()})
 
 
 @pytest.mark.parametrize("method", ["fastv", "divprune"])
@@ -432,13 +433,11 @@ def test_a_short_cache_in_an_uncompressed_model_is_refused(family: str) -> None:
     cache = DynamicCache()
     with compressed(model, "fastv", keep_ratio=0.4):
         first = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=2, min_new_tokens=2, do_sample=False
+            **inputs, **{CACHE: cache}, max_new_tokens=2, min_new_tokens=2, do_sample=False
         )
     more = torch.cat([inputs["attention_mask"], torch.ones_like(first[:, -2:])], dim=1)
     with pytest.raises(CompressionStateError, match="compression was removed"):
-        model.generate(
-            input_ids=first, attention_mask=more, past_key_values=cache, max_new_tokens=1
-        )
+        model.generate(input_ids=first, attention_mask=more, **{CACHE: cache}, max_new_tokens=1)
 
 
 def test_a_static_cache_that_holds_tokens_is_refused() -> None:
@@ -446,11 +445,11 @@ def test_a_static_cache_that_holds_tokens_is_refused() -> None:
     inputs = make_inputs("llava", [Sample([Text(3), Image(4, 4), Text(3)])])
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
     text = torch.full((1, 4), 9)
-    model(input_ids=text, past_key_values=cache)
+    model(input_ids=text, **{CACHE: cache})
     mask = torch.ones(1, 4 + inputs["input_ids"].shape[1], dtype=torch.long)
     refusal = pytest.raises(CompressionStateError, match="DynamicCache")
     with compressed(model, "fastv", keep_ratio=0.4), refusal:
-        model(**(inputs | {"attention_mask": mask}), past_key_values=cache)
+        model(**(inputs | {"attention_mask": mask}), **{CACHE: cache})
 
 
 def test_a_report_before_a_prefill_says_so() -> None:

@@ -3,13 +3,15 @@
 import numpy as np
 import torch
 
-from vispress.reference.attention import PREFIX
 from vispress.reference.checkpoint import for_inference, for_training
 from vispress.reference.model import build_model, normalise, reference_config
 from vispress.reference.packing import SLOT, LanguageStream, pack
-from vispress.reference.questions import Question
+from vispress.reference.scenes import NUM_PATCHES
 from vispress.reference.train_language import answer_loss, packed_hidden
 from vispress.reference.words import VOCABULARY
+
+PREFIX = 1 + NUM_PATCHES
+WHERE = (("where is the ring ? :", "top left"),)
 
 
 def tiny():
@@ -34,8 +36,7 @@ def test_each_packed_question_equals_the_question_alone():
 
 
 def test_labels_are_the_answer_and_the_end_and_early_labels_its_first_word():
-    question = Question("where", "where is the ring ? :", "top left", (0,))
-    ids, positions, group, labels, early = pack([question], 1)
+    ids, positions, group, labels, early = pack([WHERE], 1)
     words = [VOCABULARY[i] for i in ids[PREFIX : PREFIX + 8]]
     assert words == ["where", "is", "the", "ring", "?", ":", "top", "left"]
     assert [VOCABULARY[i] for i in labels[PREFIX + 5 : PREFIX + 8]] == ["top", "left", "</s>"]
@@ -47,8 +48,7 @@ def test_labels_are_the_answer_and_the_end_and_early_labels_its_first_word():
 
 
 def test_questions_that_do_not_fit_are_left_out_whole():
-    question = Question("where", "where is the ring ? :", "top left", (0,))
-    group = pack([question] * 9, 2)[2]
+    group = pack([WHERE] * 9, 2)[2]
     counts = np.bincount(group[group >= 0])
     assert counts.tolist() == [8] * (2 * SLOT // 8)
 

@@ -3,13 +3,14 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.compare import Comparison, compare, loyalty, per_question
+from vispress.bench.ranking import Ranking
 from vispress.bench.stats import Interval, Quantiles, bootstrap_mean
 from vispress.bench.store import read_results, write_json, write_text
 
@@ -35,6 +36,15 @@ class Row:
         prefill_ratio: Prefill time over the uncompressed model's.
         kv_ratio: Cache size over the uncompressed model's.
         kv_bytes: Bytes of keys and values a prompt.
+        control: Whether it is a control (random, oracle, down-sampling...), not a method.
+        gap_closed: Share of the gap between random (0) and the oracle (1) at this keep ratio; None
+            where that gap is not significant.
+        hard: Accuracy on the hard subset: questions that the uncompressed model gets right and
+            down-sampling at this keep ratio gets wrong; None where there are none.
+        hard_questions: How many these are, over all tasks.
+        gain: Multi-modal gain by task: accuracy less that of the same model without picture.
+        mean_gain: Mean of it over tasks.
+        turns: Accuracy of each turn, by task; only for tasks of several turns.
     """
 
     group: str
@@ -50,6 +60,13 @@ class Row:
     prefill_ratio: Quantiles | None = None
     kv_ratio: float | None = None
     kv_bytes: float | None = None
+    control: bool = False
+    gap_closed: Interval | None = None
+    hard: Interval | None = None
+    hard_questions: int = 0
+    gain: Mapping[str, Interval] | None = None
+    mean_gain: Interval | None = None
+    turns: Mapping[str, tuple[Interval, ...]] | None = None
 
     @property
     def uncompressed(self) -> bool:
@@ -68,6 +85,9 @@ class Summary:
         missing: Cells that are not finished.
         provenance: Of the last cell.
         comparisons: Methods against controls at equal budget.
+        rankings: Places of methods and controls at each keep ratio, as far as they are certain.
+        leakage: By task, how far the model without picture beats the best constant answer, at
+            least 0; empty where the blind control is not finished.
     """
 
     rows: tuple[Row, ...]
@@ -76,6 +96,8 @@ class Summary:
     missing: int
     provenance: Mapping[str, Any]
     comparisons: tuple[Comparison, ...] = ()
+    rankings: tuple[Ranking, ...] = ()
+    leakage: Mapping[str, float] = field(default_factory=dict)
 
     def find(self, group: str) -> Row | None:
         """The first row of a group that has results."""

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vispress.errors import ConfigError
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vispress.reference.words import QuestionKind
+
+EVIDENCE_GRID: Final = 12
+"""Rows, and columns, of the raster that `Prompt.evidence` counts in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +24,22 @@ class Prompt:
         images: Pictures in the order of their `<image>` marks.
         text: What the processor is given.
         answer: Compared with the model's words, exactly.
-        evidence: Raster indices of visual tokens that hold the answer; empty where unknown.
+        evidence: For each picture, the cells of a 12 x 12 raster over it (`EVIDENCE_GRID`) that
+            hold the answer, whatever the model's own grid; empty where unknown.
+        followups: Later turns of a conversation, (text, answer) each, asked on the same cache.
+            The whole conversation is right or wrong.
     """
 
     images: tuple["Image", ...]
     text: str
     answer: str
-    evidence: tuple[int, ...] = ()
+    evidence: tuple[tuple[int, ...], ...] = ()
+    followups: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def answer_text(self) -> str:
+        """All answers, joined by `" / "`: what a right conversation reads."""
+        return " / ".join((self.answer, *(answer for _, answer in self.followups)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +123,7 @@ def _drawer(kind: "QuestionKind") -> Callable[[int, int], list[Prompt]]:
         from vispress.reference import heldout
 
         return [
-            Prompt((image,), prompt, answer, question.patches)
+            Prompt((image,), prompt, answer, (question.patches,))
             for image, prompt, answer, question in heldout(kind, n, seed)
         ]
 

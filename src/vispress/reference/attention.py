@@ -7,9 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from vispress.reference.scenes import NUM_PATCHES
-
-PREFIX = 1 + NUM_PATCHES  # <s> and the visual tokens
 FULL = "vispress_full"
 PACKED = "vispress_packed"
 
@@ -41,26 +38,27 @@ def packed_attention(
 
     Args:
         module: Unused.
-        query: Shape (B, H, 145 + S * W, d); `key` and `value` likewise.
+        query: Shape (B, H, P + S * W, d), P >= 1 tokens of prefix; `key` and `value` likewise.
         key: See `query`.
         value: See `query`.
         attention_mask: Additive mask within slots, shape (B, S, W, W).
         scaling: Factor on the scores.
 
     Returns:
-        Shape (B, 145 + S * W, H, d), and None.
+        Shape (B, P + S * W, H, d), and None.
     """
     query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
     slots, width = attention_mask.shape[1:3]
-    prefix_key, prefix_value = key[:, :, :PREFIX], value[:, :, :PREFIX]
-    causal = torch.full((PREFIX, PREFIX), -1e30, dtype=query.dtype, device=query.device).triu(1)
-    prefix = (query[:, :, :PREFIX] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
+    size = query.shape[2] - slots * width
+    prefix_key, prefix_value = key[:, :, :size], value[:, :, :size]
+    causal = torch.full((size, size), -1e30, dtype=query.dtype, device=query.device).triu(1)
+    prefix = (query[:, :, :size] @ prefix_key.mT + causal).softmax(-1) @ prefix_value
 
-    text = query[:, :, PREFIX:]
-    q, k, v = (torch.unflatten(x[:, :, PREFIX:], 2, (slots, width)) for x in (query, key, value))
+    text = query[:, :, size:]
+    q, k, v = (torch.unflatten(x[:, :, size:], 2, (slots, width)) for x in (query, key, value))
     inside = (q @ k.mT + attention_mask[:, None]).flatten(2, 3)  # [B, H, S * W, W]
     scores = torch.cat([text @ prefix_key.mT, inside], dim=-1).softmax(-1)
-    to_prefix, to_slot = torch.split(scores, [PREFIX, width], dim=-1)
+    to_prefix, to_slot = torch.split(scores, [size, width], dim=-1)
     own = torch.unflatten(to_slot, 2, (slots, width)) @ v
     answer = to_prefix @ prefix_value + own.flatten(2, 3)
     return torch.cat([prefix, answer], dim=2).transpose(1, 2), None

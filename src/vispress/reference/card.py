@@ -9,10 +9,10 @@ from typing import Any, Final
 import torch
 import transformers
 
+from vispress.reference.episodes import EPISODE_CHANCE
 from vispress.reference.questions import CHANCE
-from vispress.reference.words import QuestionKind
 
-_TARGET: Final[dict[QuestionKind, float]] = {
+_TARGET: Final[dict[str, float]] = {
     "attribute": 0.95,
     "place": 0.95,
     "existence": 0.95,
@@ -22,9 +22,14 @@ _TARGET: Final[dict[QuestionKind, float]] = {
     "where": 0.90,
     "relation": 0.90,
     "count": 0.80,
+    "compare": 0.80,
+    "in_context": 0.80,
+    "multi_turn": 0.80,
+    "order": 0.80,
+    "change": 0.80,
 }
 
-_EXAMPLE: Final[dict[QuestionKind, str]] = {
+_EXAMPLE: Final[dict[str, str]] = {
     "attribute": "what color is the circle ? : red",
     "place": "what shape is at the top left ? : star",
     "existence": "is there a red circle ? : no (both occur, not together)",
@@ -34,6 +39,11 @@ _EXAMPLE: Final[dict[QuestionKind, str]] = {
     "where": "where is the blue star ? : top left",
     "relation": "which side of the red ring is the blue star ? : left",
     "count": "how many red shapes ? : three",
+    "compare": "(two pictures) which picture has a red circle ? : second",
+    "in_context": "(two examples) red : 7, blue : 3, (new picture) green : 5",
+    "multi_turn": "(three kinds in turn) red / yes / left",
+    "order": "(three frames) which comes first the star or the ring ? : ring",
+    "change": "(three frames) which shape changed its color ? : star",
 }
 
 _TEXT: Final = """# Model card: the vispress reference VLM
@@ -128,7 +138,8 @@ def write_card(
     """
     rows = [
         f"| {kind} | {_EXAMPLE[kind]} | {scores[kind]:.1%} | {_TARGET[kind]:.0%} | {chance:.0%} |"
-        for kind, chance in CHANCE.items()
+        for kind, chance in (CHANCE | EPISODE_CHANCE).items()
+        if kind in scores
     ]
     empty = [{"images": 0, "minutes": 0.0}]
     vision, language = (_log(out / s) or empty for s in ("vision", "language"))

@@ -77,6 +77,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             rate = group["lr"] * group["lr_scale"]
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             if group["muon"]:
                 self._muon(params, rate, group)
             else:

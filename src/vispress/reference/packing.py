@@ -1,5 +1,6 @@
-"""Many questions behind one set of visual tokens: packed training that equals asking one by one."""
+"""Many questions behind one prefix of pictures: packed training that equals asking one by one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -9,10 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vispress.reference.attention import PREFIX
 from vispress.reference.dense import DenseBatch, collate
-from vispress.reference.questions import Question, mixture
-from vispress.reference.scenes import draw_scene
+from vispress.reference.questions import mixture
+from vispress.reference.scenes import NUM_PATCHES, draw_scene
 from vispress.reference.words import BOS, EOS, IMAGE, PAD, WORD_ID, QuestionKind
 
 SLOT: Final = 32  # tokens that share a block of attention
@@ -32,74 +32,125 @@ QUOTA: Final[dict[QuestionKind, int]] = {
     "count": 5,
 }
 
+Thread = tuple[tuple[str, str], ...]
+"""Turns of one conversation, (question, answer) each; a lone question is a thread of one."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """B packed sequences of length L = 145 + 32 * S.
+    """B packed sequences of length L = P + W * S: a prefix, then S slots of W tokens.
 
     Args:
-        dense: Pixels and dense labels.
+        pixels: Pictures of all rows in the order of their visual tokens, uint8, shape
+            (B * images, height, width, 3).
         input_ids: int64, shape (B, L).
-        position_ids: What each token's position would be if its question stood alone, (B, L).
-        group: Number of the question a token belongs to; -1 in the prefix, -2 padding; (B, L).
+        position_ids: What each token's position would be if its thread stood alone, (B, L), or
+            (3, B, L) for models that count in time, rows and columns.
+        group: Number of the thread a token belongs to; -1 in the prefix, -2 padding; (B, L).
         labels: Token to predict at each position, -100 for none, (B, L).
         early: Likewise, for the first answer word asked too early, (B, L).
+        prefix: P, tokens that every thread of a row sees.
+        width: W.
+        dense: Dense labels of the pictures, where the vision side is supervised too.
     """
 
-    dense: DenseBatch
+    pixels: Tensor
     input_ids: Tensor
     position_ids: Tensor
     group: Tensor
     labels: Tensor
     early: Tensor
+    prefix: int
+    width: int = SLOT
+    dense: DenseBatch | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on another device."""
-        return PackedBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        values = [getattr(self, field.name) for field in fields(self)]
+        return PackedBatch(*(v.to(device) if hasattr(v, "to") else v for v in values))
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask within slots, shape (B, S, W, W): causal, and only one's own question."""
-        group = torch.unflatten(self.group[:, PREFIX:], 1, (-1, SLOT))
+        """Additive mask within slots, shape (B, S, W, W): causal, and only one's own thread."""
+        group = torch.unflatten(self.group[:, self.prefix :], 1, (-1, self.width))
         same = group[..., :, None] == group[..., None, :]
-        order = torch.arange(SLOT, device=group.device)
+        order = torch.arange(self.width, device=group.device)
         allowed = same & (order[:, None] >= order[None, :])
         out = torch.zeros(allowed.shape, dtype=dtype, device=group.device)
         return out.masked_fill_(~allowed, -1e30)
 
 
-def pack(questions: list[Question], slots: int) -> NDArray[np.int64]:
-    """Lay questions out in slots of 32 tokens, each in the first slot with room.
+def prefix_ids(text: str = IMAGE, visual: int = NUM_PATCHES) -> list[int]:
+    """Token ids of a prefix, as the processor makes them.
 
     Args:
-        questions: In order; those that fit nowhere are left out.
-        slots: Number of slots S.
+        text: Words and `<image>` marks.
+        visual: Visual tokens a picture.
 
     Returns:
-        int64 rows (ids, positions, group, labels, early), shape (5, 145 + 32 * S).
+        `<s>` and the words, every mark repeated `visual` times.
     """
-    out = np.full((5, PREFIX + SLOT * slots), -100, dtype=np.int64)
+    ids = [WORD_ID[BOS]]
+    for word in text.split():
+        ids += [WORD_ID[word]] * (visual if word == IMAGE else 1)
+    return ids
+
+
+def pack(
+    threads: Sequence[Thread],
+    slots: int,
+    *,
+    prefix: Sequence[int] | None = None,
+    start: int | None = None,
+    width: int = SLOT,
+) -> NDArray[np.int64]:
+    """Lay threads out in slots, each in the first slot with room.
+
+    Args:
+        threads: In order; those that fit nowhere are left out. Within a thread, a later turn
+            follows the earlier answer directly: the end token is predicted, never read.
+        slots: Number of slots S.
+        prefix: Token ids of the prefix; one picture by default.
+        start: Position of the first token behind the prefix; its length by default.
+        width: Tokens a slot.
+
+    Returns:
+        int64 rows (ids, positions, group, labels, early), shape (5, P + W * S).
+    """
+    head = prefix_ids() if prefix is None else list(prefix)
+    size = len(head)
+    out = np.full((5, size + width * slots), -100, dtype=np.int64)
     out[0], out[1], out[2] = WORD_ID[PAD], 0, -2
-    out[0, 0], out[0, 1:PREFIX] = WORD_ID[BOS], WORD_ID[IMAGE]
-    out[1, :PREFIX], out[2, :PREFIX] = np.arange(PREFIX), -1
+    out[0, :size], out[1, :size], out[2, :size] = head, np.arange(size), -1
     used = [0] * slots
-    for number, question in enumerate(questions):
-        words = [WORD_ID[w] for w in question.text.split()]
-        answer = [WORD_ID[w] for w in question.answer.split()]
-        size = len(words) + len(answer)
-        slot = next((i for i, u in enumerate(used) if u + size <= SLOT), None)
+    for number, thread in enumerate(threads):
+        ids, labels, early = _lay(thread)
+        slot = next((i for i, u in enumerate(used) if u + len(ids) <= width), None)
         if slot is None:
             continue
-        at = PREFIX + SLOT * slot + used[slot]
-        used[slot] += size
-        here = slice(at, at + size)
-        out[0, here] = words + answer
-        out[1, here] = PREFIX + np.arange(size)
+        at = size + width * slot + used[slot]
+        used[slot] += len(ids)
+        here = slice(at, at + len(ids))
+        out[0, here], out[3, here], out[4, here] = ids, labels, early
+        out[1, here] = (size if start is None else start) + np.arange(len(ids))
         out[2, here] = number
-        colon = at + len(words) - 1
-        out[3, colon : at + size] = [*answer, WORD_ID[EOS]]
-        # the last content word and the question mark
-        out[4, colon - 2 : colon] = answer[0]
     return out
+
+
+def _lay(thread: Thread) -> tuple[list[int], list[int], list[int]]:
+    """Ids, labels and early labels of one thread."""
+    ids: list[int] = []
+    labels: list[int] = []
+    early: list[int] = []
+    for text, right in thread:
+        words = [WORD_ID[w] for w in text.split()]
+        answer = [WORD_ID[w] for w in right.split()]
+        ids += words + answer
+        labels += [-100] * (len(words) - 1) + [*answer, WORD_ID[EOS]]
+        # the last content word and the question mark, but never what belongs to another question
+        soon = min(2, len(words) - 1)
+        early += [-100] * (len(words) - 1 - soon) + [answer[0]] * soon
+        early += [-100] * (1 + len(answer))
+    return ids, labels, early
 
 
 class LanguageStream(Dataset[PackedBatch]):
@@ -125,6 +176,8 @@ class LanguageStream(Dataset[PackedBatch]):
             scene = draw_scene(self.seed, "train", _OFFSET + index, busy=busy)
             rng = np.random.default_rng((self.seed, 2, index))
             scenes.append(scene)
-            rows.append(pack(mixture(scene, rng, QUOTA), self.slots))
+            asked = mixture(scene, rng, QUOTA)
+            rows.append(pack([((q.text, q.answer),) for q in asked], self.slots))
         parts = torch.from_numpy(np.stack(rows, axis=1))
-        return PackedBatch(collate(scenes), *parts.unbind())
+        dense = collate(scenes)
+        return PackedBatch(dense.pixels, *parts.unbind(), prefix=1 + NUM_PATCHES, dense=dense)

@@ -4,7 +4,8 @@ A scene is a pure function of (seed, split, index): the same three give the same
 Objects stand in rows (or columns) without overlap; places within a row are continuous.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final, Literal
 
@@ -38,6 +39,8 @@ _RGB: Final = np.array(
 )
 
 Kind = Literal["shape", "digit", "sign"]
+Actor = tuple[Kind, int, int, int]
+"""A thing to draw: kind, value, color, dot; see `Item`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,50 @@ def draw_scene(seed: int, split: Split, index: int, *, busy: float = 1.0) -> Sce
         The scene; equal arguments give equal scenes.
     """
     rng = np.random.default_rng((seed, 0 if split == "train" else 1, index))
-    items = _place(rng, _cast(rng, busy))
+    return _paint(rng, _place(rng, _cast(rng, busy)), split)
+
+
+def draw_cast(rng: np.random.Generator, cast: Sequence[Actor], split: Split) -> Scene:
+    """Draw a scene of chosen things.
+
+    Args:
+        rng: Source of places, background and handwriting.
+        cast: At most 16 things; a color or dot of -1 means none.
+        split: Which handwritten digits are used.
+    """
+    return _paint(rng, _place(rng, list(cast)), split)
+
+
+def draw_frames(
+    rng: np.random.Generator, cast: Sequence[Actor], shown: Sequence[Sequence[int]], split: Split
+) -> list[Scene]:
+    """Draw a short video of things that appear, vanish or change colour, but do not move.
+
+    Args:
+        rng: Source of places, background and handwriting.
+        cast: At most 16 things. Those shown in every frame come first, so that their handwriting
+            and background stay the same in all frames.
+        shown: For each frame the color of each thing as it is there: an index into `COLORS`, -1
+            for a sign, -2 for a thing that is not there.
+        split: Which handwritten digits are used.
+
+    Returns:
+        A scene a frame; its items are the things that are there, in the order of `cast`.
+    """
+    placed = _place(rng, list(cast), in_order=True)
+    key = int(rng.integers(1 << 62))
+    return [
+        _paint(
+            np.random.default_rng(key),
+            [replace(i, color=c) for i, c in zip(placed, colors, strict=True) if c > -2],
+            split,
+        )
+        for colors in shown
+    ]
+
+
+def _paint(rng: np.random.Generator, items: list[Item], split: Split) -> Scene:
+    """Draw placed items on a fresh background."""
     canvas = _background(rng)
     coverage = np.zeros((len(items), GRID, GRID), dtype=np.float32)
     labels = np.zeros((4, NUM_PATCHES), dtype=np.uint8)
@@ -124,14 +170,14 @@ def draw_scene(seed: int, split: Split, index: int, *, busy: float = 1.0) -> Sce
     return Scene(pixels, tuple(done), labels[0], labels[1], labels[2], labels[3])
 
 
-def _cast(rng: np.random.Generator, busy: float) -> list[tuple[Kind, int, int, int]]:
+def _cast(rng: np.random.Generator, busy: float) -> list[Actor]:
     """Choose what is in the scene: (kind, value, color, dot) each."""
     most = max(3, round(8 * busy))
     n_shapes = int(rng.integers(3, most + 1))
     # a small palette repeats colours and shapes, so that counts vary
     colors = rng.permutation(len(COLORS))[: rng.integers(2, 6)]
     shapes = rng.permutation(len(SHAPES))[: rng.integers(2, 6)]
-    cast: list[tuple[Kind, int, int, int]] = []
+    cast: list[Actor] = []
     for _ in range(n_shapes):
         color, shape = int(rng.choice(colors)), int(rng.choice(shapes))
         dot = -1
@@ -145,11 +191,14 @@ def _cast(rng: np.random.Generator, busy: float) -> list[tuple[Kind, int, int, i
     return cast
 
 
-def _place(rng: np.random.Generator, cast: list[tuple[Kind, int, int, int]]) -> list[Item]:
+def _place(
+    rng: np.random.Generator, cast: list[Actor], *, in_order: bool = False
+) -> list[Item]:
     """Give every member of the cast a centre: four lanes, at most four in each, no overlap."""
     lanes = rng.permutation(16)[: len(cast)] % 4
     flip = rng.random() < 0.5
-    items = []
+    items: list[Item] = []
+    order: list[int] = []
     for lane in range(4):
         members = rng.permutation(np.flatnonzero(lanes == lane))
         if not len(members):
@@ -161,7 +210,8 @@ def _place(rng: np.random.Generator, cast: list[tuple[Kind, int, int, int]]) -> 
             x, y = (v, float(u)) if flip else (float(u), v)
             kind, value, color, dot = cast[member]
             items.append(Item(kind, value, color, dot, x, y))
-    return items
+            order.append(int(member))
+    return [items[i] for i in np.argsort(order)] if in_order else items
 
 
 def _background(rng: np.random.Generator) -> NDArray[np.float32]:

@@ -12,13 +12,15 @@ from torch.multiprocessing.spawn import spawn
 from transformers import LlavaForConditionalGeneration
 
 from vispress.reference.card import write_card, write_curves
-from vispress.reference.checkpoint import export, for_inference, for_training
+from vispress.reference.checkpoint import export, for_inference, for_training, read
+from vispress.reference.conversation import episode_accuracy
 from vispress.reference.dense import DenseHeads
 from vispress.reference.evaluate import accuracy
 from vispress.reference.loop import Budget, Run
 from vispress.reference.model import TEXT_WIDTH, VISION_WIDTH, build_model, reference_config
 from vispress.reference.parallel import is_main
 from vispress.reference.processor import build_processor
+from vispress.reference.train_episodes import extend_vocabulary, train_episodes
 from vispress.reference.train_language import train_language
 from vispress.reference.train_vision import train_vision
 
@@ -37,6 +39,9 @@ class Plan:
     language_batch: int
     questions: int
     check_questions: int
+    episodes: Budget
+    episodes_batch: int
+    start: Path | None
     config: dict[str, int] = field(default_factory=dict)
 
 
@@ -48,20 +53,25 @@ def train_reference(
     vision_images: int | None = None,
     language_minutes: float | None = None,
     language_images: int | None = None,
+    episodes_minutes: float | None = None,
+    episodes_images: int | None = None,
+    start: str | Path | None = None,
     resume: bool = True,
     device: str = "cpu",
     workers: int = 1,
     processes: int = 1,
     vision_batch: int = 32,
     language_batch: int = 16,
+    episodes_batch: int = 24,
     questions: int = 1000,
     check_questions: int = 32,
     config: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """Train the reference model from nothing.
 
-    Without any budget: 32,000 images of vision, then 32,000 of language. Writes into `out_dir`:
-    `vision/` and `language/` (log and resumable state), `checkpoint/` (a Hugging Face folder with
+    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of episodes (several
+    pictures, examples, conversations). Writes into `out_dir`: `vision/`, `language/` and
+    `episodes/` (log and resumable state), `checkpoint/` (a Hugging Face folder with
     the model card, rewritten at every saved state), `accuracy.json` and `curves.png`.
 
     Args:
@@ -72,6 +82,10 @@ def train_reference(
         vision_images: Limit of stage 1 in images.
         language_minutes: Limit of stage 2 in minutes of training.
         language_images: Limit of stage 2 in images.
+        episodes_minutes: Limit of stage 3 in minutes of training.
+        episodes_images: Limit of stage 3 in images.
+        start: Folder of a checkpoint that stage 3 starts from, stages 1 and 2 being left out;
+            words it lacks are added.
         resume: Continue from saved state; `False` starts over and overwrites it.
         device: `"cpu"`, `"cuda"` or `"cuda:1"`.
         workers: Processes that draw scenes, for each training process; 8 keep a GPU busy.
@@ -79,6 +93,7 @@ def train_reference(
             shares, as many as there are cores are faster than one process with as many threads.
         vision_batch: Images a step in stage 1.
         language_batch: Images a step in stage 2.
+        episodes_batch: Pictures a step in stage 3.
         questions: Held-out questions a kind in the final evaluation.
         check_questions: The same at every saved state; 0 for none.
         config: Arguments for `reference_config`.
@@ -89,15 +104,18 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: A budget is not positive, `processes` does not divide both batches, or is more
+        ValueError: A budget is not positive, `processes` does not divide every batch, or is more
             than 1 on another device than the CPU.
     """
     if vision_minutes is None and vision_images is None:
         vision_images = 32_000
     if language_minutes is None and language_images is None:
         language_images = 32_000
-    if processes < 1 or vision_batch % processes or language_batch % processes:
-        raise ValueError(f"processes must divide {vision_batch} and {language_batch}: {processes}")
+    if episodes_minutes is None and episodes_images is None:
+        episodes_images = 48_000
+    batches = vision_batch, language_batch, episodes_batch
+    if processes < 1 or any(batch % processes for batch in batches):
+        raise ValueError(f"processes must divide the batches {batches}: {processes}")
     if processes > 1 and torch.device(device).type != "cpu":
         raise ValueError(f"several processes train on the CPU only, not on {device}")
     plan = Plan(
@@ -111,6 +129,9 @@ def train_reference(
         language_batch=language_batch,
         questions=questions,
         check_questions=check_questions,
+        episodes=Budget(episodes_minutes, episodes_images),
+        episodes_batch=episodes_batch,
+        start=None if start is None else Path(start),
         config=config or {},
     )
     if not resume:
@@ -126,7 +147,7 @@ def train_reference(
 
 
 def _forget(out: Path) -> None:
-    for stage in ("vision", "language"):
+    for stage in ("vision", "language", "episodes"):
         for name in ("log.jsonl", "state.safetensors"):
             (out / stage / name).unlink(missing_ok=True)
 
@@ -144,20 +165,46 @@ def _process(rank: int, world: int, meet: str, plan: Plan) -> None:
 
 
 def _train(plan: Plan) -> None:
-    """Both stages and the evaluation, in this process."""
+    """All stages and the evaluation, in this process."""
     torch.set_flush_denormal(True)
     device = torch.device(plan.device)
-    model = build_model(reference_config(**plan.config), seed=plan.seed).to(device)
+    common: dict[str, Any] = {"seed": plan.seed, "device": device, "workers": plan.workers}
+    if plan.start is None:
+        model = build_model(reference_config(**plan.config), seed=plan.seed).to(device)
+        for_training(model)
+        _train_from_nothing(model, plan, common)
+    else:
+        model = read(plan.start)[0].to(device).train()
+        extend_vocabulary(model)
+        for_training(model)
+
+    def report(run: Run) -> None:
+        _report(model, plan, run, episodes=True)
+
+    train_episodes(
+        model,
+        plan.out / "episodes",
+        budget=plan.episodes,
+        batch=plan.episodes_batch,
+        report=report,
+        **common,
+    )
+    if is_main():
+        finish(plan.out, model, questions=plan.questions)
+
+
+def _train_from_nothing(
+    model: LlavaForConditionalGeneration, plan: Plan, common: dict[str, Any]
+) -> None:
+    """Stages 1 and 2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(device)
-    for_training(model)
-    common: dict[str, Any] = {"seed": plan.seed, "device": device, "workers": plan.workers}
+        heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(common["device"])
     folders = plan.out / "vision", plan.out / "language"
     train_vision(model, heads, folders[0], budget=plan.vision, batch=plan.vision_batch, **common)
 
     def report(run: Run) -> None:
-        _report(model, plan, run)
+        _report(model, plan, run, episodes=False)
 
     train_language(
         model,
@@ -168,17 +215,19 @@ def _train(plan: Plan) -> None:
         report=report,
         **common,
     )
-    if is_main():
-        finish(plan.out, model, questions=plan.questions)
 
 
-def _report(model: LlavaForConditionalGeneration, plan: Plan, run: Run) -> None:
+def _report(
+    model: LlavaForConditionalGeneration, plan: Plan, run: Run, *, episodes: bool
+) -> None:
     """Export, and append a quick accuracy to the log."""
     export(model, plan.out / "checkpoint")
     if not plan.check_questions:
         return
     for_inference(model)
     scores = accuracy(model, build_processor(), n=plan.check_questions, seed=1)
+    if episodes:
+        scores |= episode_accuracy(model, build_processor(), n=plan.check_questions, seed=1)
     for_training(model)
     mean = sum(scores.values()) / len(scores)
     run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
@@ -201,6 +250,7 @@ def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -
     for_inference(model)
     export(model, out / "checkpoint")
     scores = accuracy(model, build_processor(), n=questions)
+    scores |= episode_accuracy(model, build_processor(), n=questions)
     result = {"questions": questions, "accuracy": scores}
     (out / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     write_curves(out)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration
 
-from vispress.reference.attention import PREFIX
 from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseHeads
 from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
@@ -35,21 +34,29 @@ def packed_hidden(model: LlavaForConditionalGeneration, batch: PackedBatch) -> t
 
     Args:
         model: The model.
-        batch: B packed sequences of length L.
+        batch: B packed sequences of length L with I pictures in all.
 
     Returns:
-        Hidden states (B, L, D), projected features (B, 144, D) and the two [CLS] states (B, Dv).
+        Hidden states (B, L, D), projected features (I, N, D) and the two [CLS] states (I, Dv).
     """
-    features, cls, last = encode_image(model, normalise(batch.dense.pixels))
+    features, cls, last = encode_image(model, normalise(batch.pixels))
+    return embed_and_run(model, batch, features), features, cls, last
+
+
+def embed_and_run(
+    model: LlavaForConditionalGeneration, batch: PackedBatch, features: Tensor
+) -> Tensor:
+    """Last hidden states (B, L, D) of packed sequences, given projected features (I, N, D)."""
     embeds = model.get_input_embeddings()(batch.input_ids)
-    embeds = torch.cat([embeds[:, :1], features.to(embeds.dtype), embeds[:, PREFIX:]], dim=1)
-    hidden = model.model.language_model(
+    visual = (batch.input_ids == model.config.image_token_id)[..., None]
+    embeds = embeds.masked_scatter(visual, features.to(embeds.dtype))
+    hidden: Tensor = model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=batch.mask(torch.get_autocast_dtype(embeds.device.type)),
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
-    return hidden, features, cls, last
+    return hidden
 
 
 def answer_loss(
@@ -64,7 +71,7 @@ def answer_loss(
         early: Whether to ask for the first word before the question has ended, too.
     """
     labels = batch.labels.flatten()
-    # the position before an answer's first word is the colon: its successor has a label as well
+    # the first answer word is asked for at the colon, which follows the early labels
     first = (batch.early.roll(1, dims=1) >= 0) & (batch.early < 0)
     at = labels >= 0
     logits = model.lm_head(hidden.flatten(0, 1)[at]).float()
@@ -130,6 +137,7 @@ def train_language(
                 hidden, *seen = packed_hidden(model, packed)
                 early = run.progress < EARLY_UNTIL
                 loss, hits = answer_loss(model, hidden, packed, early=early)
+                assert packed.dense is not None
                 dense, scores = heads(*seen, words.weight, packed.dense)
             run.advance(loss + 0.1 * dense, share)
             means.add({"loss": loss.detach(), "first": hits, **scores})

@@ -18,6 +18,9 @@ QuestionKind = Literal[
 ]
 KINDS: Final[tuple[QuestionKind, ...]] = get_args(QuestionKind)
 
+EpisodeKind = Literal["compare", "in_context", "multi_turn", "order", "change"]
+EPISODE_KINDS: Final[tuple[EpisodeKind, ...]] = get_args(EpisodeKind)
+
 SHAPES: Final = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
 PLURALS: Final = (
     "circles",
@@ -78,6 +81,9 @@ _GLUE: Final = (
     ":",
 )
 
+# words of the episodes; new words go to the end, as an id never changes
+_LATER: Final = ("picture", "second", "has", "comes", "or", "changed", "its")
+
 VOCABULARY: Final[tuple[str, ...]] = (
     *SPECIAL,
     *SHAPES,
@@ -88,6 +94,7 @@ VOCABULARY: Final[tuple[str, ...]] = (
     *ROWS,
     *COLUMNS,
     *_GLUE,
+    *_LATER,
 )
 WORD_ID: Final[dict[str, int]] = {word: index for index, word in enumerate(VOCABULARY)}
 

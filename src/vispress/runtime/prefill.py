@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vispress.adapters.base import Modality
 from vispress.runtime import locate, masks
 from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
+from vispress.runtime.cache_name import CACHE, cache_of, renamed
 from vispress.runtime.capture import Capture, projector_function
 from vispress.runtime.record import Record
 from vispress.runtime.rows import Rows, all_rows, gather_rows
@@ -47,8 +48,8 @@ def begin(
     """
     bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
-    given |= bound.get("kwargs", {})
-    cache: Cache | None = given.get("past_key_values")
+    given = renamed(given | bound.get("kwargs", {}))
+    cache = cache_of(given)
     if not captures and not is_compressed(cache):
         return None, given
     masks.check_implementation(attachment.adapter.language_model.config._attn_implementation)
@@ -58,7 +59,7 @@ def begin(
         else (module.get_input_embeddings()(given["input_ids"]))
     )
     if cache is None and captures and _caches(module, given):
-        cache = given["past_key_values"] = DynamicCache(config=module.config)
+        cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
         check_cache(cache)
     state = _make_state(attachment, arguments, given, cache, embeds)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from vispress.runtime import masks
 from vispress.runtime.cache import layer_at, physical_length, upgrade
+from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
 from vispress.runtime.seen import EnoughSeen, Seen, Wanted
@@ -103,7 +104,7 @@ class ForwardState:
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a short layer, from those for the full sequence."""
         rows = self.rows_at(layer).to(hidden.device)
-        cached = kwargs.get("past_key_values") is not None
+        cached = cache_of(kwargs) is not None
         slots, offset, buffer = self._store(layer, rows) if cached else self._alone(rows)
         out = dict(kwargs)
         out["attention_mask"] = self._mask(rows, slots, offset, buffer, kwargs, hidden)
@@ -125,7 +126,7 @@ class ForwardState:
             mask = self._mask(rows, slots, buffer - rows.size, buffer, kwargs, hidden)
             rotary = self._position_embeddings(layer, rows, kwargs, hidden)
             self._slots[id(slots),] = (None, slots)  # masks are cached by its id: keep it alive
-        return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": None}
+        return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
 
     def _held(self, layer: int) -> Any:
         assert self.cache is not None

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from vispress.runtime import masks
+from vispress.runtime.cache_name import cache_of
 from vispress.runtime.static_cache import CompressedStaticLayer
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class StaticStep:
     @classmethod
     def of(cls, attachment: "Attachment", kwargs: Mapping[str, Any]) -> "StaticStep | None":
         """The step, if this call is one: a single token on a static cache that was compressed."""
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        cache, embeds = cache_of(kwargs), kwargs.get("inputs_embeds")
         if cache is None or embeds is None or embeds.shape[1] != 1:
             return None
         layers = getattr(cache, "layers", ())

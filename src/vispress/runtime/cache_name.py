@@ -1,0 +1,27 @@
+"""What transformers calls the KV cache in keyword arguments, which a release changed."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaModel
+
+OLD: Final = "past_key_values"
+
+CACHE: Final = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD
+"""`"cache"` since transformers 5.24, `"past_key_values"` before."""
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among keyword arguments, under either name."""
+    found: Cache | None = kwargs.get(CACHE)
+    return kwargs.get(OLD) if found is None else found
+
+
+def renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same keyword arguments with the cache, if they name it, under today's name only."""
+    if OLD == CACHE or OLD not in kwargs:
+        return kwargs
+    rest = {name: value for name, value in kwargs.items() if name != OLD}
+    return rest | {CACHE: cache_of(kwargs)}
