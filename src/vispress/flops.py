@@ -1,14 +1,23 @@
-"""Analytic prefill cost of decoder layers, in the three conventions of published tables.
+"""Analytic cost of a prefill in the decoder layers, as published tables count it.
 
-Per layer with n tokens, width d and MLP width m:
+FLOPs come in three conventions. Per layer with n tokens, width d and MLP width m:
 
 * `mac3`: 4nd^2 + 2n^2 d + 3ndm, a multiply-add counts one, SwiGLU as three products
   (TransPrune, PyramidDrop).
-* `flop3`: twice that (GlobalCom2, CDPruner, FasterVLM).
+* `flop3`: twice that (GlobalCom2, CDPruner, FasterVLM, YOPO).
 * `fastv2`: 4nd^2 + 2n^2 d + 2ndm, SwiGLU as two products (FastV, PruneVid, HoliTom).
+
+All three count `4nd^2` also where several query heads share keys (GQA), as the papers do. Tables
+mostly count visual tokens alone; embeddings, vision encoder, projector and LM head are left out.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vispress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vispress.types import Placement
 
 CONVENTIONS = ("mac3", "flop3", "fastv2")
 
@@ -24,14 +33,77 @@ def flops(
         mlp_width: LLM MLP size (m).
         convention: One of `CONVENTIONS`.
 
+    Returns:
+        FLOPs, or multiply-adds where the convention counts those.
+
     Raises:
-        ValueError: Unknown convention.
+        ConfigError: Unknown convention, or a negative count.
     """
     if convention not in CONVENTIONS:
-        raise ValueError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
+        raise ConfigError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
+    _check_counts(tokens_per_layer)
     products = 2 if convention == "fastv2" else 3
     total = sum(
         4 * n * width**2 + 2 * n**2 * width + products * n * width * mlp_width
         for n in tokens_per_layer
     )
     return float(total * (2 if convention == "flop3" else 1))
+
+
+def average_tokens(tokens_per_layer: Sequence[int]) -> float:
+    """Mean over decoder layers, the "average tokens" of published tables.
+
+    Raises:
+        ConfigError: There is no layer, or a negative count.
+    """
+    _check_counts(tokens_per_layer)
+    if not tokens_per_layer:
+        raise ConfigError("average tokens need at least one decoder layer, got none")
+    return sum(tokens_per_layer) / len(tokens_per_layer)
+
+
+def kv_bytes(tokens_per_layer: Sequence[int], kv_width: int, itemsize: int = 2) -> int:
+    """Bytes of keys and values.
+
+    Args:
+        tokens_per_layer: Tokens that each decoder layer stores.
+        kv_width: Key-value heads times head size.
+        itemsize: Bytes a number, 2 for fp16 and bf16.
+
+    Raises:
+        ConfigError: A negative count.
+    """
+    _check_counts(tokens_per_layer)
+    return 2 * sum(tokens_per_layer) * kv_width * itemsize
+
+
+def visual_per_layer(
+    num_visual: int, num_layers: int, *chain: Sequence["Placement"]
+) -> tuple[int, ...]:
+    """Visual tokens of one image that enter each decoder layer, from the placements alone.
+
+    Args:
+        num_visual: Visual tokens of the image.
+        num_layers: Decoder layers.
+        *chain: Placements of each compressor, in the order of the chain.
+
+    Raises:
+        ConfigError: A count is out of range.
+    """
+    if num_layers < 1:
+        raise ConfigError(f"num_layers must be at least 1, got {num_layers}")
+    counts = [num_visual] * num_layers
+    left = num_visual
+    for placements in chain:
+        reached = left
+        for placement in placements:
+            left = min(left, placement.budget.resolve(reached))
+            layer = placement.layer if placement.stage == "in_llm" else 0
+            counts[layer:] = [left] * (num_layers - layer)
+    _check_counts(counts)
+    return tuple(counts)
+
+
+def _check_counts(tokens_per_layer: Sequence[int]) -> None:
+    if (worst := min(tokens_per_layer, default=0)) < 0:
+        raise ConfigError(f"tokens a layer must be at least 0, got {worst}")

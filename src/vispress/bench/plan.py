@@ -15,17 +15,19 @@ from vispress.types import Positions
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How prefill is measured, interleaved with the uncompressed model.
+    """How cost is measured, interleaved with the uncompressed model.
 
     Args:
         batch: Prompts of equal length in the timed batch; 0 measures nothing.
         rounds: Alternations; the first is warm-up.
-        repeats: Timed prefills of each model a round.
+        repeats: Timed runs of each variant a round.
+        decode_tokens: Tokens generated behind the first in a timed run; 0 times no decoding.
     """
 
     batch: int = 8
     rounds: int = 6
     repeats: int = 3
+    decode_tokens: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Plan:
         seed: Of questions and bootstrap.
         positions: As in `compress_model`; None for each method's default.
         max_new_tokens: Longest answer.
-        timing: How prefill is measured.
+        timing: How cost is measured.
 
     Raises:
         ConfigError: A value is out of range, or a task is unknown.
@@ -70,7 +72,7 @@ class Plan:
         for name in ("questions", "batch_size", "max_new_tokens"):
             _integer(name, getattr(self, name), low=1)
         _integer("seed", self.seed, low=0)
-        for name, low in (("batch", 0), ("rounds", 2), ("repeats", 1)):
+        for name, low in (("batch", 0), ("rounds", 2), ("repeats", 1), ("decode_tokens", 0)):
             _integer(f"timing.{name}", getattr(self.timing, name), low=low)
         _choice("budget", self.budget, get_args(BudgetMeaning))
         _choice("positions", self.positions, (None, *get_args(Positions)))

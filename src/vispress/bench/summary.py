@@ -10,8 +10,9 @@ from typing import Any
 
 from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.compare import Comparison, compare, loyalty, per_question
+from vispress.bench.cost_rows import CSV_COLUMNS, Cost, cost_of, csv_cells
 from vispress.bench.ranking import Ranking
-from vispress.bench.stats import Interval, Quantiles, bootstrap_mean
+from vispress.bench.stats import Interval, bootstrap_mean
 from vispress.bench.store import read_results, write_json, write_text
 
 BLIND = "no_image"
@@ -33,9 +34,7 @@ class Row:
         visual_tokens: Visual tokens of an image.
         kept_mean: Kept of them, as a mean over decoder layers.
         kept_end: Kept at the last layer.
-        prefill_ratio: Prefill time over the uncompressed model's.
-        kv_ratio: Cache size over the uncompressed model's.
-        kv_bytes: Bytes of keys and values a prompt.
+        cost: Times, memory and FLOPs; None where nothing was timed.
         control: Whether it is a control (random, oracle, down-sampling...), not a method.
         gap_closed: Share of the gap between random (0) and the oracle (1) at this keep ratio; None
             where that gap is not significant.
@@ -57,9 +56,7 @@ class Row:
     visual_tokens: float = 0.0
     kept_mean: float = 0.0
     kept_end: float = 0.0
-    prefill_ratio: Quantiles | None = None
-    kv_ratio: float | None = None
-    kv_bytes: float | None = None
+    cost: Cost | None = None
     control: bool = False
     gap_closed: Interval | None = None
     hard: Interval | None = None
@@ -150,21 +147,8 @@ def _row(
         visual_tokens=fmean(k["visual_tokens"] for k in kept),
         kept_mean=fmean(k["kept_mean_over_layers"] for k in kept),
         kept_end=fmean(k["kept_at_end"] for k in kept),
-        **_cost([cell["cost"] for cell in cells if "cost" in cell]),
+        cost=cost_of(cells),
     )
-
-
-def _cost(costs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Cost columns of a row, averaged over seeds; none where nothing was timed."""
-    if not costs:
-        return {}
-    ratios = [cost["prefill_ratio"] for cost in costs]
-    spread = (fmean(ratio[name] for ratio in ratios) for name in ("p20", "median", "p80"))
-    return {
-        "prefill_ratio": Quantiles(*spread),
-        "kv_ratio": fmean(cost["kv_bytes"] / cost["uncompressed_kv_bytes"] for cost in costs),
-        "kv_bytes": fmean(cost["kv_bytes"] for cost in costs),
-    }
 
 
 def write_summary(summary: Summary, folder: str | Path) -> None:
@@ -189,8 +173,7 @@ def write_summary(summary: Summary, folder: str | Path) -> None:
 _COLUMNS = (
     "method", "keep_ratio", "seeds", "task", "accuracy", "low", "high", "chance", "loyalty",
     "visual_tokens",
-    "kept_mean_over_layers", "kept_at_end", "prefill_ratio", "prefill_ratio_p20",
-    "prefill_ratio_p80", "kv_ratio", "kv_bytes", "refused",
+    "kept_mean_over_layers", "kept_at_end", *CSV_COLUMNS, "refused",
 )  # fmt: skip
 
 
@@ -213,15 +196,8 @@ def _csv(summary: Summary) -> str:
             "visual_tokens": row.visual_tokens,
             "kept_mean_over_layers": row.kept_mean,
             "kept_at_end": row.kept_end,
-            "kv_ratio": row.kv_ratio,
-            "kv_bytes": row.kv_bytes,
+            **csv_cells(row.cost),
         }
-        if (ratio := row.prefill_ratio) is not None:
-            shared |= {
-                "prefill_ratio": ratio.median,
-                "prefill_ratio_p20": ratio.p20,
-                "prefill_ratio_p80": ratio.p80,
-            }
         chance = {**summary.chance, "mean": fmean(summary.chance.values())}
         for task, interval in [*row.tasks.items(), ("mean", row.accuracy)]:
             own = {"task": task, "accuracy": interval.mean, "low": interval.low}

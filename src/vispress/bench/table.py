@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vispress.bench.cost_table import cost_table
 from vispress.bench.stats import Interval
 from vispress.bench.summary import BLIND, Row, Summary
 
@@ -13,6 +14,9 @@ from vispress.bench.summary import BLIND, Row, Summary
 def tables(summary: Summary) -> RenderableType:
     """Accuracy and cost by method, accuracy by task, and what could not be run."""
     parts: list[RenderableType] = [_overview(summary), _by_task(summary)]
+    costs = [(_name(row), row.cost) for row in summary.rows if row.cost is not None]
+    if costs:
+        parts.append(cost_table(costs, summary.plan["timing"]["batch"]))
     if summary.comparisons:
         parts.append(_against_controls(summary))
     reasons = [f"{_name(row)}: {row.refused}" for row in summary.rows if row.refused]
@@ -33,7 +37,7 @@ def _overview(summary: Summary) -> Table:
             if plan["budget"] == "mean"
             else "at one placement (mean over layers where a method has a schedule)"
         )
-        + "; kept: visual tokens of an image; prefill includes the vision encoder, x uncompressed, "
+        + "; kept: visual tokens of an image; TTFT: from pixels to first token, x uncompressed, "
         "p20-p80; loyalty: answers as uncompressed; intervals: 95 %",
     )
     table.add_column("method")
@@ -43,7 +47,7 @@ def _overview(summary: Summary) -> Table:
         "at the end",
         "accuracy %",
         "loyalty %",
-        "prefill x",
+        "TTFT x",
         "KV cache x",
     ):
         table.add_column(name, justify="right")
@@ -62,14 +66,14 @@ def _overview(summary: Summary) -> Table:
 def _overview_cells(row: Row) -> list[str]:
     if row.accuracy is None:
         return ["", "", "not run", "", "", ""]
-    ratio = row.prefill_ratio
+    ratio = None if row.cost is None else row.cost.ttft_ratio
     return [
         f"{row.kept_mean:.1f}",
         f"{row.kept_end:.1f} of {row.visual_tokens:.0f}",
         _interval(row.accuracy),
         "" if row.loyalty is None else f"{100 * row.loyalty.mean:.1f}",
         "" if ratio is None else f"{ratio.median:.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})",
-        "" if row.kv_ratio is None else f"{row.kv_ratio:.2f}",
+        "" if row.cost is None else f"{row.cost.kv_ratio:.2f}",
     ]
 
 

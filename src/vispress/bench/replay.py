@@ -1,0 +1,90 @@
+"""What a method costs beyond compression itself: the same prefill with the choice already made."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import final
+
+from vispress.methods.base import Compressor
+from vispress.types import Placement, Signal, TokenPlan, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StandIn(Compressor):
+    """A compressor that acts where another one does.
+
+    Args:
+        method: The other one.
+    """
+
+    method: Compressor
+
+    def __post_init__(self) -> None:
+        for shown in ("name", "exact", "default_positions"):
+            object.__setattr__(self, shown, getattr(self.method, shown))
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        return self.method.placements(num_layers)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Recorder(_StandIn):
+    """Does what the other one does and notes its plans.
+
+    Args:
+        log: Where plans go, in the order they are made.
+    """
+
+    log: list[TokenPlan]
+
+    def signals(self) -> frozenset[Signal]:
+        return self.method.signals()
+
+    def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
+        return self.method.encoder_layers(num_layers, feature_layer)
+
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        """The other one's plan."""
+        plan = self.method.plan(tokens, num_keep)
+        self.log.append(plan)
+        return plan
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Replay(_StandIn):
+    """Keeps what was kept before, at the same placements; reads no signals, merges nothing.
+
+    Args:
+        plans: Of one prefill after the other.
+    """
+
+    plans: Iterator[TokenPlan]
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        """Without attention rows and transitions."""
+        return tuple(
+            replace(placement, queries=None, transitions=())
+            for placement in self.method.placements(num_layers)
+        )
+
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        """What was kept."""
+        return TokenPlan(keep=next(self.plans).keep)
+
+
+def recorders(chain: Sequence[Compressor]) -> tuple[list[Compressor], list[list[TokenPlan]]]:
+    """Stand-ins for a chain, and where each of them notes its plans."""
+    logs: list[list[TokenPlan]] = [[] for _ in chain]
+    made: list[Compressor] = [
+        Recorder(method=method, log=log) for method, log in zip(chain, logs, strict=True)
+    ]
+    return made, logs
+
+
+def replays(chain: Sequence[Compressor], logs: Sequence[Sequence[TokenPlan]]) -> list[Compressor]:
+    """Stand-ins that repeat one recorded prefill of a chain, as often as it is run."""
+    return [
+        Replay(method=method, plans=cycle(log)) for method, log in zip(chain, logs, strict=True)
+    ]
