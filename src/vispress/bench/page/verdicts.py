@@ -21,7 +21,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Test:
+class Verdict:
     """One comparison; `low`, `mid` and `high` place its interval in per cent of the cell."""
 
     difference: str
@@ -35,7 +35,7 @@ class Test:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tests:
+class VerdictTable:
     """All methods against one kind of control.
 
     Args:
@@ -48,7 +48,7 @@ class Tests:
 
     against: str
     columns: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[str, tuple[Test | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[Verdict | None, ...]], ...]
     scale: str
 
 
@@ -76,13 +76,13 @@ def findings(results: Results) -> list[Finding]:
     return found
 
 
-def tests(results: Results) -> list[Tests]:
+def verdict_tables(results: Results) -> list[VerdictTable]:
     """The two tables: against random, and against the best control of each budget."""
     kinds: tuple[Against, ...] = ("random", "best control")
-    return [table for kind in kinds if (table := _tests(results, kind)) is not None]
+    return [table for kind in kinds if (table := _verdict_table(results, kind)) is not None]
 
 
-def _tests(results: Results, against: Against) -> Tests | None:
+def _verdict_table(results: Results, against: Against) -> VerdictTable | None:
     found = [c for c in results.summary.comparisons if c.against == against]
     if not found:
         return None
@@ -93,23 +93,23 @@ def _tests(results: Results, against: Against) -> Tests | None:
     by_place = {(c.group, c.keep_ratio): c for c in found}
     controls = {c.keep_ratio: c.control for c in found}
     groups = [name for name in results.groups if any(c.group == name for c in found)]
-    return Tests(
+    return VerdictTable(
         against="random" if against == RANDOM else "the best control",
         columns=tuple((ratio(b), controls[b]) for b in budgets),
         rows=tuple(
-            (name, tuple(_test(by_place.get((name, b)), reach) for b in budgets))
+            (name, tuple(_place_verdict(by_place.get((name, b)), reach) for b in budgets))
             for name in groups
         ),
         scale=f"{100 * reach:.0f}",
     )
 
 
-def _test(found: Comparison | None, reach: float) -> Test | None:
+def _place_verdict(found: Comparison | None, reach: float) -> Verdict | None:
     if found is None:
         return None
     gap = found.difference
     low, mid, high = (50 + 50 * value / reach for value in (gap.low, gap.mean, gap.high))
-    return Test(
+    return Verdict(
         difference=points(gap.mean),
         interval=f"{points(gap.low)} to {points(gap.high)}",
         p=p_value(found.p_holm),
