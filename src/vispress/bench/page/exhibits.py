@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -96,7 +96,17 @@ class Exhibit:
     turns: tuple[str, ...]
     truth: str
     pictures: tuple[Picture, ...]
-    views: tuple[View, ...] = field(default=())
+    views: tuple[View, ...]
+
+    @property
+    def whole(self) -> View | None:
+        """The uncompressed model's answer, shown under the pictures."""
+        return next((view for view in self.views if view.kind == "none"), None)
+
+    @property
+    def others(self) -> tuple[View, ...]:
+        """Answers without a shot: of no image, and of all methods where the model is not here."""
+        return tuple(v for v in self.views if not v.shots and v is not self.whole)
 
 
 def make_picture(key: str, pixels: NDArray[np.float64], evidence: Sequence[int]) -> Picture:

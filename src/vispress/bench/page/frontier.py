@@ -1,63 +1,16 @@
 """Frontier plots: accuracy against what it costs, one overview and one small panel a method."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from vispress.bench.page.geometry import MARKERS, Scale, nice_ticks, number, path, spread
+from vispress.bench.page.axes import Axis, by_group, references, x_scale, y_scale
+from vispress.bench.page.geometry import MARKERS, Scale, number, path, spread
 from vispress.bench.page.results import ORACLE, Results
-from vispress.bench.page.words import accuracy, budget, percent
-from vispress.bench.summary import BLIND, Row
+from vispress.bench.page.words import TIMES, accuracy, budget, percent
+from vispress.bench.summary import Row
 
 HIGHLIGHTED = len(MARKERS)
 _LABEL_GAP = 17.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """What a frontier is drawn against.
-
-    Args:
-        name: Of the tab.
-        label: Under the axis.
-        value: Of a row; None where it was not measured.
-        spread: Whiskers, low and high.
-        log: Whether each doubling takes the same room.
-    """
-
-    name: str
-    label: str
-    value: Callable[[Row], float | None]
-    spread: Callable[[Row], tuple[float, float] | None] = lambda _: None
-    log: bool = True
-
-
-AXES = (
-    Axis(
-        name="kept, mean over layers",
-        label="visual tokens of an image kept, mean over decoder layers (log scale)",
-        value=lambda row: row.kept_mean,
-    ),
-    Axis(
-        name="kept at the end",
-        label="visual tokens of an image kept at the last decoder layer (log scale)",
-        value=lambda row: row.kept_end,
-    ),
-    Axis(
-        name="prefill time",
-        label="prefill time over the uncompressed model's (language model, measured in turns)",
-        value=lambda row: row.cost and row.cost.prefill_ratio.median,
-        spread=lambda row: row.cost and (row.cost.prefill_ratio.p20, row.cost.prefill_ratio.p80),
-        log=False,
-    ),
-    Axis(
-        name="time to first token",
-        label="time from pixels to the first token over the uncompressed model's",
-        value=lambda row: row.cost and row.cost.ttft_ratio.median,
-        spread=lambda row: row.cost and (row.cost.ttft_ratio.p20, row.cost.ttft_ratio.p80),
-        log=False,
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +70,7 @@ class Plot:
     yticks: Sequence[tuple[str, str]] = ()
     series: Sequence[Series] = ()
     labels: Sequence[Label] = ()
-    references: Sequence[tuple[str, str, str]] = field(default=())
+    references: Sequence[tuple[str, str, str]] = ()
     below: Sequence[str] = ()
 
 
@@ -136,18 +89,6 @@ def highlighted(results: Results) -> dict[str, int]:
     order.sort(key=lambda name: (-beats[name][0], -beats[name][1]))
     chosen = set(order[:HIGHLIGHTED])
     return {name: i for i, name in enumerate(n for n in results.groups if n in chosen)}
-
-
-def by_group(results: Results, axis: Axis) -> dict[str, list[Row]]:
-    """Rows with a place on the axis, least first; baseline and blind control left out."""
-    groups: dict[str, list[Row]] = {}
-    for row in results.summary.rows:
-        shown = row.accuracy is not None and not row.uncompressed and row.group != BLIND
-        if shown and axis.value(row) is not None:
-            groups.setdefault(row.group, []).append(row)
-    for rows in groups.values():
-        rows.sort(key=lambda row: axis.value(row) or 0.0)
-    return groups
 
 
 def overview(results: Results, axis: Axis, *, wide: bool) -> Plot | None:
@@ -193,58 +134,6 @@ def overview(results: Results, axis: Axis, *, wide: bool) -> Plot | None:
     )
 
 
-def x_scale(
-    results: Results,
-    groups: Mapping[str, Sequence[Row]],
-    axis: Axis,
-    left: float,
-    right: float,
-    *,
-    most: int,
-) -> tuple[Scale, list[tuple[str, str]]]:
-    """Scale and ticks: the budgets asked for where tokens are counted, round values elsewhere."""
-    values = [axis.value(row) or 0.0 for rows in groups.values() for row in rows]
-    if not axis.log:
-        ends = [end for rows in groups.values() for row in rows for end in axis.spread(row) or ()]
-        low, high = min([*values, *ends]), max([*values, *ends, 1.0])
-        margin = 0.04 * (high - low or 1.0)
-        scale = Scale(low=low - margin, high=high + margin, start=left + 6, end=right - 6)
-        ticks = nice_ticks(scale.low, scale.high, most)
-        return scale, [(number(scale(t)), f"{t:g}×") for t in ticks]
-    positive = [v for v in values if v > 0] or [1.0]
-    low, high = min(positive), max(positive)
-    low = low / 1.6 if 0.0 in values else low / 1.12
-    start = left + 10
-    scale = Scale(low=low, high=max(high, low * 2) * 1.12, start=start, end=right - 6, log=True)
-    visual = fmean(row.visual_tokens for rows in groups.values() for row in rows)
-    asked = sorted(ratio * visual for ratio in results.keep_ratios)
-    asked = [t for t in asked if scale.low <= t <= scale.high] or [low, high]
-    step = -(-len(asked) // most)
-    found = [(number(scale(t)), f"{t:.0f}") for t in asked[::step]]
-    return scale, ([(number(start), "0")] if 0.0 in values else []) + found
-
-
-def y_scale(
-    groups: Mapping[str, Sequence[Row]], top: float, bottom: float, *, most: int
-) -> tuple[Scale, list[tuple[str, str]]]:
-    """From the lowest interval, rounded down to a tenth, to 100 %."""
-    lowest = min(accuracy(row).low for rows in groups.values() for row in rows)
-    low = min(0.9, int(lowest * 10) / 10)
-    scale = Scale(low=low, high=1.0, start=bottom, end=top)
-    return scale, [(number(scale(t)), f"{100 * t:g}") for t in nice_ticks(low, 1.0, most)]
-
-
-def references(results: Results, y: Scale) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Lines across the plot (place, name, kind), and those that lie below its range, in words."""
-    found: list[tuple[float, str, str]] = []
-    for group, name, kind in (("none", "uncompressed", "base"), (BLIND, "no image", "floor")):
-        if (row := results.summary.find(group)) is not None:
-            found.append((accuracy(row).mean, name, kind))
-    found.append((fmean(results.summary.chance.values()), "best constant answer", "floor"))
-    lines = [(number(y(v)), f"{name} {percent(v)}", kind) for v, name, kind in found if v >= y.low]
-    return lines, [f"{name} {percent(v)} %" for v, name, _ in found if v < y.low]
-
-
 def _series(
     results: Results,
     name: str,
@@ -258,15 +147,15 @@ def _series(
     x, y = scales
     points, marks = [], []
     for row in rows:
-        value, found = axis.value(row) or 0.0, accuracy(row)
+        value, found = axis.at(row), accuracy(row)
         at = (x(value), y(found.mean))
         points.append(at)
         lines = ""
         if whiskers:
             lines = f"M{number(at[0])} {number(y(found.low))}V{number(y(found.high))}"
-            if (across := axis.spread(row)) is not None:
+            if (across := axis.ends(row)) is not None:
                 lines += f"M{number(x(across[0]))} {number(at[1])}H{number(x(across[1]))}"
-        shown = f"{value:.2f}×" if not axis.log else f"{value:.1f} tokens"
+        shown = f"{value:.2f}{TIMES}" if not axis.log else f"{value:.1f} tokens"
         title = (
             f"{name}{budget(row, ', asked ')}: {percent(found.mean)} % "
             f"({percent(found.low)} to {percent(found.high)}), {shown}"

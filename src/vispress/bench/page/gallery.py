@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vispress.api import compression_report, compress_model, remove_compression
+from vispress.api import compress_model, compression_report, remove_compression
 from vispress.bench.engine import Advance
 from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
 from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
@@ -173,7 +173,7 @@ def _agreement(asked: int, differ: int) -> str:
     if not differ:
         return f"asked again for these pictures, the model gave all {asked} stored answers"
     return (
-        f"asked again for these pictures, the model answered {differ} of {counted(asked, 'question')} "
-        "differently than when it was measured (another machine or batch); answers shown are the "
-        "stored ones"
+        f"asked again for these pictures, the model answered {differ} of "
+        f"{counted(asked, 'question')} differently than when it was measured (another machine or "
+        "batch); answers shown are the stored ones"
     )

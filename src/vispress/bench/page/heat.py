@@ -96,7 +96,11 @@ def _map(
         # plain words for the template's classes
         kind = "control" if row.group in results.controls else "method"
         kind = row.group if reference else kind
-        rows.append(HeatRow(name=name_of(row.group), kind=kind, cells=(*cells, _mean(cells, row, own, random))))
+        rows.append(
+            HeatRow(
+                name=name_of(row.group), kind=kind, cells=(*cells, _mean(cells, row, own, random))
+            )
+        )
     return HeatMap(
         budget="own budget" if keep_ratio is None else f"{keep_ratio:g}",
         tasks=tasks,

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vispress.bench.page.frontier import AXES, Mark, by_group, references, x_scale, y_scale
+from vispress.bench.page.axes import AXES, by_group, references, x_scale, y_scale
+from vispress.bench.page.frontier import Mark
 from vispress.bench.page.geometry import number, path
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import accuracy, counted, percent
@@ -51,14 +52,14 @@ def panels(results: Results) -> Panels | None:
     y, yticks = y_scale(groups, _TOP, _BOTTOM, most=4)
     lines, found = {}, []
     for name, rows in groups.items():
-        at = [(x(axis.value(row) or 0.0), y(accuracy(row).mean)) for row in rows]
+        at = [(x(axis.at(row)), y(accuracy(row).mean)) for row in rows]
         lines[name] = path(at)
         marks = []
         for (px, py), row in zip(at, rows, strict=True):
             value = accuracy(row)
             whiskers = f"M{number(px)} {number(y(value.low))}V{number(y(value.high))}"
             title = (
-                f"{axis.value(row):.1f} tokens: {percent(value.mean)} % "
+                f"{axis.at(row):.1f} tokens: {percent(value.mean)} % "
                 f"({percent(value.low)} to {percent(value.high)})"
             )
             marks.append(Mark(x=number(px), y=number(py), whiskers=whiskers, title=title))

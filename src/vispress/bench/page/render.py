@@ -8,7 +8,8 @@ import torch
 
 from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.engine import Advance
-from vispress.bench.page.frontier import AXES, overview
+from vispress.bench.page.axes import AXES
+from vispress.bench.page.frontier import overview
 from vispress.bench.page.gallery import Gallery, gallery
 from vispress.bench.page.geometry import MARKERS
 from vispress.bench.page.heat import heat_maps
@@ -120,7 +121,7 @@ def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
         "shown_budget": None if budget is None else ratio(budget),
         "sources": sources(results),
         "facts": facts(results),
-        "most_panes": max(map(len, (plots, maps, tests))),
+        "most_panes": max(len(plots), len(maps), len(tests)),
     }
     return made | {"has_costs": made["costs"] is not None, "sections": _sections(made)}
 
@@ -142,7 +143,8 @@ def facts(results: Results) -> list[tuple[str, str, str]]:
     found.append(("cells finished", f"{len(results.cells)} of {planned}", remark))
     ends = sorted(cell["finished"] for cell in results.cells if "finished" in cell)
     if ends:
-        found.append(("measured", ends[-1][:10], results.manifest["identity"]["commit"] or ""))
+        commit = results.manifest["identity"].get("commit")
+        found.append(("measured", ends[-1][:10], f"commit {commit}" if commit else ""))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a results folder holds, read strictly: a page never hides a damaged cell as a missing one."""
+"""What a results folder holds, read strictly: a damaged cell is never shown as a missing one."""
 
 import json
 from collections.abc import Mapping

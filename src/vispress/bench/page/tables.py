@@ -6,7 +6,15 @@ from statistics import fmean
 
 from vispress.bench.cost_rows import Cost
 from vispress.bench.page.results import ORACLE, Results
-from vispress.bench.page.words import name_of, percent, points, ratio
+from vispress.bench.page.words import (
+    DASH,
+    TIMES,
+    name_of,
+    percent,
+    points,
+    ratio,
+    signed,
+)
 from vispress.bench.stats import Interval, Quantiles
 from vispress.bench.summary import BLIND, Row
 
@@ -54,7 +62,7 @@ _RESULTS: tuple[Column, ...] = (
     ("loyalty %", "answers equal to the uncompressed model's", lambda r: _share(r.loyalty)),
     (
         "gap closed %",
-        "of the gap between random (0) and the oracle (100); empty where that gap is not significant",
+        "of the gap between random (0) and the oracle (100), where that gap is significant",
         lambda r: _share(r.gap_closed),
     ),
     (
@@ -76,25 +84,25 @@ _COST: tuple[Column, ...] = (
     ("prefill ms", "language model, up to the first token", lambda r: _time(r.cost, "prefill")),
     (
         "choosing ms",
-        "what the method itself costs: it less a replay of what it kept; below: of the uncompressed "
-        "prefill; noise can make it negative",
+        "what the method itself costs: it less a replay of what it kept; below: of the "
+        "uncompressed prefill; noise can make it negative",
         lambda r: _choosing(r.cost),
     ),
     ("decode ms", "each later token", lambda r: _time(r.cost, "decode")),
     (
         "peak MiB",
         "most memory in use up to the first token of the batch, beyond weights and inputs",
-        lambda r: r.cost and _size(r.cost.peak_bytes / 2**20, r.cost.peak_ratio, ".1f"),
+        lambda r: _size(r.cost, lambda c: (c.peak_bytes / 2**20, c.peak_ratio), ".1f"),
     ),
     (
         "KV cache KiB",
         "keys and values of a prompt",
-        lambda r: r.cost and _size(r.cost.kv_bytes / 2**10, r.cost.kv_ratio, ".0f"),
+        lambda r: _size(r.cost, lambda c: (c.kv_bytes / 2**10, c.kv_ratio), ".0f"),
     ),
     (
         "GMAC",
         "prefill of a prompt's visual tokens, analytic",
-        lambda r: r.cost and _size(r.cost.flops["mac3"] / 1e9, r.cost.flops_ratio["mac3"], ".3g"),
+        lambda r: _size(r.cost, lambda c: (c.flops["mac3"] / 1e9, c.flops_ratio["mac3"]), ".3g"),
     ),
 )
 
@@ -138,7 +146,7 @@ def _table(results: Results, rows: Sequence[Row], columns: Sequence[Column]) -> 
 
 def _budget(row: Row) -> Field:
     alone = row.uncompressed or row.group == BLIND
-    return Field(text="–" if alone else ratio(row.keep_ratio), sort=row.keep_ratio or 0.0)
+    return Field(text=DASH if alone else ratio(row.keep_ratio), sort=row.keep_ratio or 0.0)
 
 
 def _kept_mean(row: Row) -> Field:
@@ -154,8 +162,8 @@ def _kept_end(row: Row) -> Field:
 def _share(value: Interval | None) -> Field | None:
     if value is None:
         return None
-    below = f"{percent(value.low)} to {percent(value.high)}"
-    return Field(text=percent(value.mean), below=below.replace("-", "−"), sort=value.mean)
+    below = signed(f"{percent(value.low)} to {percent(value.high)}")
+    return Field(text=signed(percent(value.mean)), below=below, sort=value.mean)
 
 
 def _gap(value: Interval | None) -> Field | None:
@@ -176,11 +184,13 @@ def _hard(row: Row) -> Field | None:
 
 
 def _time(cost: Cost | None, name: str) -> Field | None:
-    spent: Quantiles | None = cost and getattr(cost, f"{name}_ms")
-    times: Quantiles | None = cost and getattr(cost, f"{name}_ratio")
+    if cost is None:
+        return None
+    spent: Quantiles | None = getattr(cost, f"{name}_ms")
+    times: Quantiles | None = getattr(cost, f"{name}_ratio")
     if spent is None or times is None:
         return None
-    below = f"{times.median:.2f}× ({times.p20:.2f}–{times.p80:.2f})"
+    below = f"{times.median:.2f}{TIMES} ({times.p20:.2f}{DASH}{times.p80:.2f})"
     return Field(text=f"{spent.median:.1f}", below=below, sort=times.median)
 
 
@@ -188,13 +198,19 @@ def _choosing(cost: Cost | None) -> Field | None:
     if cost is None or cost.overhead_ms is None or cost.overhead_share is None:
         return None
     share = cost.overhead_share
-    below = f"{percent(share.median)} % ({percent(share.p20)} to {percent(share.p80)})"
-    text = f"{cost.overhead_ms.median:.1f}".replace("-", "−")
-    return Field(text=text, below=below.replace("-", "−"), sort=cost.overhead_ms.median)
+    low, middle, high = (f"{100 * value:.0f}" for value in (share.p20, share.median, share.p80))
+    below = f"{middle} % ({low} to {high})"
+    text = signed(f"{cost.overhead_ms.median:.1f}")
+    return Field(text=text, below=signed(below), sort=cost.overhead_ms.median)
 
 
-def _size(value: float, times: float, form: str) -> Field:
-    return Field(text=format(value, form), below=f"{times:.2f}×", sort=value)
+def _size(
+    cost: Cost | None, pick: Callable[[Cost], tuple[float, float]], form: str
+) -> Field | None:
+    if cost is None:
+        return None
+    value, times = pick(cost)
+    return Field(text=format(value, form), below=f"{times:.2f}{TIMES}", sort=value)
 
 
 @dataclass(frozen=True, kw_only=True)

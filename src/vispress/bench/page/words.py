@@ -4,6 +4,8 @@ from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.stats import Interval
 from vispress.bench.summary import BLIND, Row
 
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+_MINUS = "\N{MINUS SIGN}"
 _NAMES = {UNCOMPRESSED: "uncompressed", BLIND: "no image"}
 
 
@@ -25,8 +27,13 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """A difference of shares in points, with a sign (a true minus), one decimal."""
-    text = f"{100 * value:+.1f}".replace("-", "−")
-    return "0.0" if text in ("+0.0", "−0.0") else text
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else signed(text)
+
+
+def signed(text: str) -> str:
+    """Numbers with a minus sign in place of a hyphen."""
+    return text.replace("-", _MINUS)
 
 
 def p_value(value: float) -> str:
