@@ -10,6 +10,10 @@ from vispress.bench.page.words import TIMES, accuracy, budget, percent
 from vispress.bench.summary import Row
 
 HIGHLIGHTED = len(MARKERS)
+COLOUR_RULE = (
+    f"up to {HIGHLIGHTED} methods that are better than random, at most budgets first, then those "
+    "that fewest others beat (corrected tests), then by the order of the plan"
+)
 _LABEL_GAP = 17.0
 
 
@@ -75,18 +79,16 @@ class Plot:
 
 
 def highlighted(results: Results) -> dict[str, int]:
-    """Methods that get a colour: those that differ from random, at most budgets first.
-
-    Ties go by the order of the plan, never by accuracy: a place in the list is no ranking.
-    """
-    beats: dict[str, list[int]] = {}
+    """Methods that get a colour, with their slots: `COLOUR_RULE` says which."""
+    better: dict[str, int] = {}
     for found in results.summary.comparisons:
-        if found.against == "random" and found.significant:
-            better = found.difference.mean > 0
-            counts = beats.setdefault(found.group, [0, 0])
-            counts[0 if better else 1] += 1
-    order = [name for name in results.groups if name in beats]
-    order.sort(key=lambda name: (-beats[name][0], -beats[name][1]))
+        if found.against == "random" and found.significant and found.difference.mean > 0:
+            better[found.group] = better.get(found.group, 0) + 1
+    certain = [place for ranking in results.summary.rankings for place in ranking.places]
+    beaten = {name: sum(p.first - 1 for p in certain if p.group == name) for name in better}
+    order = [name for name in results.groups if name in better]
+    # a stable sort: what is equal stays in the order of the plan
+    order.sort(key=lambda name: (-better[name], beaten[name]))
     chosen = set(order[:HIGHLIGHTED])
     return {name: i for i, name in enumerate(n for n in results.groups if n in chosen)}
 
@@ -102,8 +104,8 @@ def overview(results: Results, axis: Axis, *, wide: bool) -> Plot | None:
     groups = by_group(results, axis)
     if not groups:
         return None
-    width, height = (880, 480) if wide else (380, 400)
-    left, right = 52.0, width - (176.0 if wide else 12.0)
+    width, height = (1040, 540) if wide else (380, 400)
+    left, right = 52.0, width - (184.0 if wide else 12.0)
     top, bottom = 14.0, height - 48.0
     x, xticks = x_scale(results, groups, axis, left, right, most=9 if wide else 5)
     y, yticks = y_scale(groups, top, bottom, most=8)

@@ -9,7 +9,7 @@ import torch
 from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.engine import Advance
 from vispress.bench.page.axes import AXES
-from vispress.bench.page.frontier import overview
+from vispress.bench.page.frontier import COLOUR_RULE, overview
 from vispress.bench.page.gallery import Gallery, gallery
 from vispress.bench.page.geometry import MARKERS
 from vispress.bench.page.heat import heat_maps
@@ -109,6 +109,7 @@ def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
         "baseline": results.baseline is not None,
         "findings": findings(results),
         "plots": plots,
+        "colour_rule": COLOUR_RULE,
         "panels": panels(results),
         "markers": MARKERS,
         "heat_maps": maps,
