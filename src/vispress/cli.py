@@ -129,17 +129,21 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.engine import run
     from vispress.bench.plots import write_plots
     from vispress.bench.progress import progress_bar
+    from vispress.bench.shards import this_shard
     from vispress.bench.summary import summarise, write_summary
     from vispress.bench.table import tables
 
     _prepare()
-    console = _console()
+    shard = this_shard()
+    console = _console() if shard.leader else Console(quiet=True)
     try:
-        with progress_bar(plan, console) as advance:
-            run(plan, out, device=device, force=force, advance=advance)
+        with progress_bar(plan, console, processes=shard.world) as advance:
+            run(plan, out, device=device, force=force, advance=advance, shard=shard)
     except KeyboardInterrupt:
         console.print(f"\nstopped; the same command goes on from what is in {out}")
         raise typer.Exit(130) from None
+    if not shard.leader:
+        return
     summary = summarise(out)
     console.print(tables(summary))
     write_summary(summary, out)

@@ -32,6 +32,7 @@ def make_plan(checkpoint):
             "questions": 4,
             "max_new_tokens": 2,
             "timing": {"batch": 0},
+            "controls": "none",
         }
         return plan_from_mapping(small | changes)
 

@@ -59,6 +59,7 @@ def finished(tmp_path_factory, checkpoint):
             "questions": 4,
             "max_new_tokens": 2,
             "timing": {"batch": 2, "rounds": 2, "repeats": 1},
+            "controls": "none",
         }
     )
     out = tmp_path_factory.mktemp("finished")
@@ -145,6 +146,7 @@ def test_a_killed_process_is_resumed(finished, make_plan, tmp_path):
         "questions": 4,
         "max_new_tokens": 2,
         "timing": {"batch": 0},
+        "controls": "none",
     }
     (file := tmp_path / "plan.yaml").write_text(yaml.safe_dump(small))
     out = tmp_path / "out"

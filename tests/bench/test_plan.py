@@ -5,7 +5,12 @@ import pytest
 from vispress.bench.plan import load_plan, plan_from_mapping
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
-BASE = {"tasks": ["attribute"], "methods": ["divprune"], "keep_ratios": [0.5, 0.25]}
+BASE = {
+    "tasks": ["attribute"],
+    "methods": ["divprune"],
+    "keep_ratios": [0.5, 0.25],
+    "controls": "none",
+}
 
 
 def keys(**changes):

@@ -3,15 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from vispress.bench.stats import Interval, bootstrap_difference, holm, sign_flip_test
+from vispress.bench.controls import RANDOM
+from vispress.bench.ranking import Ranking, rank
+from vispress.bench.stats import (
+    LEVEL,
+    Interval,
+    Strata,
+    bootstrap_difference,
+    holm,
+    minus,
+    sign_flip_test,
+)
 
-RANDOM = "random"
-LEVEL = 0.05
+ORACLE: Final = "oracle"
 
 Against = Literal["random", "best control"]
-Strata = list[list[float]]
+Cells = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,23 +82,31 @@ def loyalty(cells: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> 
     ]
 
 
-def compare(cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> tuple[Comparison, ...]:
-    """Every method against random and, where another is best, the best control, at each keep ratio.
-
-    Args:
-        cells: Finished cells, as stored; refused ones and those without a keep ratio are left out.
-        seed: Of the tests.
-    """
+def at_equal_budget(cells: Cells) -> dict[float, dict[str, list[Mapping[str, Any]]]]:
+    """Finished cells by keep ratio and group; without refused ones and those without a ratio."""
     groups: dict[float, dict[str, list[Mapping[str, Any]]]] = {}
     for cell in cells:
         asked = cell["cell"]
         if asked["keep_ratio"] is not None and "refused" not in cell:
             groups.setdefault(asked["keep_ratio"], {}).setdefault(asked["group"], []).append(cell)
+    return groups
+
+
+def compare(cells: Cells, *, seed: int = 0) -> tuple[Comparison, ...]:
+    """Every method against random and, where another is best, the best control, at each keep ratio.
+
+    The oracle, which is told the answer's place, is no control to be beaten.
+
+    Args:
+        cells: Finished cells, as stored; refused ones and those without a keep ratio are left out.
+        seed: Of the tests.
+    """
     found: list[Comparison] = []
-    for keep_ratio, by_group in groups.items():
+    for keep_ratio, by_group in at_equal_budget(cells).items():
         scores = {name: list(per_question(own).values()) for name, own in by_group.items()}
         controls = [name for name, own in by_group.items() if own[0]["cell"]["control"]]
         methods = [name for name in by_group if name not in controls]
+        controls = [name for name in controls if name != ORACLE]
         if not controls:
             continue
         best = max(controls, key=lambda name: fmean(map(fmean, scores[name])))
@@ -101,6 +118,25 @@ def compare(cells: Sequence[Mapping[str, Any]], *, seed: int = 0) -> tuple[Compa
     return tuple(found)
 
 
+def rankings(cells: Cells, *, seed: int = 0) -> tuple[Ranking, ...]:
+    """Methods and controls, the oracle aside, in order at each keep ratio.
+
+    Args:
+        cells: As in `compare`.
+        seed: Of the tests.
+    """
+    made = []
+    for keep_ratio, by_group in at_equal_budget(cells).items():
+        scores = {
+            name: list(per_question(own).values())
+            for name, own in by_group.items()
+            if name != ORACLE
+        }
+        if len(scores) > 1:
+            made.append(rank(scores, keep_ratio, seed=seed))
+    return tuple(made)
+
+
 def _family(
     methods: Sequence[str],
     scores: Mapping[str, Strata],
@@ -110,7 +146,7 @@ def _family(
     seed: int,
 ) -> list[Comparison]:
     """One Holm family: all methods against one control at one keep ratio."""
-    gaps = {name: _minus(scores[name], scores[control]) for name in methods}
+    gaps = {name: minus(scores[name], scores[control]) for name in methods}
     values = [sign_flip_test(gap, seed=seed) for gap in gaps.values()]
     return [
         Comparison(
@@ -123,11 +159,4 @@ def _family(
             p_holm=corrected,
         )
         for (name, gap), p, corrected in zip(gaps.items(), values, holm(values), strict=True)
-    ]
-
-
-def _minus(first: Strata, second: Strata) -> Strata:
-    return [
-        [a - b for a, b in zip(one, other, strict=True)]
-        for one, other in zip(first, second, strict=True)
     ]

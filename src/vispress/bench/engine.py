@@ -1,8 +1,8 @@
 """Running a plan: every cell once, stored as it finishes, resumed where it stopped."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,20 @@ from typing import Any
 import torch
 
 import vispress
-from vispress.api import compress_model, compression_report, remove_compression
+from vispress.adapters.base import find_adapter
+from vispress.bench.batches import Batch, Memory, make_batches
 from vispress.bench.cells import Cell
 from vispress.bench.cost import measure_cost, timed_batch
 from vispress.bench.plan import Plan
 from vispress.bench.provenance import commit, provenance
+from vispress.bench.shards import Shard, this_shard
 from vispress.bench.stats import bootstrap_mean
 from vispress.bench.store import ResultsFolder, open_results
 from vispress.bench.subjects import Subject, load_subject
-from vispress.bench.targets import Kept, check_target
+from vispress.bench.targets import Kept
 from vispress.bench.tasks import Prompt, get_task
-from vispress.errors import BudgetError, UnsupportedMethodError
+from vispress.bench.treatment import answer, check_cell, compressors, sees_encoder
+from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 Advance = Callable[[str, int], None]
 """Called with what is being done and how many questions were finished."""
@@ -35,22 +38,32 @@ def run(
     device: str | torch.device = "cpu",
     force: bool = False,
     advance: Advance = lambda _what, _questions: None,
+    shard: Shard | None = None,
 ) -> None:
     """Run what is missing of a plan.
+
+    Started as several processes (`accelerate launch`), each takes the next cell that no other has;
+    all return when every cell is finished.
 
     Args:
         plan: What to do.
         out: Results folder; created, or continued if it is of the same plan, commit and weights.
-        device: Where the model runs.
+        device: Where the model runs; `"cuda"` is a GPU for each process of a machine.
         force: Move results of another plan, commit or weights aside.
         advance: Progress; a cell found finished counts its questions too.
+        shard: Which process this is; by default as the launcher says.
 
     Raises:
         ResultsError: The folder is in use, foreign or not writable.
         BudgetError: A method kept another number of tokens than asked.
         CheckpointError: The model's checkpoint is missing or damaged.
+        UnsupportedModelError: No adapter knows the model.
+        ConfigError: The launcher's variables are incomplete, or a hyper-parameter does not fit the
+            model.
     """
-    subject = load_subject(plan.model, device)
+    shard = this_shard() if shard is None else shard
+    subject = load_subject(plan.model, shard.device(device), plan.dtype)
+    find_adapter(subject.model)
     identity = {
         "plan": plan.digest(),
         "commit": commit(),
@@ -58,113 +71,176 @@ def run(
         "weights": subject.weights,
     }
     manifest = {"plan": plan.to_dict(), "tasks": _cards(plan), "created": _now()}
-    with open_results(Path(out), identity, manifest, force=force) as folder:
-        done = {cell.key for cell in plan.cells() if folder.read(cell.key) is not None}
-        refused = _refusals(plan, subject)
-        for key in sorted(done):
-            advance(key, plan.questions * len(plan.tasks))
-        if len(done) < len(plan.cells()):
-            advance("drawing questions", 0)
-            tasks = [get_task(name) for name in plan.tasks]
-            questions = {task.name: task.draw(plan.questions, plan.seed) for task in tasks}
-            for cell in plan.cells():
-                if cell.key not in done:
-                    _finish(plan, cell, subject, questions, folder, advance, refused)
+    with open_results(Path(out), identity, manifest, force=force, shard=shard) as folder:
+        work = _Work(plan, subject, folder, advance, _refusals(plan, subject))
+        waiting = [cell for cell in plan.cells() if not work.found(cell)]
+        if not waiting:
+            return
+        advance("drawing questions", 0)
+        work.draw()
+        # first what nobody works on; then wait for the rest, and take over what a dead process left
+        waiting = [cell for cell in waiting if not work.take(cell, wait=False)]
+        for cell in waiting:
+            work.take(cell, wait=True)
 
 
-def _finish(
-    plan: Plan,
-    cell: Cell,
-    subject: Subject,
-    questions: Questions,
-    folder: ResultsFolder,
-    advance: Advance,
-    refused: Mapping[str, str],
-) -> None:
-    """Run one cell and store it, with the reason if it cannot be run."""
-    result: dict[str, Any]
-    if cell.key in refused:
-        result = {"refused": refused[cell.key]}
-        advance(cell.key, plan.questions * len(plan.tasks))
-    else:
-        result = run_cell(plan, cell, subject, questions, advance)
-    stamp = {"seed": plan.seed, "provenance": provenance(subject.model), "finished": _now()}
-    folder.write(cell.key, {"cell": cell.to_dict(), **result, **stamp})
+class _Work:
+    """The cells of a run, and what is needed to finish one."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        subject: Subject,
+        folder: ResultsFolder,
+        advance: Advance,
+        refused: Mapping[str, str],
+    ) -> None:
+        self.plan, self.subject, self.folder, self.advance = plan, subject, folder, advance
+        self.refused = refused
+        self.total = plan.questions * len(plan.tasks)
+
+    def draw(self) -> None:
+        """Draw the questions; the same for every cell and process."""
+        tasks = [get_task(name) for name in self.plan.tasks]
+        drawn = {task.name: task.draw(self.plan.questions, self.plan.seed) for task in tasks}
+        self.bank = Bank.of(self.plan, self.subject, drawn)
+
+    def found(self, cell: Cell) -> bool:
+        """Whether a cell is finished already."""
+        if self.folder.read(cell.key) is None:
+            return False
+        self.advance(cell.key, self.total)
+        return True
+
+    def take(self, cell: Cell, *, wait: bool) -> bool:
+        """Finish a cell, unless another process does; whether it is finished."""
+        with self.folder.claimed(cell.key, wait=wait) as mine:
+            if not mine:
+                return False
+            if not self.found(cell):
+                self._finish(cell)
+            return True
+
+    def _finish(self, cell: Cell) -> None:
+        """Run one cell and store it, with the reason if it cannot be run."""
+        plan, subject = self.plan, self.subject
+        result: dict[str, Any]
+        reason = self.refused.get(cell.key)
+        if reason is None:
+            try:
+                result = run_cell(plan, cell, subject, self.bank, self.advance)
+            except UnsupportedMethodError as error:
+                # only a batch shows it: pictures without a grid, questions without evidence
+                reason = str(error)
+        if reason is not None:
+            result = {"refused": reason}
+            self.advance(cell.key, self.total)
+        stamp = {"seed": plan.seed, "provenance": provenance(subject.model), "finished": _now()}
+        self.folder.write(cell.key, {"cell": cell.to_dict(), **result, **stamp})
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The questions of a run, in batches that are processed once for all cells.
+
+    Args:
+        questions: By task.
+        batches: All of them, task by task.
+        memory: What of them is the same for all cells.
+    """
+
+    questions: Questions
+    batches: Sequence[Batch]
+    memory: Memory
+
+    @classmethod
+    def of(cls, plan: Plan, subject: Subject, questions: Questions) -> "Bank":
+        """Lay out the questions of a plan."""
+        size = plan.batch_size
+        batches = [
+            batch
+            for name, prompts in questions.items()
+            for batch in make_batches(subject, name, prompts, size)
+        ]
+        return cls(questions, batches, Memory(subject))
 
 
 def run_cell(
-    plan: Plan, cell: Cell, subject: Subject, questions: Questions, advance: Advance
+    plan: Plan, cell: Cell, subject: Subject, bank: Bank, advance: Advance
 ) -> dict[str, Any]:
     """Accuracy, kept tokens and cost of one cell, as plain data."""
-    answers, kept = _ask(plan, cell, subject, questions, advance)
-    tasks = {}
-    for name, prompts in questions.items():
-        right = [int(a == p.answer) for a, p in zip(answers[name], prompts, strict=True)]
-        interval = asdict(bootstrap_mean([right], seed=plan.seed))
-        tasks[name] = {
-            "questions": len(right),
-            **interval,
-            "right": "".join(map(str, right)),
-            "answers": answers[name],
-        }
+    kept = Kept()
+    given: dict[str, list[tuple[str, ...]]] = {
+        name: [()] * len(prompts) for name, prompts in bank.questions.items()
+    }
+    inside = sees_encoder(cell)
+    for batch in bank.batches:
+        inputs = bank.memory.inputs(batch, pixels=inside)
+        with nullcontext() if inside else bank.memory.features(batch):
+            answers = answer(
+                cell,
+                subject,
+                batch.prompts,
+                inputs,
+                max_new_tokens=plan.max_new_tokens,
+                positions=plan.positions,
+                kept=kept,
+            )
+        for place, turns in zip(batch.places, answers, strict=True):
+            given[batch.task][place] = turns
+        advance(f"{cell.key}, {batch.task}", len(batch.prompts))
+    tasks = {
+        name: _scored(prompts, given[name], plan.seed) for name, prompts in bank.questions.items()
+    }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
-    if plan.timing.batch:
+    if plan.timing.batch and cell.picture is None:
         advance(f"{cell.key}, timing", 0)
-        everything = [prompt for prompts in questions.values() for prompt in prompts]
-        batch = timed_batch(subject, everything, plan.timing.batch)
-        result["cost"] = measure_cost(subject, cell.chain, batch, plan)
+        everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
+        timed = timed_batch(subject, everything, plan.timing.batch)
+        chain = compressors(cell, subject, timed, subject.encode(timed))
+        result["cost"] = measure_cost(subject, chain, timed, plan)
     return result
 
 
-def _ask(
-    plan: Plan, cell: Cell, subject: Subject, questions: Questions, advance: Advance
-) -> tuple[dict[str, list[str]], Kept]:
-    """All answers of a cell; what is kept is read from the report of every batch."""
-    answers: dict[str, list[str]] = {name: [] for name in questions}
-    kept = Kept()
-    with _compressed(plan, cell, subject):
-        for name, prompts in questions.items():
-            for start in range(0, len(prompts), plan.batch_size):
-                batch = prompts[start : start + plan.batch_size]
-                answers[name] += subject.answer(batch, plan.max_new_tokens)
-                if cell.chain:
-                    report = compression_report(subject.model)
-                    check_target(cell, report)
-                    kept.add(report)
-                else:
-                    _add_uncompressed(kept, subject, batch)
-                advance(f"{cell.key}, {name}", len(batch))
-    return answers, kept
-
-
-@contextmanager
-def _compressed(plan: Plan, cell: Cell, subject: Subject) -> Iterator[None]:
-    if not cell.chain:
-        yield
-        return
-    compress_model(subject.model, list(cell.chain), positions=plan.positions)
-    try:
-        yield
-    finally:
-        remove_compression(subject.model)
-
-
-def _add_uncompressed(kept: Kept, subject: Subject, batch: list[Prompt]) -> None:
-    visual = int((subject.encode(batch)["input_ids"] == subject.model.config.image_token_id).sum())
-    kept.images += sum(len(prompt.images) for prompt in batch)
-    kept.visual += visual
-    kept.end += visual
-    kept.mean += visual
+def _scored(
+    prompts: Sequence[Prompt], given: Sequence[tuple[str, ...]], seed: int
+) -> dict[str, Any]:
+    """What is stored of a task: a conversation is right when all of its turns are."""
+    answers = [" / ".join(turns) for turns in given]
+    right = [int(a == p.answer_text) for a, p in zip(answers, prompts, strict=True)]
+    scored: dict[str, Any] = {
+        "questions": len(right),
+        **asdict(bootstrap_mean([right], seed=seed)),
+        "right": "".join(map(str, right)),
+        "answers": answers,
+    }
+    wanted = [(p.answer, *(answer for _, answer in p.followups)) for p in prompts]
+    if (most := max(map(len, wanted))) > 1:
+        pairs = list(zip(given, wanted, strict=True))
+        scored["turns"] = [
+            "".join(str(int(a[turn] == w[turn])) for a, w in pairs if turn < len(w))
+            for turn in range(most)
+        ]
+    return scored
 
 
 def _refusals(plan: Plan, subject: Subject) -> dict[str, str]:
-    """Cells that this model cannot run, with the reason; asked before any cell runs."""
+    """Cells that this model cannot run, with the reason; asked before any cell runs.
+
+    Raises:
+        ConfigError: A hyper-parameter that the plan itself gives does not fit the model.
+    """
     reasons = {}
     for cell in plan.cells():
         try:
-            with _compressed(plan, cell, subject):
-                pass
+            if cell.refused is not None:
+                raise BudgetError(cell.refused)
+            check_cell(cell, subject, plan.positions)
         except (BudgetError, UnsupportedMethodError) as error:
+            reasons[cell.key] = str(error)
+        except ConfigError as error:
+            if not cell.optional:
+                raise
             reasons[cell.key] = str(error)
     return reasons
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from vispress.bench.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
+from vispress.bench.controls import ALL, Controls, Overrides, expand, with_controls
+from vispress.bench.subjects import DTYPES, Dtype
 from vispress.bench.tasks import get_task, suggest
 from vispress.errors import ConfigError
 from vispress.types import Positions
@@ -38,7 +40,8 @@ class Plan:
         tasks: Names of tasks.
         methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
             may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
-            place of the plan's; `[]` for the method's own budget).
+            place of the plan's; `[]` for the method's own budget). `"all"` is every registered
+            method that is no control; those that cannot reach a budget are listed as not run.
         keep_ratios: Each in `(0, 1]`.
         budget: What a keep ratio means: `"mean"` is the mean of visual tokens over decoder layers,
             equal cost for all; `"placement"` is what one placement keeps.
@@ -49,6 +52,11 @@ class Plan:
         positions: As in `compress_model`; None for each method's default.
         max_new_tokens: Longest answer.
         timing: How cost is measured.
+        overrides: Hyper-parameters by method, for the methods of `"all"`.
+        controls: `"standard"` adds what is missing of random (three seeds), uniform, average
+            pooling, down-sampling and oracle at every keep ratio, no image and VTW; `"none"` adds
+            nothing.
+        dtype: Of weights and computation.
 
     Raises:
         ConfigError: A value is out of range, or a task is unknown.
@@ -67,6 +75,9 @@ class Plan:
     positions: Positions | None = None
     max_new_tokens: int = 4
     timing: Timing = field(default_factory=Timing)
+    overrides: Overrides = field(default_factory=dict)
+    controls: Controls = "standard"
+    dtype: Dtype = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("questions", "batch_size", "max_new_tokens"):
@@ -81,13 +92,20 @@ class Plan:
             raise ConfigError(f"tasks must be a list of different names, got {names}")
         for name in names:
             get_task(name)
+        _choice("controls", self.controls, get_args(Controls))
+        _choice("dtype", self.dtype, tuple(DTYPES))
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must be a mapping by method, got {self.overrides!r}")
         self.cells()
 
     def cells(self) -> tuple[Cell, ...]:
         """The uncompressed model first, then every method at every keep ratio."""
         cells = [Cell(group=UNCOMPRESSED)]
-        for entry in self.methods:
-            cells += cells_of(entry, self.keep_ratios, self.budget)
+        methods: Sequence[Entry] = self.methods
+        if self.controls == "standard":
+            methods = with_controls(methods, budgets=bool(self.keep_ratios))
+        for entry, optional in expand(methods, self.overrides):
+            cells += cells_of(entry, self.keep_ratios, self.budget, optional=optional)
         keys = [cell.key for cell in cells]
         for key in keys:
             if keys.count(key) > 1:
@@ -152,6 +170,8 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
         ConfigError: A key is unknown, missing or of the wrong type; see also `Plan`.
     """
     data = _mapping(data, Plan, where)
+    if data.get("methods") == ALL:
+        data["methods"] = [ALL]
     for name in ("tasks", "methods", "keep_ratios"):
         if not isinstance(data.get(name), list):
             raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")

@@ -1,18 +1,24 @@
-"""A results folder: one file a cell, whole or absent; one run at a time; never two plans mixed."""
+"""A results folder: one file a cell, whole or absent; one run at a time; never two plans mixed.
+
+A run may be several processes: the first opens the folder, all claim cells. Locks are the operating
+system's and end with their process, so a killed one leaves none behind.
+"""
 
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vispress.bench.shards import Shard
 from vispress.errors import VispressError
 
 MANIFEST = "run.json"
+ALONE = Shard()
 _IDENTITY = ("plan", "commit", "version", "weights")
 
 
@@ -26,11 +32,13 @@ class ResultsFolder:
     Args:
         path: The folder.
         identity: What every cell in it must have been made by.
+        shared: Whether other processes of the run write to it.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], *, shared: bool = False) -> None:
         self.path = path
         self.identity = identity
+        self.shared = shared
 
     def read(self, key: str) -> dict[str, Any] | None:
         """A finished cell, or None."""
@@ -47,22 +55,88 @@ class ResultsFolder:
         full = {"key": key, "identity": self.identity, **data}
         write_json(self.path / "cells" / f"{key}.json", full)
 
+    @contextmanager
+    def claimed(self, key: str, *, wait: bool) -> Iterator[bool]:
+        """Hold a cell against the other processes of the run.
+
+        Args:
+            key: The cell.
+            wait: Until no other process holds it; else False is yielded where one does.
+
+        Raises:
+            ResultsError: The claim cannot be written.
+        """
+        lock = _lock(self.path / ".claims" / f"{key}.lock", timeout=-1 if wait else 0)
+        if not self.shared:
+            yield True
+        elif not _acquired(lock):
+            yield False
+        else:
+            try:
+                yield True
+            finally:
+                lock.release()
+
 
 @contextmanager
 def open_results(
-    path: Path, identity: dict[str, Any], manifest: dict[str, Any], *, force: bool = False
+    path: Path,
+    identity: dict[str, Any],
+    manifest: dict[str, Any],
+    *,
+    force: bool = False,
+    shard: Shard = ALONE,
 ) -> Iterator[ResultsFolder]:
-    """Hold the folder for one run.
+    """Hold the folder for one run; several processes of a run enter together.
 
     Args:
         path: Created if missing.
         identity: Plan hash, commit, version and weights; a folder with another one is refused.
         manifest: Stored beside the identity, for readers.
         force: Move results of another identity to `previous-N/` in place of refusing.
+        shard: Which process of the run this is.
 
     Raises:
         ResultsError: The folder is in use, of another identity, or not writable.
     """
+    with ExitStack() as stack:
+        if shard.leader:
+            try:
+                stack.enter_context(_opened(path, identity, manifest, force))
+            except ResultsError as error:
+                shard.tell(str(error))
+                raise
+            shard.tell(None)
+        else:
+            stack.enter_context(_joined(path, identity, shard))
+        yield ResultsFolder(path, identity, shared=shard.world > 1)
+
+
+@contextmanager
+def _joined(path: Path, identity: dict[str, Any], shard: Shard) -> Iterator[None]:
+    """Enter a folder that the first process of the run has opened."""
+    if (problem := shard.hear()) is not None:
+        raise ResultsError(problem)
+    known = (_read_json(path / MANIFEST) or {}).get("identity")
+    if known != identity:
+        raise ResultsError(
+            f"process {shard.rank} does not find the run of process 0 in {path}: all processes "
+            "must see one folder, and run one commit, plan and model"
+        )
+    lock = _lock(path / f".lock-{shard.rank}", timeout=0)
+    if not _acquired(lock):
+        raise ResultsError(f"another process {shard.rank} works on {path}; give each its own RANK")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _opened(
+    path: Path, identity: dict[str, Any], manifest: dict[str, Any], force: bool
+) -> Iterator[None]:
+    """Lock the folder, and see that it is this run's."""
     try:
         (path / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +152,7 @@ def open_results(
             rest.unlink(missing_ok=True)
         if known_identity != identity:
             write_json(path / MANIFEST, {"identity": identity, **manifest})
-        yield ResultsFolder(path, identity)
+        yield
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -128,25 +202,50 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """An operating-system lock: it ends with its process, so a killed run leaves none behind."""
-    owner = path / ".owner"
-    lock = FileLock(path / ".lock", timeout=0, thread_local=False)
+    owner, lock = path / ".owner", _lock(path / ".lock", timeout=0)
+    if not _acquired(lock):
+        raise _in_use(path)
     try:
-        lock.acquire()
-    except Timeout as error:
-        who = _read_json(owner) or {}
-        raise ResultsError(
-            f"another run holds {path} (process {who.get('pid', '?')} on {who.get('host', '?')}); "
-            "wait for it or choose another folder"
-        ) from error
-    except OSError as error:
-        raise _cannot("lock", path, error) from error
-    try:
+        # processes of a run whose first one was killed
+        for other in path.glob(".lock-*"):
+            rest = _lock(other, timeout=0)
+            if not _acquired(rest):
+                raise _in_use(path)
+            rest.release()
         write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _lock(path: Path, *, timeout: float) -> FileLock:
+    return FileLock(path, timeout=timeout, thread_local=False)
+
+
+def _acquired(lock: FileLock) -> bool:
+    """Take a lock; False where another process holds it.
+
+    Raises:
+        ResultsError: It cannot be written.
+    """
+    path = Path(lock.lock_file)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        return False
+    except OSError as error:
+        raise _cannot("lock", path.parent, error) from error
+    return True
+
+
+def _in_use(path: Path) -> ResultsError:
+    who = _read_json(path / ".owner") or {}
+    return ResultsError(
+        f"another run holds {path} (process {who.get('pid', '?')} on {who.get('host', '?')}); "
+        "wait for it or choose another folder"
+    )
 
 
 def _foreign(path: Path, known: dict[str, Any], identity: dict[str, Any]) -> str:

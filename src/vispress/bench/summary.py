@@ -1,7 +1,5 @@
 """From finished cells to rows: seeds averaged, intervals over questions."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,8 +7,20 @@ from statistics import fmean
 from typing import Any
 
 from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.compare import Comparison, compare, loyalty, per_question
-from vispress.bench.cost_rows import CSV_COLUMNS, Cost, cost_of, csv_cells
+from vispress.bench.compare import (
+    ORACLE,
+    Cells,
+    Comparison,
+    compare,
+    loyalty,
+    per_question,
+    rankings,
+)
+from vispress.bench.controls import RANDOM
+from vispress.bench.cost_rows import Cost, cost_of
+from vispress.bench.csv_rows import csv_text
+from vispress.bench.downsample import Downsample
+from vispress.bench.measures import gain, gap_closed, hard_subset, leakage, turns
 from vispress.bench.ranking import Ranking
 from vispress.bench.stats import Interval, bootstrap_mean
 from vispress.bench.store import read_results, write_json, write_text
@@ -113,15 +123,44 @@ def summarise(folder: str | Path) -> Summary:
         asked = cell["cell"]
         groups.setdefault((asked["group"], asked["keep_ratio"]), []).append(cell)
     seed = manifest["plan"]["seed"]
-    baseline = next((c for c in cells if c["cell"]["group"] == UNCOMPRESSED), None)
+    chance = {name: card["chance"] for name, card in manifest["tasks"].items()}
+    peers = Peers.of(groups)
     return Summary(
-        rows=tuple(_row(*key, found, seed, baseline) for key, found in groups.items()),
-        chance={name: card["chance"] for name, card in manifest["tasks"].items()},
+        rows=tuple(_row(*key, found, seed, peers) for key, found in groups.items()),
+        chance=chance,
         plan=manifest["plan"],
         missing=len(manifest["plan"]["cells"]) - len(cells),
         provenance=cells[-1]["provenance"] if cells else {},
         comparisons=compare(cells, seed=seed),
+        rankings=rankings(cells, seed=seed),
+        leakage={} if peers.blind is None else leakage(peers.blind, chance),
     )
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The finished cells that rows are measured against.
+
+    Args:
+        baseline: The uncompressed model's.
+        blind: The one without picture.
+        at: Random, oracle and down-sampling, by name and keep ratio.
+    """
+
+    baseline: dict[str, Any] | None
+    blind: Cells | None
+    at: Mapping[tuple[str, float | None], Cells]
+
+    @classmethod
+    def of(cls, groups: Mapping[tuple[str, float | None], Cells]) -> "Peers":
+        """Those of a run, as far as they are finished."""
+        done = {
+            key: cells
+            for key, cells in groups.items()
+            if not any("refused" in cell for cell in cells)
+        }
+        baseline = done.get((UNCOMPRESSED, None))
+        return cls(None if baseline is None else dict(baseline[0]), done.get((BLIND, None)), done)
 
 
 def _row(
@@ -129,13 +168,19 @@ def _row(
     keep_ratio: float | None,
     cells: Sequence[dict[str, Any]],
     seed: int,
-    baseline: dict[str, Any] | None,
+    peers: Peers,
 ) -> Row:
     refused = next((cell["refused"] for cell in cells if "refused" in cell), None)
+    control = cells[0]["cell"]["control"]
     if refused is not None:
-        return Row(group=group, keep_ratio=keep_ratio, seeds=len(cells), refused=refused)
+        return Row(
+            group=group,
+            keep_ratio=keep_ratio,
+            seeds=len(cells),
+            refused=refused,
+            control=control,
+        )
     right = per_question(cells)
-    same = None if baseline is None else bootstrap_mean(loyalty(cells, baseline), seed=seed)
     kept = [cell["kept"] for cell in cells]
     return Row(
         group=group,
@@ -143,12 +188,36 @@ def _row(
         seeds=len(cells),
         tasks={name: bootstrap_mean([scores], seed=seed) for name, scores in right.items()},
         accuracy=bootstrap_mean(list(right.values()), seed=seed),
-        loyalty=same,
         visual_tokens=fmean(k["visual_tokens"] for k in kept),
         kept_mean=fmean(k["kept_mean_over_layers"] for k in kept),
         kept_end=fmean(k["kept_at_end"] for k in kept),
         cost=cost_of(cells),
+        control=control,
+        turns=turns(cells, seed=seed) or None,
+        **_against_peers(keep_ratio, cells, seed, peers),
     )
+
+
+def _against_peers(
+    keep_ratio: float | None, cells: Cells, seed: int, peers: Peers
+) -> dict[str, Any]:
+    """Fields of a row that compare it with other cells, as far as these are finished."""
+    found: dict[str, Any] = {}
+    if peers.baseline is not None:
+        found["loyalty"] = bootstrap_mean(loyalty(cells, peers.baseline), seed=seed)
+    if peers.blind is not None:
+        found["gain"], found["mean_gain"] = gain(cells, peers.blind, seed=seed)
+    if keep_ratio is None:
+        return found
+    random, oracle, small = (
+        peers.at.get((name, keep_ratio)) for name in (RANDOM, ORACLE, Downsample.name)
+    )
+    if random is not None and oracle is not None:
+        found["gap_closed"] = gap_closed(cells, random, oracle, seed=seed)
+    if small is not None and peers.baseline is not None:
+        measured = hard_subset(cells, small, peers.baseline, seed=seed)
+        found["hard"], found["hard_questions"] = measured
+    return found
 
 
 def write_summary(summary: Summary, folder: str | Path) -> None:
@@ -165,41 +234,8 @@ def write_summary(summary: Summary, folder: str | Path) -> None:
         "provenance": summary.provenance,
         "rows": [asdict(row) for row in summary.rows],
         "comparisons": [asdict(found) for found in summary.comparisons],
+        "rankings": [asdict(ranking) for ranking in summary.rankings],
+        "leakage": summary.leakage,
     }
     write_json(folder / "summary.json", data)
-    write_text(folder / "summary.csv", _csv(summary))
-
-
-_COLUMNS = (
-    "method", "keep_ratio", "seeds", "task", "accuracy", "low", "high", "chance", "loyalty",
-    "visual_tokens",
-    "kept_mean_over_layers", "kept_at_end", *CSV_COLUMNS, "refused",
-)  # fmt: skip
-
-
-def _csv(summary: Summary) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in summary.rows:
-        shared: dict[str, Any] = {
-            "method": row.group,
-            "keep_ratio": row.keep_ratio,
-            "seeds": row.seeds,
-            "refused": row.refused,
-        }
-        if row.tasks is None or row.accuracy is None:
-            writer.writerow(shared)
-            continue
-        shared |= {
-            "loyalty": None if row.loyalty is None else row.loyalty.mean,
-            "visual_tokens": row.visual_tokens,
-            "kept_mean_over_layers": row.kept_mean,
-            "kept_at_end": row.kept_end,
-            **csv_cells(row.cost),
-        }
-        chance = {**summary.chance, "mean": fmean(summary.chance.values())}
-        for task, interval in [*row.tasks.items(), ("mean", row.accuracy)]:
-            own = {"task": task, "accuracy": interval.mean, "low": interval.low}
-            writer.writerow(shared | own | {"high": interval.high, "chance": chance[task]})
-    return text.getvalue()
+    write_text(folder / "summary.csv", csv_text(summary))

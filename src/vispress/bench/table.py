@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vispress.bench.cost_table import cost_table
+from vispress.bench.ranking import Ranking
 from vispress.bench.stats import Interval
 from vispress.bench.summary import BLIND, Row, Summary
 
@@ -19,6 +20,7 @@ def tables(summary: Summary) -> RenderableType:
         parts.append(cost_table(costs, summary.plan["timing"]["batch"]))
     if summary.comparisons:
         parts.append(_against_controls(summary))
+    parts += [ranking_text(ranking) for ranking in summary.rankings]
     reasons = [f"{_name(row)}: {row.refused}" for row in summary.rows if row.refused]
     if reasons:
         parts.append(Text("Not run:\n  " + "\n  ".join(reasons), style="yellow"))
@@ -38,7 +40,8 @@ def _overview(summary: Summary) -> Table:
             else "at one placement (mean over layers where a method has a schedule)"
         )
         + "; kept: visual tokens of an image; TTFT: from pixels to first token, x uncompressed, "
-        "p20-p80; loyalty: answers as uncompressed; intervals: 95 %",
+        "p20-p80; gap closed: 0 is random, 100 the oracle; hard: questions that a smaller picture "
+        "of as many tokens loses, and how many; loyalty: answers as uncompressed; intervals: 95 %",
     )
     table.add_column("method")
     for name in (
@@ -46,6 +49,8 @@ def _overview(summary: Summary) -> Table:
         "kept, mean",
         "at the end",
         "accuracy %",
+        "gap closed %",
+        "hard %",
         "loyalty %",
         "TTFT x",
         "KV cache x",
@@ -59,18 +64,20 @@ def _overview(summary: Summary) -> Table:
         table.add_row(_name(row, ratio=False), _asked(row), *_overview_cells(row))
     chance = fmean(summary.chance.values())
     table.add_section()
-    table.add_row("best constant answer", *[""] * 3, f"{100 * chance:.1f}", *[""] * 3, style="dim")
+    table.add_row("best constant answer", *[""] * 3, f"{100 * chance:.1f}", *[""] * 5, style="dim")
     return table
 
 
 def _overview_cells(row: Row) -> list[str]:
     if row.accuracy is None:
-        return ["", "", "not run", "", "", ""]
+        return ["", "", "not run", *[""] * 5]
     ratio = None if row.cost is None else row.cost.ttft_ratio
     return [
         f"{row.kept_mean:.1f}",
         f"{row.kept_end:.1f} of {row.visual_tokens:.0f}",
         _interval(row.accuracy),
+        "" if row.gap_closed is None else _interval(row.gap_closed, digits=0),
+        "" if row.hard is None else f"{100 * row.hard.mean:.0f} of {row.hard_questions}",
         "" if row.loyalty is None else f"{100 * row.loyalty.mean:.1f}",
         "" if ratio is None else f"{ratio.median:.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})",
         "" if row.cost is None else f"{row.cost.kv_ratio:.2f}",
@@ -90,7 +97,26 @@ def _by_task(summary: Summary) -> Table:
     table.add_section()
     chance = [f"{100 * value:.0f}" for value in summary.chance.values()]
     table.add_row("best constant answer", *chance, style="dim")
+    if summary.leakage:
+        leaks = [f"{100 * summary.leakage[task]:.0f}" for task in summary.chance]
+        table.add_row("leakage: blind beyond it", *leaks, style="dim")
     return table
+
+
+def ranking_text(ranking: Ranking) -> Text:
+    """The certain part of an order: places each may have, and tiers apart from each other."""
+    text = Text(f"\nranking at {ranking.keep_ratio:g} (all pairs, sign-flip test, Holm): ", "bold")
+    if ranking.tied:
+        names = ", ".join(place.group for place in ranking.places)
+        return text.append(f"none, no pair differs significantly: {names}", "")
+    text.append("places that are possible; a line parts those that all differ from all below", "")
+    tier = 1
+    for place in ranking.places:
+        text.append("\n  ----" if place.tier != tier else "", "dim")
+        tier = place.tier
+        span = str(place.first) if place.first == place.last else f"{place.first}-{place.last}"
+        text.append(f"\n  {span:>7}  {place.group} ({100 * place.accuracy:.1f})", "")
+    return text
 
 
 def _against_controls(summary: Summary) -> Table:
@@ -124,8 +150,9 @@ def _asked(row: Row) -> str:
     return "" if row.keep_ratio is None else f"{row.keep_ratio:g}"
 
 
-def _interval(value: Interval) -> str:
-    return f"{100 * value.mean:.1f} ({100 * value.low:.1f}-{100 * value.high:.1f})"
+def _interval(value: Interval, *, digits: int = 1) -> str:
+    mean, low, high = (f"{100 * x:.{digits}f}" for x in (value.mean, value.low, value.high))
+    return f"{mean} ({low}-{high})" if value.low >= 0 else f"{mean} ({low} to {high})"
 
 
 def _stacked(value: Interval) -> Text:

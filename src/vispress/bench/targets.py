@@ -87,6 +87,19 @@ class Kept:
         self.mean += sum(map(sum, report.visual_per_layer)) / report.num_layers
         self.notes |= set(report.notes)
 
+    def add_plain(self, images: int, visual: int, left: int) -> None:
+        """Add a batch that no compressor touched.
+
+        Args:
+            images: How many.
+            visual: Visual tokens they have at their usual size.
+            left: Visual tokens they have now, in every decoder layer.
+        """
+        self.images += images
+        self.visual += visual
+        self.end += left
+        self.mean += left
+
     def to_dict(self) -> dict[str, float]:
         """Averages an image, and as shares."""
         images, visual = max(1, self.images), max(1, self.visual)

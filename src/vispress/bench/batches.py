@@ -1,0 +1,148 @@
+"""Questions in batches, each processed once for all cells."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vispress.adapters.base import find_adapter
+from vispress.bench.subjects import Subject
+from vispress.bench.tasks import Prompt
+from vispress.runtime.shadow import shadow
+
+LIMIT = 2 * 2**30
+"""Bytes that are kept of processed batches, and as many of encoder output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some questions of a task.
+
+    Args:
+        task: Its name.
+        places: Where the questions stand in the task.
+        prompts: The questions.
+    """
+
+    task: str
+    places: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
+
+
+def make_batches(subject: Subject, task: str, prompts: Sequence[Prompt], size: int) -> list[Batch]:
+    """All questions of a task; conversations whose texts are equally long come together.
+
+    Args:
+        subject: Whose tokens are counted.
+        task: Name of the task.
+        prompts: Its questions.
+        size: Of a batch, at most.
+    """
+    order = list(range(len(prompts)))
+    if any(prompt.followups for prompt in prompts):
+        # rows of one batch then part only where their answers differ in length
+        order.sort(key=lambda place: _lengths(subject, prompts[place]))
+    return [
+        Batch(task, tuple(part), tuple(prompts[place] for place in part))
+        for part in (order[start : start + size] for start in range(0, len(order), size))
+    ]
+
+
+def _lengths(subject: Subject, prompt: Prompt) -> list[int]:
+    texts = [*(text for text, _ in prompt.followups), prompt.text]
+    counts = [len(subject.processor.tokenizer(text)["input_ids"]) for text in texts]
+    return [len(texts), *counts]
+
+
+class Memory:
+    """What is the same for all cells: processed batches, and the vision encoder's output for them.
+
+    Both are kept while they fit; a batch that no longer fits is made each time, with equal results.
+
+    Args:
+        subject: The model, uncompressed.
+        limit: Bytes to keep of each.
+    """
+
+    def __init__(self, subject: Subject, limit: int = LIMIT) -> None:
+        self._subject = subject
+        self._inputs, self._features = _Bounded(limit), _Bounded(limit)
+
+    def inputs(self, batch: Batch, *, pixels: bool = True) -> Any:
+        """The batch's first turn, on the model's device; not to be changed.
+
+        Args:
+            batch: The batch.
+            pixels: Whether the vision encoder will run; else pixels may be zeros.
+        """
+        if not pixels and batch in self._features.held:
+            return self._features.held[batch][0]
+        return self._inputs.get(batch, lambda: self._subject.encode(batch.prompts))
+
+    @contextmanager
+    def features(self, batch: Batch) -> Iterator[None]:
+        """Let the model find the encoder's output of a batch, or note it for the next cell.
+
+        Not for methods that read what happens inside the encoder.
+        """
+
+        def seen(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if batch in self._features.held:
+                output = self._features.held[batch][1]
+            else:
+                output = _bare(original(*args, **kwargs))
+                inputs = _without_pixels(self.inputs(batch))
+                self._features.put(batch, (inputs, output), _bytes(output))
+            return copy.copy(output)  # compression marks what it gets
+
+        undo = shadow(find_adapter(self._subject.model).base, "get_image_features", seen)
+        try:
+            yield
+        finally:
+            undo()
+
+
+class _Bounded:
+    """Values by batch, up to a number of bytes; the first to come stay.
+
+    Every cell asks in the same order: dropping the oldest would drop what comes next.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self.held: dict[Batch, Any] = {}
+
+    def put(self, batch: Batch, value: Any, size: int) -> None:
+        if size <= self._left and batch not in self.held:
+            self._left -= size
+            self.held[batch] = value
+
+    def get(self, batch: Batch, make: Callable[[], Any]) -> Any:
+        if batch not in self.held:
+            value = make()
+            self.put(batch, value, _bytes(value))
+            return value
+        return self.held[batch]
+
+
+def _bare(output: Any) -> Any:
+    """The encoder's output without what only the encoder itself needs."""
+    dropped = ("hidden_states", "attentions", "last_hidden_state")
+    return type(output)(**{name: value for name, value in output.items() if name not in dropped})
+
+
+def _without_pixels(inputs: Any) -> dict[str, Any]:
+    """The same inputs with pixels that take no memory."""
+    pixels = inputs["pixel_values"]
+    return {**inputs, "pixel_values": pixels.new_zeros(()).expand(pixels.shape)}
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of all tensors in nested mappings and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, Mapping) else value
+    return sum(map(_bytes, parts)) if isinstance(value, Mapping | list | tuple) else 0

@@ -1,0 +1,119 @@
+"""One run on several processes, as `accelerate launch` and `torchrun` start them.
+
+Processes meet once, when the first of them opens the results folder; after that they share nothing
+but the folder, where each claims the next cell. So one that dies takes no other with it.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import Any
+
+import torch
+
+from vispress.errors import ConfigError
+
+_MEET = timedelta(minutes=30)
+"""How long processes wait for each other to load the model."""
+_MEETINGS = count()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which process of a run this is.
+
+    Args:
+        rank: From 0; the first one opens the folder and writes the summary.
+        world: How many processes there are.
+        local_rank: Among those of this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def leader(self) -> bool:
+        """Whether this process opens the folder and reports."""
+        return self.rank == 0
+
+    def device(self, device: str | torch.device) -> str | torch.device:
+        """`"cuda"` is a GPU of its own for each process of a machine."""
+        return f"cuda:{self.local_rank}" if self.world > 1 and str(device) == "cuda" else device
+
+    def tell(self, problem: str | None) -> None:
+        """As the leader: say how opening the folder went, and wait until all have heard it.
+
+        Raises:
+            ConfigError: The others do not come.
+        """
+        if self.world > 1:
+            with _meeting():
+                store, key = _store(self), f"vispress/opened/{next(_MEETINGS)}"
+                store.set(key, problem or "")
+                store.wait([f"{key}/{rank}" for rank in range(1, self.world)], _MEET)
+
+    def hear(self) -> str | None:
+        """As another process: how opening went; None for well.
+
+        Raises:
+            ConfigError: The leader does not come.
+        """
+        with _meeting():
+            store, key = _store(self), f"vispress/opened/{next(_MEETINGS)}"
+            problem: str = store.get(key).decode()
+            store.set(f"{key}/{self.rank}", "heard")
+        return problem or None
+
+
+def this_shard(variables: Mapping[str, str] | None = None) -> Shard:
+    """This process, from the launcher's environment variables.
+
+    Args:
+        variables: In place of the process's environment.
+
+    Raises:
+        ConfigError: They are incomplete or no numbers.
+    """
+    given = os.environ if variables is None else variables
+    if given.get("WORLD_SIZE", "1") == "1":
+        return Shard()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={given['WORLD_SIZE']} announces several processes, but "
+            f"{', '.join(missing)} is not set; start them with accelerate launch or torchrun"
+        )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, world, local = (int(given.get(name, given["RANK"])) for name in names)
+    except ValueError as error:
+        raise ConfigError(f"{', '.join(names)} must be integers: {error}") from error
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK must be in [0, {world}), got {rank}")
+    return Shard(rank, world, local)
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"the processes of this run did not meet at {where} within {_MEET}: {error}. Look for "
+            "the first error of another process"
+        ) from error
+
+
+@cache
+def _store(shard: Shard) -> Any:
+    """A key-value store at the launcher's address."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", shard.rank, shard.world, timeout=_MEET))
+    return store

@@ -1,0 +1,140 @@
+"""What a cell does to the model, for one batch: compress it, or hand it smaller pictures."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vispress.api import compress_model, compression_report, remove_compression
+from vispress.bench.cells import Cell
+from vispress.bench.downsample import any_size, smaller
+from vispress.bench.oracle import Oracle, told
+from vispress.bench.subjects import Subject
+from vispress.bench.targets import Kept, check_target
+from vispress.bench.tasks import Prompt
+from vispress.methods.base import Compressor
+from vispress.types import Positions, Signal
+
+_INSIDE = frozenset(
+    {
+        Signal.CLS_ATTENTION,
+        Signal.COLUMN_ATTENTION,
+        Signal.VISION_KEYS,
+        Signal.VISION_FEATURES,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Treated:
+    """A batch while the model is as the cell has it.
+
+    Args:
+        inputs: For the model.
+        tokens: Visual tokens of the batch at the usual size, and now; None where the compression
+            report says it.
+    """
+
+    inputs: Any
+    tokens: tuple[int, int] | None = None
+
+
+@contextmanager
+def treated(
+    cell: Cell,
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    inputs: Any,
+    positions: Positions | None = None,
+) -> Iterator[Treated]:
+    """The model as a cell has it, for one batch; as it was afterwards.
+
+    Args:
+        cell: What is done.
+        subject: The model, uncompressed.
+        prompts: The batch.
+        inputs: As the subject encodes it.
+        positions: As in `compress_model`.
+
+    Raises:
+        UnsupportedMethodError: The model cannot run the cell, or the prompts lack what it needs.
+        BudgetError: A budget cannot be reached.
+    """
+    if cell.picture is not None:
+        made = smaller(cell.picture, subject, inputs, prompts)
+        with any_size(subject.model):
+            yield Treated(made.inputs, (sum(made.native), sum(made.kept)))
+        return
+    if not cell.chain:
+        marks = inputs["input_ids"] == subject.model.config.image_token_id
+        yield Treated(inputs, (int(marks.sum()),) * 2)
+        return
+    chain = compressors(cell, subject, prompts, inputs)
+    compress_model(subject.model, chain, positions=positions)
+    try:
+        yield Treated(inputs)
+    finally:
+        remove_compression(subject.model)
+
+
+def compressors(
+    cell: Cell, subject: Subject, prompts: Sequence[Prompt], inputs: Any
+) -> list[Compressor]:
+    """The chain of a cell for one batch: the oracle is told where its evidence is.
+
+    Raises:
+        UnsupportedMethodError: The prompts do not say it, or the model has no grid for it.
+    """
+    return [
+        told(method, subject.model, inputs, prompts) if isinstance(method, Oracle) else method
+        for method in cell.chain
+    ]
+
+
+def sees_encoder(cell: Cell) -> bool:
+    """Whether a cell reads or changes what happens in the vision encoder, which then must run."""
+    return cell.picture is not None or any(method.signals() & _INSIDE for method in cell.chain)
+
+
+def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> None:
+    """Whether the model can run a cell at all, as far as that shows before any prompt.
+
+    Raises:
+        UnsupportedMethodError: It cannot.
+        BudgetError: A budget is missing or cannot be reached.
+        ConfigError: A hyper-parameter does not fit the model.
+    """
+    if cell.picture is not None:
+        with any_size(subject.model):
+            return
+    if cell.chain:
+        compress_model(subject.model, list(cell.chain), positions=positions)
+        remove_compression(subject.model)
+
+
+def answer(
+    cell: Cell,
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    inputs: Any,
+    *,
+    max_new_tokens: int,
+    positions: Positions | None,
+    kept: Kept,
+) -> list[tuple[str, ...]]:
+    """Answers of one batch; what the first turn's prefill kept is checked and added to `kept`.
+
+    Raises:
+        BudgetError: A method kept another number of tokens than asked.
+        UnsupportedMethodError: As `treated`.
+    """
+    with treated(cell, subject, prompts, inputs, positions) as now:
+        turns = subject.converse(prompts, now.inputs, max_new_tokens)
+        images = sum(len(prompt.images) for prompt in prompts)
+        if now.tokens is not None:
+            kept.add_plain(images, *now.tokens)
+        elif images:
+            report = compression_report(subject.model)
+            check_target(cell, report)
+            kept.add(report)
+    return turns
