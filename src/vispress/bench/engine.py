@@ -193,12 +193,11 @@ def run_cell(
         name: _scored(prompts, given[name], plan.seed) for name, prompts in bank.questions.items()
     }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
-    if plan.timing.batch and cell.picture is None:
+    everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
+    if timed := timed_batch(subject, everything, plan.timing.batch):
         advance(f"{cell.key}, timing", 0)
-        everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
-        timed = timed_batch(subject, everything, plan.timing.batch)
         chain = compressors(cell, subject, timed, subject.encode(timed))
-        result["cost"] = measure_cost(subject, chain, timed, plan)
+        result["cost"] = measure_cost(subject, chain, timed, plan, picture=cell.picture)
     return result
 
 
