@@ -4,7 +4,17 @@ import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
-LOADING = {"src", "srcset", "href", "xlink:href", "poster", "data", "action", "formaction", "background"}
+LOADING = {
+    "src",
+    "srcset",
+    "href",
+    "xlink:href",
+    "poster",
+    "data",
+    "action",
+    "formaction",
+    "background",
+}
 OUTSIDE = re.compile(r"(?i)^\s*(?:[a-z][a-z0-9+.-]*:)?//|^\s*(?:https?|ftp|file|blob):")
 
 
@@ -73,7 +83,10 @@ def outside(html):
 
 def in_style(text):
     """What a style sheet loads."""
-    return [*re.findall(r"@import[^;]*", text), *re.findall(r"url\(\s*['\"]?(?!data:|#)[^)]*", text)]
+    return [
+        *re.findall(r"@import[^;]*", text),
+        *re.findall(r"url\(\s*['\"]?(?!data:|#)[^)]*", text),
+    ]
 
 
 def faults(html):

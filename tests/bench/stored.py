@@ -12,7 +12,7 @@ IDENTITY = {
     "version": vispress.__version__,
     "weights": "fedcba",
 }
-CONTROLS = ("random", "uniform", "no_image", "oracle")
+CONTROLS = ("random", "uniform", "downsample", "no_image", "oracle")
 
 
 def spread(value, by=0.1):
@@ -31,7 +31,7 @@ def cost(share):
     found |= {"peak_bytes": 5e6 * share + 1e6, "uncompressed_peak_bytes": 6e6}
     found |= {"kv_bytes": 1e5 * share + 1e4, "uncompressed_kv_bytes": 1.1e5}
     flops = {"compressed": 1e9 * share, "uncompressed": 1e9, "ratio": share}
-    return found | {"flops": {name: flops for name in ("mac3", "flop3", "fastv2")}}
+    return found | {"flops": dict.fromkeys(("mac3", "flop3", "fastv2"), flops)}
 
 
 def write_results(
@@ -74,11 +74,19 @@ def write_results(
         "seed": 0,
         "positions": None,
         "max_new_tokens": 2,
+        "overrides": {},
+        "controls": "none",
+        "dtype": "fp32",
         "timing": {"batch": 4 if timed else 0, "rounds": 2, "repeats": 1, "decode_tokens": 2},
         "cells": cells,
     }
     cards = {task: {"chance": 0.125, "needs": f"what {task} needs"} for task in tasks}
-    manifest = {"identity": IDENTITY, "plan": plan, "tasks": cards, "created": "2026-01-02T03:04:05"}
+    manifest = {
+        "identity": IDENTITY,
+        "plan": plan,
+        "tasks": cards,
+        "created": "2026-01-02T03:04:05",
+    }
     (Path(folder) / "cells").mkdir(parents=True)
     (Path(folder) / "run.json").write_text(json.dumps(manifest))
     for cell in cells:

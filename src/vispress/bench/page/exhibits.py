@@ -4,7 +4,6 @@ import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vispress.analysis.overlay import brightness, seen_picture
+from vispress.bench.oracle import evidence_tokens
 from vispress.bench.page.questions import Pick
 from vispress.bench.page.words import name_of
 from vispress.bench.subjects import Subject
@@ -49,7 +49,7 @@ class Shot:
         shades: Opacity, and path data of the tokens that are dimmed by it.
         kept: Tokens at the last layer.
         total: Tokens it had.
-        needed: Evidence cells that are still covered, of how many; None where unknown.
+        needed: Tokens over the evidence that are kept, of how many; None where unknown.
     """
 
     columns: int
@@ -145,33 +145,21 @@ def shot_of(image: ImageReport, evidence: Sequence[int]) -> Shot | None:
     if image.grid is None:
         return None
     light = brightness(image)
-    rows, columns = light.shape
+    rows, columns = (int(side) for side in light.shape)
     dims = {f"{1 - level:.2f}": np.argwhere(light == level) for level in np.unique(light)}
     shades = tuple(
         (opacity, runs(map(tuple, cells))) for opacity, cells in dims.items() if float(opacity) > 0
     )
-    kept = set(image.kept)
-    covered = sum(bool(tokens_under(cell, rows, columns) & kept) for cell in evidence)
+    needed = evidence_tokens(evidence, (rows, columns))
+    left = int(needed[list(image.kept)].sum())
     return Shot(
         columns=columns,
         rows=rows,
         shades=shades,
         kept=image.num_kept,
         total=image.num_visual,
-        needed=(covered, len(evidence)) if evidence else None,
+        needed=(left, int(needed.sum())) if evidence else None,
     )
-
-
-def tokens_under(cell: int, rows: int, columns: int) -> set[int]:
-    """Visual tokens of a raster that an evidence cell touches."""
-    row, column = divmod(cell, EVIDENCE_GRID)
-
-    def span(place: int, count: int) -> range:
-        # the small amount keeps exact borders from touching the next token
-        first = int(place * count / EVIDENCE_GRID + 1e-9)
-        return range(first, max(first + 1, ceil((place + 1) * count / EVIDENCE_GRID - 1e-9)))
-
-    return {r * columns + c for r in span(row, rows) for c in span(column, columns)}
 
 
 def runs(cells: Iterable[tuple[int, ...]]) -> str:

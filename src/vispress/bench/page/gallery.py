@@ -1,24 +1,26 @@
 """Sample questions and failures: drawn again from the plan, and asked again where the model is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from vispress.api import compress_model, compression_report, remove_compression
+from vispress.api import compression_report
+from vispress.bench.cells import Cell
 from vispress.bench.engine import Advance
 from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
 from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
 from vispress.bench.page.results import Results, Stored
+from vispress.bench.page.sources import stored_plan
 from vispress.bench.page.tables import kind_of
 from vispress.bench.page.words import counted, listed
+from vispress.bench.plan import plan_from_mapping
 from vispress.bench.subjects import Subject, load_subject
 from vispress.bench.summary import BLIND
 from vispress.bench.tasks import Prompt, get_task
-from vispress.config import from_mapping
-from vispress.errors import ConfigError
-from vispress.methods.base import Compressor
+from vispress.bench.treatment import treated
+from vispress.errors import ConfigError, VispressError
 
 Shots = dict[tuple[str, str, int], tuple[Shot, ...]]
 Questions = Mapping[str, Sequence[Prompt]]
@@ -111,7 +113,7 @@ def _subject(results: Results, device: str | torch.device, notes: list[str]) -> 
     if name != "reference" and not Path(name).is_dir():
         notes.append(f"kept tokens are not shown: the model {name!r} is not at hand")
         return None
-    subject = load_subject(name, device)
+    subject = load_subject(name, device, results.plan["dtype"])
     measured = results.manifest["identity"]["weights"]
     if subject.weights != measured:
         notes.append(
@@ -120,6 +122,18 @@ def _subject(results: Results, device: str | torch.device, notes: list[str]) -> 
         )
         return None
     return subject
+
+
+def _cells_again(results: Results, notes: list[str]) -> dict[str, Cell]:
+    """Cells of the stored plan as this version makes them, where that is what was measured."""
+    try:
+        plan = plan_from_mapping(stored_plan(results.plan), "the stored plan")
+    except VispressError as error:
+        notes.append(f"kept tokens are not shown: the stored plan cannot be made here ({error})")
+        return {}
+    made = {cell.key: cell for cell in plan.cells()}
+    stored = {cell["key"]: cell for cell in results.plan["cells"]}
+    return {key: cell for key, cell in made.items() if cell.to_dict() == stored.get(key)}
 
 
 def _ask_again(
@@ -133,40 +147,45 @@ def _ask_again(
     """What every shown cell keeps of the shown questions."""
     shots: Shots = {}
     asked = differ = 0
-    for cell in shown_cells(results):
-        advance(f"{cell['key']}, pictures", 0)
-        chain = [_compressor(data) for data in cell["cell"]["methods"]]
-        compress_model(subject.model, chain, positions=results.plan["positions"])
-        try:
-            for task, asking in prompts.items():
-                indices = sorted({pick.index for pick in picks if pick.task == task})
-                # later turns keep what the first one kept
-                batch = [replace(asking[i], followups=()) for i in indices]
-                if not batch:
-                    continue
-                answers = subject.answer(batch, results.plan["max_new_tokens"])
-                report = compression_report(subject.model)
-                for i, prompt, answer, sample in zip(
-                    indices, batch, answers, report.samples, strict=True
-                ):
-                    found = [
-                        shot_of(image, prompt.evidence[n] if prompt.evidence else ())
-                        for n, image in enumerate(sample.images)
-                    ]
-                    whole = tuple(shot for shot in found if shot is not None)
-                    shots[cell["key"], task, i] = whole if len(whole) == len(found) else ()
-                    asked += 1
-                    differ += answer != cell["tasks"][task]["answers"][i].split(" / ")[0]
-        finally:
-            remove_compression(subject.model)
-    notes.append(_agreement(asked, differ))
+    cells = _cells_again(results, notes)
+    batches = {
+        task: sorted({pick.index for pick in picks if pick.task == task}) for task in prompts
+    }
+    for stored in shown_cells(results):
+        cell = cells.get(stored["key"])
+        # smaller pictures drop no tokens that could be shown
+        if cell is None or not cell.chain:
+            continue
+        advance(f"{cell.key}, pictures", 0)
+        for task, indices in batches.items():
+            batch = [prompts[task][i] for i in indices]
+            if not any(prompt.images for prompt in batch):
+                continue
+            answers, found = _watch(cell, subject, batch, results)
+            for i, answer, seen in zip(indices, answers, found, strict=True):
+                shots[cell.key, task, i] = seen
+                asked += 1
+                differ += answer != stored["tasks"][task]["answers"][i]
+    if asked:
+        notes.append(_agreement(asked, differ))
     return shots
 
 
-def _compressor(data: Mapping[str, object]) -> Compressor:
-    made = from_mapping(dict(data), "a stored cell")
-    assert isinstance(made, Compressor)  # a cell stores the parts of a chain one by one
-    return made
+def _watch(
+    cell: Cell, subject: Subject, batch: Sequence[Prompt], results: Results
+) -> tuple[list[str], list[tuple[Shot, ...]]]:
+    """Answers of a batch, and what was kept of each picture; nothing of composed pictures."""
+    limit, positions = results.plan["max_new_tokens"], results.plan["positions"]
+    with treated(cell, subject, batch, subject.encode(batch), positions) as now:
+        turns = subject.converse(batch, now.inputs, limit)
+        report = compression_report(subject.model)
+    found = []
+    for prompt, sample in zip(batch, report.samples, strict=True):
+        evidence = prompt.evidence or ((),) * len(prompt.images)
+        shots = [shot_of(image, own) for image, own in zip(sample.images, evidence, strict=True)]
+        whole = tuple(shot for shot in shots if shot is not None)
+        found.append(whole if len(whole) == len(shots) else ())
+    return [" / ".join(own) for own in turns], found
 
 
 def _agreement(asked: int, differ: int) -> str:

@@ -7,7 +7,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.compare import RANDOM, per_question
+from vispress.bench.compare import per_question
+from vispress.bench.controls import RANDOM
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import name_of, percent, points
 from vispress.bench.summary import BLIND, Row

@@ -13,9 +13,6 @@ from vispress.bench.summary import Summary, summarise
 
 Stored = Mapping[str, Any]
 
-ORACLE = "oracle"
-"""Group of the upper bound: it keeps the tokens that hold the answer."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Results:

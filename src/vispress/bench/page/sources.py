@@ -89,9 +89,13 @@ def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
+def stored_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as a user would write it: without its cells spelt out."""
+    return {name: value for name, value in plan.items() if name != "cells"}
+
+
 def _yaml(plan: Mapping[str, Any]) -> str:
     """The plan as a file that `vispress bench` takes."""
     import yaml
 
-    data = {name: value for name, value in plan.items() if name != "cells"}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=96)
+    return yaml.safe_dump(stored_plan(plan), sort_keys=False, allow_unicode=True, width=96)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from vispress.bench.compare import ORACLE
 from vispress.bench.cost_rows import Cost
-from vispress.bench.page.results import ORACLE, Results
+from vispress.bench.page.results import Results
 from vispress.bench.page.words import (
     DASH,
     TIMES,
