@@ -45,9 +45,7 @@ def test_what_is_left_is_spread_over_the_grid():
     keep = choose([0], (12, 12), 10)
     assert 0 in keep
     # 9 more: the middles of thirds
-    assert keep.tolist()[1:] == [
-        26 + 48 * row + 4 * column for row in range(3) for column in range(3)
-    ]
+    assert keep.tolist()[1:] == [26 + 48 * row + 4 * column for row in range(3) for column in range(3)]
 
 
 def test_too_much_evidence_is_thinned_evenly():
