@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_EXTRA = ("matplotlib", "PIL", "sklearn")
+_EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
@@ -154,6 +154,34 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     write_summary(summary, out)
     files = [out / "summary.json", out / "summary.csv", *write_plots(summary, out)]
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of vispress bench.")] = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the folder by default.")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Sample questions, kept tokens and failures; runs the model.")
+    ] = True,
+    samples: Annotated[int, typer.Option(min=0, help="Sample questions a task.")] = 2,
+    device: Device = "cpu",
+) -> None:
+    """Make one HTML page of results: frontiers, tests, costs, kept tokens, failures."""
+    _prepare()
+    from vispress.bench.page.render import write_page
+
+    console = _console()
+    with console.status("reading") as status:
+
+        def advance(what: str, _questions: int) -> None:
+            status.update(what)
+
+        page = write_page(
+            results, out, pictures=pictures, samples=samples, device=device, advance=advance
+        )
+    console.print(f"written: {page}", soft_wrap=True)
 
 
 @app.command()
