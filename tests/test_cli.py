@@ -77,6 +77,7 @@ def test_errors_are_one_line_and_exit_code_2(
         names["MODEL"] = request.getfixturevalue("checkpoint")
     arguments = [a.replace("FILE", str(names["FILE"])) for a in arguments]
     arguments = [str(names["MODEL"]) if a == "MODEL" else a for a in arguments]
+    capsys.readouterr()  # what making the checkpoint printed
     assert run_main(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -174,13 +174,8 @@ def report(
 
     console = _console()
     with console.status("reading") as status:
-
-        def advance(what: str, _questions: int) -> None:
-            status.update(what)
-
-        page = write_page(
-            results, out, pictures=pictures, samples=samples, device=device, advance=advance
-        )
+        options: dict[str, Any] = {"pictures": pictures, "samples": samples, "device": device}
+        page = write_page(results, out, **options, advance=lambda what, _: status.update(what))
     console.print(f"written: {page}", soft_wrap=True)
 
 
