@@ -45,7 +45,9 @@ def test_what_is_left_is_spread_over_the_grid():
     keep = choose([0], (12, 12), 10)
     assert 0 in keep
     # 9 more: the middles of thirds
-    assert keep.tolist()[1:] == [26 + 48 * row + 4 * column for row in range(3) for column in range(3)]
+    assert keep.tolist()[1:] == [
+        26 + 48 * row + 4 * column for row in range(3) for column in range(3)
+    ]
 
 
 def test_too_much_evidence_is_thinned_evenly():
@@ -72,7 +74,7 @@ def test_each_picture_of_a_batch_keeps_its_own_evidence(subject):
     )
     images = oracle_report(subject.model, subject.encode(prompts), prompts, num_tokens=40)
     evidence = [cells for prompt in prompts for cells in prompt.evidence]
-    assert len({cells for cells in evidence}) > 3
+    assert len(set(evidence)) > 3
     for image, cells in zip(images, evidence, strict=True):
         assert image.kept == tuple(choose(cells, (12, 12), 40).tolist())
         assert set(cells) <= set(image.kept)
@@ -99,7 +101,7 @@ def test_questions_without_evidence_are_refused(subject):
     prompt = get_task("count").draw(1, 0)[0]
     unknown = Prompt(prompt.images, prompt.text, prompt.answer)
     inputs = subject.encode([unknown])
-    with pytest.raises(UnsupportedMethodError, match="which part of the picture.*how many"):
+    with pytest.raises(UnsupportedMethodError, match=r"which part of the picture.*how many"):
         told(Oracle(keep_ratio=0.5), subject.model, inputs, [unknown])
     odd = Prompt(prompt.images, prompt.text, prompt.answer, ((1,), (2,)))
     with pytest.raises(ConfigError, match="evidence of 2 pictures and 1"):
