@@ -1,4 +1,4 @@
-"""What only `make integrations` has: lmms-eval, datasets, torchvision; tiny checkpoints and a task."""
+"""What only `make integrations` has (lmms-eval, datasets, torchvision), and tiny checkpoints."""
 
 import json
 

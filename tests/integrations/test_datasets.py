@@ -1,4 +1,4 @@
-"""Datasets through the package `datasets`: files, folders, a join of subsets; a run on Qwen2.5-VL."""
+"""The package `datasets`: files, folders, a join of subsets; a run on a Qwen2.5-VL folder."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_folders_as_save_to_disk_leaves_them(tmp_path):
     check(draw(tmp_path, "one"))
     check(draw(tmp_path, "two", split="test"))
     assert len(draw(tmp_path, "two", split="train")) == 1
-    with pytest.raises(ConfigError, match="split 'dev'|split dev"):
+    with pytest.raises(ConfigError, match="split dev"):
         draw(tmp_path, "two", split="dev")
 
 
@@ -92,9 +92,9 @@ def test_pictures_of_another_subset_as_gqa_has_them(tmp_path):
     keys |= {"dataset": "gqa", "shuffle": False}
     prompts = make_task(describe(keys, "test"), tmp_path).draw(5, 0)
     assert [prompt.images[0].size for prompt in prompts] == [(20, 16), (12, 8)]
+    join = {"images_from": keys["images_from"] | {"key": "number"}}
     with pytest.raises(ConfigError, match="has no column 'number'"):
-        join = keys["images_from"] | {"key": "number"}
-        make_task(describe(keys | {"images_from": join}, "test"), tmp_path).draw(5, 0)
+        make_task(describe(keys | join, "test"), tmp_path).draw(5, 0)
 
 
 def test_a_dataset_of_the_hub_that_is_not_cached(tmp_path):
