@@ -99,9 +99,9 @@ def _subject(dry: bool) -> tuple[Any, dict[str, Any], int]:
 
 
 def _cases(options: argparse.Namespace) -> list[tuple[str, float]]:
-    from vispress import list_methods
+    from benchmarks.gpu.budgets import fitting
 
-    names = [name for name in options.methods.split(",") if name] or list_methods()
+    names = [name for name in options.methods.split(",") if name] or fitting(crops=1)
     if options.dry_run and not options.methods:
         names = ["divprune", "fastervlm", "fastv", "pyramiddrop"]
     cases: dict[str, tuple[str, float]] = {}

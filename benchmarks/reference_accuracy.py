@@ -1,33 +1,43 @@
-"""Exact match of the shipped reference model at full tokens, on held-out questions of each kind.
+"""Exact match of a shipped reference model at full tokens, on held-out questions of each kind.
 
-    python benchmarks/reference_accuracy.py [--questions 1000] [--out FILE]
+    python benchmarks/reference_accuracy.py [--architecture qwen2_5_vl] [--questions 1000]
+        [--episodes 1000] [--out FILE]
 
-Minutes on two cores. Writes `benchmarks/results/reference/accuracy.json` unless told otherwise.
+Minutes on two cores. Writes `benchmarks/results/reference/accuracy.json` (of the Qwen2.5-VL:
+`benchmarks/results/reference_qwen2_5_vl/accuracy.json`) unless told otherwise.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from vispress.reference import load
+from vispress.reference.architecture import ARCHITECTURES
+from vispress.reference.conversation import episode_accuracy
 from vispress.reference.evaluate import accuracy
 
-DEFAULT = Path(__file__).parent / "results" / "reference" / "accuracy.json"
+RESULTS = Path(__file__).parent / "results"
+FOLDERS = {"llava": "reference", "qwen2_5_vl": "reference_qwen2_5_vl"}
 
 
 def main() -> None:
     """Ask, count, write."""
     parser = argparse.ArgumentParser(description="Accuracy of the reference model at full tokens")
     parser.add_argument("--questions", type=int, default=1000, help="questions a kind")
-    parser.add_argument("--out", type=Path, default=DEFAULT)
+    parser.add_argument("--episodes", type=int, default=1000, help="episodes a kind")
+    parser.add_argument("--architecture", choices=[*FOLDERS], default="llava")
+    parser.add_argument("--out", type=Path, help="result file")
     options = parser.parse_args()
-    model, processor = load()
-    result = {
-        "questions": options.questions,
-        "accuracy": accuracy(model, processor, n=options.questions),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    out = options.out or RESULTS / FOLDERS[options.architecture] / "accuracy.json"
+    model, processor = load(architecture=options.architecture)
+    scores: dict[str, float] = dict(accuracy(model, processor, n=options.questions))
+    result: dict[str, Any] = {"questions": options.questions, "accuracy": scores}
+    if ARCHITECTURES[options.architecture].episodes:
+        result["episodes"] = options.episodes
+        scores |= episode_accuracy(model, processor, n=options.episodes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

@@ -77,6 +77,7 @@ def test_errors_are_one_line_and_exit_code_2(
         names["MODEL"] = request.getfixturevalue("checkpoint")
     arguments = [a.replace("FILE", str(names["FILE"])) for a in arguments]
     arguments = [str(names["MODEL"]) if a == "MODEL" else a for a in arguments]
+    capsys.readouterr()  # what making the checkpoint printed
     assert run_main(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -128,7 +129,7 @@ def test_show_takes_pictures_and_names_unknown_words(monkeypatch, capsys, tmp_pa
 def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     (plan := tmp_path / "plan.yaml").write_text(
         "{tasks: [count], methods: [uniform], keep_ratios: [0.25], questions: 2,"
-        " timing: {batch: 1, rounds: 2, repeats: 1}}"
+        " controls: none, timing: {batch: 1, rounds: 2, repeats: 1}}"
     )
     model = request.getfixturevalue("checkpoint")
     out = tmp_path / "out"

@@ -16,6 +16,7 @@ FLOORS: dict[str, int] = {
     "vispress_kernels": 0,
     "vispress.errors": 1,
     "vispress.types": 1,
+    "vispress.kinds": 1,
     "vispress.budget": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,

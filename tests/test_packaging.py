@@ -72,6 +72,22 @@ def test_the_wheel_holds_every_configuration(distributions: dict[str, set[str]])
     assert configs <= distributions["wheel"]
 
 
+def test_wheel_and_sdist_hold_both_reference_models(distributions: dict[str, set[str]]) -> None:
+    needed = {
+        f"vispress/reference/{folder}/{name}"
+        for folder in ("checkpoint", "checkpoint_qwen2_5_vl")
+        for name in (
+            "MODEL_CARD.md",
+            "config.json",
+            "model.safetensors",
+            "processor_config.json",
+            "tokenizer.json",
+        )
+    }
+    assert needed <= distributions["wheel"]
+    assert {f"src/{name}" for name in needed} <= distributions["sdist"]
+
+
 def test_the_wheel_holds_nothing_else(distributions: dict[str, set[str]]) -> None:
     tops = {name.split("/")[0] for name in distributions["wheel"]}
     assert {re.sub(r"-\d.*", "", top) for top in tops} == {"vispress", "vispress_kernels"}

@@ -13,6 +13,15 @@ PUBLISHED_TOKENS = 576
 CONFIGS: Path = ROOT / "configs" / "methods"
 
 
+def fitting(crops: int) -> list[str]:
+    """Methods for pictures of so many AnyRes crops (1 for a plain one); none for videos."""
+    from vispress import list_methods
+    from vispress.registry import get_method
+
+    fits = (None, "anyres") if crops > 1 else (None,)
+    return [name for name in list_methods() if get_method(name).needs in fits]
+
+
 @cache
 def _published(method: str) -> dict[str, Any]:
     path = CONFIGS / f"{method}.yaml"
@@ -40,9 +49,9 @@ def published(method: str, visual: int, *, has_cls: bool) -> dict[str, Any]:
 def substituted(options: dict[str, Any], *, has_cls: bool) -> dict[str, Any]:
     """With the documented substitute for [CLS] attention where the encoder has none."""
     from vispress.registry import get_method
-    from vispress.types import Signal
+    from vispress.types import CLS_SIGNALS
 
-    needs = Signal.CLS_ATTENTION in get_method(options["method"]).reads
+    needs = CLS_SIGNALS & get_method(options["method"]).reads
     return options | {"scores": "column_mean"} if needs and not has_cls else options
 
 

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
+from benchmarks.gpu.budgets import fitting
 from benchmarks.gpu.forwards import Bench
 from benchmarks.gpu.record import Deadline, Part, Row, Settings
 from benchmarks.gpu.shapes import SHAPES, TINY_SHAPES, Shape
-from vispress import list_methods
 
 LARGE_BATCH: dict[str, dict[int, tuple[str, ...]]] = {
     "llava_1_5_7b": {8: ("fastv", "divprune", "visionzip", "pyramiddrop"), 32: ("fastv",)},
@@ -52,7 +52,7 @@ def _plan(shape: Shape, settings: Settings) -> Iterator[tuple[int, str]]:
     if settings.dry:
         yield from ((1, method) for method in DRY_METHODS)
         return
-    yield from ((1, method) for method in list_methods())
+    yield from ((1, method) for method in fitting(shape.crops))
     for batch, methods in LARGE_BATCH[shape.name].items():
         yield from ((batch, method) for method in methods)
 

@@ -9,7 +9,7 @@ from vispress_kernels._launch import Rule, next_power_of_2
 @triton.jit
 def load_queries(p_q, stride_d, m_m, Dh, BLOCK_D: tl.constexpr):
     """Whole query heads `[BLOCK_M, BLOCK_D]` from their row pointers."""
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = m_m[:, None] & (o_d < Dh)[None, :]
     return tl.load(p_q[:, None] + o_d[None, :] * stride_d, mask=mask, other=0.0)
 
@@ -17,7 +17,7 @@ def load_queries(p_q, stride_d, m_m, Dh, BLOCK_D: tl.constexpr):
 @triton.jit
 def load_keys(p_k, stride_d, m_n, Dh, BLOCK_D: tl.constexpr):
     """Whole key heads, transposed, `[BLOCK_D, BLOCK_N]`."""
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = (o_d < Dh)[:, None] & m_n[None, :]
     return tl.load(p_k[None, :] + o_d[:, None] * stride_d, mask=mask, other=0.0)
 
@@ -37,10 +37,12 @@ def dot_in_chunks(
 ):
     """`[BLOCK_M, BLOCK_N]` products of heads too large for registers, BLOCK_D elements a time."""
     dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    o_start = tl.zeros((), tl.int64)
     for start in range(0, Dh, BLOCK_D):
-        q = load_queries(p_q + start * stride_qd, stride_qd, m_m, Dh - start, BLOCK_D)
-        k = load_keys(p_k + start * stride_kd, stride_kd, m_n, Dh - start, BLOCK_D)
+        q = load_queries(p_q + o_start * stride_qd, stride_qd, m_m, Dh - start, BLOCK_D)
+        k = load_keys(p_k + o_start * stride_kd, stride_kd, m_n, Dh - start, BLOCK_D)
         dot = tl.dot(q, k, dot, input_precision="tf32x3")
+        o_start += BLOCK_D
     return dot
 
 

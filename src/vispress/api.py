@@ -17,7 +17,7 @@ from vispress.errors import (
 from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
 from vispress.report import CompressionReport, build_report
-from vispress.types import Positions, Signal
+from vispress.types import CLS_SIGNALS, Positions
 from vispress.versions import check_versions
 from vispress_kernels import Backend
 
@@ -213,20 +213,36 @@ def _resolve(
 
 
 def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:
-    """Refuse a method whose signals this model cannot give, with what would work."""
+    """Refuse a method whose input or signals this model cannot give, with what would work."""
+    if method.needs is not None and method.needs not in adapter.kinds:
+        has = {"anyres": "cuts no images into AnyRes crops", "video": "reads no videos"}
+        raise UnsupportedMethodError(
+            f"{method.name} is made for {method.needs} input, but {adapter.family} "
+            f"{has[method.needs]}. Methods that work on this model: {', '.join(_working(adapter))}"
+        )
     missing = method.signals() - adapter.signals()
     if not missing:
         return
     names = ", ".join(sorted(signal.value for signal in missing))
-    works = [name for name in list_methods() if get_method(name).reads <= adapter.signals()]
+    works = _working(adapter)
     hint = ""
-    if missing == {Signal.CLS_ATTENTION} and "scores" in method.hyperparameters():
+    if missing <= CLS_SIGNALS and "scores" in method.hyperparameters():
         hint = " The documented substitute is scores='column_mean'."
     raise UnsupportedMethodError(
         f"{method.name} needs {names}, which {adapter.family} cannot give (its vision encoder "
         "has no [CLS] "
         f"token).{hint} Methods that work on this model: {', '.join(works)}"
-        if missing == {Signal.CLS_ATTENTION}
+        if missing <= CLS_SIGNALS
         else f"{method.name} needs {names}, which {adapter.family} cannot give. "
         f"Methods that work on this model: {', '.join(works)}"
     )
+
+
+def _working(adapter: ModelAdapter) -> list[str]:
+    """Methods that need nothing that this model lacks."""
+    return [
+        name
+        for name in list_methods()
+        if (cls := get_method(name)).reads <= adapter.signals()
+        and (cls.needs is None or cls.needs in adapter.kinds)
+    ]

@@ -23,12 +23,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_EXTRA = ("matplotlib", "PIL", "sklearn")
+_EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
 Model = Annotated[
-    str | None, typer.Option(help="'reference', a checkpoint's folder, or a hub id (org/name).")
+    str | None,
+    typer.Option(
+        help="'reference', 'reference-qwen', a checkpoint's folder, or a hub id (org/name)."
+    ),
 ]
 
 
@@ -131,22 +134,49 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.engine import run
     from vispress.bench.plots import write_plots
     from vispress.bench.progress import progress_bar
+    from vispress.bench.shards import this_shard
     from vispress.bench.summary import summarise, write_summary
     from vispress.bench.table import tables
 
     _prepare()
-    console = _console()
+    shard = this_shard()
+    console = _console() if shard.leader else Console(quiet=True)
     try:
-        with progress_bar(plan, console) as advance:
-            run(plan, out, device=device, force=force, advance=advance)
+        with progress_bar(plan, console, processes=shard.world) as advance:
+            run(plan, out, device=device, force=force, advance=advance, shard=shard)
     except KeyboardInterrupt:
         console.print(f"\nstopped; the same command goes on from what is in {out}")
         raise typer.Exit(130) from None
+    if not shard.leader:
+        return
     summary = summarise(out)
     console.print(tables(summary))
     write_summary(summary, out)
     files = [out / "summary.json", out / "summary.csv", *write_plots(summary, out)]
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of vispress bench.")] = Path("results"),
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the folder by default.")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Sample questions, kept tokens and failures; runs the model.")
+    ] = True,
+    samples: Annotated[int, typer.Option(min=0, help="Sample questions a task.")] = 2,
+    device: Device = "cpu",
+) -> None:
+    """Make one HTML page of results: frontiers, tests, costs, kept tokens, failures."""
+    _prepare()
+    from vispress.bench.page.render import write_page
+
+    console = _console()
+    with console.status("reading") as status:
+        options: dict[str, Any] = {"pictures": pictures, "samples": samples, "device": device}
+        page = write_page(results, out, **options, advance=lambda what, _: status.update(what))
+    console.print(f"written: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -222,26 +252,38 @@ def demo(
 @app.command(name="train-reference")
 def train_reference(
     out: Annotated[Path, typer.Option(help="A stopped run goes on from here.")] = Path("reference"),
+    architecture: Annotated[str, typer.Option(help="'llava' or 'qwen2_5_vl'.")] = "llava",
     seed: Annotated[int, typer.Option(help="Of weights, scenes and questions.")] = 0,
     vision_minutes: Annotated[float | None, typer.Option(help="Limit of stage 1.")] = None,
     vision_images: Annotated[int | None, typer.Option(help="Limit of stage 1.")] = None,
     language_minutes: Annotated[float | None, typer.Option(help="Limit of stage 2.")] = None,
     language_images: Annotated[int | None, typer.Option(help="Limit of stage 2.")] = None,
+    episodes_minutes: Annotated[float | None, typer.Option(help="Limit of stage 3.")] = None,
+    episodes_images: Annotated[int | None, typer.Option(help="Limit of stage 3.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Checkpoint folder for stage 3 alone.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
     resume: Annotated[bool, typer.Option(help="Go on from saved state.")] = True,
     device: Device = "cpu",
 ) -> None:
     """Train the reference model from nothing."""
     _prepare()
+    from vispress.reference.architecture import ARCHITECTURES
     from vispress.reference.train import train_reference as train
+
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
 
     scores = train(
         out,
+        architecture=architecture,
         seed=seed,
         vision_minutes=vision_minutes,
         vision_images=vision_images,
         language_minutes=language_minutes,
         language_images=language_images,
+        episodes_minutes=episodes_minutes,
+        episodes_images=episodes_images,
+        start=start,
         resume=resume,
         device=device,
         workers=workers,

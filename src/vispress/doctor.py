@@ -10,6 +10,7 @@ from typing import Literal
 
 from vispress import versions
 from vispress.errors import UnsupportedVersionError, VispressError
+from vispress.types import Need
 
 OPTIONAL = {
     "triton": "kernels run as plain torch without it",
@@ -46,11 +47,13 @@ class Family:
         name: As in tables.
         models: Class names of its base models in transformers.
         has_cls: Whether its vision encoder has [CLS]; None where the checkpoint decides.
+        kinds: Special kinds of visual input it has.
     """
 
     name: str
     models: tuple[str, ...]
     has_cls: bool | None
+    kinds: frozenset[Need] = frozenset()
 
 
 def families() -> list[Family]:
@@ -67,7 +70,7 @@ def families() -> list[Family]:
             has_cls = inspect.getattr_static(cls, "has_cls")
             # a property looks at the checkpoint's encoder
             known = has_cls if isinstance(has_cls, bool) else None
-            found[cls.family] = Family(cls.family, tuple(cls.base_classes), known)
+            found[cls.family] = Family(cls.family, tuple(cls.base_classes), known, cls.kinds)
     return [found[name] for name in sorted(found)]
 
 

@@ -14,7 +14,7 @@ from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
-from vispress.types import Signal
+from vispress.types import CLS_SIGNALS
 
 _DEPTH = PUBLISHED_DEPTH
 
@@ -63,7 +63,13 @@ def _legend(families: Sequence[Family]) -> str:
 
 def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
     """Where a method works; None for nowhere among these families."""
-    if Signal.CLS_ATTENTION not in cls.reads or all(family.has_cls for family in families):
+    if cls.needs is not None:
+        fitting = [family for family in families if cls.needs in family.kinds]
+        if not fitting:
+            return None
+        if len(fitting) < len(families):
+            return f"with {cls.needs} input: {', '.join(family.name for family in fitting)}"
+    if not cls.reads & CLS_SIGNALS or all(family.has_cls for family in families):
         return "all"
     if any(field.name == "scores" for field in fields(cls)):
         return escape("with [CLS]; others need scores='column_mean'")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
 import torch
@@ -11,41 +10,28 @@ from torch import Tensor
 
 from vispress.budget import Budget
 from vispress.errors import BudgetError
-
-Positions = Literal["original", "compact"]
-
-
-class Stage(StrEnum):
-    """Where in the model a placement acts."""
-
-    ENCODER = "encoder"
-    PRE_LLM = "pre_llm"
-    IN_LLM = "in_llm"
-
-
-class Signal(StrEnum):
-    """What a compressor may read beside the features; declared in `Compressor.reads`."""
-
-    CLS_ATTENTION = "cls_attention"
-    COLUMN_ATTENTION = "column_attention"
-    VISION_KEYS = "vision_keys"
-    VISION_FEATURES = "vision_features"
-    PROJECTOR = "projector"
-    TEXT_EMBEDDINGS = "text_embeddings"
-    QUERY_ATTENTION = "query_attention"
-    TRANSITION = "transition"
-    GRID = "grid"
-    CROPS = "crops"
-    IMAGE_COUNT = "image_count"
-
-
-class Queries(StrEnum):
-    """Whose attention rows `query_attention` holds."""
-
-    LAST = "last"
-    """The last valid token of the sequence: Q = 1."""
-    TEXT_AFTER = "text_after"
-    """All valid non-visual tokens behind the image's last token: Q = their count."""
+from vispress.kinds import (
+    ATTENTION_SIGNALS as ATTENTION_SIGNALS,
+)
+from vispress.kinds import (
+    CLS_SIGNALS as CLS_SIGNALS,
+)
+from vispress.kinds import (
+    Need as Need,
+)
+from vispress.kinds import (
+    Positions as Positions,
+)
+from vispress.kinds import (
+    Queries as Queries,
+)
+from vispress.kinds import (
+    Signal as Signal,
+)
+from vispress.kinds import (
+    Stage as Stage,
+)
+from vispress_kernels import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +47,7 @@ class Placement:
             layer `layer` would compute on the rows that are still there (only q and k are
             computed).
         transitions: Decoder layers whose module inputs and outputs are measured up to here.
+        adaptive: The method decides how much it keeps; `budget` is the most.
     """
 
     stage: Stage
@@ -69,6 +56,7 @@ class Placement:
     queries: Queries | None = None
     attention_of: Literal["previous", "next"] = "previous"
     transitions: tuple[int, ...] = ()
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +98,36 @@ class Transition:
     sequence_valid: Bool[Tensor, "B L"]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TwoLayer:
+    """The weights of a projector that is exactly `w2 act(w1 x + b1) + b2`, and nothing else.
+
+    It says the same as the callable beside it, to methods that share work between its calls.
+
+    Args:
+        w1: `[Dh, Dv]`, as `nn.Linear` has it; any floating dtype.
+        b1: `[Dh]`, or None.
+        w2: `[D, Dh]`.
+        b2: `[D]`, or None.
+        activation: `"gelu"` (exact) or `"gelu_tanh"`.
+    """
+
+    w1: Float[Tensor, "Dh Dv"]
+    b1: Float[Tensor, "Dh"] | None
+    w2: Float[Tensor, "D Dh"]
+    b2: Float[Tensor, "D"] | None
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+
+    def to(self, device: torch.device) -> "TwoLayer":
+        """The same weights on another device."""
+        w1, b1, w2, b2 = (
+            None if w is None else w.to(device) for w in (self.w1, self.b1, self.w2, self.b2)
+        )
+        assert w1 is not None
+        assert w2 is not None
+        return TwoLayer(w1=w1, b1=b1, w2=w2, b2=b2, activation=self.activation)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
     """A bucket of images (or videos) with equal N and geometry; no padding, one row an image.
@@ -123,33 +141,52 @@ class VisualTokens:
         num_original: Tokens the image had at the start (N0); equals N unless pruned before.
         cls_attention: `[B, H, N]`, [CLS] row of the encoder layer that gives the features; or
             `[B, E, H, N]` when `Compressor.encoder_layers` asks for E != 1 layers, in its order.
+        cls_logits: As `cls_attention`, scaled but before the softmax.
+        cls_wide_attention: As `cls_attention`, with all heads as one of full width: H = 1.
         column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS]
             row.
-        vision_keys: `[B, Hv, N, Dh]`, keys of the feature layer of the encoder.
+        vision_keys: `[B, Hv, N, Dh]`, keys of the (last) encoder layer that is asked for.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
+        two_layer: The projector's weights, where it is a two-layer MLP; comes with `projector`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
+        input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
+        text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
+        key_norms: `[B, N + T]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
+            whose attention the placement reads: visual tokens, then the text behind the image.
+        text_states: `[B, T, D]`, hidden states of the text behind the image, as `features`.
+        final_norm: The LLM's norm behind its last layer; maps `[..., D]` to `[..., D]`.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
         crops: Geometry when they are not.
         image_count: Images in the sample that each bucket row belongs to, `[B]` int64.
+        backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
 
     features: Float[Tensor, "B N D"]
     index: Int[Tensor, "B N"]
     num_original: int
     cls_attention: Float[Tensor, "B *EH N"] | None = None
+    cls_logits: Float[Tensor, "B *EH N"] | None = None
+    cls_wide_attention: Float[Tensor, "B *EH N"] | None = None
     column_attention: Float[Tensor, "B *EH N"] | None = None
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None
     projector: Callable[[Tensor], Tensor] | None = None
+    two_layer: TwoLayer | None = None
     text_embeddings: Float[Tensor, "B T D"] | None = None
+    text_after: int = 0
+    input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
+    key_norms: Float[Tensor, "B NT"] | None = None
+    text_states: Float[Tensor, "B T D"] | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None
     crops: CropLayout | None = None
     image_count: Int[Tensor, "B"] | None = None
+    backend: Backend = "auto"
 
     @property
     def batch(self) -> int:

@@ -1,10 +1,15 @@
 """Plans: what they expand to, and what they refuse."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from vispress.bench.plan import load_plan, plan_from_mapping
+from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BASE = {
     "tasks": ["attribute"],
     "methods": ["divprune"],
@@ -75,6 +80,7 @@ def test_ratios_are_means_over_layers_unless_asked_otherwise():
         ({"questions": 0}, ConfigError, "questions must be an integer >= 1"),
         ({"timing": {"round": 3}}, ConfigError, "did you mean 'rounds'"),
         ({"timing": {"rounds": 1}}, ConfigError, "timing.rounds"),
+        ({"timing": {"decode_tokens": -1}}, ConfigError, "timing.decode_tokens"),
         ({"keep_ratio": [0.5]}, ConfigError, "did you mean 'keep_ratios'"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -84,14 +90,30 @@ def test_mistakes_are_named(changes, error, words):
         plan_from_mapping(BASE | changes)
 
 
-@pytest.mark.parametrize("name", ["smoke", "demo", "offline"])
+@pytest.mark.parametrize("name", ["smoke", "demo", "offline", "efficiency"])
 def test_shipped_plans_hold_the_controls(name):
     groups = {cell.group for cell in load_plan(name).cells()}
     assert groups >= {"none", "random", "uniform", "avg_pool", "no_image"}
 
 
+def test_efficiency_has_the_published_budgets_of_the_methods_it_names():
+    """A count of LLaVA-1.5's 576 tokens is the same share of the reference model's 144."""
+    plan = load_plan("efficiency")
+    by_group = {cell.group: cell.chain for cell in plan.cells()}
+    for group in (*plan.overrides, "transprune-low", "vtw", "no_image", "avg_pool"):
+        (ours,) = by_group[group]
+        published = load_config(CONFIGS / f"{ours.name}.yaml")
+        if group == "transprune-low":  # the other preset of a method with one file
+            published = replace(published, preset="low")
+        kept = [
+            [placement.budget.resolve(visual) for placement in method.placements(32)]
+            for method, visual in ((published, 576), (ours, 144))
+        ]
+        assert [round(count / 4) for count in kept[0]] == kept[1], group
+
+
 def test_unknown_plans_name_the_shipped_ones():
-    known = r"did you mean 'smoke'\? known: demo, frontier, offline, smoke"
+    known = r"did you mean 'smoke'\? known: demo, efficiency, frontier, offline, smoke"
     with pytest.raises(ConfigError, match=known):
         load_plan("smok")
 

@@ -14,18 +14,19 @@ from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
 from vispress.report import CompressionReport
-from vispress.types import Signal, TokenPlan, VisualTokens
+from vispress.types import CLS_SIGNALS, Placement, TokenPlan, VisualTokens
 
 METHODS = tuple(list_methods())
 NO_BUDGET = frozenset(name for name in METHODS if not get_method(name).takes_budget)
 """Methods that take no budget; a contract test holds them to it."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    name: {} for name in (*sorted(NO_BUDGET), "pyramiddrop", "transprune")
+    name: {} for name in (*sorted(NO_BUDGET), "pyramiddrop", "sparsevlm", "transprune")
 }
 """What `compress_model` gets beside the name; others get a ratio."""
 
-CASES = [(family, method) for family in FAMILIES for method in METHODS]
+VIDEO_ONLY = frozenset(name for name in METHODS if get_method(name).needs == "video")
+"""Methods that leave the images of the common batch whole; laws on videos run over them."""
 
 # two images and one, a text-only sample, unequal lengths; sizes differ where the family allows it
 SAMPLES = (
@@ -41,6 +42,20 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"
     return build(family, dtype=dtype, attn=attn)
 
 
+def fits(family: str, method: str) -> bool:
+    """Whether the family has the kind of input that the method is made for."""
+    needs = get_method(method).needs
+    return needs is None or needs in find_adapter(model_of(family)).kinds
+
+
+CASES = [
+    (family, method)
+    for family in FAMILIES
+    for method in METHODS
+    if method not in VIDEO_ONLY and fits(family, method)
+]
+
+
 @cache
 def inputs_of(
     family: str, padding: str = "left", dtype: torch.dtype = torch.float64
@@ -53,7 +68,7 @@ def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
     """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
     chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
     adapter = find_adapter(model_of(family))
-    if Signal.CLS_ATTENTION in get_method(method).reads and not adapter.has_cls:
+    if get_method(method).reads & CLS_SIGNALS and not adapter.has_cls:
         chosen["scores"] = "column_mean"
     return chosen
 
@@ -65,15 +80,26 @@ class Spy:
 
     def __init__(self) -> None:
         self.seen: list[tuple[VisualTokens, TokenPlan]] = []
+        self.layers: list[int] = []
 
     def watch(self, method: Compressor) -> Compressor:
         """A compressor that behaves the same and tells."""
-        seen = self.seen
+        seen, layers = self.seen, self.layers
+        placements: list[Placement] = []
 
         class Watched(type(method)):  # type: ignore[misc]
+            def placements(self, num_layers: int) -> tuple[Placement, ...]:
+                found: tuple[Placement, ...] = super().placements(num_layers)
+                placements[:] = found
+                return found
+
             def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
                 plan = super().plan(tokens, num_keep)
                 seen.append((tokens, plan))
+                # the first of equal budgets: a later one keeps all and asks for no plan
+                size = tokens.num_original
+                stages = (p.layer for p in placements if p.budget.resolve(size) == num_keep)
+                layers.append(next(stages, placements[0].layer))
                 return plan
 
         Watched.__name__ = type(method).__name__
@@ -122,44 +148,53 @@ def run(
     if find_adapter(model).mrope:
         default = "original"
     values: dict[int, tuple[Tensor, Tensor]] = {}
-    for spy, one in zip(spies, chain, strict=True):
-        layer = one.placements(report.num_layers)[0].layer
-        changed = changed_rows(report, spy, logits.shape[:2])
-        if changed is not None:
-            values[layer] = changed
+    for spy in spies:
+        values |= changed_rows(report, spy, logits.shape[:2])
     return Run(logits, report, options.get("positions") or default, values)
 
 
 def changed_rows(
     report: CompressionReport, spy: Spy, shape: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
-    """New values of merged or replaced tokens, worked out from the plans, row by row."""
-    rows: dict[tuple[int, int], Tensor] = {}
-    images = [(b, image) for b, sample in enumerate(report.samples) for image in sample.images]
-    for tokens, plan in spy.seen:
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """New values of merged or replaced tokens by layer, worked out from the plans, row by row."""
+    found: dict[int, dict[tuple[int, int], Tensor]] = {}
+    for (tokens, plan), layer in zip(spy.seen, spy.layers, strict=True):
         if plan.features is None and plan.assign is None:
             continue
-        for bucket_row, (b, image) in enumerate(_bucket_images(images, tokens)):
-            for slot, place in enumerate(plan.keep[bucket_row].tolist()):
+        rows = found.setdefault(layer, {})
+        for bucket_row, (b, image) in enumerate(_bucket_images(report, tokens)):
+            raster = tokens.index[bucket_row, plan.keep[bucket_row]].tolist()
+            for slot, place in enumerate(raster):
                 rows[b, image.positions[place]] = _new_value(tokens, plan, bucket_row, slot)
-    if not rows:
-        return None
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for b, position in rows:
-        mask[b, position] = True
-    return mask, torch.stack([rows[key] for key in sorted(rows)])
+    out = {}
+    for layer, rows in found.items():
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for b, position in rows:
+            mask[b, position] = True
+        out[layer] = mask, torch.stack([rows[key] for key in sorted(rows)])
+    return out
 
 
-def _bucket_images(images: list[Any], tokens: VisualTokens) -> list[Any]:
-    """Images of a bucket in order: those with its N and grid (layouts of equal N are told
-    by grid).
+def _bucket_images(report: CompressionReport, tokens: VisualTokens) -> list[tuple[int, Any]]:
+    """Images of a bucket in order: those with its N, grid (which tells layouts of equal N) and,
+    where the text is read, as much of it.
     """
-    found = [
+    text = tokens.text_embeddings
+    return [
         (b, image)
-        for b, image in images
-        if image.num_visual == tokens.num_original and image.grid == tokens.grid
+        for b, sample in enumerate(report.samples)
+        for image in sample.images
+        if (image.num_visual, image.grid) == (tokens.num_original, tokens.grid)
+        and (text is None or _texts(report, b, image) == (text.shape[1], tokens.text_after))
     ]
-    return found
+
+
+def _texts(report: CompressionReport, b: int, image: Any) -> tuple[int, int]:
+    """Text tokens of an image's sample, and those behind the image."""
+    text = report.alive(0)[b].clone()
+    for other in report.samples[b].images:
+        text[list(other.positions)] = False
+    return int(text.sum()), int(text[max(image.positions) + 1 :].sum())
 
 
 def _new_value(tokens: VisualTokens, plan: TokenPlan, row: int, slot: int) -> Tensor:
@@ -217,6 +252,7 @@ __all__ = [
     "METHODS",
     "QWEN",
     "SAMPLES",
+    "VIDEO_ONLY",
     "Run",
     "Spy",
     "changed_rows",

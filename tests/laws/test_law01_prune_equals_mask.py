@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, run
+from tests.laws.cases import (
+    CASES,
+    FAMILIES,
+    VIDEO_ONLY,
+    inputs_of,
+    make,
+    model_of,
+    real_positions,
+    run,
+)
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 
@@ -37,7 +46,8 @@ def test_prefill_equals_the_masked_model(family: str, method: str) -> None:
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_every_decode_step_equals_the_masked_model(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    result = run(model, inputs, make(family, method))
+    # as generate counts positions: norms of rotated keys (DART) depend on them
+    result = run(model, real_positions(family, inputs), make(family, method))
     tokens, logits = oracle_generate(
         model, inputs, result.alive, 4, result.positions, result.values
     )
@@ -134,7 +144,7 @@ def test_report_and_alive_agree() -> None:
             assert tuple(here) == image.kept
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool"])
+@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool", *sorted(VIDEO_ONLY)])
 @pytest.mark.parametrize("family", VIDEO)
 def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, method: str) -> None:
     model = model_of(family)
@@ -146,6 +156,27 @@ def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, meth
     result = run(model, inputs, make(family, method))
     kinds = [[image.modality for image in sample.images] for sample in result.report.samples]
     assert kinds == [["video", "image"], ["image"]]
+    assert_equals_oracle(model, inputs, result)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prumerge", {"keep_ratio": None}),
+        ("prumerge", {"keep_ratio": None, "plus": True}),
+        ("sparsevlm", {"layers": (2,), "ratios": (0.5,), "rank_scale": 1.0, "rank_bias": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl"])
+def test_counts_that_images_decide_equal_the_masked_model(
+    family: str, method: str, options: dict[str, Any]
+) -> None:
+    model, inputs = model_of(family), inputs_of(family)
+    result = run(model, inputs, make(family, method, **options))
+    images = [image for sample in result.report.samples for image in sample.images]
+    counts = [len(image.kept) for image in images]
+    assert all(0 < n <= image.num_visual for n, image in zip(counts, images, strict=True))
+    assert sum(counts) < sum(image.num_visual for image in images) or "plus" in options
     assert_equals_oracle(model, inputs, result)
 
 

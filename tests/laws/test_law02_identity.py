@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import (
+    CASES as ALL_CASES,
+)
+from tests.laws.cases import (
     FAMILIES,
-    METHODS,
     NO_BUDGET,
     greedy,
     inputs_of,
@@ -20,7 +22,7 @@ from torch import Tensor
 from vispress import compressed
 from vispress.methods import DivPrune, FastV, PyramidDrop
 
-CASES = [(family, method) for family in FAMILIES for method in METHODS if method not in NO_BUDGET]
+CASES = [case for case in ALL_CASES if case[1] not in NO_BUDGET]
 """Methods without a budget end with no token and have no identity; law 6 checks what is kept."""
 
 PLENTY = 10_000

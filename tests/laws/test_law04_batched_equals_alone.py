@@ -9,6 +9,7 @@ from tests.laws.cases import (
     CASES,
     FAMILIES,
     SAMPLES,
+    VIDEO_ONLY,
     greedy,
     inputs_of,
     logits_of,
@@ -78,7 +79,7 @@ def test_a_chain_treats_each_sample_as_if_alone(family: str) -> None:
     assert_each_as_alone(family, {"method": chain}, inputs_of(family), singles)
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "uniform"])
+@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "uniform", *sorted(VIDEO_ONLY)])
 @pytest.mark.parametrize("family", VIDEO)
 def test_a_sample_with_a_video_is_what_it_is_alone(family: str, method: str) -> None:
     samples = [

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from vispress.types import CropLayout, TokenPlan, Transition, VisualTokens, full_index
+from vispress.types import CropLayout, TokenPlan, Transition, TwoLayer, VisualTokens, full_index
 
 
 class TinyProjector:
@@ -15,8 +15,23 @@ class TinyProjector:
         self.first = torch.randn(width_in, 7, generator=generator, dtype=torch.float64)
         self.second = torch.randn(7, width_out, generator=generator, dtype=torch.float64)
 
+    @property
+    def weights(self):
+        """The same as weights."""
+        return TwoLayer(w1=self.first.mT, b1=None, w2=self.second.mT, b2=None)
+
     def __call__(self, x):
         return torch.nn.functional.gelu(x @ self.first.to(x)) @ self.second.to(x)
+
+
+class TinyNorm:
+    """An RMS norm that computes in the dtype of its input."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x), 1e-6)
 
 
 def anyres(side=4, rows=2, cols=2, *, top=0, left=0, newlines=True):
@@ -94,17 +109,26 @@ def make_tokens(
         )
 
     layers = () if encoder_layers == 1 else (encoder_layers,)
+    projector = TinyProjector(6, dim, g)
     return VisualTokens(
         features=normal(B, N, dim).to(dtype),
         index=full_index(B, N, torch.device("cpu")),
         num_original=N,
         cls_attention=attention(B, *layers, heads).to(dtype),
         column_attention=attention(B, *layers, heads).to(dtype),
+        cls_logits=normal(B, *layers, heads, N).to(dtype),
+        cls_wide_attention=attention(B, *layers, 1).to(dtype),
         vision_keys=normal(B, heads, N, 5).to(dtype),
         vision_features=normal(B, N, 6).to(dtype),
-        projector=TinyProjector(6, dim, g),
-        text_embeddings=normal(B, 4, dim).to(dtype),
+        projector=projector,
+        two_layer=projector.weights,
+        text_embeddings=normal(B, queries + 1, dim).to(dtype),
+        text_after=queries,
+        input_embeddings=normal(B, N, dim).to(dtype),
         query_attention=attention(B, heads, queries),
+        key_norms=torch.rand(B, N + queries, generator=g),
+        text_states=normal(B, queries, dim).to(dtype),
+        final_norm=TinyNorm(normal(dim)),
         transition=tuple(transition(layer) for layer in transitions),
         grid=grid,
         crops=crops,
@@ -135,7 +159,7 @@ def with_scores(*rows):
 
 
 def map_tensors(tokens, change):
-    """A copy with `change` applied to every device tensor (`crops` stays on the host)."""
+    """A copy with `change` applied to every tensor of the bucket (`crops` stays on the host)."""
 
     def visit(value):
         if isinstance(value, Tensor):
@@ -146,7 +170,10 @@ def map_tensors(tokens, change):
             return tuple(visit(v) for v in value)
         return value
 
-    return replace(tokens, **{k: visit(v) for k, v in vars_of(tokens).items() if k != "crops"})
+    return replace(
+        tokens,
+        **{k: visit(v) for k, v in vars_of(tokens).items() if k not in ("crops", "two_layer")},
+    )
 
 
 def vars_of(value):
@@ -175,6 +202,8 @@ def take(tokens, keep):
         index=tokens.index[rows, keep],
         cls_attention=tokens.cls_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
         column_attention=tokens.column_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
+        cls_logits=tokens.cls_logits.transpose(1, 2)[rows, keep].transpose(1, 2),
+        cls_wide_attention=tokens.cls_wide_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
         query_attention=None,
@@ -190,10 +219,15 @@ def merged(plan, values):
 
 def same_plan(a: TokenPlan, b: TokenPlan):
     """Whether two plans are equal, values to rounding."""
-    if not torch.equal(a.keep, b.keep) or (a.assign is None) != (b.assign is None):
+    if [k.tolist() for k in a.keep] != [k.tolist() for k in b.keep]:
+        return False
+    if (a.assign is None) != (b.assign is None):
         return False
     if a.assign is not None and not (
         torch.equal(a.assign, b.assign) and torch.allclose(a.weight, b.weight)
     ):
         return False
-    return a.features is None or torch.allclose(a.features, b.features, rtol=1e-4, atol=1e-5)
+    return a.features is None or all(
+        torch.allclose(a.features[i, :count], b.features[i, :count], rtol=1e-4, atol=1e-5)
+        for i, count in enumerate(a.counts)
+    )

@@ -4,13 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.methods.helpers import anyres, make_tokens
+from tests.methods.helpers import anyres, make_tokens, map_tensors
 from tests.methods.test_divprune import GOLDEN
 
 from vispress.errors import ConfigError
 from vispress.methods import ZOOPrune
-from vispress.methods.diversity import maxmin_select, unit
-from vispress.methods.zoo_prune import perturbation_scores, sads_select
+from vispress.methods.sensitivity import of_any_projector, sensitivity
+from vispress.methods.zoo_prune import sads_select
+from vispress_kernels.maxmin_select import maxmin_select
+
+
+def directions_of(m, width, seed=0):
+    drawn = torch.randn(m, width, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(drawn, dim=1)
 
 
 def test_worked_example():
@@ -18,7 +24,7 @@ def test_worked_example():
     cosine = torch.tensor([1.0, 0.95, 0.2, 0.1])
     x = torch.stack([cosine, (1 - cosine**2).sqrt()], dim=1)[None]
     weight = torch.tensor([[1.0, 0.9, 0.3, 0.0]])
-    assert maxmin_select(x, 2, weight.argmax(dim=1), weight).tolist() == [[0, 2]]
+    assert maxmin_select(x, 2, weight=weight).tolist() == [[0, 2]]
 
 
 def test_golden_vector():
@@ -36,13 +42,13 @@ def test_the_least_sensitive_token_comes_last():
 def test_sensitivity_of_a_linear_projector_is_constant():
     g = torch.Generator().manual_seed(0)
     matrix, x = (torch.randn(*s, generator=g, dtype=torch.float64) for s in [(6, 8), (1, 20, 6)])
-    directions = torch.randn(16, 6, generator=g)
-    score = perturbation_scores(x, lambda v: v @ matrix + 1, directions, 0.01)
-    units = torch.nn.functional.normalize(directions, dim=1).double()
-    torch.testing.assert_close(score, (units @ matrix).norm(dim=1).mean().expand(1, 20))
+    units = directions_of(16, 6)
+    score = of_any_projector(x, lambda v: v @ matrix + 1, units, 0.01)
+    expected = (units.double() @ matrix).norm(dim=1).mean()
+    torch.testing.assert_close(score, expected.expand(1, 20))
     # then every token weighs 1: max-min from the first token
     features = x @ matrix
-    plain = maxmin_select(unit(features), 7, torch.tensor([0]))
+    plain = maxmin_select(features, 7, first=torch.tensor([0]))
     assert torch.equal(sads_select(features, score, 7), plain)
 
 
@@ -54,8 +60,42 @@ def test_the_projector_sees_at_least_fp32():
         seen.append(x.dtype)
         return tokens.projector(x)
 
-    ZOOPrune(m=3).plan(replace(tokens, projector=spy), 2)
+    ZOOPrune(m=3).plan(replace(tokens, projector=spy, two_layer=None), 2)
     assert seen == [torch.float32] * 6
+
+
+def test_without_a_two_layer_mlp_the_projector_runs_twice_a_direction_bit_for_bit():
+    tokens = replace(make_tokens(2, 30), two_layer=None)
+    x, units = tokens.vision_features, directions_of(5, 6)
+    total = torch.zeros(2, 30)
+    for u in units:
+        total += (tokens.projector(x + 0.01 * u) - tokens.projector(x - 0.01 * u)).norm(dim=-1)
+    assert torch.equal(sensitivity(tokens, units, 0.01, "mean"), total / (2 * 0.01 * 5))
+
+
+@pytest.mark.parametrize("average", ["mean", "rms"])
+def test_a_two_layer_mlp_gives_the_same_scores_and_tokens_without_the_projector(average):
+    def forbidden(x):
+        raise AssertionError("the projector ran")
+
+    tokens = map_tensors(make_tokens(2, 60), lambda t: t.double() if t.is_floating_point() else t)
+    shared = replace(tokens, projector=forbidden)
+    plain = replace(tokens, two_layer=None)
+    units = directions_of(7, 6)
+    torch.testing.assert_close(
+        *(sensitivity(t, units, 1e-4, average) for t in (shared, plain)), rtol=1e-6, atol=0
+    )
+    method = ZOOPrune(m=7, h=1e-4, average=average)
+    assert torch.equal(method.plan(shared, 20).keep, method.plan(plain, 20).keep)
+
+
+def test_the_root_mean_square_is_at_least_the_mean_and_near_it():
+    tokens, units = make_tokens(1, 50), directions_of(64, 6)
+    mean, rms = (sensitivity(tokens, units, 0.01, average) for average in ("mean", "rms"))
+    assert (rms >= mean).all()
+    ratio = rms / mean
+    assert ratio.max() < 1.4  # 6 inputs; at 1024 the two differ by 1e-3
+    assert torch.corrcoef(torch.stack([mean[0], rms[0]]))[0, 1] > 0.99
 
 
 def test_the_seed_decides_the_directions():
@@ -68,12 +108,7 @@ def test_sub_images_are_selected_on_their_own():
     crops = anyres(side=4, rows=1, cols=2, newlines=True)
     tokens = make_tokens(2, crops=crops)
     keep = ZOOPrune(m=4).plan(tokens, 4 + 15).keep
-    score = perturbation_scores(
-        tokens.vision_features,
-        tokens.projector,
-        torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
-        0.01,
-    )
+    score = sensitivity(tokens, directions_of(4, 6), 0.01, "mean")
     expected = [torch.where(crops.segment == -1)[0].expand(2, -1)]
     for s in range(3):
         places = torch.where(crops.segment == s)[0]
@@ -91,7 +126,7 @@ def test_published_counts_are_truncated():
 
 @pytest.mark.refusal
 @pytest.mark.parametrize(
-    "bad", [{"m": 0}, {"m": 2.5}, {"h": 0}, {"h": -0.1}, {"seed": -1}], ids=str
+    "bad", [{"m": 0}, {"m": 2.5}, {"h": 0}, {"h": -0.1}, {"seed": -1}, {"average": "max"}], ids=str
 )
 def test_bad_hyper_parameters_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

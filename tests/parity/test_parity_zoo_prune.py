@@ -1,11 +1,15 @@
 """ZOO-Prune against its official code."""
 
+import pytest
 import torch
+from tests.methods.helpers import only
 from tests.parity.vectors import close, each_case
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, normalize
 
 from vispress.methods import ZOOPrune
-from vispress.methods.zoo_prune import perturbation_scores, sads_select
+from vispress.methods.sensitivity import sensitivity
+from vispress.methods.zoo_prune import sads_select
+from vispress.types import TwoLayer
 
 
 def projector(case):
@@ -14,27 +18,36 @@ def projector(case):
     return lambda x: gelu(x @ w1.to(x).mT + b1.to(x)) @ w2.to(x).mT + b2.to(x)
 
 
-@each_case("zoo_prune", having="in/pre_features")
-def test_sensitivity(case):
-    directions, h = case["in/directions_raw"], case["param/h"]
-    assert len(directions) == case["param/m"]
-    x = case["in/pre_features"][None]
-    close(
-        perturbation_scores(x, projector(case), directions, h)[0], case["out/importance"], rtol=2e-3
+def scores(case, x, *, shared):
+    """Ours, with products shared between directions or by running the projector."""
+    weights = {name: case[f"in/proj_{name}"] for name in ("w1", "b1", "w2", "b2")}
+    tokens = only(
+        vision_features=x,
+        projector=projector(case),
+        two_layer=TwoLayer(**weights) if shared else None,
     )
-    exact = perturbation_scores(x.double(), projector(case), directions, h)[0]
-    close(exact, case["out/importance_float64"])
+    directions = normalize(case["in/directions_raw"], dim=-1)
+    return sensitivity(tokens, directions, case["param/h"], "mean")
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @each_case("zoo_prune", having="in/pre_features")
-def test_selection_from_the_projector(case):
+def test_sensitivity(case, shared):
+    assert len(case["in/directions_raw"]) == case["param/m"]
+    x = case["in/pre_features"][None]
+    close(scores(case, x, shared=shared)[0], case["out/importance"], rtol=2e-3)
+    close(scores(case, x.double(), shared=shared)[0], case["out/importance_float64"])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@each_case("zoo_prune", having="in/pre_features")
+def test_selection_from_the_projector(case, shared):
     x = case["in/pre_features"][None].double()
-    project = projector(case)
     (placement,) = ZOOPrune(keep_ratio=case["param/ratio"]).placements(32)
     num_keep = placement.budget.resolve(x.shape[1])
     assert num_keep == case["param/keep_count"]
-    importance = perturbation_scores(x, project, case["in/directions_raw"], case["param/h"])
-    (order,) = sads_select(project(x), importance, num_keep)
+    importance = scores(case, x, shared=shared)
+    (order,) = sads_select(projector(case)(x), importance, num_keep)
     assert order.tolist() == case["out/selected_order"].tolist()
 
 

@@ -41,3 +41,22 @@ def test_matrices_go_to_muon_and_the_rest_to_adamw():
     shapes = {g["muon"]: [tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups}
     assert shapes == {True: [(4, 4)], False: [(4,), (5, 4)]}
     assert all(g["lr_scale"] == 0.5 for g in optimizer.param_groups)
+
+
+def test_a_module_without_gradients_stays_as_it_is(monkeypatch):
+    modules = {"still": nn.Linear(4, 4), "moving": nn.Linear(4, 4)}
+    optimizer = make_optimizer(modules, lr=0.1)
+    before = [p.detach().clone() for p in modules["still"].parameters()]
+    modules["moving"](torch.ones(2, 4)).sum().backward()
+
+    def nothing_to_share(stacks, work):
+        # several processes exchange no empty lists
+        assert stacks
+        return [work(stack) for stack in stacks]
+
+    monkeypatch.setattr("vispress.reference.optim.shared", nothing_to_share)
+    moved = modules["moving"].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(modules["moving"].weight, moved)
+    after = list(modules["still"].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -3,13 +3,15 @@
 import numpy as np
 import torch
 
+from vispress.reference.architecture import ARCHITECTURES
 from vispress.reference.checkpoint import for_inference, for_training
 from vispress.reference.model import build_model, normalise, reference_config
 from vispress.reference.packing import SLOT, LanguageStream, pack
 from vispress.reference.scenes import NUM_PATCHES
-from vispress.reference.train_language import answer_loss, packed_hidden
+from vispress.reference.train_language import answer_loss
 from vispress.reference.words import VOCABULARY
 
+LLAVA = ARCHITECTURES["llava"]
 PREFIX = 1 + NUM_PATCHES
 WHERE = (("where is the ring ? :", "top left"),)
 
@@ -19,10 +21,10 @@ def tiny():
 
 
 def test_each_packed_question_equals_the_question_alone():
-    model, batch = tiny(), LanguageStream(0, 1, 7, 0)[0]
+    model, batch = tiny(), LanguageStream(LLAVA, 0, 1, 7, 0)[0]
     for_training(model)
     with torch.no_grad():
-        packed = model.lm_head(packed_hidden(model, batch)[0])[0]
+        packed = model.lm_head(LLAVA.hidden(model, batch)[0])[0]
     for_inference(model)
     pixels = normalise(batch.dense.pixels)
     groups = batch.group[0].unique().tolist()
@@ -54,9 +56,9 @@ def test_questions_that_do_not_fit_are_left_out_whole():
 
 
 def test_loss_reads_first_word_accuracy_at_the_colon():
-    model, batch = tiny(), LanguageStream(0, 2, 7, 0)[0]
+    model, batch = tiny(), LanguageStream(LLAVA, 0, 2, 7, 0)[0]
     for_training(model)
-    hidden = packed_hidden(model, batch)[0]
+    hidden = LLAVA.hidden(model, batch)[0]
     late, hits = answer_loss(model, hidden, batch, early=False)
     both, _ = answer_loss(model, hidden, batch, early=True)
     assert both > late > 0

@@ -198,9 +198,9 @@ def column_mean_kernel(
 
 
 def launch_rule(Dh: int, itemsize: int) -> Rule:
-    """Square blocks for heads of Dh: both passes walk them."""
+    """Blocks for heads of Dh, walked by both passes; square but in fp32, which would spill."""
     rule = head_rule(Dh, itemsize)
-    return {"BLOCK_M": rule["BLOCK_N"], **rule}
+    return {"BLOCK_M": 16 if rule["CHUNKED"] else rule["BLOCK_N"], **rule}
 
 
 def column_attention_triton(
@@ -217,7 +217,7 @@ def column_attention_triton(
     if not out.numel():
         return out
     lse = torch.empty_like(out)
-    counts = query_counts(bounds, valid, (B, S)).to(q.device)
+    counts = query_counts(bounds, valid, q)
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     rule = launch_rule(Dh, q.element_size())
     q, k = dot_operand(q), dot_operand(k)
@@ -228,12 +228,12 @@ def column_attention_triton(
         **rule,
         "on": q,
     }
-    programs = B * H * ceil_div(S, rule["BLOCK_M"])
+    row_programs, column_programs = (B * H * ceil_div(S, rule[b]) for b in ("BLOCK_M", "BLOCK_N"))
     strides = (*q.stride(), *k.stride())
     sizes = (scale, H, S, Dh, H // k.shape[1])
-    launch(row_lse_kernel, programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
+    launch(row_lse_kernel, row_programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
     launch(
-        column_mean_kernel, programs, q, k, bounds, valid, lse, counts, out,
+        column_mean_kernel, column_programs, q, k, bounds, valid, lse, counts, out,
         *strides, *counts.stride(), *sizes, **options,
     )  # fmt: skip
     return out

@@ -14,11 +14,11 @@ def segment_bounds(cu_seqlens: Tensor, S: int) -> Tensor:
     return torch.stack([ends[segment - 1], ends[segment.clamp(max=len(ends) - 1)]])
 
 
-def query_counts(bounds: Tensor | None, valid: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Valid queries in each key's segment, `[B, S]` int64."""
-    B, S = shape
+def query_counts(bounds: Tensor | None, valid: Tensor | None, q: Tensor) -> Tensor:
+    """Valid queries in each key's segment, `[B, S]` int64, for queries `[B, H, S, Dh]`."""
+    B, S = q.shape[0], q.shape[2]
     if valid is None and bounds is None:
-        return torch.full((), S, dtype=torch.int64).expand(B, S)
+        return torch.full((), S, dtype=torch.int64, device=q.device).expand(B, S)
     if valid is None:
         assert bounds is not None
         return (bounds[1] - bounds[0]).expand(B, S)
@@ -65,5 +65,5 @@ def column_attention_reference(
         if masks:  # a query without keys has no distribution
             weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         total = total + weights.sum(-2)
-    counts = query_counts(bounds, valid, (B, S)).to(total)
+    counts = query_counts(bounds, valid, q).to(total)
     return total / counts.clamp(min=1)[:, None]

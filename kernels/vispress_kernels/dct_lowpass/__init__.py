@@ -7,7 +7,11 @@ from torch import Tensor
 
 from vispress_kernels._backend import Backend, resolve_backend
 from vispress_kernels._checks import check_count, check_floating, check_shape
-from vispress_kernels.dct_lowpass.reference import dct_lowpass_reference, lowpass_basis
+from vispress_kernels.dct_lowpass.reference import (
+    basis_on,
+    dct_lowpass_reference,
+    lowpass_basis,
+)
 
 __all__ = ["dct_lowpass", "dct_lowpass_reference", "lowpass_basis"]
 
@@ -22,8 +26,8 @@ def dct_lowpass(
 ) -> Tensor:
     """Shrink a grid of tokens: 2-D DCT, keep the lowest frequencies, inverse DCT at the new size.
 
-    Written as two matrix products for each channel, in fp32. Bound by memory. The kernel has no
-    backward (`"auto"` runs the reference where one is needed).
+    Written as two matrix products for each channel, in fp32. Differentiable with either backend.
+    Bound by memory.
 
     Args:
         x: Tokens `[B, H * W, C]` in raster order, fp16, bf16, fp32 or fp64, any strides.
@@ -49,9 +53,9 @@ def dct_lowpass(
     check_floating(x=x)
     gain = math.sqrt(H * W / (P * Q)) if rescale else 1.0
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = (lowpass_basis(H, P) / gain).to(x.device, dtype)
-    columns = lowpass_basis(W, Q).to(x.device, dtype)
-    if resolve_backend(backend, x, has_backward=False) == "torch":
+    rows = basis_on(H, P, gain, x.device, dtype)
+    columns = basis_on(W, Q, 1.0, x.device, dtype)
+    if resolve_backend(backend, x) == "torch":
         return dct_lowpass_reference(x, rows, columns)
     from vispress_kernels.dct_lowpass.kernel import dct_lowpass_triton
 

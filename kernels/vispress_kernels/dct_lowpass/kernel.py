@@ -4,10 +4,13 @@ Memory-bound: reads the grid once for each tile of 16 x 16 new tokens (once in a
 sizes, then from cache) and writes each new token once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vispress_kernels._launch import Rule, ceil_div, launch, store_dtype
 
@@ -48,12 +51,13 @@ def dct_lowpass_kernel(
     m_p = o_p < P
     p_x = x_ptr + i_b * stride_b + o_c[None, :] * stride_c
     out = tl.zeros((BLOCK_P, BLOCK_Q, BLOCK_C), tl.float32)
+    first = tl.zeros((), tl.int64)  # token at the start of row h
     for h in range(H):
         narrow = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
         for start in range(0, W, BLOCK_W):
             o_w = start + tl.arange(0, BLOCK_W)
             m_w = o_w < W
-            o_n = (h * W + o_w).to(tl.int64)
+            o_n = first + o_w
             x = tl.load(
                 p_x + o_n[:, None] * stride_n, mask=m_w[:, None] & m_c[None, :], other=0.0
             )  # [BLOCK_W, BLOCK_C]
@@ -65,6 +69,7 @@ def dct_lowpass_kernel(
             narrow = tl.dot(columns, x.to(tl.float32), narrow, input_precision="ieee")
         rows = tl.load(rows_ptr + o_p * H + h, mask=m_p, other=0.0)
         out += rows[:, None, None] * narrow[None, :, :]
+        first += W
     o_n = o_p[:, None, None] * Q + o_q[None, :, None]
     mask = m_p[:, None, None] & m_q[None, :, None] & m_c[None, None, :]
     p_out = out_ptr + (i_b * P * Q + o_n) * C + o_c[None, None, :]
@@ -72,19 +77,18 @@ def dct_lowpass_kernel(
 
 
 def launch_rule() -> Rule:
-    """One tile size for all shapes: 32 fp32 accumulators a thread."""
+    """One tile size for all shapes: 32 fp32 accumulators a thread; one stage, as two spill."""
     return {
         "BLOCK_P": 16,
         "BLOCK_Q": 16,
         "BLOCK_W": 32,
         "BLOCK_C": 32,
         "num_warps": 8,
-        "num_stages": 2,
+        "num_stages": 1,
     }
 
 
-def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Launch the kernel; arguments as in `dct_lowpass_reference`."""
+def _launch_dct(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     B, _, C = x.shape
     P, H = rows.shape
     Q, W = columns.shape
@@ -108,3 +112,23 @@ def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         on=x,
     )
     return out.to(x.dtype)
+
+
+class _DctLowpass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        return _launch_dct(x, rows, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        # the map is linear: its transpose is the same kernel with both matrices transposed
+        return _launch_dct(grad, rows.mT, columns.mT), None, None
+
+
+def dct_lowpass_triton(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Launch the kernel, with autograd; arguments as in `dct_lowpass_reference`."""
+    out: Tensor = _DctLowpass.apply(x, rows, columns)
+    return out

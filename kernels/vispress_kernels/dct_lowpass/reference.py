@@ -1,15 +1,10 @@
 """What `dct_lowpass` means, in plain torch."""
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-
-@cache
-def _basis(n: int, m: int) -> Tensor:
-    return _dct(m)[:m].T @ _dct(n)[:m]
 
 
 def _dct(n: int) -> Tensor:
@@ -22,7 +17,14 @@ def _dct(n: int) -> Tensor:
 
 def lowpass_basis(n: int, m: int) -> Tensor:
     """`[m, n]` fp64: n-point DCT, keep the m lowest frequencies, m-point inverse DCT."""
-    return _basis(n, m).clone()
+    return _dct(m).T @ _dct(n)[:m]
+
+
+@lru_cache(maxsize=64)
+def basis_on(n: int, m: int, gain: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`lowpass_basis(n, m) / gain` on a device, made once; not to be written to."""
+    with torch.inference_mode(False):  # kept: a later call may need gradients
+        return (lowpass_basis(n, m) / gain).to(device, dtype)
 
 
 def dct_lowpass_reference(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -46,10 +46,12 @@ def dpp_step_kernel(
     # int64 before any multiply: B*N*D passes 2**31 for video
     i_p = (pid % P).to(tl.int64)
     i_b = (pid // P).to(tl.int64)
-    read = ((step % 2) * 2 * B + i_b) * P
-    write = (((step + 1) % 2) * 2 * B + i_b) * P
+    read = ((step % 2).to(tl.int64) * 2 * B + i_b) * P
+    write = (((step + 1) % 2).to(tl.int64) * 2 * B + i_b) * P
+    second_read = ((step % 2).to(tl.int64) * 2 * B + B + i_b) * P
+    second_write = (((step + 1) % 2).to(tl.int64) * 2 * B + B + i_b) * P
     top, pick = read_best(value_ptr + read, index_ptr + read, P, BLOCK_P)
-    _, relevant = read_best(value_ptr + read + B * P, index_ptr + read + B * P, P, BLOCK_P)
+    _, relevant = read_best(value_ptr + second_read, index_ptr + second_read, P, BLOCK_P)
     floor = tl.load(floor_ptr + i_b)
     found = (top > floor) & (step < R)
     pick = tl.where(found, pick, relevant)
@@ -74,9 +76,11 @@ def dpp_step_kernel(
                 inv = tl.load(inv_ptr + i_b * N + o_n, mask=m_n, other=0.0)
                 row = dot * inv * relevance * scale
                 p_factor = factor_ptr + i_b * R * N
-                for s in range(step):
-                    column = tl.load(p_factor + s * N + o_n, mask=m_n, other=0.0)
-                    row -= column * tl.load(p_factor + s * N + pick)
+                p_known = p_factor
+                for _s in range(step):
+                    column = tl.load(p_known + o_n, mask=m_n, other=0.0)
+                    row -= column * tl.load(p_known + pick)
+                    p_known += N
                 column = row / root
                 tl.store(p_factor + step.to(tl.int64) * N + o_n, column, mask=m_n)
                 gain = tl.maximum(gain - column * column, 0.0)
@@ -87,8 +91,8 @@ def dpp_step_kernel(
             second, second_n = fold_best(relevance, o_n, second, second_n)
         tl.store(value_ptr + write + i_p, best)
         tl.store(index_ptr + write + i_p, best_n)
-        tl.store(value_ptr + write + B * P + i_p, second)
-        tl.store(index_ptr + write + B * P + i_p, second_n)
+        tl.store(value_ptr + second_write + i_p, second)
+        tl.store(index_ptr + second_write + i_p, second_n)
 
 
 def dpp_select_triton(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vispress_kernels.assign_nearest.reference import unit_rows
-from vispress_kernels.maxmin_select.reference import first_of_best
+from vispress_kernels.maxmin_select.reference import first_equal, first_of_best
 
 
 def dpp_start(x: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,13 +21,14 @@ def dpp_start(x: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dpp_select_reference(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
     """Greedy MAP of `L = diag(r) cos(x, x) diag(r)`, in the order chosen; no device sync."""
     B, N, D = x.shape
-    unit = unit_rows(x)
     relevance, gain, floor = dpp_start(x, relevance)
+    rows = unit_rows(x) * relevance[..., None]  # L = rows rows^T
+    twin = first_equal(rows)
     batch = torch.arange(B, device=x.device)
     chosen = torch.zeros(B, N, dtype=torch.bool, device=x.device)
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
     # columns of the factor; L has no rank beyond D
-    factor = unit.new_zeros(B, min(num_keep, D), N)
+    factor = rows.new_zeros(B, min(num_keep, D), N)
     for step in range(num_keep):
         pick = first_of_best(gain, chosen)
         found = (gain[batch, pick] > floor) & (step < D)
@@ -36,10 +37,9 @@ def dpp_select_reference(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
         chosen[batch, pick] = True
         if step >= factor.shape[1]:
             continue
-        row = (unit @ unit[batch, pick][..., None])[..., 0]
-        row = row * relevance * relevance[batch, pick][:, None]
+        row = (rows @ rows[batch, pick][..., None])[..., 0]
         known = factor[:, :step]
-        row = row - (known[batch, :, pick][:, None] @ known)[:, 0]
+        row = (row - (known[batch, :, pick][:, None] @ known)[:, 0]).gather(1, twin)
         root = gain[batch, pick].clamp(min=floor).sqrt()
         column = torch.where(found[:, None], row / root.clamp(min=1e-30)[:, None], 0.0)
         factor[:, step] = column

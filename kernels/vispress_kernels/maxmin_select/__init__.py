@@ -29,8 +29,9 @@ def maxmin_select(
 ) -> Tensor:
     """Choose tokens one by one, each the farthest from those chosen before.
 
-    The next token has the largest `weight * min over chosen of (1 - cosine)`. Ties go to the
-    lowest index, a NaN comes after all numbers, no token is chosen twice. Nothing of size
+    The next token has the largest `weight * min over chosen of (1 - cosine)`, where distances
+    within 8 units of rounding are 0 (copies of chosen tokens). Ties go to the lowest index, equal
+    tokens tie, a NaN comes after all numbers, no token is chosen twice. Nothing of size
     `N x N` is stored: memory is O(N D). Bound by memory or cache: each of K steps reads the tokens
     once; the kernel takes one launch a step, without a host sync. Not differentiable.
 

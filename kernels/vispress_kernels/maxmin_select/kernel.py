@@ -11,7 +11,9 @@ from torch import Tensor
 from vispress_kernels._greedy import MAX_BESTS, dot_with_row, fold_best, read_best
 from vispress_kernels._launch import Rule, ceil_div, launch
 from vispress_kernels.assign_nearest.reference import inverse_norms
+from vispress_kernels.maxmin_select.reference import zero_distance
 
+ZERO = zero_distance(torch.float32)
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -34,6 +36,7 @@ def maxmin_step_kernel(
     K,
     P,
     tiles,  # blocks of tokens a program has
+    ZERO: tl.constexpr,
     LOWEST: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -44,8 +47,8 @@ def maxmin_step_kernel(
     # int64 before any multiply: B*N*D passes 2**31 for video
     i_p = (pid % P).to(tl.int64)
     i_b = (pid // P).to(tl.int64)
-    read = ((step % 2) * B + i_b) * P
-    write = (((step + 1) % 2) * B + i_b) * P
+    read = ((step % 2).to(tl.int64) * B + i_b) * P
+    write = (((step + 1) % 2).to(tl.int64) * B + i_b) * P
     _, pick = read_best(value_ptr + read, index_ptr + read, P, BLOCK_P)
     tl.store(order_ptr + i_b * K + step, pick, mask=i_p == 0)
     if step + 1 < K:
@@ -63,6 +66,7 @@ def maxmin_step_kernel(
             taken = (nearest == float("-inf")) | (o_n == pick)
             # a NaN stays one: such tokens come after all others
             distance = 1.0 - dot * inv * inv_pick
+            distance = tl.where(distance <= ZERO, 0.0, distance)
             known = (distance == distance) & (nearest == nearest)
             nearest = tl.where(known, tl.minimum(nearest, distance), float("nan"))
             nearest = tl.where(taken, float("-inf"), nearest)
@@ -117,6 +121,7 @@ def maxmin_select_triton(x: Tensor, num_keep: int, first: Tensor, weight: Tensor
             num_keep,
             P,
             tiles,
+            ZERO=ZERO,
             LOWEST=LOWEST,
             HAS_WEIGHT=weight is not None,
             BLOCK_P=MAX_BESTS,

@@ -8,8 +8,10 @@ from vispress_kernels._backend import Backend, resolve_backend
 from vispress_kernels._checks import check_device, check_floating, check_shape
 from vispress_kernels.perturbation_scores.reference import (
     Activation,
+    Average,
     first_products,
     perturbation_scores_reference,
+    root_mean_square,
 )
 
 __all__ = ["perturbation_scores", "perturbation_scores_reference"]
@@ -24,14 +26,16 @@ def perturbation_scores(
     *,
     step: float = 0.01,
     activation: Activation = "gelu",
+    average: Average = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
     """Zeroth-order sensitivity of `P(x) = W2 act(W1 x + b1) + b2` at each token.
 
     The score is the mean over directions u of `|P(x + step u) - P(x - step u)| / (2 step)`, in fp32
     whatever the dtype (in fp16 the step would drown). `W1 x` and `W1 u` are computed once, b2
-    cancels, and nothing of size `m x N x D` is stored. Bound by the tensor cores. The kernel has no
-    backward (`"auto"` runs the reference where one is needed).
+    cancels, the difference is taken before the second product (one product a direction, not two),
+    and nothing of size `m x N x D` is stored. Bound by the tensor cores: `2 m N Dh D` FLOPs. The
+    kernel has no backward (`"auto"` runs the reference where one is needed).
 
     Args:
         x: Projector inputs `[B, N, Dv]`, fp16, bf16, fp32 or fp64.
@@ -42,6 +46,9 @@ def perturbation_scores(
         directions: `[m, Dv]`, the same for every token, m at least 1; used as given.
         step: Length of the nudge in units of the directions, above 0.
         activation: `"gelu"` (exact) or `"gelu_tanh"`.
+        average: `"mean"` of the norms; or `"rms"`, the root of the mean of their squares in the
+            limit of a small step, which takes one product for all directions: `2 Dh^2 (N + D + m)`
+            FLOPs, about m times fewer, as plain torch with either backend.
         backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
@@ -63,8 +70,12 @@ def perturbation_scores(
         raise ValueError(f"step must be above 0, got {step}")
     if activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {get_args(Activation)}, got {activation!r}")
+    if average not in get_args(Average):
+        raise ValueError(f"average must be one of {get_args(Average)}, got {average!r}")
     chosen = resolve_backend(backend, x, w1, b1, w2, directions, has_backward=False)
     hidden, moves = first_products(x, w1, b1, directions, step)
+    if average == "rms":
+        return root_mean_square(hidden, moves, w2, activation) / (2 * step)
     if chosen == "torch":
         return perturbation_scores_reference(hidden, moves, w2, activation) / (2 * step)
     from vispress_kernels.perturbation_scores.kernel import perturbation_scores_triton

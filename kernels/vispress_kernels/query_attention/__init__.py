@@ -24,7 +24,8 @@ def query_attention(
 ) -> Tensor:
     """Softmax weights of a few queries over all keys, in fp32.
 
-    Query i of sample b sees key j where `key_valid[b, j]` and, given `rows`, `j <= rows[b, i]`.
+    Query i of sample b sees key j where `key_valid[b, j]` (or `key_valid[b, i, j]`) and, given
+    `rows`, `j <= rows[b, i]`.
     A query that sees no key gets zeros. Bound by memory: each key is read once; long key axes are
     split over programs. Heads wider than 256 run the reference. The kernel has no backward
     (`"auto"` runs the reference where one is needed).
@@ -36,7 +37,7 @@ def query_attention(
             order, so Hk divides H.
         rows: Place of each query among the keys, for the causal mask: `[B, Q]` or `[Q]` int64, or
             an int for queries at places `rows, rows + 1, ...`. None: every valid key is seen.
-        key_valid: `[B, N]` bool, False on padding.
+        key_valid: `[B, N]` bool, False on padding; or `[B, Q, N]`, any mask, one row a query.
         scale: Factor on the logits; `Dh ** -0.5` when left out.
         mean_heads: Average over heads, without storing them for more queries than fit in the
             memory of `k`.
@@ -66,7 +67,7 @@ def query_attention(
         rows = rows.expand(B, Q)
     if key_valid is not None:
         check_dtype(torch.bool, key_valid=key_valid)
-        check_shape(key_valid=(key_valid, (B, N)))
+        check_shape(key_valid=(key_valid, (B, N) if key_valid.dim() == 2 else (B, Q, N)))
     check_device(q=q, k=k, rows=rows, key_valid=key_valid)
     scale = Dh**-0.5 if scale is None else scale
     chosen = resolve_backend(backend, q, k, has_backward=False)

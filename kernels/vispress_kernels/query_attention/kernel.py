@@ -21,7 +21,7 @@ def logits_kernel(
     q_ptr,  # [B, Hk * GROUP, Q, Dh], any strides
     k_ptr,  # [B, Hk, N, Dh], any strides
     rows_ptr,  # [B, Q] int64, last key each query sees, or unused
-    valid_ptr,  # [B, N] uint8, or unused
+    valid_ptr,  # [B, N] or [B, Q, N] uint8, or unused
     logits_ptr,  # [B, H, Q, N] fp32
     max_ptr,  # [B, H, Q, S] fp32
     sum_ptr,  # [B, H, Q, S] fp32
@@ -34,6 +34,8 @@ def logits_kernel(
     stride_kn,
     stride_kd,
     stride_rb,
+    stride_vb,
+    stride_vq,
     scale,
     Hk,
     Q,
@@ -44,6 +46,7 @@ def logits_kernel(
     GROUP,  # query heads a key head
     HAS_ROWS: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    PER_QUERY: tl.constexpr,  # a mask row for each query
     CHUNKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,9 +54,9 @@ def logits_kernel(
 ):
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(GROUP * Q, BLOCK_M)
-    i_s = pid % splits
-    i_m = (pid // splits) % blocks_m
     # int64 before any multiply
+    i_s = (pid % splits).to(tl.int64)
+    i_m = (pid // splits) % blocks_m
     i_h = ((pid // splits // blocks_m) % Hk).to(tl.int64)
     i_b = (pid // splits // blocks_m // Hk).to(tl.int64)
     # the queries of one key head, over the heads that share it
@@ -71,7 +74,7 @@ def logits_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     p_k = k_ptr + i_b * stride_kb + i_h * stride_kh
     for i in range(tiles):
-        o_n = ((i_s * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        o_n = (i_s * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_n = o_n < N
         p_kn = p_k + o_n * stride_kn
         if CHUNKED:
@@ -83,8 +86,12 @@ def logits_kernel(
         logits = logits * scale
         allowed = m_m[:, None] & m_n[None, :]
         p_logits = logits_ptr + o_row[:, None] * N + o_n[None, :]
-        if HAS_VALID:
-            valid = tl.load(valid_ptr + i_b * N + o_n, mask=m_n, other=0)
+        if PER_QUERY:
+            p_valid = valid_ptr + i_b * stride_vb + o_q[:, None] * stride_vq + o_n[None, :]
+            valid = tl.load(p_valid, mask=allowed, other=0)
+            logits = tl.where(valid != 0, logits, float("-inf"))
+        elif HAS_VALID:
+            valid = tl.load(valid_ptr + i_b * stride_vb + o_n, mask=m_n, other=0)
             logits = tl.where((valid != 0)[None, :], logits, float("-inf"))
         if HAS_ROWS:
             logits = tl.where(o_n[None, :] <= last[:, None], logits, float("-inf"))
@@ -133,8 +140,8 @@ def weights_kernel(
         heads = 1
         p_out = out_ptr + first * N
     mean = tl.zeros((BLOCK_N,), tl.float32)
-    for i_h in range(heads):
-        o_row = first + i_h * Q
+    o_row = first
+    for _h in range(heads):
         peaks = tl.load(max_ptr + o_row * splits + o_s, mask=m_s, other=float("-inf"))
         sums = tl.load(sum_ptr + o_row * splits + o_s, mask=m_s, other=0.0)
         peak = tl.max(peaks, axis=0)
@@ -143,6 +150,7 @@ def weights_kernel(
         logits = tl.load(logits_ptr + o_row * N + o_n, mask=m_n, other=float("-inf"))
         # a query without keys has no distribution: 0, as in the reference
         mean += tl.exp(logits - shift) / tl.where(total == 0.0, 1.0, total)
+        o_row += Q
     tl.store(p_out + o_n, mean / heads, mask=m_n)
 
 
@@ -166,7 +174,8 @@ def query_attention_triton(
     out = torch.empty(shape, dtype=torch.float32, device=q.device)
     if not out.numel() or not H:
         return out.zero_()
-    valid = None if valid is None else valid.contiguous().view(torch.uint8)
+    if valid is not None:
+        valid = (valid if valid.stride(-1) == 1 else valid.contiguous()).view(torch.uint8)
     # with the heads averaged the logits are scratch: keep it as small as the keys
     size = query_chunk(q, k) if mean_heads else Q
     q, k = dot_operand(q), dot_operand(k)
@@ -177,7 +186,7 @@ def query_attention_triton(
             q[:, :, part],
             k,
             None if rows is None else rows[:, part].contiguous(),
-            valid,
+            valid if valid is None or valid.dim() == 2 else valid[:, part],
             scale,
             target,
             mean_heads,
@@ -215,6 +224,8 @@ def _launch_chunk(
         *q.stride(),
         *k.stride(),
         Q,
+        0 if valid is None else valid.stride(0),
+        valid.stride(1) if valid is not None and valid.dim() == 3 else 0,
         scale,
         Hk,
         Q,
@@ -225,6 +236,7 @@ def _launch_chunk(
         group,
         HAS_ROWS=rows is not None,
         HAS_VALID=valid is not None,
+        PER_QUERY=valid is not None and valid.dim() == 3,
         **rule,
         on=q,
     )

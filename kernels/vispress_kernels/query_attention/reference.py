@@ -31,7 +31,8 @@ def query_attention_reference(
         part = slice(i * size, (i + 1) * size)
         queries = torch.unflatten(q[:, :, part].to(dtype), 1, (Hk, H // Hk))
         logits = (queries @ keys.transpose(-1, -2)).flatten(1, 2) * scale  # [B, H, q, N]
-        allowed = _allowed(None if rows is None else rows[:, part], valid, N)
+        own = valid if valid is None or valid.dim() == 2 else valid[:, part]
+        allowed = _allowed(None if rows is None else rows[:, part], own, N)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, float("-inf"))
         weights = logits.softmax(-1)
@@ -49,6 +50,6 @@ def _allowed(rows: Tensor | None, valid: Tensor | None, N: int) -> Tensor | None
     if rows is not None:
         allowed = torch.arange(N, device=rows.device) <= rows[:, None, :, None]
     if valid is not None:
-        valid = valid[:, None, None, :]
+        valid = valid[:, None, None, :] if valid.dim() == 2 else valid[:, None]
         allowed = valid if allowed is None else allowed & valid
     return allowed

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from torch import Tensor
 from vispress.adapters.base import Modality
 from vispress.adapters.towers import Layout, TowerAdapter
 from vispress.errors import UnsupportedModelError
-from vispress.types import CropLayout
+from vispress.types import CropLayout, Need
 
 
 class AnyResAdapter(TowerAdapter):
     """Values travel through the model's own `pack_image_features`, with zeros for newlines."""
+
+    kinds: ClassVar[frozenset[Need]] = frozenset({"anyres"})
 
     @abstractmethod
     def _crops(self, call: Mapping[str, Any]) -> list[int]:

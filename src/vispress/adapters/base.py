@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.errors import ConfigError, UnsupportedModelError
-from vispress.types import CropLayout, Signal
+from vispress.types import CLS_SIGNALS, CropLayout, Need, Signal, TwoLayer
 
 Modality = Literal["image", "video"]
 """Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
@@ -28,6 +28,8 @@ class ModelAdapter(ABC):
     """Class names of base models this adapter serves."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a [CLS] token at index 0 of its sequence."""
+    kinds: ClassVar[frozenset[Need]] = frozenset()
+    """Special kinds of visual input: AnyRes crops, videos."""
     packed: ClassVar[bool] = False
     """Whether the encoder runs all images as one packed sequence (`pack` then gets `[S, C]`)."""
     mrope: ClassVar[bool] = False
@@ -86,6 +88,14 @@ class ModelAdapter(ABC):
         """
         return projector(features)  # type: ignore[no-any-return]
 
+    def two_layer(self) -> TwoLayer | None:
+        """The projector's weights, if it is exactly two linear layers around a GELU.
+
+        None where anything else may happen between token inputs (`projector_inputs`) and output: a
+        norm, an adapter (LoRA), quantised or offloaded weights, a hook on its layers.
+        """
+        return None
+
     @abstractmethod
     def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Turn what the projector received into per-patch (or per-merged-token) rows.
@@ -131,8 +141,7 @@ class ModelAdapter(ABC):
 
     def signals(self) -> frozenset[Signal]:
         """Signals this family can give."""
-        always = set(Signal) - {Signal.CLS_ATTENTION}
-        return frozenset(always | ({Signal.CLS_ATTENTION} if self.has_cls else set()))
+        return frozenset(Signal) if self.has_cls else frozenset(Signal) - CLS_SIGNALS
 
     # --- checks
 

@@ -25,6 +25,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
     """
 
     family = "llava_onevision"
+    kinds = frozenset({"anyres", "video"})
 
     def placeholders(self) -> Mapping[Modality, int]:
         """Image and video token ids."""

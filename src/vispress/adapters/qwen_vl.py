@@ -21,6 +21,7 @@ class Qwen2VLAdapter(ModelAdapter):
     family = "qwen2_vl"
     packed = True
     mrope = True
+    kinds = frozenset({"video"})
 
     @property
     def _merge(self) -> int:

@@ -17,17 +17,22 @@ _DIMMEST, _BRIGHTEST = 0.16, 0.6
 _OUTLINE, _EVIDENCE = "#ffffff", "#ffd400"
 
 
-def seen_picture(subject: Subject, prompt: Prompt) -> NDArray[np.float64]:
-    """The picture as the model sees it (resized, cropped), `[H, W, 3]` in `[0, 1]`.
+def seen_picture(subject: Subject, prompt: Prompt, number: int = 0) -> NDArray[np.float64]:
+    """A picture as the model sees it (resized, cropped), `[H, W, 3]` in `[0, 1]`.
 
     Models that take patches in place of a picture get the original.
+
+    Args:
+        subject: The model.
+        prompt: A question.
+        number: Which of its pictures.
     """
     pixels = subject.encode([prompt])["pixel_values"].float().cpu().numpy()
     if pixels.ndim != 4 or pixels.shape[1] != 3:
-        return np.asarray(prompt.images[0], dtype=np.float64) / 255
+        return np.asarray(prompt.images[number].convert("RGB"), dtype=np.float64) / 255
     images = subject.processor.image_processor
     mean, std = np.asarray(images.image_mean), np.asarray(images.image_std)
-    seen: NDArray[np.float64] = np.clip(pixels[0].transpose(1, 2, 0) * std + mean, 0.0, 1.0)
+    seen: NDArray[np.float64] = np.clip(pixels[number].transpose(1, 2, 0) * std + mean, 0.0, 1.0)
     return seen
 
 

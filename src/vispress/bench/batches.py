@@ -1,17 +1,23 @@
 """Questions in batches, each processed once for all cells."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from vispress.adapters.base import find_adapter
 from vispress.bench.subjects import Subject
 from vispress.bench.tasks import Prompt
+from vispress.runtime.shadow import shadow
 
 LIMIT = 2 * 2**30
-"""Bytes of processed batches that are kept."""
+"""Bytes that are kept of processed batches, and as many of encoder output."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some questions of a task.
 
@@ -47,30 +53,96 @@ def make_batches(subject: Subject, task: str, prompts: Sequence[Prompt], size: i
 
 def _lengths(subject: Subject, prompt: Prompt) -> list[int]:
     texts = [*(text for text, _ in prompt.followups), prompt.text]
-    return [len(subject.processor.tokenizer(text)["input_ids"]) for text in texts]
+    counts = [len(subject.processor.tokenizer(text)["input_ids"]) for text in texts]
+    return [len(texts), *counts]
 
 
-class Inputs:
-    """Processed batches, kept while they fit; a batch that no longer fits is processed each time.
+class Memory:
+    """What is the same for all cells: processed batches, and the vision encoder's output for them.
+
+    Both are kept while they fit; a batch that no longer fits is made each time, with equal results.
 
     Args:
-        subject: Encodes them.
-        limit: Bytes to keep.
+        subject: The model, uncompressed.
+        limit: Bytes to keep of each.
     """
 
     def __init__(self, subject: Subject, limit: int = LIMIT) -> None:
-        self._subject, self._left = subject, limit
-        self._kept: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._subject = subject
+        self._inputs, self._features = _Bounded(limit), _Bounded(limit)
 
-    def of(self, batch: Batch) -> Any:
-        """The batch's first turn, on the model's device; not to be changed."""
-        key = (batch.task, batch.places)
-        if key in self._kept:
-            return self._kept[key]
-        made = self._subject.encode(batch.prompts)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
-        # every cell asks in the same order: dropping the oldest would drop what comes next
-        if size <= self._left:
+    def inputs(self, batch: Batch, *, pixels: bool = True) -> Any:
+        """The batch's first turn, on the model's device; not to be changed.
+
+        Args:
+            batch: The batch.
+            pixels: Whether the vision encoder will run; else pixels may be zeros.
+        """
+        if not pixels and batch in self._features.held:
+            return self._features.held[batch][0]
+        return self._inputs.get(batch, lambda: self._subject.encode(batch.prompts))
+
+    @contextmanager
+    def features(self, batch: Batch) -> Iterator[None]:
+        """Let the model find the encoder's output of a batch, or note it for the next cell.
+
+        Not for methods that read what happens inside the encoder.
+        """
+
+        def seen(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if batch in self._features.held:
+                output = self._features.held[batch][1]
+            else:
+                output = _bare(original(*args, **kwargs))
+                inputs = _without_pixels(self.inputs(batch))
+                self._features.put(batch, (inputs, output), _bytes(output))
+            return copy.copy(output)  # compression marks what it gets
+
+        undo = shadow(find_adapter(self._subject.model).base, "get_image_features", seen)
+        try:
+            yield
+        finally:
+            undo()
+
+
+class _Bounded:
+    """Values by batch, up to a number of bytes; the first to come stay.
+
+    Every cell asks in the same order: dropping the oldest would drop what comes next.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self.held: dict[Batch, Any] = {}
+
+    def put(self, batch: Batch, value: Any, size: int) -> None:
+        if size <= self._left and batch not in self.held:
             self._left -= size
-            self._kept[key] = made
-        return made
+            self.held[batch] = value
+
+    def get(self, batch: Batch, make: Callable[[], Any]) -> Any:
+        if batch not in self.held:
+            value = make()
+            self.put(batch, value, _bytes(value))
+            return value
+        return self.held[batch]
+
+
+def _bare(output: Any) -> Any:
+    """The encoder's output without what only the encoder itself needs."""
+    dropped = ("hidden_states", "attentions", "last_hidden_state")
+    return type(output)(**{name: value for name, value in output.items() if name not in dropped})
+
+
+def _without_pixels(inputs: Any) -> dict[str, Any]:
+    """The same inputs with pixels that take no memory."""
+    pixels = inputs["pixel_values"]
+    return {**inputs, "pixel_values": pixels.new_zeros(()).expand(pixels.shape)}
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of all tensors in nested mappings and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, Mapping) else value
+    return sum(map(_bytes, parts)) if isinstance(value, Mapping | list | tuple) else 0

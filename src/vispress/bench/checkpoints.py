@@ -125,8 +125,8 @@ def load_checkpoint(
         found = HUB_ID.fullmatch(name)
         if found is None:
             raise ConfigError(
-                "model must be 'reference', a folder with a checkpoint, or a hub id (org/name or "
-                f"org/name@revision), got {name!r}"
+                "model must be 'reference', 'reference-qwen', a folder with a checkpoint, or a hub "
+                f"id (org/name or org/name@revision), got {name!r}"
             )
         # the configuration first: an unsupported model need not be downloaded
         _check_architecture(_fetch(found[1], found[2], ("config.json",)), name)

@@ -10,7 +10,7 @@ prefill take longer than the replay's: reading attention or features, scoring, s
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from vispress.api import compressed
 from vispress.bench.clock import Clock, Sample, timed_generate
+from vispress.bench.downsample import Downsample, any_size, smaller
 from vispress.bench.memory import peak_bytes
 from vispress.bench.plan import Plan, Timing
 from vispress.bench.replay import recorders, replays
@@ -43,12 +44,33 @@ TIMES: Mapping[str, Callable[[Sample], Any]] = {
 
 
 def timed_batch(subject: Subject, prompts: Sequence[Prompt], size: int) -> list[Prompt]:
-    """Up to `size` prompts of the commonest length, so that no padding is timed."""
-    by_length: dict[int, list[Prompt]] = {}
+    """Up to `size` prompts of the commonest length, so that no padding is timed.
+
+    Prompts without pictures are left out; where all are, the batch is empty.
+    """
+    alike: dict[tuple[int, int], list[Prompt]] = {}
     for prompt in prompts:
-        ids = subject.processor.tokenizer(prompt.text)["input_ids"]
-        by_length.setdefault(len(ids), []).append(prompt)
-    return max(by_length.values(), key=len)[:size]
+        if prompt.images:
+            ids = subject.processor.tokenizer(prompt.text)["input_ids"]
+            alike.setdefault((len(prompt.images), len(ids)), []).append(prompt)
+    return max(alike.values(), key=len, default=[])[:size]
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What is run in turns.
+
+    Args:
+        variants: Entered around the runs of each.
+        inputs: Of each.
+        whole: Report of the uncompressed prefill.
+        kept: Of the compressed one.
+    """
+
+    variants: Variants
+    inputs: Mapping[str, Any]
+    whole: CompressionReport
+    kept: CompressionReport
 
 
 def measure_cost(
@@ -57,6 +79,7 @@ def measure_cost(
     prompts: Sequence[Prompt],
     plan: Plan,
     *,
+    picture: Downsample | None = None,
     clock: Clock | None = None,
 ) -> dict[str, Any]:
     """Time one batch both ways, and size caches, peak memory and FLOPs.
@@ -67,6 +90,7 @@ def measure_cost(
             shows how much of a ratio is noise.
         prompts: One batch of equal length.
         plan: Positions and timing.
+        picture: Smaller pictures in place of a chain.
         clock: In place of the one for the model's device.
 
     Returns:
@@ -78,50 +102,69 @@ def measure_cost(
         `uncompressed_peak_bytes` of a batch up to its first token, beyond weights and inputs;
         `flops` of a prompt's visual tokens by convention: `compressed`, `uncompressed`, `ratio`.
     """
-    inputs = subject.encode(prompts)
+    setup = _set_up(subject, chain, prompts, plan, picture)
     clock = clock or Clock(subject.device)
-    positions = plan.positions
-    whole = _prefilled(subject, inputs, [make_compressor("random", keep_ratio=1.0)], plan)
-    report = whole
-    variants: dict[str, Callable[[], AbstractContextManager[Any]]]
-    variants = {BASE: nullcontext, KEPT: nullcontext}
-    if chain:
-        recording, logs = recorders(chain)
-        report = _prefilled(subject, inputs, recording, plan)
-        variants = {
-            BASE: nullcontext,
-            KEPT: partial(compressed, subject.model, list(chain), positions=positions),
-            REPLAY: lambda: compressed(subject.model, replays(chain, logs), positions=positions),
-        }
-    decode = plan.timing.decode_tokens
-    run = partial(timed_generate, subject.model, inputs, decode, clock)
-    rounds = in_rounds(variants, run, plan.timing)
+
+    def run(name: str) -> Sample:
+        tokens = 0 if name == REPLAY else plan.timing.decode_tokens
+        return timed_generate(subject.model, setup.inputs[name], tokens, clock)
+
+    rounds = in_rounds(setup.variants, run, plan.timing)
     count = len(prompts)
     return {
         "batch": count,
-        "prompt_tokens": inputs["input_ids"].shape[1],
+        "prompt_tokens": setup.inputs[BASE]["input_ids"].shape[1],
         **_times(rounds),
         **_overhead(rounds),
-        **_peaks(subject, inputs, variants),
-        "kv_bytes": report.kv_bytes / count,
-        "uncompressed_kv_bytes": whole.kv_bytes / count,
+        **_peaks(subject, setup),
+        "kv_bytes": setup.kept.kv_bytes / count,
+        "uncompressed_kv_bytes": setup.whole.kv_bytes / count,
         "flops": {
             name: {
-                "compressed": cost.compressed / count,
+                "compressed": setup.kept.flops[name].compressed / count,
                 "uncompressed": cost.uncompressed / count,
-                "ratio": cost.ratio,
+                "ratio": setup.kept.flops[name].compressed / cost.uncompressed,
             }
-            for name, cost in report.flops.items()
+            for name, cost in setup.whole.flops.items()
         },
     }
 
 
-def in_rounds(variants: Variants, run: Callable[[], Sample], timing: Timing) -> list[Round]:
+def _set_up(
+    subject: Subject,
+    chain: Sequence[Compressor],
+    prompts: Sequence[Prompt],
+    plan: Plan,
+    picture: Downsample | None,
+) -> _Setup:
+    model, positions, inputs = subject.model, plan.positions, subject.encode(prompts)
+    everything = make_compressor("random", keep_ratio=1.0)  # a report of the untouched model
+    whole = _prefilled(model, inputs, [everything], plan)
+    if picture is not None:
+        small = smaller(picture, subject, inputs, prompts).inputs
+        with any_size(model):
+            kept = _prefilled(model, small, [everything], plan)
+        variants: Variants = {BASE: nullcontext, KEPT: partial(any_size, model)}
+        return _Setup(variants, {BASE: inputs, KEPT: small}, whole, kept)
+    if not chain:
+        variants = {BASE: nullcontext, KEPT: nullcontext}
+        return _Setup(variants, dict.fromkeys(variants, inputs), whole, whole)
+    recording, logs = recorders(chain)
+    kept = _prefilled(model, inputs, recording, plan)
+    variants = {
+        BASE: nullcontext,
+        KEPT: partial(compressed, model, list(chain), positions=positions),
+        REPLAY: lambda: compressed(model, replays(chain, logs), positions=positions),
+    }
+    return _Setup(variants, dict.fromkeys(variants, inputs), whole, kept)
+
+
+def in_rounds(variants: Variants, run: Callable[[str], Sample], timing: Timing) -> list[Round]:
     """Samples of every variant, round by round; the first round and the first runs are warm-up.
 
     Args:
         variants: What to enter around the runs of each.
-        run: Takes one sample.
+        run: Takes one sample of the variant of this name.
         timing: Rounds and repeats.
     """
     rounds: list[Round] = []
@@ -129,31 +172,32 @@ def in_rounds(variants: Variants, run: Callable[[], Sample], timing: Timing) -> 
         found = {}
         for name in list(variants)[:: -1 if number % 2 else 1]:
             with variants[name]():
-                found[name] = [run() for _ in range(timing.repeats + 1)][1:]
+                found[name] = [run(name) for _ in range(timing.repeats + 1)][1:]
         rounds.append(found)
     return rounds[1:]
 
 
 def _prefilled(
-    subject: Subject, inputs: Any, chain: Sequence[Compressor], plan: Plan
+    model: Any, inputs: Any, chain: Sequence[Compressor], plan: Plan
 ) -> CompressionReport:
     """The report of one prefill."""
-    with compressed(subject.model, list(chain), positions=plan.positions) as view:
-        _first_token(subject, inputs)
+    with compressed(model, list(chain), positions=plan.positions) as view:
+        _first_token(model, inputs)
         return view.report
 
 
 @torch.inference_mode()
-def _first_token(subject: Subject, inputs: Any) -> None:
-    subject.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+def _first_token(model: Any, inputs: Any) -> None:
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
 
-def _peaks(subject: Subject, inputs: Any, variants: Variants) -> dict[str, int]:
+def _peaks(subject: Subject, setup: _Setup) -> dict[str, int]:
     found = {}
     for name in (BASE, KEPT):
-        with variants[name]():
-            _first_token(subject, inputs)
-            found[name] = peak_bytes(subject.device, lambda: _first_token(subject, inputs))
+        call = partial(_first_token, subject.model, setup.inputs[name])
+        with setup.variants[name]():
+            call()
+            found[name] = peak_bytes(subject.device, call)
     return {"peak_bytes": found[KEPT], "uncompressed_peak_bytes": found[BASE]}
 
 

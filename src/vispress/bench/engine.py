@@ -1,6 +1,7 @@
 """Running a plan: every cell once, stored as it finishes, resumed where it stopped."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import vispress
 from vispress.adapters.base import find_adapter
-from vispress.bench.batches import Batch, Inputs, make_batches
+from vispress.bench.batches import Batch, Memory, make_batches
 from vispress.bench.cells import Cell
 from vispress.bench.cost import measure_cost, timed_batch
 from vispress.bench.plan import Plan
@@ -21,7 +22,7 @@ from vispress.bench.store import ResultsFolder, open_results
 from vispress.bench.subjects import Subject, load_subject
 from vispress.bench.targets import Kept
 from vispress.bench.tasks import Prompt, Task, get_task
-from vispress.bench.treatment import answer, check_cell, compressors
+from vispress.bench.treatment import answer, check_cell, compressors, sees_encoder
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 Advance = Callable[[str, int], None]
@@ -145,12 +146,12 @@ class Bank:
     Args:
         questions: By task.
         batches: All of them, task by task.
-        inputs: Processed batches.
+        memory: What of them is the same for all cells.
     """
 
     questions: Questions
     batches: Sequence[Batch]
-    inputs: Inputs
+    memory: Memory
 
     @classmethod
     def of(cls, plan: Plan, subject: Subject, questions: Questions) -> "Bank":
@@ -161,7 +162,7 @@ class Bank:
             for name, prompts in questions.items()
             for batch in make_batches(subject, name, prompts, size)
         ]
-        return cls(questions, batches, Inputs(subject))
+        return cls(questions, batches, Memory(subject))
 
 
 def run_cell(
@@ -172,16 +173,19 @@ def run_cell(
     given: dict[str, list[tuple[str, ...]]] = {
         name: [()] * len(prompts) for name, prompts in bank.questions.items()
     }
+    inside = sees_encoder(cell)
     for batch in bank.batches:
-        answers = answer(
-            cell,
-            subject,
-            batch.prompts,
-            bank.inputs.of(batch),
-            max_new_tokens=plan.max_new_tokens,
-            positions=plan.positions,
-            kept=kept,
-        )
+        inputs = bank.memory.inputs(batch, pixels=inside)
+        with nullcontext() if inside else bank.memory.features(batch):
+            answers = answer(
+                cell,
+                subject,
+                batch.prompts,
+                inputs,
+                max_new_tokens=plan.max_new_tokens,
+                positions=plan.positions,
+                kept=kept,
+            )
         for place, turns in zip(batch.places, answers, strict=True):
             given[batch.task][place] = turns
         advance(f"{cell.key}, {batch.task}", len(batch.prompts))
@@ -190,12 +194,11 @@ def run_cell(
         for name, prompts in bank.questions.items()
     }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
-    if plan.timing.batch and cell.picture is None:
+    everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
+    if timed := timed_batch(subject, everything, plan.timing.batch):
         advance(f"{cell.key}, timing", 0)
-        everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
-        timed = timed_batch(subject, everything, plan.timing.batch)
         chain = compressors(cell, subject, timed, subject.encode(timed))
-        result["cost"] = measure_cost(subject, chain, timed, plan)
+        result["cost"] = measure_cost(subject, chain, timed, plan, picture=cell.picture)
     return result
 
 

@@ -19,11 +19,17 @@ from vispress.bench.plan import Plan
 
 
 @contextmanager
-def progress_bar(plan: Plan, console: Console) -> Iterator[Advance]:
-    """Show how many questions of a plan are answered; yields what `run` calls."""
+def progress_bar(plan: Plan, console: Console, *, processes: int = 1) -> Iterator[Advance]:
+    """Show how many questions of a plan are answered; yields what `run` calls.
+
+    Args:
+        plan: What is run.
+        console: Where to.
+        processes: How many answer.
+    """
     total = len(plan.cells()) * len(plan.tasks) * plan.questions
     if not console.is_terminal:
-        yield _Lines(console, total)
+        yield _Lines(console, total, processes)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -47,9 +53,9 @@ def progress_bar(plan: Plan, console: Console) -> Iterator[Advance]:
 class _Lines:
     """The same for log files: a line when a cell begins."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, processes: int) -> None:
         self._console = console
-        self._total = total
+        self._total, self._processes = total, processes
         self._done = self._asked = 0
         self._cell = ""
         self._start = time.monotonic()
@@ -66,5 +72,5 @@ class _Lines:
     def _left(self) -> str:
         if not self._asked:
             return ""
-        rate = (time.monotonic() - self._start) / self._asked
+        rate = (time.monotonic() - self._start) / self._asked / self._processes
         return f", {rate * (self._total - self._done) / 60:.1f} minutes left"

@@ -8,6 +8,13 @@ from typing import final
 from vispress.methods.base import Compressor
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
+_SHOWN = tuple(
+    name
+    for name, kind in Compressor.__annotations__.items()
+    if str(kind).startswith("typing.ClassVar") and name != "reads"
+)
+"""What the runtime may ask of a compressor's class: a stand-in answers as the other one does."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _StandIn(Compressor):
@@ -20,8 +27,9 @@ class _StandIn(Compressor):
     method: Compressor
 
     def __post_init__(self) -> None:
-        for shown in ("name", "exact", "default_positions"):
-            object.__setattr__(self, shown, getattr(self.method, shown))
+        for shown in _SHOWN:
+            if hasattr(self.method, shown):
+                object.__setattr__(self, shown, getattr(self.method, shown))
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return self.method.placements(num_layers)

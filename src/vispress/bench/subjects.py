@@ -57,11 +57,13 @@ class Subject:
             images: Other pictures in place of each prompt's own.
             **options: For the processor.
         """
+        from vispress.reference.processor import with_marks
+
         pictures = [prompt.images for prompt in prompts] if images is None else images
         flat = [image for own in pictures for image in own]
         return self.processor(
             images=flat or None,
-            text=[prompt.text for prompt in prompts],
+            text=[with_marks(self.processor, prompt.text) for prompt in prompts],
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -95,8 +97,8 @@ def load_subject(
     """Load a reference model, or any other checkpoint through `load_checkpoint`.
 
     Args:
-        name: `"reference"`, a folder that `vispress train-reference` wrote, another Hugging Face
-            folder, or a hub id (`org/name`, `org/name@revision`).
+        name: `"reference"`, `"reference-qwen"`, a folder that `vispress train-reference` wrote,
+            another Hugging Face folder, or a hub id (`org/name`, `org/name@revision`).
         device: Where it goes.
         dtype: Of weights and computation.
 
@@ -105,10 +107,11 @@ def load_subject(
         ConfigError: The folder or the device does not exist.
         UnsupportedModelError: No adapter knows the checkpoint's architecture.
     """
-    from vispress.reference.checkpoint import SHIPPED, read
+    from vispress.reference.checkpoint import SHIPPED, SHIPPED_QWEN, read
 
-    folder = SHIPPED if name == "reference" else Path(name)
-    if name != "reference" and not _is_reference(folder):
+    shipped = {"reference": SHIPPED, "reference-qwen": SHIPPED_QWEN}
+    folder = shipped.get(name, Path(name))
+    if name not in shipped and not _is_reference(folder):
         from vispress.bench.checkpoints import load_checkpoint
 
         return load_checkpoint(name, device=device, dtype=DTYPES[dtype])

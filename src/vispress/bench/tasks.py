@@ -10,7 +10,7 @@ from vispress.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vispress.reference.words import QuestionKind
+    from vispress.reference.words import EpisodeKind, QuestionKind
 
 EVIDENCE_GRID: Final = 12
 """Rows, and columns, of the raster that `Prompt.evidence` counts in."""
@@ -54,7 +54,7 @@ class Task:
     Args:
         name: What plans call it.
         needs: Which visual tokens an answer needs, in words.
-        chance: Accuracy of the best constant answer, in `[0, 1]`.
+        chance: Accuracy of the best guess from the words alone, in `[0, 1]`.
         draw: `draw(n, seed)` gives `n` prompts, always the same ones; the first `m` of a larger
             draw need not be those of a draw of `m`.
         score: `score(prediction, prompt)` in `[0, 1]`, 1.0 is fully right.
@@ -82,6 +82,11 @@ _NEEDS = {
     "where": "one object, and where its tokens lie",
     "relation": "two objects, and where their tokens lie",
     "count": "every object of a kind",
+    "compare": "one object in one of two pictures, and which picture that is",
+    "in_context": "one object of the last picture; two examples say which",
+    "multi_turn": "other tokens at every turn: a later question was not known at prefill",
+    "order": "two objects that are each in one frame of three",
+    "change": "one object, in the frames before and after it changed",
 }
 
 
@@ -100,12 +105,15 @@ def register_task(task: Task) -> Task:
 
 def all_tasks() -> dict[str, Task]:
     """Every task by name, the reference model's first."""
-    from vispress.reference import KINDS
+    from vispress.reference.episodes import EPISODE_CHANCE
     from vispress.reference.questions import CHANCE
+    from vispress.reference.words import EPISODE_KINDS, KINDS
 
     tasks: dict[str, Task] = {
         kind: Task(kind, _NEEDS[kind], CHANCE[kind], _drawer(kind)) for kind in KINDS
     }
+    for kind in EPISODE_KINDS:
+        tasks[kind] = Task(kind, _NEEDS[kind], EPISODE_CHANCE[kind], _episode_drawer(kind))
     return tasks | _TASKS
 
 
@@ -139,6 +147,26 @@ def _drawer(kind: "QuestionKind") -> Callable[[int, int], list[Prompt]]:
         return [
             Prompt((image,), prompt, answer, (question.patches,))
             for image, prompt, answer, question in heldout(kind, n, seed)
+        ]
+
+    return draw
+
+
+def _episode_drawer(kind: "EpisodeKind") -> Callable[[int, int], list[Prompt]]:
+    def draw(n: int, seed: int) -> list[Prompt]:
+        from PIL import Image
+
+        from vispress.reference.episode_sets import held_out_episodes
+
+        return [
+            Prompt(
+                tuple(Image.fromarray(pixels) for pixels in episode.images),
+                episode.prompt,
+                episode.answer,
+                episode.evidence,
+                episode.followups,
+            )
+            for episode in held_out_episodes(kind, n, seed=seed)
         ]
 
     return draw

@@ -13,7 +13,16 @@ from vispress.bench.subjects import Subject
 from vispress.bench.targets import Kept, check_target
 from vispress.bench.tasks import Prompt
 from vispress.methods.base import Compressor
-from vispress.types import Positions
+from vispress.types import Positions, Signal
+
+_INSIDE = frozenset(
+    {
+        Signal.CLS_ATTENTION,
+        Signal.COLUMN_ATTENTION,
+        Signal.VISION_KEYS,
+        Signal.VISION_FEATURES,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,11 @@ def compressors(
         told(method, subject.model, inputs, prompts) if isinstance(method, Oracle) else method
         for method in cell.chain
     ]
+
+
+def sees_encoder(cell: Cell) -> bool:
+    """Whether a cell reads or changes what happens in the vision encoder, which then must run."""
+    return cell.picture is not None or any(method.signals() & _INSIDE for method in cell.chain)
 
 
 def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> None:

@@ -62,7 +62,7 @@ class _Talk:
     def ends(self) -> list[int]:
         """Token ids that end an answer."""
         ids = self.model.generation_config.eos_token_id
-        return list(ids) if isinstance(ids, list) else [int(ids)]
+        return [] if ids is None else list(ids) if isinstance(ids, list) else [int(ids)]
 
     def goes_on(self, row: int) -> bool:
         """Whether a row has a turn that is not asked yet."""
@@ -81,9 +81,10 @@ def _turn(talk: _Talk, rows: list[int], inputs: dict[str, Any], cache: Any) -> N
         **inputs, **{CACHE: cache}, max_new_tokens=talk.max_new_tokens, do_sample=False
     )
     new = out[:, inputs["input_ids"].shape[1] :]
-    ended = torch.isin(new, torch.tensor(talk.ends, device=new.device))
+    ended = torch.isin(new, torch.tensor(talk.ends, device=new.device, dtype=new.dtype))
     lengths = torch.where(ended.any(1), ended.long().argmax(1), new.shape[1]).tolist()
-    words = talk.tokenizer.batch_decode(new, skip_special_tokens=True)
+    said = [row[:length] for row, length in zip(new, lengths, strict=True)]
+    words = talk.tokenizer.batch_decode(said, skip_special_tokens=True)
     for row, answer in zip(rows, words, strict=True):
         talk.answers[row].append(answer.strip())
     if any(map(talk.goes_on, rows)):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vispress.methods.base import Compressor, Evidence
+from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.methods.checks import check_choice
 from vispress.methods.grids import Values, resample, signals_for
 from vispress.registry import register_method
@@ -23,6 +23,15 @@ def window_means(large: int, small: int) -> Float[Tensor, "small large"]:
     start, end = window * large // small, -((window + 1) * large // -small)
     inside = (place >= start) & (place < end)
     return inside.double() / (end - start)
+
+
+def shrink(
+    x: Float[Tensor, "B n D"], size: tuple[int, int], small: tuple[int, int]
+) -> Float[Tensor, "B m D"]:
+    """Window means of a raster, in at least fp32."""
+    grid = torch.unflatten(upcast(x), 1, size)
+    rows, columns = (window_means(a, b).to(grid) for a, b in zip(size, small, strict=True))
+    return torch.einsum("rh,bhwd,cw->brcd", rows, grid, columns).flatten(1, 2)
 
 
 @final
@@ -60,4 +69,4 @@ class AvgPool(Compressor):
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         """Gradients flow through the new values."""
-        return resample(tokens, num_keep, window_means, self.values)
+        return resample(tokens, num_keep, shrink, self.values)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
 from vispress.errors import BudgetError, ConfigError
-from vispress.types import Placement, Positions, Signal, TokenPlan, VisualTokens
+from vispress.types import Need, Placement, Positions, Signal, TokenPlan, VisualTokens
 
-Evidence = Literal["code", "paper", "reconstructed", "control"]
+Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Compressor(ABC):
     """False: `plan` may keep another count than asked (grids, adaptive counts) and reports it."""
     takes_budget: ClassVar[bool] = True
     """False: what is kept is fixed (nothing, say), and a budget is refused."""
+    needs: ClassVar[Need | None] = None
+    """What the method is made for: a model without it is refused. `"video"`: images pass whole."""
     merges: ClassVar[bool] = False
     """True: survivors do not keep their own values."""
     default_positions: ClassVar[Positions] = "compact"
@@ -92,7 +94,10 @@ class Compressor(ABC):
 
     @abstractmethod
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """Decide for a bucket of images. Never called with `num_keep >= N` (the identity)."""
+        """Decide for a bucket of images.
+
+        Never called with `num_keep >= N` (the identity), unless the placement is adaptive.
+        """
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.
@@ -150,9 +155,13 @@ def upcast(x: Tensor) -> Tensor:
 
 def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
     """Ascending indices `[B, K]` of the highest scores; ties keep the earlier, NaN is lowest."""
+    return descending(score)[:, :num_keep].sort(dim=-1).values
+
+
+def descending(score: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+    """All indices, the highest score first; ties keep the earlier token first, NaN is lowest."""
     clean = torch.where(score.isnan(), float("-inf"), score)
-    order = clean.argsort(dim=-1, descending=True, stable=True)
-    return order[:, :num_keep].sort(dim=-1).values
+    return clean.argsort(dim=-1, descending=True, stable=True)
 
 
 def segment_shares(segments: Int[Tensor, "N"], num_keep: int) -> dict[int, int]:

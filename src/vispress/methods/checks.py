@@ -49,3 +49,13 @@ def check_ascending(name: str, values: Sequence[object], *, low: int) -> None:
         check_integer(name, value, low=low)
     if list(values) != sorted(set(values)):
         raise ConfigError(f"{name} must be strictly ascending, got {values!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse anything but True and False.
+
+    Raises:
+        ConfigError: Another type.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")

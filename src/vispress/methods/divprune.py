@@ -15,9 +15,9 @@ from typing import ClassVar, final
 import torch
 
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.diversity import maxmin_select, nearest_distance, unit
 from vispress.registry import register_method
 from vispress.types import Placement, Stage, TokenPlan, VisualTokens
+from vispress_kernels.maxmin_select import maxmin_select
 
 
 @final
@@ -35,6 +35,5 @@ class DivPrune(Compressor):
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        x = unit(tokens.features)
-        order = maxmin_select(x, num_keep, nearest_distance(x).argmax(dim=1))
+        order = maxmin_select(tokens.features, num_keep, backend=tokens.backend)
         return TokenPlan(keep=order.sort(dim=1).values)

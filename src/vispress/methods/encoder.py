@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.methods.base import upcast
-from vispress.types import Signal, VisualTokens
+from vispress.types import CLS_SIGNALS, Signal, VisualTokens
 
 Scores = Literal["cls", "column_mean"]
 
@@ -15,7 +15,7 @@ def attention_signals(reads: frozenset[Signal], scores: Scores) -> frozenset[Sig
     """`reads`, with the column mean in place of [CLS] attention if asked."""
     if scores == "cls":
         return reads
-    return reads - {Signal.CLS_ATTENTION} | {Signal.COLUMN_ATTENTION}
+    return reads - CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
 
 
 def encoder_attention(tokens: VisualTokens, scores: Scores) -> Float[Tensor, "B *E N"]:

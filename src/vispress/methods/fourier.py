@@ -12,12 +12,9 @@ expect. Published accuracy needs fine-tuned weights. AnyRes and video go sub-ima
 grid.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final, get_args
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from vispress.errors import ConfigError
@@ -26,26 +23,7 @@ from vispress.methods.checks import check_choice
 from vispress.methods.grids import Values, resample, signals_for
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
-
-
-def low_pass(large: int, small: int, *, rescale: bool) -> Float[Tensor, "small large"]:
-    """DCT-II of `large` places, cut to `small` coefficients, and an inverse DCT of that size; fp64.
-
-    Args:
-        large: Places before.
-        small: Places after, at most `large`.
-        rescale: Divide by `sqrt(large / small)`, so that a constant stays what it is.
-    """
-    product = _dct(small).mT @ _dct(large)[:small]
-    return product / math.sqrt(large / small) if rescale else product
-
-
-def _dct(n: int) -> Tensor:
-    """Orthonormal DCT-II as a matrix `[frequency, place]`."""
-    place = torch.arange(n, dtype=torch.float64)
-    matrix = math.sqrt(2 / n) * torch.cos(math.pi / n * torch.outer(place, place + 0.5))
-    matrix[0] /= math.sqrt(2)
-    return matrix
+from vispress_kernels.dct_lowpass import dct_lowpass
 
 
 @final
@@ -89,7 +67,7 @@ class Fourier(Compressor):
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         """Gradients flow through the new values."""
 
-        def matrix(large: int, small: int) -> Tensor:
-            return low_pass(large, small, rescale=self.rescale)
+        def shrink(x: Tensor, size: tuple[int, int], small: tuple[int, int]) -> Tensor:
+            return dct_lowpass(x, size, small, rescale=self.rescale, backend=tokens.backend)
 
-        return resample(tokens, num_keep, matrix, self.values)
+        return resample(tokens, num_keep, shrink, self.values)

@@ -1,8 +1,8 @@
 """Grid methods: each sub-image or frame goes to a smaller grid `h' x w'` of the same aspect.
 
 The tokens at the centres of the new cells are the kept ones (uniform sampling); `resample` puts
-values there that mix all tokens of the sub-image, the same linear map along rows and columns for
-every channel. The product `h' w'` seldom meets a budget exactly: it never exceeds it.
+values there that mix all tokens of the sub-image, each channel by itself. The product `h' w'`
+seldom meets a budget exactly: it never exceeds it.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.errors import UnsupportedMethodError
-from vispress.methods.base import segment_shares, upcast
+from vispress.methods.base import segment_shares
 from vispress.methods.segments import GEOMETRY
 from vispress.types import Signal, TokenPlan, VisualTokens
 
 Values = Literal["vision_features", "features"]
 """What is resampled: the projector's input (then projected), or the visual tokens themselves."""
 
-Matrix = Callable[[int, int], Float[Tensor, "small large"]]
+Shrink = Callable[
+    [Float[Tensor, "B n D"], tuple[int, int], tuple[int, int]], Float[Tensor, "B m D"]
+]
+"""From a raster `n = h w` to a smaller one `m = h' w'`: `shrink(x, (h, w), (h', w'))`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Raster:
 
     places: Int[Tensor, "h w"]
     small: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(h, w)`."""
+        h, w = self.places.shape
+        return h, w
 
     @property
     def centres(self) -> Int[Tensor, "m"]:
@@ -114,24 +123,29 @@ def sample(tokens: VisualTokens, num_keep: int) -> TokenPlan:
     return TokenPlan(keep=keep.to(tokens.features.device).expand(tokens.batch, -1))
 
 
-def resample(tokens: VisualTokens, num_keep: int, matrix: Matrix, on: Values) -> TokenPlan:
+def resample(tokens: VisualTokens, num_keep: int, shrink: Shrink, on: Values) -> TokenPlan:
     """Replace the tokens at the centres of the new cells by mixtures of their sub-image.
 
     Args:
         tokens: The bucket.
         num_keep: Upper bound of the count.
-        matrix: Gives the map from `large` to `small` places along one axis, as `matrix(large,
-            small)`.
+        shrink: Mixes one sub-image.
         on: What is mixed.
     """
     found, newlines = rasters(tokens, num_keep)
     source = tokens.features if on == "features" else tokens.vision_features
     assert source is not None  # declared in `signals`
-    mixed = torch.cat([_mix(source, raster, matrix) for raster in found], dim=1).to(source.dtype)
+    device = source.device
+    mixed = torch.cat(
+        [
+            shrink(source[:, raster.places.flatten().to(device)], raster.size, raster.small)
+            for raster in found
+        ],
+        dim=1,
+    ).to(source.dtype)
     if on == "vision_features":
         assert tokens.projector is not None
         mixed = tokens.projector(mixed)
-    device = source.device
     values = torch.cat(
         [mixed.to(tokens.features.dtype), tokens.features[:, newlines.to(device)]], 1
     )
@@ -139,11 +153,3 @@ def resample(tokens: VisualTokens, num_keep: int, matrix: Matrix, on: Values) ->
     return TokenPlan(
         keep=keep.to(device).expand(tokens.batch, -1), features=values[:, order.to(device)]
     )
-
-
-def _mix(source: Tensor, raster: Raster, matrix: Matrix) -> Tensor:
-    h, w = raster.places.shape
-    x = upcast(source[:, raster.places.to(source.device)])  # [B, h, w, D]
-    along_h = matrix(h, raster.small[0]).to(x)
-    along_w = matrix(w, raster.small[1]).to(x)
-    return torch.einsum("rh,bhwd,cw->brcd", along_h, x, along_w).flatten(1, 2)

@@ -108,3 +108,36 @@ def stage_budgets(
         mean = compressor.mean_keep_ratio
     ratios = published if mean is None else power_ratios(published, mean, layers, num_layers)
     return tuple(Budget(keep_ratio=ratio, rounding=compressor.rounding) for ratio in ratios)
+
+
+def entry_budgets(
+    compressor: Compressor, entry: float, layer: int, num_layers: int
+) -> tuple[Budget, Budget]:
+    """Budgets of a method that prunes before the LLM and once more before `layer`.
+
+    Args:
+        compressor: Whose `keep_ratio` or `mean_keep_ratio` is the mean over decoder layers, or
+            whose `num_tokens` the second placement leaves.
+        entry: Tokens that enter the LLM, of that mean (at most all); in proportion to `num_tokens`
+            as the published half of the mean.
+        layer: Decoder layer of the second placement.
+        num_layers: Depth.
+
+    Raises:
+        BudgetError: None is set, or the mean cannot be reached.
+    """
+    if (last := compressor.num_tokens) is not None:
+        first = round(last * entry / (2 - entry))
+        return Budget(num_tokens=first), Budget(num_tokens=last)
+    mean = compressor.budget(num_layers).keep_ratio if compressor.mean_keep_ratio is None else None
+    mean = compressor.mean_keep_ratio if mean is None else mean
+    assert mean is not None
+    start = min(1.0, entry * mean)
+    rest = 1.0 if mean == 1.0 else (mean * num_layers - start * layer) / (num_layers - layer)
+    if rest <= 0.0:
+        raise BudgetError(
+            f"a mean of {mean} over {num_layers} layers cannot be reached when {start} of the "
+            f"tokens stay until layer {layer}; give an earlier `layer`"
+        )
+    kinds = compressor.rounding
+    return Budget(keep_ratio=start, rounding=kinds), Budget(keep_ratio=rest, rounding=kinds)

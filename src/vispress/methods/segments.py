@@ -33,14 +33,26 @@ class Part:
     share: int
     newline: bool = False
 
+    def of(self, values: Tensor) -> Tensor:
+        """The part of `[B, N, ...]` that belongs to these rows and places."""
+        return values[self.rows][:, self.places]
 
-def split(tokens: VisualTokens, num_keep: int) -> list[list[Part]]:
-    """The parts of each group of bucket rows; one group, unless images were pruned before."""
+
+def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[list[Part]]:
+    """The parts of each group of bucket rows; one group, unless images were pruned before.
+
+    Args:
+        tokens: The bucket.
+        num_keep: K, per image.
+        pooled: All sub-images and frames are one part; only newlines are told apart.
+    """
     device = tokens.features.device
     if not tokens.segmented:
         places = torch.arange(tokens.num_visual, device=device)
         return [[Part(slice(None), places, num_keep)]]
     segments = tokens.segments()
+    if pooled:
+        segments = segments.clamp(max=0)
     if bool((segments == segments[:1]).all()):
         groups = [(slice(None), segments[0])]
     else:
@@ -56,7 +68,11 @@ def split(tokens: VisualTokens, num_keep: int) -> list[list[Part]]:
 
 
 def keep_by_segment(
-    tokens: VisualTokens, num_keep: int, pick: Callable[[Part], Int[Tensor, "b share"]]
+    tokens: VisualTokens,
+    num_keep: int,
+    pick: Callable[[Part], Int[Tensor, "b share"]],
+    *,
+    pooled: bool = False,
 ) -> Int[Tensor, "B K"]:
     """Ascending indices of what `pick` chooses in each part; newlines are kept as they are.
 
@@ -64,10 +80,11 @@ def keep_by_segment(
         tokens: The bucket.
         num_keep: K, per image.
         pick: Gives `share` distinct indices into `part.places` for each of the part's rows.
+        pooled: As in `split`.
     """
     index = torch.arange(tokens.batch, device=tokens.features.device)
     kept = []
-    for parts in split(tokens, num_keep):
+    for parts in split(tokens, num_keep, pooled=pooled):
         picked = [
             part.places.expand(len(index[part.rows]), -1)
             if part.newline

@@ -21,22 +21,27 @@ from torch import Tensor
 
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
 from vispress.methods.checks import check_choice, check_integer
-from vispress.methods.diversity import unit
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.segments import GEOMETRY, split
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+from vispress_kernels import Backend
+from vispress_kernels.assign_nearest import assign_nearest
 
 PUBLISHED_SHARE = 10 / 64
 """Contextual tokens among all kept, in the published 54 + 10, 108 + 20 and 162 + 30."""
 
 
 def owners(
-    score: Float[Tensor, "b n"], metric: Float[Tensor, "b n d"], dominant: int, contextual: int
+    score: Float[Tensor, "b n"],
+    metric: Float[Tensor, "b n d"],
+    dominant: int,
+    contextual: int,
+    backend: Backend = "auto",
 ) -> Int[Tensor, "b n"]:
     """Into which token each one is folded; survivors into themselves, -1 where there is no target.
 
-    Targets are every step-th of the tokens that are not dominant, the first `contextual` of them.
+    Targets are every step-th of the rest, the first `contextual`; cosines in `metric` choose one.
     """
     top = top_indices(score, dominant)
     owner = torch.full_like(score, -1, dtype=torch.int64).scatter(1, top, top)
@@ -46,9 +51,8 @@ def owners(
     rest = (owner >= 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
     target = rest[:, :: max(1, count // contextual)][:, :contextual]
     rows = torch.arange(len(score), device=score.device)[:, None]
-    similarity = metric[rows, rest] @ metric[rows, target].mT  # [b, count, contextual]
-    owner = owner.scatter(1, rest, target.gather(1, similarity.argmax(dim=2)))
-    return owner.scatter(1, target, target)
+    nearest, _ = assign_nearest(metric[rows, rest], metric[rows, target], backend=backend)
+    return owner.scatter(1, rest, target.gather(1, nearest)).scatter(1, target, target)
 
 
 @final
@@ -100,12 +104,12 @@ class VisionZip(Compressor):
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.vision_keys is not None  # declared in `reads`
         score = encoder_attention(tokens, self.scores)
-        metric = unit(upcast(tokens.vision_keys).mean(dim=1))
+        metric = upcast(tokens.vision_keys).mean(dim=1)
         owner = torch.full_like(score, -1, dtype=torch.int64)
         for part in (part for parts in split(tokens, num_keep) for part in parts):
             counts = (part.share, 0) if part.newline else self.split_budget(part.share)
             here, keys = (t[part.rows][:, part.places] for t in (score, metric))
-            into = owners(here, keys, *counts)
+            into = owners(here, keys, *counts, tokens.backend)
             owner[part.rows, part.places] = torch.where(into < 0, into, part.places[into])
         survives = owner == torch.arange(owner.shape[1], device=owner.device)
         keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]

@@ -7,14 +7,14 @@ not copied).
 Follows the code where its docstrings disagree: sensitivity is the *mean* over directions,
 diversity is measured on *projected* tokens; sub-images and frames are selected on their own.
 Differs: the exact projector in at least fp32 (the code's fp16 step of 0.01 loses most of its bits,
-and it may use a rank-128 copy of the projector); seeded directions; a spread of sensitivities
-within rounding (1e-6 of the largest) counts as constant; unequal sub-images have shares in
-proportion.
+and it may use a rank-128 copy of the projector); one second-layer product a direction where the
+projector is a two-layer MLP, as the difference can be taken before it; seeded directions; a spread
+of sensitivities within rounding (1e-6 of the largest) counts as constant; unequal sub-images have
+shares in proportion. `average="rms"` is ours: nearly the same scores at a sixtieth of the work.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, final, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,55 +23,41 @@ from torch.nn import functional as F
 
 from vispress.budget import Rounding
 from vispress.errors import ConfigError
-from vispress.methods.base import Compressor, Evidence, upcast
-from vispress.methods.checks import check_integer, check_number
-from vispress.methods.diversity import maxmin_select, unit
+from vispress.methods.base import Compressor, Evidence
+from vispress.methods.checks import check_choice, check_integer, check_number
 from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods.sensitivity import Average, sensitivity
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
-
-
-def perturbation_scores(
-    x: Float[Tensor, "B N Dv"],
-    projector: Callable[[Tensor], Tensor],
-    directions: Float[Tensor, "m Dv"],
-    h: float,
-) -> Float[Tensor, "B N"]:
-    """Mean over directions u of `|P(x + h u) - P(x - h u)| / (2 h)`, one direction at a time.
-
-    Args:
-        x: Projector inputs in the precision to compute in.
-        projector: P; must keep that precision.
-        directions: Any length above 0; normalised here.
-        h: Step.
-    """
-    total = torch.zeros_like(x[..., 0])
-    for u in F.normalize(directions, dim=-1).to(x):
-        total = total + (projector(x + h * u) - projector(x - h * u)).norm(dim=-1)
-    return total / (2 * h * len(directions))
+from vispress_kernels import Backend
+from vispress_kernels.maxmin_select import maxmin_select
 
 
 def sads_select(
-    features: Float[Tensor, "B N D"], importance: Float[Tensor, "B N"], num_keep: int
+    features: Float[Tensor, "B N D"],
+    importance: Float[Tensor, "B N"],
+    num_keep: int,
+    backend: Backend = "auto",
 ) -> Int[Tensor, "B K"]:
     """Greedy max-min of cosine distance times importance scaled to [0, 1], in picking order."""
     low, high = importance.aminmax(dim=1, keepdim=True)
     spread = high - low
     flat = spread <= 1e-6 * torch.maximum(high.abs(), low.abs())
     weight = torch.where(flat, 1.0, (importance - low) / (spread + 1e-8))
-    return maxmin_select(unit(features), num_keep, weight.argmax(dim=1), weight)
+    return maxmin_select(features, num_keep, weight=weight, backend=backend)
 
 
 @final
 @register_method("zoo_prune")
 @dataclass(frozen=True, kw_only=True)
 class ZOOPrune(Compressor):
-    """Prune before the LLM, by sensitivity of the projector and diversity; 2 m projector passes.
+    """Prune before the LLM, by sensitivity of the projector and diversity.
 
     Args:
         m: Random directions, at least 1.
         h: Step along a direction, above 0.
         seed: Seed of the directions, at least 0; a generator of its own on the host.
+        average: Over directions: `"mean"` (published) or `"rms"` (all in one product).
 
     Raises:
         ConfigError: A value is out of its range.
@@ -86,8 +72,10 @@ class ZOOPrune(Compressor):
     m: int = 64
     h: float = 0.01
     seed: int = 0
+    average: Average = "mean"
 
     def validate(self) -> None:
+        check_choice("average", self.average, get_args(Average))
         check_integer("m", self.m, low=1)
         check_integer("seed", self.seed, low=0)
         check_number("h", self.h, low=0.0)
@@ -100,14 +88,13 @@ class ZOOPrune(Compressor):
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.vision_features is not None  # declared in `reads`, as the projector
-        assert tokens.projector is not None
-        x = upcast(tokens.vision_features)
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        directions = torch.randn(self.m, x.shape[-1], generator=generator)
-        importance = perturbation_scores(x, tokens.projector, directions, self.h)
+        drawn = torch.randn(self.m, tokens.vision_features.shape[-1], generator=generator)
+        importance = sensitivity(tokens, F.normalize(drawn, dim=-1), self.h, self.average)
 
         def pick(part: Part) -> Tensor:
             features = tokens.features[part.rows][:, part.places]
-            return sads_select(features, importance[part.rows][:, part.places], part.share)
+            weight = importance[part.rows][:, part.places]
+            return sads_select(features, weight, part.share, tokens.backend)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

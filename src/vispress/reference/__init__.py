@@ -1,16 +1,15 @@
-"""The reference VLM: a small, real LLaVA trained from nothing, shipped with the package.
+"""The reference VLMs: a small, real LLaVA and a Qwen2.5-VL trained from nothing, both shipped.
 
-`load()` gives model and processor offline; `heldout()` gives questions it was never trained on.
+`load()` gives model and processor offline; `heldout()` gives questions they were never trained on.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vispress.reference.words import KINDS
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     from vispress.reference.questions import Question
     from vispress.reference.train import train_reference
@@ -19,25 +18,31 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "heldout", "load", "train_reference"]
 
 
-def load(
-    dtype: "torch.dtype | None" = None,
-) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
-    """Load the shipped reference model; nothing is downloaded.
+def load(dtype: "torch.dtype | None" = None, *, architecture: str = "llava") -> tuple[Any, Any]:
+    """Load a shipped reference model; nothing is downloaded.
 
     Args:
         dtype: Type of the weights; fp32 by default (they are stored in fp16).
+        architecture: `"llava"` (`LlavaForConditionalGeneration`) or `"qwen2_5_vl"`
+            (`Qwen2_5_VLForConditionalGeneration`, whose processor takes pictures and no videos).
 
     Returns:
-        The model in eval mode on the CPU with SDPA attention, and its processor.
+        The model in eval mode on the CPU with SDPA attention, and its processor. Prompts of
+        `heldout` go through `with_marks` of `vispress.reference.processor` on their way to it: a
+        Qwen model has its pictures between two marks.
 
     Raises:
         CheckpointError: A file of the checkpoint is missing or damaged.
+        ValueError: `architecture` is unknown.
     """
     import torch
 
-    from vispress.reference.checkpoint import SHIPPED, read
+    from vispress.reference.checkpoint import SHIPPED_BY_NAME, read
 
-    return read(SHIPPED, dtype=dtype or torch.float32)
+    if architecture not in SHIPPED_BY_NAME:
+        known = [*SHIPPED_BY_NAME]
+        raise ValueError(f"architecture must be one of {known}, got {architecture!r}")
+    return read(SHIPPED_BY_NAME[architecture], dtype=dtype or torch.float32)
 
 
 def heldout(

@@ -38,15 +38,18 @@ def packed_attention(
 
     Args:
         module: Unused.
-        query: Shape (B, H, P + S * W, d), P >= 1 tokens of prefix; `key` and `value` likewise.
-        key: See `query`.
-        value: See `query`.
+        query: Shape (B, H, P + S * W, d), P >= 1 tokens of prefix.
+        key: Likewise, or with fewer heads, each for equally many of the query's.
+        value: See `key`.
         attention_mask: Additive mask within slots, shape (B, S, W, W).
         scaling: Factor on the scores.
 
     Returns:
         Shape (B, P + S * W, H, d), and None.
     """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     query, key, value = (query * scaling).contiguous(), key.contiguous(), value.contiguous()
     slots, width = attention_mask.shape[1:3]
     size = query.shape[2] - slots * width

@@ -8,49 +8,63 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from vispress.reference.episodes import Shown, converse, show_examples, show_pair, show_video
-from vispress.reference.packing import QUOTA, PackedBatch, Thread, pack, prefix_ids
+from vispress.reference.episodes import Shown, converse, show_examples, show_pair
+from vispress.reference.packing import PackedBatch, Thread, pack, prefix_ids, stack
 from vispress.reference.questions import mixture
 from vispress.reference.scenes import GRID, PATCH_SIZE, draw_scene
-from vispress.reference.words import WORD_ID
+from vispress.reference.videos import show_video
+from vispress.reference.words import WORD_ID, QuestionKind
 
 Layout = Literal["single", "talk", "small", "compare", "in_context", "video"]
 
-# nine of twenty steps replay single pictures, so that the old kinds do not fall
+# half of the steps replay single pictures, so that the old kinds do not fall
 ROUND: Final[tuple[Layout, ...]] = (
     "single",
-    "compare",
-    "in_context",
     "video",
-    "single",
     "in_context",
+    "single",
+    "compare",
+    "single",
+    "video",
     "talk",
     "compare",
     "single",
     "video",
-    "in_context",
-    "single",
-    "compare",
     "small",
+    "single",
+    "compare",
     "video",
     "single",
     "in_context",
     "talk",
-    "compare",
+    "video",
     "single",
 )
-PICTURES: Final[dict[Layout, int]] = {
+# share of a step's pictures that a row takes
+COST: Final[dict[Layout, int]] = {
     "single": 1,
-    "talk": 1,
-    "small": 1,
+    "talk": 2,
+    "small": 2,
     "compare": 2,
     "in_context": 3,
     "video": 3,
 }
+# counting is lost first, so it is replayed most
+REPLAY: Final[dict[QuestionKind, int]] = {
+    "count": 9,
+    "digit": 3,
+    "reading": 1,
+    "attribute": 2,
+    "place": 1,
+    "existence": 3,
+    "needle": 3,
+    "where": 2,
+    "relation": 4,
+}
 
 # scenes of the other stages are not seen again
 _OFFSET: Final = 3 << 32
-_TALK_WIDTH: Final = 48  # three turns
+_WIDE: Final = 48  # tokens a slot: three turns, or four questions
 _SMALLEST: Final = 3  # patches a side of a reduced picture
 
 
@@ -74,7 +88,7 @@ class EpisodeStream(Dataset[PackedBatch]):
 
     def __getitem__(self, number: int) -> PackedBatch:
         layout = self.layout(number)
-        rows = max(1, self.batch // PICTURES[layout])
+        rows = max(1, self.batch // COST[layout])
         # numbers of rows need not be dense, only never the same twice
         indices = range(number * self.batch, number * self.batch + rows)
         if layout in ("single", "talk", "small"):
@@ -102,11 +116,10 @@ class EpisodeStream(Dataset[PackedBatch]):
                 tries = [converse(scene, rng) for _ in range(10)]
                 threads = [tuple((q.text, q.answer) for q in turns) for turns in tries if turns]
             else:
-                threads = [((q.text, q.answer),) for q in mixture(scene, rng, QUOTA)]
-            slots, size = (6, _TALK_WIDTH) if talk else (7, 32)
+                threads = [((q.text, q.answer),) for q in mixture(scene, rng, REPLAY)]
+            slots, size = (6, _WIDE) if talk else (7, 32)
             rows.append(pack(threads, slots, prefix=prefix_ids(visual=visual), width=size))
-        parts = torch.from_numpy(np.stack(rows, axis=1))
-        return PackedBatch(pixels, *parts.unbind(), prefix=1 + visual, width=size)
+        return stack(pixels, rows, prefix=1 + visual, width=size)
 
 
 def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -126,21 +139,23 @@ def shrink(pixels: Tensor, height: int, width: int) -> Tensor:
     return small.round_().clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
+# how often a form counts: those that need the place in the sequence are the hardest
+_WEIGHT: Final = {"changed": 3, "last": 2, "color": 2}
+
+
 def _several(shown: list[Shown], slots: int) -> PackedBatch:
     """Rows of several pictures each, all with prefixes of one length."""
     rows = []
     for one in shown:
         prefix = prefix_ids(one.prefix)
-        threads = [((q.text, q.answer),) for q in one.asked]
-        # what changed is asked once a video and is the hardest: it counts three times
-        threads += 2 * [((q.text, q.answer),) for q in one.asked if q.form == "changed"]
-        threads.sort(key=lambda thread: thread[0][0].startswith("what color"))
-        row = pack(threads, slots, prefix=prefix)
+        # what is asked for only in training comes last, and may find no room
+        asked = sorted(one.asked, key=lambda q: q.form == "other")
+        threads = [((q.text, q.answer),) for q in asked for _ in range(_WEIGHT.get(q.form, 1))]
+        row = pack(threads, slots, prefix=prefix, width=_WIDE)
         # the answers of examples are asked for as well
         for at in range(len(prefix) - 1):
             if prefix[at] == WORD_ID[":"]:
                 row[3, at] = prefix[at + 1]
         rows.append(row)
-    parts = torch.from_numpy(np.stack(rows, axis=1))
     pixels = torch.from_numpy(np.stack([s.pixels for one in shown for s in one.scenes]))
-    return PackedBatch(pixels, *parts.unbind(), prefix=len(prefix_ids(shown[0].prefix)))
+    return stack(pixels, rows, prefix=len(prefix), width=_WIDE)

@@ -11,6 +11,7 @@ import transformers
 
 from vispress.reference.episodes import EPISODE_CHANCE
 from vispress.reference.questions import CHANCE
+from vispress.reference.qwen_card import QWEN_TEXT
 
 _TARGET: Final[dict[str, float]] = {
     "attribute": 0.95,
@@ -46,6 +47,8 @@ _EXAMPLE: Final[dict[str, str]] = {
     "change": "(three frames) which shape changed its color ? : star",
 }
 
+_STAGES: Final = ("vision", "language", "episodes")
+
 _TEXT: Final = """# Model card: the vispress reference VLM
 
 A `LlavaForConditionalGeneration` of {millions:.1f} M parameters, trained from nothing. It exists so
@@ -70,7 +73,16 @@ Scenes of 96 x 96 pixels are drawn on the fly and never repeated: 3 to 8 shapes 
 half with a small dot), 1 to 3 handwritten digits and, in four of five scenes, a sign with a printed
 two-digit number, on a textured background. The handwritten digits are scikit-learn's `load_digits`
 (1,797 images of 8 x 8, from the UCI ML repository, CC BY 4.0); every fourth is held out. All else
-is drawn by this package. No picture or text from elsewhere is involved.
+is drawn by this package. No picture or text from elsewhere is involved. Two pictures are two such
+scenes; in examples every picture holds four colours with one digit and one shape each; a video is
+three frames of 5 to 8 shapes of different kinds that do not move, of which two to four are each in
+one frame only and one changes its colour.
+
+## Conversations
+
+The end token never enters the context: a later turn follows the model's own answer directly, as in
+`<image> is there a red ring ? : yes how many stars ? :`. That is what a KV cache kept by `generate`
+holds, and what training packed.
 
 ## Recipe
 
@@ -82,9 +94,14 @@ is drawn by this package. No picture or text from elsewhere is involved.
    entropy on the answer and the end token and, for the first 80 %, also on the first answer word at
    the question's last two tokens. Stage 1's losses stay on at 0.1.
 
-Muon on matrices and AdamW elsewhere, peak learning rate 3e-3, cosine, bf16 autocast over fp32
-weights. Vision encoder 160 wide, 5 layers (features from the last but one, 144 visual tokens);
-language model 192 wide, 6 layers. Weights are stored in fp16.
+3. **Episodes**, {episodes_images:,} images, {episodes_minutes:.0f} minutes: one layout a step; of
+   twenty steps, ten replay single pictures (two of them as conversations, one at reduced sizes
+   from 3 x 3 to 11 x 11 patches), five show videos, three two pictures, two examples. The vision
+   encoder learns a little from single pictures (a tenth of the learning rate), not from several.
+
+Muon on matrices and AdamW elsewhere, peak learning rate 3e-3 (stage 3: 1e-3), cosine, bf16
+autocast over fp32 weights. Vision encoder 160 wide, 5 layers (features from the last but one, 144
+visual tokens); language model 192 wide, 6 layers. Weights are stored in fp16.
 
 Made with torch {torch}, transformers {transformers}, on {machine}.
 
@@ -142,10 +159,11 @@ def write_card(
         if kind in scores
     ]
     empty = [{"images": 0, "minutes": 0.0}]
-    vision, language = (_log(out / s) or empty for s in ("vision", "language"))
+    vision, language, episodes = (_log(out / s) or empty for s in _STAGES)
     config = json.loads((out / "checkpoint" / "config.json").read_text())
     weights = out / "checkpoint" / "model.safetensors"
-    text = _TEXT.format(
+    template = QWEN_TEXT if config["model_type"] == "qwen2_5_vl" else _TEXT
+    text = template.format(
         millions=weights.stat().st_size / 2e6,
         words=config["text_config"]["vocab_size"],
         note=f"**{note}**\n\n" if note else "",
@@ -157,6 +175,8 @@ def write_card(
         vision_minutes=vision[-1]["minutes"],
         language_images=language[-1]["images"],
         language_minutes=language[-1]["minutes"],
+        episodes_images=episodes[-1]["images"],
+        episodes_minutes=episodes[-1]["minutes"],
         torch=torch.__version__,
         transformers=transformers.__version__,
         machine=_machine(),
@@ -174,13 +194,19 @@ def write_curves(out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    wanted = {"vision": ("what", "color", "dot", "content"), "language": ("first", "what")}
+    known_keys = {
+        "vision": ("what", "color", "dot", "content"),
+        "language": ("first", "what"),
+        "episodes": ("single", "talk", "small", "compare", "in_context", "video"),
+    }
+    wanted = {stage: keys for stage, keys in known_keys.items() if (out / stage).is_dir()}
+    figure = Figure(figsize=(5 * len(wanted), 4), layout="constrained")
+    axes = figure.subplots(1, len(wanted), squeeze=False)[0]
     for axis, (stage, keys) in zip(axes, wanted.items(), strict=True):
-        lines = [line for line in _log(out / stage) if "loss" in line]
+        lines = [line for line in _log(out / stage) if "accuracy" not in line]
         for key in keys:
-            axis.plot([x["images"] for x in lines], [x[key] for x in lines], label=key)
+            known = [x for x in lines if key in x]
+            axis.plot([x["images"] for x in known], [x[key] for x in known], label=key)
         checks = [line for line in _log(out / stage) if "mean" in line]
         if checks:
             at = [x["images"] for x in checks]

@@ -5,33 +5,40 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vispress.reference.attention import FULL, PACKED
-from vispress.reference.processor import build_processor
+from vispress.reference.architecture import ARCHITECTURES, Architecture
 
 SHIPPED: Final = Path(__file__).parent / "checkpoint"
+SHIPPED_QWEN: Final = Path(__file__).parent / "checkpoint_qwen2_5_vl"
+SHIPPED_BY_NAME: Final = {"llava": SHIPPED, "qwen2_5_vl": SHIPPED_QWEN}
 FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
 
 
-def for_training(model: LlavaForConditionalGeneration) -> None:
+def architecture_of(model: Any) -> Architecture:
+    """The reference architecture that a model has.
+
+    Raises:
+        KeyError: It has none of them.
+    """
+    return ARCHITECTURES[model.config.model_type]
+
+
+def for_training(model: Any) -> None:
     """Switch to the attention functions of packed training."""
-    model.model.vision_tower.set_attn_implementation(FULL)
-    model.model.language_model.set_attn_implementation(PACKED)
+    architecture_of(model).for_training(model)
 
 
-def for_inference(model: LlavaForConditionalGeneration) -> None:
+def for_inference(model: Any) -> None:
     """Switch back to SDPA, as the loaded model has it."""
     model.set_attn_implementation("sdpa")
 
 
-def export(
-    model: LlavaForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float16
-) -> None:
+def export(model: Any, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
     """Write weights, configuration, tokenizer and processor, replacing the folder at the end.
 
     Args:
@@ -44,16 +51,14 @@ def export(
     stored = copy.deepcopy(model)
     for_inference(stored)
     stored.to(dtype).eval().save_pretrained(temporary)
-    build_processor().save_pretrained(temporary)
+    architecture_of(model).processor().save_pretrained(temporary)
     for file in temporary.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)  # noqa: PTH105 - a rename, so that no half folder is ever seen
 
 
-def read(
-    folder: Path, *, dtype: torch.dtype = torch.float32
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a folder that `export` wrote, offline.
 
     Args:
@@ -70,14 +75,15 @@ def read(
     if missing:
         raise _error(folder, f"{', '.join(missing)} missing")
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
+        kind = _architecture(folder)
+        model, info = getattr(transformers, kind.model_class).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             output_loading_info=True,
             attn_implementation="sdpa",
         )
-        processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
+        processor = kind.load_processor(folder)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _error(folder, f"{type(error).__name__}: {error}") from error
     # transformers only warns and fills the gaps with random weights
@@ -85,6 +91,14 @@ def read(
     if wrong:
         raise _error(folder, json.dumps(wrong))
     return model.eval(), processor
+
+
+def _architecture(folder: Path) -> Architecture:
+    """What the configuration in a folder says it holds."""
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if name not in ARCHITECTURES:
+        raise ValueError(f"model_type {name!r} is none of {[*ARCHITECTURES]}")
+    return ARCHITECTURES[name]
 
 
 def _error(folder: Path, what: str) -> Exception:

@@ -6,7 +6,8 @@ The token protocol of a conversation, which training matches exactly:
    with one word, the greedy choice after `:`.
 2. Each later turn is fed on the kept cache as `[previous answer, words of the question, ":"]`:
    no `<s>`, and the end token never enters the context. The previous answer is the model's own
-   word, right or wrong. Positions go on without a gap.
+   word, right or wrong; `generate(max_new_tokens=1)` leaves it to be fed, as the cache ends at
+   `:`. Positions go on without a gap.
 3. In a batch the block of a later turn is padded on the left; padding is masked for good and does
    not count in the positions, so every sample gives what it gives alone.
 
@@ -14,15 +15,17 @@ A turn is right if its word is; a conversation is right if every turn is.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
-from vispress.reference.episodes import Episode, held_out_episodes
+from vispress.reference.episode_sets import Episode, held_out_episodes
 from vispress.reference.model import MAX_NEW_TOKENS
 from vispress.reference.words import EPISODE_KINDS, EpisodeKind
+from vispress.runtime.cache_name import CACHE
 
 
 @torch.inference_mode()
@@ -71,35 +74,27 @@ def _converse(
     inputs: dict[str, Tensor],
     later: Sequence[Sequence[str]],
 ) -> list[str]:
-    """One word a turn, as the module says."""
-    mask = inputs["attention_mask"]
-    out = model(**inputs, position_ids=_positions(mask), use_cache=True)
-    turns = [out.logits[:, -1].argmax(-1)]
-    for turn in range(len(later[0])):
+    """One word a turn, as the module says; `generate` skips what the cache holds."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    asked: dict[str, Any] = dict(inputs)
+    turns = []
+    for turn in range(len(later[0]) + 1):
+        ids = model.generate(**asked, **{CACHE: cache}, max_new_tokens=1, do_sample=False)
+        turns.append(ids[:, -1])
+        if turn == len(later[0]):
+            break
         block = processor.tokenizer(
             [texts[turn] for texts in later],
             add_special_tokens=False,
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        ).to(mask.device)
-        ids = torch.cat([turns[-1][:, None], block["input_ids"]], dim=1)
+        ).to(ids.device)
+        mask = asked["attention_mask"]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1]), block["attention_mask"]], dim=1)
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, -ids.shape[1] :],
-            past_key_values=out.past_key_values,
-            use_cache=True,
-        )
-        turns.append(out.logits[:, -1].argmax(-1))
+        asked = {"input_ids": torch.cat([ids, block["input_ids"]], dim=1), "attention_mask": mask}
     words = [processor.tokenizer.convert_ids_to_tokens(turn) for turn in turns]
     return [" / ".join(row) for row in zip(*words, strict=True)]
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Positions that skip padding, as `generate` counts them; shape (B, L)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def episode_accuracy(

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vispress.reference.model import MAX_NEW_TOKENS
+from vispress.reference.processor import with_marks
 from vispress.reference.questions import Question, ask
 from vispress.reference.scenes import draw_scene
 from vispress.reference.words import KINDS, QuestionKind
@@ -76,8 +76,8 @@ def held_out(kind: QuestionKind, n: int, *, seed: int = 0) -> list[Example]:
 
 @torch.inference_mode()
 def generate_answers(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Any,
+    processor: Any,
     examples: Iterable[Example],
     *,
     batch: int = 64,
@@ -99,7 +99,7 @@ def generate_answers(
         part = examples[start : start + batch]
         inputs = processor(
             images=[e.image for e in part],
-            text=[e.question.prompt for e in part],
+            text=[with_marks(processor, e.question.prompt) for e in part],
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -111,8 +111,8 @@ def generate_answers(
 
 
 def accuracy(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: Any,
+    processor: Any,
     *,
     n: int,
     seed: int = 0,

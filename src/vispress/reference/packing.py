@@ -1,7 +1,8 @@
 """Many questions behind one prefix of pictures: packed training that equals asking one by one."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vispress.reference.dense import DenseBatch, collate
+from vispress.reference.architecture import Architecture
+from vispress.reference.dense import DenseBatch
 from vispress.reference.questions import mixture
 from vispress.reference.scenes import NUM_PATCHES, draw_scene
 from vispress.reference.words import BOS, EOS, IMAGE, PAD, WORD_ID, QuestionKind
@@ -77,6 +79,19 @@ class PackedBatch:
         allowed = same & (order[:, None] >= order[None, :])
         out = torch.zeros(allowed.shape, dtype=dtype, device=group.device)
         return out.masked_fill_(~allowed, -1e30)
+
+
+def stack(
+    pixels: Tensor,
+    rows: Sequence[NDArray[np.int64]],
+    *,
+    prefix: int,
+    width: int = SLOT,
+    dense: DenseBatch | None = None,
+) -> PackedBatch:
+    """A batch of rows as `pack` lays them out; the other arguments are fields of the batch."""
+    ids, positions, group, labels, early = torch.from_numpy(np.stack(rows, axis=1)).unbind()
+    return PackedBatch(pixels, ids, positions, group, labels, early, prefix, width, dense)
 
 
 def prefix_ids(text: str = IMAGE, visual: int = NUM_PATCHES) -> list[int]:
@@ -157,27 +172,44 @@ class LanguageStream(Dataset[PackedBatch]):
     """Batch number -> freshly drawn scenes with packed questions.
 
     Args:
+        architecture: Decides the form of pictures, labels and prefix.
         seed: Seed of scenes and questions.
         batch: Scenes a batch.
         slots: Slots of 32 text tokens a scene.
         easy: The first so many images show fewer objects.
+        together: Consecutive batches that make one training step.
     """
 
-    def __init__(self, seed: int, batch: int, slots: int, easy: int) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        seed: int,
+        batch: int,
+        slots: int,
+        easy: int,
+        together: int = 1,
+    ) -> None:
+        self.architecture = architecture
         self.seed = seed
         self.batch = batch
         self.slots = slots
         self.easy = easy
+        self.together = together
 
-    def __getitem__(self, step: int) -> PackedBatch:
-        scenes, rows = [], []
-        for index in range(step * self.batch, (step + 1) * self.batch):
+    def __getitem__(self, number: int) -> PackedBatch:
+        scenes, asked = [], []
+        for index in range(number * self.batch, (number + 1) * self.batch):
             busy = 1.0 if index >= self.easy else 0.5 + 0.5 * index / self.easy
             scene = draw_scene(self.seed, "train", _OFFSET + index, busy=busy)
             rng = np.random.default_rng((self.seed, 2, index))
             scenes.append(scene)
-            asked = mixture(scene, rng, QUOTA)
-            rows.append(pack([((q.text, q.answer),) for q in asked], self.slots))
-        parts = torch.from_numpy(np.stack(rows, axis=1))
-        dense = collate(scenes)
-        return PackedBatch(dense.pixels, *parts.unbind(), prefix=1 + NUM_PATCHES, dense=dense)
+            asked.append([((q.text, q.answer),) for q in mixture(scene, rng, QUOTA)])
+        dense = self.architecture.collate(scenes, self.seed, number // self.together)
+        prefix = self.architecture.prefix(math.isqrt(dense.what.shape[1]))
+        rows = [pack(a, self.slots, prefix=prefix.ids, start=prefix.after) for a in asked]
+        batch = stack(dense.pixels, rows, prefix=len(prefix.ids), dense=dense)
+        if prefix.positions is None:
+            return batch
+        positions = batch.position_ids.repeat(3, 1, 1)
+        positions[:, :, : batch.prefix] = torch.tensor(prefix.positions)[:, None]
+        return replace(batch, position_ids=positions)

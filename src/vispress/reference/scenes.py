@@ -5,13 +5,13 @@ Objects stand in rows (or columns) without overlap; places within a row are cont
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vispress.reference.background import background
 from vispress.reference.digits import Alpha, Split, handwritten, printed, warp
 from vispress.reference.masks import VARIANTS, WINDOW, shape_masks
 from vispress.reference.words import COLORS, SHAPES
@@ -112,51 +112,18 @@ def draw_scene(seed: int, split: Split, index: int, *, busy: float = 1.0) -> Sce
         The scene; equal arguments give equal scenes.
     """
     rng = np.random.default_rng((seed, 0 if split == "train" else 1, index))
-    return _paint(rng, _place(rng, _cast(rng, busy)), split)
+    return paint(rng, place_items(rng, _cast(rng, busy)), split)
 
 
-def draw_cast(rng: np.random.Generator, cast: Sequence[Actor], split: Split) -> Scene:
-    """Draw a scene of chosen things.
-
-    Args:
-        rng: Source of places, background and handwriting.
-        cast: At most 16 things; a color or dot of -1 means none.
-        split: Which handwritten digits are used.
-    """
-    return _paint(rng, _place(rng, list(cast)), split)
-
-
-def draw_frames(
-    rng: np.random.Generator, cast: Sequence[Actor], shown: Sequence[Sequence[int]], split: Split
-) -> list[Scene]:
-    """Draw a short video of things that appear, vanish or change colour, but do not move.
+def paint(rng: np.random.Generator, items: Sequence[Item], split: Split) -> Scene:
+    """Draw placed items on a fresh background.
 
     Args:
-        rng: Source of places, background and handwriting.
-        cast: At most 16 things. Those shown in every frame come first, so that their handwriting
-            and background stay the same in all frames.
-        shown: For each frame the color of each thing as it is there: an index into `COLORS`, -1
-            for a sign, -2 for a thing that is not there.
+        rng: Source of background, handwriting and noise.
+        items: What to draw, in order.
         split: Which handwritten digits are used.
-
-    Returns:
-        A scene a frame; its items are the things that are there, in the order of `cast`.
     """
-    placed = _place(rng, list(cast), in_order=True)
-    key = int(rng.integers(1 << 62))
-    return [
-        _paint(
-            np.random.default_rng(key),
-            [replace(i, color=c) for i, c in zip(placed, colors, strict=True) if c > -2],
-            split,
-        )
-        for colors in shown
-    ]
-
-
-def _paint(rng: np.random.Generator, items: list[Item], split: Split) -> Scene:
-    """Draw placed items on a fresh background."""
-    canvas = _background(rng)
+    canvas = background(rng, IMAGE_SIZE + 2 * _MARGIN)
     coverage = np.zeros((len(items), GRID, GRID), dtype=np.float32)
     labels = np.zeros((4, NUM_PATCHES), dtype=np.uint8)
     best = np.zeros(NUM_PATCHES, dtype=np.float32)
@@ -191,10 +158,16 @@ def _cast(rng: np.random.Generator, busy: float) -> list[Actor]:
     return cast
 
 
-def _place(
-    rng: np.random.Generator, cast: list[Actor], *, in_order: bool = False
+def place_items(
+    rng: np.random.Generator, cast: Sequence[Actor], *, in_order: bool = False
 ) -> list[Item]:
-    """Give every member of the cast a centre: four lanes, at most four in each, no overlap."""
+    """Give every member of a cast a centre: four lanes, at most four in each, no overlap.
+
+    Args:
+        rng: Source of the places.
+        cast: At most 16 things; a color or dot of -1 means none.
+        in_order: Whether items come in the order of the cast, not lane by lane.
+    """
     lanes = rng.permutation(16)[: len(cast)] % 4
     flip = rng.random() < 0.5
     items: list[Item] = []
@@ -212,27 +185,6 @@ def _place(
             items.append(Item(kind, value, color, dot, x, y))
             order.append(int(member))
     return [items[i] for i in np.argsort(order)] if in_order else items
-
-
-def _background(rng: np.random.Generator) -> NDArray[np.float32]:
-    """A dim canvas: low-frequency colour plus a grating."""
-    side = IMAGE_SIZE + 2 * _MARGIN
-    base = rng.uniform(55, 110) + rng.uniform(-22, 22, (4, 4, 3))
-    up = _upsample(side)
-    canvas: NDArray[np.float64] = np.einsum("yi,ijc,xj->yxc", up, base, up, optimize=True)
-    t = np.arange(side) * rng.uniform(0.1, 0.7)
-    angle = rng.uniform(0, np.pi)
-    wave = np.sin(np.cos(angle) * t[:, None] + np.sin(angle) * t[None, :] + rng.uniform(0, 6.3))
-    canvas += (rng.uniform(0, 12) * wave)[..., None]
-    return canvas.astype(np.float32)
-
-
-@cache
-def _upsample(side: int) -> NDArray[np.float64]:
-    """Linear interpolation from 4 knots to `side` pixels, shape (side, 4)."""
-    at = np.linspace(0, 3, side)
-    weights: NDArray[np.float64] = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
-    return weights
 
 
 def _window(x: float, y: float) -> tuple[slice, slice]:

@@ -9,17 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
-from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.architecture import ARCHITECTURES, Architecture
 from vispress.reference.card import write_card, write_curves
-from vispress.reference.checkpoint import export, for_inference, for_training, read
+from vispress.reference.checkpoint import architecture_of, export, for_inference, for_training, read
 from vispress.reference.conversation import episode_accuracy
-from vispress.reference.dense import DenseHeads
 from vispress.reference.evaluate import accuracy
 from vispress.reference.loop import Budget, Run
-from vispress.reference.model import TEXT_WIDTH, VISION_WIDTH, build_model, reference_config
 from vispress.reference.parallel import is_main
-from vispress.reference.processor import build_processor
 from vispress.reference.train_episodes import extend_vocabulary, train_episodes
 from vispress.reference.train_language import train_language
 from vispress.reference.train_vision import train_vision
@@ -30,6 +27,7 @@ class Plan:
     """Everything `train_reference` was asked for; see there."""
 
     out: Path
+    architecture: str
     seed: int
     vision: Budget
     language: Budget
@@ -44,10 +42,16 @@ class Plan:
     start: Path | None
     config: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Architecture:
+        """The architecture by its name."""
+        return ARCHITECTURES[self.architecture]
+
 
 def train_reference(
     out_dir: str | Path,
     *,
+    architecture: str = "llava",
     seed: int = 0,
     vision_minutes: float | None = None,
     vision_images: int | None = None,
@@ -69,13 +73,14 @@ def train_reference(
 ) -> dict[str, float]:
     """Train the reference model from nothing.
 
-    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of episodes (several
-    pictures, examples, conversations). Writes into `out_dir`: `vision/`, `language/` and
-    `episodes/` (log and resumable state), `checkpoint/` (a Hugging Face folder with
-    the model card, rewritten at every saved state), `accuracy.json` and `curves.png`.
+    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of episodes
+    (several pictures, examples, conversations). Writes into `out_dir`: `vision/`, `language/` and
+    `episodes/` (log and resumable state), `checkpoint/` (a Hugging Face folder with the model card,
+    rewritten at every saved state), `accuracy.json` and `curves.png`.
 
     Args:
         out_dir: Where everything goes; created.
+        architecture: `"llava"`, or `"qwen2_5_vl"`, which has no stage 3.
         seed: Seed of weights, scenes and questions. Runs limited by images alone repeat exactly
             on one machine with the same numbers of threads and processes.
         vision_minutes: Limit of stage 1 in minutes of training.
@@ -96,7 +101,7 @@ def train_reference(
         episodes_batch: Pictures a step in stage 3.
         questions: Held-out questions a kind in the final evaluation.
         check_questions: The same at every saved state; 0 for none.
-        config: Arguments for `reference_config`.
+        config: `vision_layers` and `text_layers`, where they differ from the shipped model's.
 
     Returns:
         Final accuracy by question kind.
@@ -104,9 +109,14 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: A budget is not positive, `processes` does not divide every batch, or is more
-            than 1 on another device than the CPU.
+        ValueError: `architecture` is unknown or has no stage 3 to `start`, a budget is not
+            positive, `processes` does not divide every batch, or is more than 1 on another device
+            than the CPU.
     """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
+    if start is not None and not ARCHITECTURES[architecture].episodes:
+        raise ValueError(f"start skips to stage 3, which {architecture!r} does not have")
     if vision_minutes is None and vision_images is None:
         vision_images = 32_000
     if language_minutes is None and language_images is None:
@@ -120,6 +130,7 @@ def train_reference(
         raise ValueError(f"several processes train on the CPU only, not on {device}")
     plan = Plan(
         out=Path(out_dir),
+        architecture=architecture,
         seed=seed,
         vision=Budget(vision_minutes, vision_images),
         language=Budget(language_minutes, language_images),
@@ -170,7 +181,7 @@ def _train(plan: Plan) -> None:
     device = torch.device(plan.device)
     common: dict[str, Any] = {"seed": plan.seed, "device": device, "workers": plan.workers}
     if plan.start is None:
-        model = build_model(reference_config(**plan.config), seed=plan.seed).to(device)
+        model = plan.kind.build(plan.config, plan.seed).to(device)
         for_training(model)
         _train_from_nothing(model, plan, common)
     else:
@@ -181,32 +192,34 @@ def _train(plan: Plan) -> None:
     def report(run: Run) -> None:
         _report(model, plan, run, episodes=True)
 
-    train_episodes(
-        model,
-        plan.out / "episodes",
-        budget=plan.episodes,
-        batch=plan.episodes_batch,
-        report=report,
-        **common,
-    )
+    if plan.kind.episodes:
+        train_episodes(
+            model,
+            plan.out / "episodes",
+            budget=plan.episodes,
+            batch=plan.episodes_batch,
+            report=report,
+            **common,
+        )
     if is_main():
         finish(plan.out, model, questions=plan.questions)
 
 
-def _train_from_nothing(
-    model: LlavaForConditionalGeneration, plan: Plan, common: dict[str, Any]
-) -> None:
+def _train_from_nothing(model: Any, plan: Plan, common: dict[str, Any]) -> None:
     """Stages 1 and 2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        heads = DenseHeads(TEXT_WIDTH, VISION_WIDTH).to(common["device"])
+        heads = plan.kind.heads().to(common["device"])
     folders = plan.out / "vision", plan.out / "language"
-    train_vision(model, heads, folders[0], budget=plan.vision, batch=plan.vision_batch, **common)
+    train_vision(
+        plan.kind, model, heads, folders[0], budget=plan.vision, batch=plan.vision_batch, **common
+    )
 
     def report(run: Run) -> None:
         _report(model, plan, run, episodes=False)
 
     train_language(
+        plan.kind,
         model,
         heads,
         folders[1],
@@ -217,17 +230,16 @@ def _train_from_nothing(
     )
 
 
-def _report(
-    model: LlavaForConditionalGeneration, plan: Plan, run: Run, *, episodes: bool
-) -> None:
+def _report(model: Any, plan: Plan, run: Run, *, episodes: bool) -> None:
     """Export, and append a quick accuracy to the log."""
     export(model, plan.out / "checkpoint")
     if not plan.check_questions:
         return
     for_inference(model)
-    scores = accuracy(model, build_processor(), n=plan.check_questions, seed=1)
+    processor = plan.kind.processor()
+    scores = accuracy(model, processor, n=plan.check_questions, seed=1)
     if episodes:
-        scores |= episode_accuracy(model, build_processor(), n=plan.check_questions, seed=1)
+        scores |= episode_accuracy(model, processor, n=plan.check_questions, seed=1)
     for_training(model)
     mean = sum(scores.values()) / len(scores)
     run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
@@ -236,7 +248,7 @@ def _report(
     write_card(plan.out, scores, questions=plan.check_questions, note=unfinished)
 
 
-def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -> dict[str, float]:
+def finish(out: Path, model: Any, *, questions: int) -> dict[str, float]:
     """Export, evaluate on held-out questions, write curves and card.
 
     Args:
@@ -249,8 +261,10 @@ def finish(out: Path, model: LlavaForConditionalGeneration, *, questions: int) -
     """
     for_inference(model)
     export(model, out / "checkpoint")
-    scores = accuracy(model, build_processor(), n=questions)
-    scores |= episode_accuracy(model, build_processor(), n=questions)
+    kind = architecture_of(model)
+    scores = accuracy(model, kind.processor(), n=questions)
+    if kind.episodes:
+        scores |= episode_accuracy(model, kind.processor(), n=questions)
     result = {"questions": questions, "accuracy": scores}
     (out / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     write_curves(out)

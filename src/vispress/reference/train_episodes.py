@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.architecture import embed_and_run
 from vispress.reference.bar import progress_bar
 from vispress.reference.batches import EpisodeStream
 from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
@@ -16,11 +17,11 @@ from vispress.reference.model import normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import PackedBatch
 from vispress.reference.parallel import is_main, rank_and_world
-from vispress.reference.train_language import answer_loss, embed_and_run
+from vispress.reference.train_language import answer_loss
 from vispress.reference.words import VOCABULARY
 
 BATCH: Final = 24
-PEAK: Final = 1.5e-3
+PEAK: Final = 1e-3
 FLOOR: Final = 0.03
 EARLY_UNTIL: Final = 0.7
 
@@ -78,7 +79,7 @@ def train_episodes(
     device: torch.device,
     workers: int = 1,
     batch: int = BATCH,
-    save_minutes: float = 8.0,
+    save_minutes: float = 10.0,
     report: Callable[[Run], None] | None = None,
 ) -> None:
     """Train in place, continuing from the state in `folder` if there is one.
@@ -119,11 +120,12 @@ def train_episodes(
             packed: PackedBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 alone = layout in ("single", "talk", "small")
-                hidden = embed_and_run(model, packed, see(model, packed.pixels, train=alone))
+                features = see(model, packed.pixels, train=alone)
+                hidden = embed_and_run(model, packed, features).last_hidden_state
                 loss, hits = answer_loss(model, hidden, packed, early=run.progress < EARLY_UNTIL)
             run.advance(loss, len(packed.pixels))
             means[layout].add({f"{layout}_loss": loss.detach(), layout: hits})
-            if run.at.step % LOG_EVERY == 0:
+            if run.at.step % LOG_EVERY == 0 or run.progress >= 1:
                 shown = {k: v for m in means.values() if m.count for k, v in m.take().items()}
                 run.log(shown)
                 update(run.progress, {k: v for k, v in shown.items() if not k.endswith("loss")})

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
-from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.architecture import Architecture
 from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseHeads
 from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
-from vispress.reference.model import encode_image, normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import LanguageStream, PackedBatch
 from vispress.reference.parallel import is_main, rank_and_world
@@ -29,38 +27,8 @@ SCALES: Final = {"vision": 0.2, "projector": 0.3, "heads": 0.3}
 EARLY_UNTIL: Final = 0.8
 
 
-def packed_hidden(model: LlavaForConditionalGeneration, batch: PackedBatch) -> tuple[Tensor, ...]:
-    """Last hidden states of packed sequences.
-
-    Args:
-        model: The model.
-        batch: B packed sequences of length L with I pictures in all.
-
-    Returns:
-        Hidden states (B, L, D), projected features (I, N, D) and the two [CLS] states (I, Dv).
-    """
-    features, cls, last = encode_image(model, normalise(batch.pixels))
-    return embed_and_run(model, batch, features), features, cls, last
-
-
-def embed_and_run(
-    model: LlavaForConditionalGeneration, batch: PackedBatch, features: Tensor
-) -> Tensor:
-    """Last hidden states (B, L, D) of packed sequences, given projected features (I, N, D)."""
-    embeds = model.get_input_embeddings()(batch.input_ids)
-    visual = (batch.input_ids == model.config.image_token_id)[..., None]
-    embeds = embeds.masked_scatter(visual, features.to(embeds.dtype))
-    hidden: Tensor = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=batch.mask(torch.get_autocast_dtype(embeds.device.type)),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    return hidden
-
-
 def answer_loss(
-    model: LlavaForConditionalGeneration, hidden: Tensor, batch: PackedBatch, *, early: bool
+    model: Any, hidden: Tensor, batch: PackedBatch, *, early: bool
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of answer words and end token, and accuracy of the first answer word.
 
@@ -86,7 +54,8 @@ def answer_loss(
 
 
 def train_language(
-    model: LlavaForConditionalGeneration,
+    architecture: Architecture,
+    model: Any,
     heads: DenseHeads,
     folder: Path,
     *,
@@ -102,6 +71,7 @@ def train_language(
     """Train in place, continuing from the state in `folder` if there is one.
 
     Args:
+        architecture: What `model` is.
         model: The model after stage 1.
         heads: Dense heads after stage 1; their loss stays on with a small weight.
         folder: Log and state.
@@ -114,19 +84,22 @@ def train_language(
         save_minutes: Minutes of training between saved states.
         report: Called after each saved state (evaluation, export).
     """
-    share = batch // rank_and_world()[1]
+    world = rank_and_world()[1]
+    share = batch // world
     words = model.get_input_embeddings()
-    modules: dict[str, torch.nn.Module] = {
-        "vision": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language": model.model.language_model,
-        "heads": heads,
-    }
+    language = model.model.language_model
+    modules = {**architecture.parts(model), "language": language, "heads": heads}
     optimizer = make_optimizer(modules, lr=PEAK, scales=SCALES)
-    settings = {"stage": "language", "seed": seed, "batch": batch, "easy": easy}
+    settings = {
+        "stage": "language",
+        "architecture": architecture.name,
+        "seed": seed,
+        "batch": batch,
+        "easy": easy,
+    }
     run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
     run.resume()
-    data: Dataset[PackedBatch] = LanguageStream(seed, share, SLOTS, easy)
+    data = LanguageStream(architecture, seed, share, SLOTS, easy, world)
     batches = stream(data, run.at.step, workers=workers)
     means = Means()
     due = run.at.seconds + 60 * save_minutes
@@ -134,11 +107,11 @@ def train_language(
         while run.progress < 1:
             packed: PackedBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                hidden, *seen = packed_hidden(model, packed)
+                hidden, seen = architecture.hidden(model, packed)
                 early = run.progress < EARLY_UNTIL
                 loss, hits = answer_loss(model, hidden, packed, early=early)
                 assert packed.dense is not None
-                dense, scores = heads(*seen, words.weight, packed.dense)
+                dense, scores = heads(seen, words.weight, packed.dense)
             run.advance(loss + 0.1 * dense, share)
             means.add({"loss": loss.detach(), "first": hits, **scores})
             if means.count == LOG_EVERY:

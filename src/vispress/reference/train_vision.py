@@ -1,16 +1,15 @@
 """Stage 1: the vision encoder and the projector learn to see, from dense labels alone."""
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch.utils.data import Dataset
-from transformers import LlavaForConditionalGeneration
 
+from vispress.reference.architecture import Architecture
 from vispress.reference.bar import progress_bar
-from vispress.reference.dense import DenseBatch, DenseHeads, collate
+from vispress.reference.dense import DenseBatch, DenseHeads
 from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
-from vispress.reference.model import encode_image, normalise
 from vispress.reference.optim import make_optimizer
 from vispress.reference.parallel import is_main, rank_and_world
 from vispress.reference.scenes import draw_scene
@@ -24,21 +23,27 @@ class VisionStream(Dataset[DenseBatch]):
     """Batch number -> freshly drawn scenes with dense labels.
 
     Args:
+        architecture: Decides the form of a batch.
         seed: Seed of the scenes.
         batch: Scenes a batch.
+        together: Consecutive batches that make one training step.
     """
 
-    def __init__(self, seed: int, batch: int) -> None:
+    def __init__(self, architecture: Architecture, seed: int, batch: int, together: int) -> None:
+        self.architecture = architecture
         self.seed = seed
         self.batch = batch
+        self.together = together
 
-    def __getitem__(self, step: int) -> DenseBatch:
-        first = step * self.batch
-        return collate([draw_scene(self.seed, "train", first + i) for i in range(self.batch)])
+    def __getitem__(self, number: int) -> DenseBatch:
+        first = number * self.batch
+        scenes = [draw_scene(self.seed, "train", first + i) for i in range(self.batch)]
+        return self.architecture.collate(scenes, self.seed, number // self.together)
 
 
 def train_vision(
-    model: LlavaForConditionalGeneration,
+    architecture: Architecture,
+    model: Any,
     heads: DenseHeads,
     folder: Path,
     *,
@@ -51,6 +56,7 @@ def train_vision(
     """Train in place, continuing from the state in `folder` if there is one.
 
     Args:
+        architecture: What `model` is.
         model: The model; its decoder layers are not touched.
         heads: Dense heads, trained along.
         folder: Log and state.
@@ -60,26 +66,28 @@ def train_vision(
         workers: Processes that draw.
         batch: Images a step, shared evenly by all processes.
     """
-    share = batch // rank_and_world()[1]
+    world = rank_and_world()[1]
+    share = batch // world
     words = model.get_input_embeddings()
-    modules: dict[str, torch.nn.Module] = {
-        "vision": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "words": words,
-        "heads": heads,
-    }
+    modules = {**architecture.parts(model), "words": words, "heads": heads}
     optimizer = make_optimizer(modules, lr=PEAK)
-    settings = {"stage": "vision", "seed": seed, "batch": batch}
+    settings = {
+        "stage": "vision",
+        "architecture": architecture.name,
+        "seed": seed,
+        "batch": batch,
+    }
     run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
     run.resume()
-    batches = stream(VisionStream(seed, share), run.at.step, workers=workers)
+    source = VisionStream(architecture, seed, share, world)
+    batches = stream(source, run.at.step, workers=workers)
     means = Means()
     with progress_bar("vision", visible=is_main()) as update:
         while run.progress < 1:
             data: DenseBatch = next(batches).to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                seen = encode_image(model, normalise(data.pixels))
-                loss, scores = heads(*seen, words.weight, data)
+                seen = architecture.look(model, data.pixels)
+                loss, scores = heads(seen, words.weight, data)
             run.advance(loss, share)
             means.add({"loss": loss.detach(), **scores})
             if means.count == LOG_EVERY:

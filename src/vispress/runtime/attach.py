@@ -20,8 +20,9 @@ from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
-from vispress.types import Signal
+from vispress.types import ATTENTION_SIGNALS, Signal
 from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens_many
 
 STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
@@ -51,24 +52,21 @@ class Attachment:
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
         wanted = frozenset().union(*(method.signals() for method in methods))
-        self.encoder_signals = wanted & {
-            Signal.CLS_ATTENTION,
-            Signal.COLUMN_ATTENTION,
-            Signal.VISION_KEYS,
-            Signal.VISION_FEATURES,
-        }
+        others = {Signal.VISION_KEYS, Signal.VISION_FEATURES}
+        self.encoder_signals = wanted & (ATTENTION_SIGNALS | others)
         self._decoder = (adapter.language_model, *adapter.decoder_layers)
         self.reads_encoder_late = any(
             step.placement.layer > 0 and step.method.signals() & self.encoder_signals
             for step in steps
         )
+        self.reads_input = Signal.INPUT_EMBEDDINGS in wanted
         self.reads_text = Signal.TEXT_EMBEDDINGS in wanted
         self.first_layer = min(step.placement.layer for step in steps)
 
     # --- what the compressors want to see
 
     def encoder_layers(self, method: Compressor, signal: Signal) -> tuple[int, ...]:
-        """Encoder layers whose attention `method` reads, as far as they can be compared."""
+        """Encoder layers that `method` reads; of column attention, those that can be compared."""
         layers = method.encoder_layers(
             len(self.adapter.encoder_attentions()), self.adapter.feature_layer()
         )
@@ -81,9 +79,17 @@ class Attachment:
         """Every encoder layer that must be watched, ascending."""
         layers: set[int] = set()
         for method in self.methods:
-            for signal in method.signals() & {Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION}:
+            for signal in method.signals() & ATTENTION_SIGNALS:
                 layers |= set(self.encoder_layers(method, signal))
         return tuple(sorted(layers))
+
+    def key_layers(self) -> set[int]:
+        """Encoder layers whose keys are read."""
+        return {
+            self.encoder_layers(method, Signal.VISION_KEYS)[-1]
+            for method in self.methods
+            if Signal.VISION_KEYS in method.signals()
+        }
 
     def attention_layers(self) -> set[int]:
         """Decoder layers whose attention rows are read."""
@@ -124,10 +130,7 @@ class Attachment:
 
     def _attach_encoder(self) -> None:
         modules = self.adapter.encoder_attentions()
-        layers = set(self.all_encoder_layers())
-        if Signal.VISION_KEYS in self.encoder_signals:
-            layers.add(self.adapter.feature_layer())
-        for layer in layers:
+        for layer in {*self.all_encoder_layers(), *self.key_layers()}:
             self._undo.append(watch(modules[layer]))
         if Signal.VISION_FEATURES in self.encoder_signals:
             self._hook(self.adapter.projector.register_forward_pre_hook(self._projector_starts))
@@ -208,7 +211,11 @@ class Attachment:
         if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
             return original(*args, **kwargs)
         sink = EncoderSink(
-            self.adapter, self.encoder_signals, self.all_encoder_layers(), self.backend
+            self.adapter,
+            self.encoder_signals,
+            self.all_encoder_layers(),
+            self.key_layers(),
+            self.backend,
         )
         bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
         arguments = bound.arguments | bound.arguments.get("kwargs", {})
@@ -283,9 +290,9 @@ class Attachment:
             rows = state.last.to(hidden.device)
             visual = visual.to(hidden.device)
             number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
-            here = visual.gather(1, rows.index)
+            here, number = gather_tokens_many((visual, number), rows.index, backend=self.backend)
             here = here if rows.valid is None else here & rows.valid
-            embeds = embeds.to(hidden.device)[number.gather(1, rows.index)[here]]
+            embeds = embeds.to(hidden.device)[number[here]]
             visual = here
         result: Tensor = original(hidden, visual, embeds)
         return result

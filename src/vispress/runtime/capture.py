@@ -1,12 +1,14 @@
 """What one call of `get_image_features` or `get_video_features` showed: features and signals."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
+from vispress.methods.base import upcast
+from vispress.runtime.attention import attention_rows
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
 from vispress_kernels.column_attention import column_attention
@@ -22,6 +24,7 @@ class EncoderSink:
         adapter: The family.
         wanted: Signals to collect.
         layers: Encoder layers whose attention is read.
+        key_layers: Encoder layers whose keys are read.
         backend: Kernels to use.
     """
 
@@ -30,15 +33,15 @@ class EncoderSink:
         adapter: ModelAdapter,
         wanted: frozenset[Signal],
         layers: Sequence[int],
+        key_layers: Collection[int],
         backend: Backend,
     ) -> None:
         self._modules = adapter.encoder_attentions()
-        self._feature_layer = adapter.feature_layer()
         self._has_cls = adapter.has_cls
         self._wanted = wanted
-        self._layers, self._backend = layers, backend
+        self._layers, self._key_layers, self._backend = layers, key_layers, backend
         self.attention: dict[tuple[Signal, int], list[Tensor]] = {}
-        self.keys: list[Tensor] = []
+        self.keys: dict[int, list[Tensor]] = {}
         self.projector_input: Tensor | None = None
 
     @torch.no_grad()
@@ -51,34 +54,38 @@ class EncoderSink:
         kwargs: dict[str, Any],
     ) -> None:
         """Called by a watched encoder attention, once a layer or once an image and layer."""
-        layer = next((i for i in self._layers if self._modules[i] is module), None)
-        is_feature_layer = self._modules[self._feature_layer] is module
-        for q, k in _split_packed(query, key, kwargs):
-            if layer is not None:
-                self._attention(layer, q, k, float(kwargs["scaling"]))
-            if is_feature_layer and Signal.VISION_KEYS in self._wanted:
-                self.keys.append(k[:, :, 1:] if self._has_cls else k)
+        layer = next((i for i, known in enumerate(self._modules) if known is module), None)
+        if layer is not None and layer in self._layers:
+            # a varlen kernel gets all images in one packed sequence
+            self._attention(
+                layer, query, key, float(kwargs["scaling"]), kwargs.get("cu_seq_lens_q")
+            )
+        if layer is not None and layer in self._key_layers:
+            self.keys.setdefault(layer, []).append(key[:, :, 1:] if self._has_cls else key)
 
-    def _attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def _attention(
+        self, layer: int, query: Tensor, key: Tensor, scaling: float, bounds: Tensor | None
+    ) -> None:
         if Signal.CLS_ATTENTION in self._wanted:
             row = query_attention(query[:, :, :1], key, scale=scaling, backend=self._backend)
             row = row[:, :, 0, 1:]
             self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row)
+        if Signal.CLS_LOGITS in self._wanted:
+            logits = upcast(query[:, :, :1]) @ upcast(key).mT * scaling
+            self.attention.setdefault((Signal.CLS_LOGITS, layer), []).append(logits[:, :, 0, 1:])
+        if Signal.CLS_WIDE_ATTENTION in self._wanted:
+            wide_query, wide_key = (
+                x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query[:, :, :1], key)
+            )
+            row = attention_rows(wide_query, wide_key, None, wide_key.shape[-1] ** -0.5)
+            row = row[:, :, 0, 1:]
+            self.attention.setdefault((Signal.CLS_WIDE_ATTENTION, layer), []).append(row)
         if Signal.COLUMN_ATTENTION in self._wanted:
-            mean = column_attention(query, key, scale=scaling, backend=self._backend)
+            mean = column_attention(
+                query, key, cu_seqlens=bounds, scale=scaling, backend=self._backend
+            )
             mean = mean[..., 1:] if self._has_cls else mean
             self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
-
-
-def _split_packed(
-    query: Tensor, key: Tensor, kwargs: Mapping[str, Any]
-) -> list[tuple[Tensor, Tensor]]:
-    """One pair an image when a varlen kernel gets all images in one packed sequence."""
-    ends = kwargs.get("cu_seq_lens_q")
-    if ends is None:
-        return [(query, key)]
-    sizes = (ends[1:] - ends[:-1]).tolist()
-    return list(zip(torch.split(query, sizes, dim=2), torch.split(key, sizes, dim=2), strict=True))
 
 
 class Capture:
@@ -114,10 +121,10 @@ class Capture:
         for (signal, layer), parts in sink.attention.items():
             heads = [part.transpose(1, 2) for part in parts]  # [P, n, H]
             self._signals[signal, layer] = pack(_join(heads, adapter.packed))
-        if sink.keys:
-            keys = [part.transpose(1, 2).flatten(2) for part in sink.keys]  # [P, n, H * Dh]
-            self._signals[Signal.VISION_KEYS, 0] = pack(_join(keys, adapter.packed))
-            self.key_heads = sink.keys[0].shape[1]
+        for layer, parts in sink.keys.items():
+            keys = [part.transpose(1, 2).flatten(2) for part in parts]  # [P, n, H * Dh]
+            self._signals[Signal.VISION_KEYS, layer] = pack(_join(keys, adapter.packed))
+            self.key_heads = parts[0].shape[1]
         if sink.projector_input is not None:
             rows = adapter.projector_inputs(modality, sink.projector_input, call)
             self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
@@ -138,9 +145,9 @@ class Capture:
         rows = torch.stack([self._signals[signal, layer][number].T for layer in layers])
         return rows[0] if len(layers) == 1 else rows
 
-    def keys(self, number: int) -> Tensor:
-        """`[Hv, N, Dh]` of image `number`."""
-        flat = self._signals[Signal.VISION_KEYS, 0][number]
+    def keys(self, layer: int, number: int) -> Tensor:
+        """`[Hv, N, Dh]` of image `number`, from an encoder layer."""
+        flat = self._signals[Signal.VISION_KEYS, layer][number]
         return flat.view(len(flat), self.key_heads, -1).transpose(0, 1)
 
     def vision_features(self, number: int) -> Tensor:

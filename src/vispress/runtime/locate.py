@@ -40,6 +40,8 @@ def find(
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
     state.images = images
+    if attachment.reads_input:
+        state.input_embeddings = embeds.detach()
     if attachment.reads_text:
         text = (host_valid.bool() & (host_marks == 0)).to(embeds.device)
         state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]
@@ -52,8 +54,12 @@ def find(
 def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) -> list[Wanted]:
     """Attention rows that the placements read, each once."""
     wanted: list[Wanted] = []
-    for placement in (step.placement for step in attachment.steps):
-        if placement.queries is None or any(want.serves(placement) for want in wanted):
+    for step in attachment.steps:
+        placement, reads = step.placement, {*step.method.signals()}
+        if placement.queries is None:
+            continue
+        if (known := next((w for w in wanted if w.serves(placement)), None)) is not None:
+            known.reads |= reads
             continue
         rows = _query_positions(placement.queries, images, valid)
         width = max(map(len, rows))
@@ -62,7 +68,7 @@ def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) ->
         peek = placement.attention_of == "next"
         layer = placement.layer - (0 if peek else 1)
         lengths = [len(row) for row in rows]
-        wanted.append(Wanted(layer, placement.queries, peek, positions, lengths))
+        wanted.append(Wanted(layer, placement.queries, peek, positions, lengths, reads))
     return wanted
 
 

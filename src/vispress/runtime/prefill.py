@@ -181,7 +181,7 @@ def enter_layer(
             state.decided[number].append(fresh)
     for want in state.wanted:  # rows that were used: many queries are large
         if want.seen:
-            want.rows = None
+            want.rows = want.key_norms = None
     return hidden
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vispress_kernels import Backend
-from vispress_kernels.gather_tokens import gather_tokens
+from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
 
 
 @dataclass
@@ -136,9 +136,14 @@ def gather_rows(x: Tensor, local: Tensor, backend: Backend) -> Tensor:
     return gather_tokens(x, local, backend=backend)
 
 
-def gather_rotary(x: Tensor, index: Tensor) -> Tensor:
-    """Rotary table rows: `[B or 1, Q, D]` or `[3, B or 1, Q, D]`, gathered along the axis -2."""
-    wanted = (*x.shape[:-3], index.shape[0], x.shape[-2], x.shape[-1])
-    x = x.expand(wanted)
-    where = index.unsqueeze(-1).expand(*index.shape, x.shape[-1])
-    return x.gather(-2, where.expand(*x.shape[:-3], *where.shape))
+def gather_rotary(
+    tables: tuple[Tensor, Tensor], index: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Rows of both rotary tables `[B or 1, Q, D]` or `[3, B or 1, Q, D]`, in one launch."""
+    B = index.shape[0]
+    # a table may hold three axes (M-RoPE) and one batch row for all: neither is copied
+    rows = [table.movedim((-3, -2), (0, 1)) for table in tables]
+    cos, sin = gather_tokens_many(
+        [table.expand(B, *table.shape[1:]) for table in rows], index, backend=backend
+    )
+    return cos.movedim((0, 1), (-3, -2)), sin.movedim((0, 1), (-3, -2))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vispress.methods.base import upcast
 from vispress.runtime.attention import attention_rows
 from vispress.runtime.images import Image
 from vispress.runtime.rows import Rows
-from vispress.types import Placement, Queries
+from vispress.types import Placement, Queries, Signal
 from vispress_kernels import Backend
 from vispress_kernels.query_attention import query_attention
 
@@ -29,6 +30,7 @@ class Wanted:
         positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
             one).
         lengths: Real rows of each sample, on the host.
+        reads: Which of attention rows and key norms are wanted.
     """
 
     layer: int
@@ -36,7 +38,9 @@ class Wanted:
     peek: bool
     positions: Tensor
     lengths: Sequence[int]
+    reads: set[Signal]
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
+    key_norms: Tensor | None = None  # [B, S], fp32
     seen: bool = False
     offset: int = 0  # slot of the chunk's first row
 
@@ -72,22 +76,27 @@ class Wanted:
             backend: Kernels to use.
         """
         self.seen = True
+        if Signal.KEY_NORMS in self.reads:
+            self.key_norms = upcast(key).abs().sum(dim=(1, 3))
+        if Signal.QUERY_ATTENTION not in self.reads:
+            return
         local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
         heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-        S = key.shape[2]
-        if mask is not None and mask.ndim == 4:
+        query, S = query.gather(2, heads), key.shape[2]
+        places: Tensor | None = local + self.offset
+        if mask is not None and mask.ndim == 4:  # causality is in the mask
             mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
-            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-            self.rows = attention_rows(query.gather(2, heads), key, mask.gather(2, index), scaling)
-        else:
-            self.rows = query_attention(
-                query.gather(2, heads),
-                key,
-                rows=local + self.offset,
-                key_valid=None if mask is None else mask[:, :S].bool(),
-                scale=scaling,
-                backend=backend,
-            )
+            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
+            mask, places = mask.gather(2, index), None
+            if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
+                self.rows = attention_rows(query, key, mask, scaling)
+                return
+            mask = mask[:, 0]
+        elif mask is not None:
+            mask = mask[:, :S].bool()
+        self.rows = query_attention(
+            query, key, rows=places, key_valid=mask, scale=scaling, backend=backend
+        )
 
 
 @dataclass(eq=False)

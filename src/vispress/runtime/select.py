@@ -181,7 +181,8 @@ def _plans(
     placement, method = step.placement, step.method
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
     num_keep = placement.budget.resolve(bucket.entered[step.compressor])
-    if num_keep >= bucket.num_visual:
+    whole = method.needs == "video" and bucket.images[0].modality != "video"
+    if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
         yield bucket, None
         return
     if num_keep == 0:
@@ -190,7 +191,7 @@ def _plans(
         return
     tokens = visual_tokens(state, step.method, placement, bucket, rows, hidden)
     plan = method.plan(tokens, num_keep)
-    plan.check(tokens, num_keep, exact=method.exact)
+    plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if isinstance(plan.keep, Tensor):
         yield bucket, plan
         return

@@ -10,7 +10,9 @@ from vispress.runtime.capture import projector_function
 from vispress.runtime.images import Bucket
 from vispress.runtime.rows import Rows
 from vispress.runtime.state import ForwardState
-from vispress.types import Placement, Queries, Signal, Transition, VisualTokens
+from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
+from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens
 
 
 def visual_tokens(
@@ -36,12 +38,22 @@ def visual_tokens(
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
-    if Signal.QUERY_ATTENTION in reads:
+    if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
+    if Signal.KEY_NORMS in reads:
+        signals["key_norms"] = _key_norms(state, placement, bucket)
+    if Signal.TEXT_STATES in reads:
+        behind = torch.stack([image.text_after for image in bucket.images]).to(hidden.device)
+        signals["text_states"] = hidden[sample, rows.place[sample, behind]]
+    if Signal.FINAL_NORM in reads:
+        signals["final_norm"] = state.attachment.adapter.language_model.norm
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, bucket)
     if Signal.TEXT_EMBEDDINGS in reads:
         signals["text_embeddings"] = _text_embeddings(state, bucket)
+        signals["text_after"] = len(first.text_after)
+    if Signal.INPUT_EMBEDDINGS in reads:
+        signals["input_embeddings"] = _input_embeddings(state, bucket)
     if Signal.IMAGE_COUNT in reads:
         counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
@@ -51,6 +63,7 @@ def visual_tokens(
         num_original=first.num_visual,
         grid=first.grid,
         crops=first.crops,
+        backend=state.attachment.backend,
         **signals,
     )
 
@@ -67,24 +80,23 @@ def _encoder_signals(
         whole = torch.stack(values).to(device)
         if bucket.num_visual == bucket.images[0].num_visual:
             return whole
-        shape = [1] * whole.ndim
-        shape[0], shape[axis] = len(values), -1
-        wanted = list(whole.shape)
-        wanted[axis] = bucket.num_visual
-        return whole.gather(axis, bucket.index.view(shape).expand(wanted))
+        return _pick(whole, axis, bucket.index, state.attachment.backend)
 
-    for signal in (Signal.CLS_ATTENTION, Signal.COLUMN_ATTENTION):
+    for signal in ATTENTION_SIGNALS:
         if signal in reads:
             layers = state.attachment.encoder_layers(method, signal)
             values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
             out[signal.value] = stacked(values, values[0].ndim)
     if Signal.VISION_KEYS in reads:
-        out["vision_keys"] = stacked([i.capture.keys(i.number) for i in bucket.images], 2)
+        (*_, layer) = state.attachment.encoder_layers(method, Signal.VISION_KEYS)
+        out["vision_keys"] = stacked([i.capture.keys(layer, i.number) for i in bucket.images], 2)
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
         out["vision_features"] = stacked(inputs, 1)
     if Signal.PROJECTOR in reads:
         out["projector"] = projector_function(adapter)
+        two_layer = adapter.two_layer()
+        out["two_layer"] = None if two_layer is None else two_layer.to(device)
     return out
 
 
@@ -94,17 +106,30 @@ def _query_attention(
     """`[Bk, H, Q, N]` of the rows that the placement names."""
     want = next(w for w in state.wanted if w.serves(placement))
     assert want.rows is not None
-    device = bucket.index.device
+    device, backend = bucket.index.device, state.attachment.backend
     probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]
     if placement.queries is Queries.TEXT_AFTER:
         # rows of a sample are its text behind the first image; behind this image is a tail of them
-        picks = torch.tensor([want.tail(image) for image in bucket.images], device=device)
-        probs = probs.gather(
-            2, picks[:, None, :, None].expand(-1, probs.shape[1], -1, probs.shape[3])
-        )
-    slots = local + want.offset
-    wanted = slots[:, None, None, :].expand(-1, probs.shape[1], probs.shape[2], -1)
-    return probs.gather(3, wanted)
+        tails = [want.tail(image) for image in bucket.images]
+        picks = torch.tensor(tails, dtype=torch.int64, device=device)
+        probs = _pick(probs, 2, picks, backend)
+    return _pick(probs, 3, local + want.offset, backend)
+
+
+def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
+    """Places `index [B, K]` along one axis of `[B, ...]`."""
+    return gather_tokens(x.movedim(axis, 1), index, backend=backend).movedim(1, axis)
+
+
+def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
+    """`[Bk, N + T]` of the layer that the placement names."""
+    want = next(w for w in state.wanted if w.serves(placement))
+    assert want.key_norms is not None
+    device, where = bucket.index.device, bucket.positions
+    behind = torch.stack([image.text_after for image in bucket.images]).to(device)
+    rows = state.rows_at(want.layer).to(device)
+    slots = rows.place[bucket.sample.unsqueeze(1), torch.cat([where, behind], dim=1)]
+    return want.key_norms.to(device)[bucket.sample].gather(1, slots + want.offset)
 
 
 def _transitions(
@@ -135,3 +160,12 @@ def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
     """`[Bk, T, D]`, right-aligned; samples of one bucket have equally many text tokens."""
     assert state.text_embeddings is not None
     return torch.stack([state.text_embeddings[image.sample] for image in bucket.images])
+
+
+def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
+    """`[Bk, N0, D]`, dropped tokens included."""
+    assert state.input_embeddings is not None
+    device = state.input_embeddings.device
+    positions = torch.stack([image.positions for image in bucket.images]).to(device)
+    sample = bucket.sample.to(device).unsqueeze(1)
+    return state.input_embeddings[sample, positions].to(bucket.index.device)

@@ -52,6 +52,7 @@ class ForwardState:
     wanted: list[Wanted] = field(default_factory=list)
     transitions: dict[int, Seen] = field(default_factory=dict)
     text_embeddings: list[Tensor] | None = None
+    input_embeddings: Tensor | None = None
     peeking: bool = False
     sink: Token[Any] | None = None
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
@@ -237,8 +238,8 @@ class ForwardState:
             return self._rotary[key]
         if rows.shift is None and before is None:
             if not rows.whole:
-                cos, sin = (gather_rotary(table.to(hidden.device), rows.index) for table in given)
-                given = (cos, sin)
+                cos, sin = (table.to(hidden.device) for table in given)
+                given = gather_rotary((cos, sin), rows.index, self.attachment.backend)
         else:
             assert self.position_ids is not None
             ids = self.position_ids.to(hidden.device).expand(rows.index.shape[0], -1)

@@ -1,0 +1,198 @@
+"""Sample questions and failures: drawn again from the plan, and asked again where the model is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vispress.api import compression_report
+from vispress.bench.cells import Cell
+from vispress.bench.engine import Advance
+from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
+from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
+from vispress.bench.page.results import Results, Stored
+from vispress.bench.page.sources import stored_plan
+from vispress.bench.page.tables import kind_of
+from vispress.bench.page.words import counted, listed
+from vispress.bench.plan import plan_from_mapping
+from vispress.bench.subjects import Subject, load_subject
+from vispress.bench.summary import BLIND
+from vispress.bench.tasks import Prompt, get_task
+from vispress.bench.treatment import treated
+from vispress.errors import ConfigError, VispressError
+
+Shots = dict[tuple[str, str, int], tuple[Shot, ...]]
+Questions = Mapping[str, Sequence[Prompt]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """What the page shows of questions.
+
+    Args:
+        samples: Of every task.
+        failures: What most methods lose.
+        notes: What could not be shown, and why; how far asking again gave the stored answers.
+    """
+
+    samples: tuple[Exhibit, ...] = ()
+    failures: tuple[Exhibit, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def gallery(
+    results: Results,
+    *,
+    number: int,
+    device: str | torch.device = "cpu",
+    advance: Advance = lambda _what, _questions: None,
+) -> Gallery:
+    """Draw the questions that are shown, and see again what each method keeps of them.
+
+    Args:
+        results: A folder.
+        number: Sample questions of each task.
+        device: Where the model runs.
+        advance: Progress.
+
+    Raises:
+        CheckpointError: The plan's model is at hand but damaged.
+        ConfigError: The device cannot be used.
+    """
+    picked = samples(results, number), failures(results)
+    notes: list[str] = []
+    advance("drawing questions", 0)
+    prompts = _draw(results, {pick.task for picks in picked for pick in picks}, notes)
+    kept = [[pick for pick in picks if pick.task in prompts] for picks in picked]
+    subject = _subject(results, device, notes)
+    shots: Shots = {}
+    if subject is not None:
+        shots = _ask_again(results, subject, [*kept[0], *kept[1]], prompts, notes, advance)
+    cells = _cells(results)
+    kinds = {cell["cell"]["group"]: kind_of(results, cell["cell"]["group"]) for cell in cells}
+    exhibits = [
+        tuple(
+            exhibit(pick, prompts[pick.task][pick.index], cells, kinds, shots, subject)
+            for pick in picks
+        )
+        for picks in kept
+    ]
+    return Gallery(samples=exhibits[0], failures=exhibits[1], notes=tuple(notes))
+
+
+def _cells(results: Results) -> list[Stored]:
+    """Whose answers are shown: the uncompressed model's, the blind one's, then all groups'."""
+    first = [results.baseline] if results.baseline is not None else []
+    blind = [c for c in results.answered if c["cell"]["group"] == BLIND]
+    return [*first, *blind, *shown_cells(results)]
+
+
+def _draw(results: Results, tasks: set[str], notes: list[str]) -> Questions:
+    """All questions of the tasks; those that are not what was asked are left out."""
+    prompts = {}
+    for task in results.plan["tasks"]:
+        if task not in tasks:
+            continue
+        try:
+            prompts[task] = get_task(task).draw(results.plan["questions"], results.plan["seed"])
+        except ConfigError as error:
+            notes.append(f"{task}: its questions cannot be drawn here ({error})")
+    foreign = strangers(results, prompts)
+    if foreign:
+        notes.append(
+            f"{listed(foreign)}: the questions drawn here are not those that were asked (the "
+            "results are of another commit), so they are not shown"
+        )
+    return {task: asked for task, asked in prompts.items() if task not in foreign}
+
+
+def _subject(results: Results, device: str | torch.device, notes: list[str]) -> Subject | None:
+    """The plan's model, if it is here and has the weights that were measured."""
+    name = results.plan["model"]
+    if name != "reference" and not Path(name).is_dir():
+        notes.append(f"kept tokens are not shown: the model {name!r} is not at hand")
+        return None
+    subject = load_subject(name, device, results.plan["dtype"])
+    measured = results.manifest["identity"]["weights"]
+    if subject.weights != measured:
+        notes.append(
+            f"kept tokens are not shown: the weights of {name!r} here are {subject.weights}, "
+            f"measured were {measured}"
+        )
+        return None
+    return subject
+
+
+def _cells_again(results: Results, notes: list[str]) -> dict[str, Cell]:
+    """Cells of the stored plan as this version makes them, where that is what was measured."""
+    try:
+        plan = plan_from_mapping(stored_plan(results.plan), "the stored plan")
+    except VispressError as error:
+        notes.append(f"kept tokens are not shown: the stored plan cannot be made here ({error})")
+        return {}
+    made = {cell.key: cell for cell in plan.cells()}
+    stored = {cell["key"]: cell for cell in results.plan["cells"]}
+    return {key: cell for key, cell in made.items() if cell.to_dict() == stored.get(key)}
+
+
+def _ask_again(
+    results: Results,
+    subject: Subject,
+    picks: Sequence[Pick],
+    prompts: Questions,
+    notes: list[str],
+    advance: Advance,
+) -> Shots:
+    """What every shown cell keeps of the shown questions."""
+    shots: Shots = {}
+    asked = differ = 0
+    cells = _cells_again(results, notes)
+    batches = {
+        task: sorted({pick.index for pick in picks if pick.task == task}) for task in prompts
+    }
+    for stored in shown_cells(results):
+        cell = cells.get(stored["key"])
+        # smaller pictures drop no tokens that could be shown
+        if cell is None or not cell.chain:
+            continue
+        advance(f"{cell.key}, pictures", 0)
+        for task, indices in batches.items():
+            batch = [prompts[task][i] for i in indices]
+            if not any(prompt.images for prompt in batch):
+                continue
+            answers, found = _watch(cell, subject, batch, results)
+            for i, answer, seen in zip(indices, answers, found, strict=True):
+                shots[cell.key, task, i] = seen
+                asked += 1
+                differ += answer != stored["tasks"][task]["answers"][i]
+    if asked:
+        notes.append(_agreement(asked, differ))
+    return shots
+
+
+def _watch(
+    cell: Cell, subject: Subject, batch: Sequence[Prompt], results: Results
+) -> tuple[list[str], list[tuple[Shot, ...]]]:
+    """Answers of a batch, and what was kept of each picture; nothing of composed pictures."""
+    limit, positions = results.plan["max_new_tokens"], results.plan["positions"]
+    with treated(cell, subject, batch, subject.encode(batch), positions) as now:
+        turns = subject.converse(batch, now.inputs, limit)
+        report = compression_report(subject.model)
+    found = []
+    for prompt, sample in zip(batch, report.samples, strict=True):
+        evidence = prompt.evidence or ((),) * len(prompt.images)
+        shots = [shot_of(image, own) for image, own in zip(sample.images, evidence, strict=True)]
+        whole = tuple(shot for shot in shots if shot is not None)
+        found.append(whole if len(whole) == len(shots) else ())
+    return [" / ".join(own) for own in turns], found
+
+
+def _agreement(asked: int, differ: int) -> str:
+    if not differ:
+        return f"asked again for these pictures, the model gave all {asked} stored answers"
+    return (
+        f"asked again for these pictures, the model answered {differ} of "
+        f"{counted(asked, 'question')} differently than when it was measured (another machine or "
+        "batch); answers shown are the stored ones"
+    )

@@ -1,0 +1,53 @@
+"""The words of the exchange: where methods act, what they read, whose attention."""
+
+from enum import StrEnum
+from typing import Literal
+
+Positions = Literal["original", "compact"]
+Need = Literal["anyres", "video"]
+"""Kinds of visual input that not every model has: AnyRes crops, videos."""
+
+
+class Stage(StrEnum):
+    """Where in the model a placement acts."""
+
+    ENCODER = "encoder"
+    PRE_LLM = "pre_llm"
+    IN_LLM = "in_llm"
+
+
+class Signal(StrEnum):
+    """What a compressor may read beside the features; declared in `Compressor.reads`."""
+
+    CLS_ATTENTION = "cls_attention"
+    CLS_LOGITS = "cls_logits"
+    CLS_WIDE_ATTENTION = "cls_wide_attention"
+    COLUMN_ATTENTION = "column_attention"
+    VISION_KEYS = "vision_keys"
+    VISION_FEATURES = "vision_features"
+    PROJECTOR = "projector"
+    TEXT_EMBEDDINGS = "text_embeddings"
+    INPUT_EMBEDDINGS = "input_embeddings"
+    QUERY_ATTENTION = "query_attention"
+    KEY_NORMS = "key_norms"
+    TEXT_STATES = "text_states"
+    FINAL_NORM = "final_norm"
+    TRANSITION = "transition"
+    GRID = "grid"
+    CROPS = "crops"
+    IMAGE_COUNT = "image_count"
+
+
+CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
+"""What only an encoder with a [CLS] token gives."""
+ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
+"""What is read of the encoder's attention."""
+
+
+class Queries(StrEnum):
+    """Whose attention rows `query_attention` holds."""
+
+    LAST = "last"
+    """The last valid token of the sequence: Q = 1."""
+    TEXT_AFTER = "text_after"
+    """All valid non-visual tokens behind the image's last token: Q = their count."""

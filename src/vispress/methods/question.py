@@ -1,0 +1,47 @@
+"""The text that a text-guided method compares visual tokens with, in the LLM's embedding space."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vispress.methods.base import upcast
+from vispress.methods.diversity import unit
+from vispress.types import VisualTokens
+
+
+def question(tokens: VisualTokens) -> Float[Tensor, "B T D"]:
+    """Embeddings of the text behind the image, or of all text where none follows; T may be 0."""
+    assert tokens.text_embeddings is not None  # declared in `reads`
+    return tokens.text_embeddings[:, -tokens.text_after :]  # -0: all of them
+
+
+def mean_cosine(x: Float[Tensor, "B N D"], texts: Float[Tensor, "B T D"]) -> Float[Tensor, "B N"]:
+    """Mean over texts of the cosine of each token, in at least fp32; 0 without texts.
+
+    Reduced token by token, not by a matrix product, so that equal tokens tie.
+    """
+    mean = unit(texts).sum(dim=1, keepdim=True) / max(1, texts.shape[1])
+    return (unit(x) * mean).sum(dim=-1)
+
+
+def scaled(
+    score: Float[Tensor, "B N"], *, counted: Tensor | None = None, eps: float = 0.0
+) -> Float[Tensor, "B N"]:
+    """Min-max over the counted tokens of each image, `(s - min + eps) / (max - min)`.
+
+    Args:
+        score: Any range.
+        counted: `[B, N]` bool; others (newlines) get a value, but do not set the scale. None: all.
+        eps: Keeps the lowest above 0.
+
+    Returns:
+        1 for all where the range is within rounding of 0.
+    """
+    score = upcast(score)
+    if counted is None:
+        counted = torch.ones_like(score, dtype=torch.bool)
+    low = score.masked_fill(~counted, float("inf")).amin(dim=1, keepdim=True)
+    high = score.masked_fill(~counted, float("-inf")).amax(dim=1, keepdim=True)
+    spread = high - low
+    flat = spread <= 1e-6 * torch.maximum(high.abs(), low.abs())
+    return torch.where(flat, 1.0, (score - low + eps) / torch.where(flat, 1.0, spread))

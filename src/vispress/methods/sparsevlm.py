@@ -1,0 +1,115 @@
+"""SparseVLM: drop what the text's most visual words attend to least, and recycle some of it.
+
+Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
+Inference", ICML 2025, arXiv:2410.04417.
+Source: https://github.com/Gumpest/SparseVLMs at 26a5f48, counts by rank at 91fb6d9 (Apache-2.0).
+Follows the code of v1.5: raters are words above the mean of a softmax over words of `V E^T` (input
+embeddings); after layers 2, 6 and 15 their attention ranks the tokens; of the dropped ones the best
+30 % are clustered (DPC-KNN) into means. `rank_scale` gives v1.0's counts, `rank * scale + bias`.
+Differs: a stage's budget holds its clusters (192: 309, 204, 113); a cluster stands at its centre
+(the code appends it); index order in place of noise; words are those behind the image, and without
+any the earlier tokens stay. Schedules other than the published ones are ours.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from vispress.budget import Budget
+from vispress.methods.base import Compressor, Evidence
+from vispress.methods.checks import check_choice, check_number
+from vispress.methods.raters import relation
+from vispress.methods.recycling import fold_dropped, kept_of, recycled
+from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
+from vispress.registry import register_method
+from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
+
+PUBLISHED_LAYERS = (3, 7, 16)
+"""Before which tokens are dropped: after layers 2, 6 and 15."""
+PRESETS = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)}
+"""Tokens of 576 that each stage leaves, clusters included."""
+
+
+@final
+@register_method("sparsevlm")
+@dataclass(frozen=True, kw_only=True)
+class SparseVLM(Compressor):
+    """Prune at several depths by the attention of visual words; recycle some of what is dropped.
+
+    Without a budget the preset applies; `vispress.methods.schedules` says what others mean.
+
+    Args:
+        preset: Mean of kept tokens that the published lists are named by: 192, 128, 96 or 64.
+        layers: Decoder layers before which to drop; None for the published 3, 7, 16 of 32, scaled.
+        ratios: Share of the original tokens that each stage leaves, in place of the preset's.
+        rank_scale: v1.0: each image keeps `rank * rank_scale + rank_bias` tokens and clusters, in
+            place of any budget; rank is that of the raters' attention. None for v1.5.
+        rank_bias: See `rank_scale`.
+    """
+
+    summary: ClassVar[str] = "most attended by visual words, with clusters of the dropped"
+    paper: ClassVar[str] = "Zhang et al., ICML 2025, arXiv:2410.04417"
+    evidence: ClassVar[Evidence] = "code"
+    reads: ClassVar[frozenset[Signal]] = frozenset(
+        {Signal.QUERY_ATTENTION, Signal.TEXT_EMBEDDINGS, Signal.INPUT_EMBEDDINGS}
+    )
+    merges: ClassVar[bool] = True
+
+    preset: int = 192
+    layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+    rank_scale: float | None = None
+    rank_bias: float = 0.0
+
+    def validate(self) -> None:
+        check_choice("preset", self.preset, PRESETS)
+        check_schedule(self.layers, self.ratios or (1.0,) * 3, PUBLISHED_LAYERS)
+        check_number("rank_bias", self.rank_bias, low=0.0)
+        if self.rank_scale is not None:
+            check_number("rank_scale", self.rank_scale, low=0.0)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the image decides the count."""
+        return self.rank_scale is not None
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        layers = stage_layers(self.layers, PUBLISHED_LAYERS, num_layers)
+        ratios = self.ratios or tuple(count / 576 for count in PRESETS[self.preset])
+        budgets = stage_budgets(self, ratios, layers, num_layers)
+        if self.adaptive:
+            budgets = tuple(Budget(keep_ratio=1.0) for _ in layers)
+        return tuple(
+            Placement(
+                stage=Stage.IN_LLM,
+                budget=budget,
+                layer=layer,
+                queries=Queries.TEXT_AFTER,
+                adaptive=self.adaptive,
+            )
+            for layer, budget in zip(layers, budgets, strict=True)
+        )
+
+    def counts(self, rows: Tensor, chosen: Tensor, most: int) -> list[int]:
+        """v1.0: tokens that stay themselves, by the rank of raters' attention (waits for it)."""
+        ranks = [int(torch.linalg.matrix_rank(a[c])) for a, c in zip(rows, chosen, strict=True)]
+        asked = [int(rank * (self.rank_scale or 0.0) + self.rank_bias) for rank in ranks]
+        return [min(most, max(1, count)) for count in asked]
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        score, rows, chosen = relation(tokens)
+        x, n = tokens.features, tokens.num_visual
+        most = kept_of(num_keep, n)
+        if not self.adaptive:
+            return fold_dropped(x, score, most, num_keep - most)
+        counts = self.counts(rows, chosen, most)
+        plans = [
+            fold_dropped(x[i : i + 1], score[i : i + 1], c, recycled(n - c)[1] * (most < num_keep))
+            for i, c in enumerate(counts)
+        ]
+        assign, weight = zip(*((p.assign, p.weight) for p in plans), strict=True)
+        keep = tuple(p.keep[0] for p in plans)
+        return TokenPlan(keep=keep, assign=torch.cat(assign), weight=torch.cat(weight))

@@ -1,0 +1,167 @@
+"""Every configuration of every kernel that the launch rules can choose, for the compile probe."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from vispress_kernels.assign_nearest import kernel as assign
+from vispress_kernels.column_attention import kernel as column
+from vispress_kernels.dct_lowpass import kernel as dct
+from vispress_kernels.dpp_select import kernel as dpp
+from vispress_kernels.gather_tokens import kernel as gather
+from vispress_kernels.maxmin_select import kernel as maxmin
+from vispress_kernels.merge_tokens import kernel as merge
+from vispress_kernels.perturbation_scores import kernel as perturbation
+from vispress_kernels.query_attention import kernel as query
+from vispress_kernels.transition_scores import kernel as transition
+
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+FLAGS = (True, False)
+
+
+@dataclass
+class Variant:
+    """One configuration: `types` are Triton types by argument, `constants` the constexprs.
+
+    Arguments in neither are i32. Strides named in `units` are 1, as for contiguous tensors.
+    `default` marks what a model runs by default; `even` sizes and strides are multiples of 16.
+    """
+
+    kernel: Any
+    types: dict[str, Any]
+    constants: dict[str, Any]
+    units: tuple[str, ...] = ()
+    default: bool = True
+    tuples: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    even: bool = True
+
+    @property
+    def name(self) -> str:
+        flat = {t if isinstance(t, str) else str(t[0]) for t in self.types.values()}
+        types = "-".join(sorted(flat))
+        parts = [f"{k}={v}" for k, v in self.constants.items()] + ["odd"] * (not self.even)
+        return f"{self.kernel.__name__}[{types},{','.join(parts)}]"
+
+
+def variants() -> list[Variant]:
+    """Everything the launch rules can choose, once; and each default again for odd strides."""
+    found = {v.name: v for v in (*_copies(), *_attention(), *_selections(), *_arithmetic())}
+    return [*found.values(), *_odd(found.values())]
+
+
+def _odd(found: Iterable[Variant]) -> list[Variant]:
+    """The defaults with strides other than 1 and sizes that no vector divides."""
+    return [
+        replace(v, units=(), even=False, default=False) for v in found if v.default and not v.tuples
+    ]
+
+
+def _fp32(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "*fp32")
+
+
+def _copies() -> list[Variant]:
+    found = []
+    rules = sorted({gather.launch_rule(D) for D in range(1, 5000)})
+    # three tensors a launch, as hidden states, a rotary table and position ids are
+    launches = [tuple(rules[i::4]) for i in range(4)]
+    for dtype, blocks in product(("u8", "bf16", "fp32", "i64"), launches):
+        n = len(blocks)
+        types = {
+            "xs": (f"*{dtype}",) * n,
+            "outs": (f"*{dtype}",) * n,
+            "strides": (("i64", "i64", "constexpr"),) * n,
+            "widths": ("i32",) * n,
+            "starts": ("i32",) * (n + 1),
+            "keep_ptr": "*i64",
+        }
+        ones = {(2, i, 2): 1 for i in range(n)}
+        default = dtype == "bf16"
+        found.append(
+            Variant(gather.gather_tokens_kernel, types, {"BLOCKS": blocks}, (), default, ones)
+        )
+    for dtype, weighted, ratio in product(DTYPES, FLAGS, range(1, 33)):
+        types = {"order_ptr": "*i64", "start_ptr": "*i64", "weight_ptr": "*fp32"}
+        types |= {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+        constants = {"HAS_WEIGHT": weighted, **merge.launch_rule(ratio * 64, 64)}
+        default = weighted and dtype != "fp16"
+        found.append(Variant(merge.merge_tokens_kernel, types, constants, ("stride_d",), default))
+    return found
+
+
+def _attention() -> list[Variant]:
+    found = []
+    for mean in FLAGS:
+        constants = {"MEAN": mean, "BLOCK_S": query.MAX_SPLITS, "BLOCK_N": 128, "num_warps": 4}
+        types = _fp32("logits_ptr", "max_ptr", "sum_ptr", "out_ptr")
+        found.append(Variant(query.weights_kernel, types, constants))
+    units = ("stride_qd", "stride_kd")
+    masks = (("none", False, False), ("keys", True, False), ("queries", True, True))
+    # heads that the rules tell apart: CLIP, SigLIP and most LLMs, the widest
+    for dtype, head in product(DTYPES, (64, 128, 256)):
+        common = dtype != "fp16" and head != 256
+        qk = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "scale": "fp32", "valid_ptr": "*u8"}
+        for rows, (mask, valid, own), count in product(FLAGS, masks, (16, 64)):
+            types = qk | _fp32("logits_ptr", "max_ptr", "sum_ptr") | {"rows_ptr": "*i64"}
+            constants = {"HAS_ROWS": rows, "HAS_VALID": valid, "PER_QUERY": own}
+            constants |= query.launch_rule(count, head, DTYPES[dtype])
+            default = common and (rows, mask) in {(True, "keys"), (False, "queries")}
+            found.append(Variant(query.logits_kernel, types, constants, units, default))
+        for causal, bounds, valid in product(FLAGS, FLAGS, FLAGS):
+            constants = {"CAUSAL": causal, "HAS_BOUNDS": bounds, "HAS_VALID": valid}
+            constants |= column.launch_rule(head, DTYPES[dtype])
+            types = qk | {"bounds_ptr": "*i64", "lse_ptr": "*fp32"}
+            default = common and causal == bounds == valid
+            found.append(Variant(column.row_lse_kernel, types, constants, units, default))
+            types = types | {"count_ptr": "*i64", "out_ptr": "*fp32"}
+            found.append(Variant(column.column_mean_kernel, types, constants, units, default))
+    return found
+
+
+def _selections() -> list[Variant]:
+    found = []
+    for dtype, exclude in product(DTYPES, FLAGS):
+        types = {"x_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "index_ptr": "*i64"}
+        types |= _fp32("x_inv_ptr", "t_inv_ptr", "cosine_ptr")
+        constants = {"EXCLUDE_SELF": exclude, **assign.launch_rule(DTYPES[dtype])}
+        units = ("stride_xd", "stride_td")
+        kernel = assign.assign_nearest_kernel
+        found.append(Variant(kernel, types, constants, units, dtype != "fp16"))
+    bests = {"value_ptr": "*fp32", "index_ptr": "*i32", "order_ptr": "*i64"}
+    for dtype, N, D, weighted in product(DTYPES, (576, 131072), (64, 4096), FLAGS):
+        types = {**bests, "x_ptr": f"*{dtype}"}
+        rule = {"BLOCK_P": maxmin.MAX_BESTS, **maxmin.launch_rule(N, D)}
+        default = D == 4096 and (N == 576 or dtype == "bf16") and dtype != "fp16"
+        more = _fp32("inv_ptr", "weight_ptr", "nearest_ptr")
+        constants = {"ZERO": maxmin.ZERO, "LOWEST": maxmin.LOWEST, "HAS_WEIGHT": weighted, **rule}
+        kernel = maxmin.maxmin_step_kernel
+        found.append(Variant(kernel, types | more, constants, ("stride_d",), default))
+        if weighted:
+            more = _fp32("inv_ptr", "relevance_ptr", "gain_ptr", "floor_ptr", "factor_ptr")
+            kernel = dpp.dpp_step_kernel
+            found.append(Variant(kernel, types | more, rule, ("stride_d",), default))
+    return found
+
+
+def _arithmetic() -> list[Variant]:
+    found = []
+    for dtype in DTYPES:
+        default = dtype != "fp16"
+        x = f"*{dtype}"
+        for D in (64, 4096):
+            types = {"x_ptr": x, "y_ptr": x, "magnitude_ptr": "*fp32", "cosine_ptr": "*fp32"}
+            constants = {"EPS": transition.EPS, **transition.launch_rule(D)}
+            units = ("stride_xd", "stride_yd")
+            kernel = transition.transition_scores_kernel
+            found.append(Variant(kernel, types, constants, units, default))
+        types = {"x_ptr": x, "out_ptr": x, "rows_ptr": "*fp32", "columns_ptr": "*fp32"}
+        kernel = dct.dct_lowpass_kernel
+        found.append(Variant(kernel, types, dct.launch_rule(), ("stride_c",), default))
+        for tanh in FLAGS:
+            types = _fp32("hidden_ptr", "move_ptr", "norm_ptr") | {"w2_ptr": x}
+            constants = {"TANH": tanh, **perturbation.launch_rule()}
+            kernel = perturbation.perturbation_scores_kernel
+            quick = default and not tanh
+            found.append(Variant(kernel, types, constants, ("stride_wk",), quick))
+    return found
