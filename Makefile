@@ -1,10 +1,11 @@
 # Everything runs in .venv, made on first use. PYTHON picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
+INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test quick check style
+.PHONY: install demo test quick check style integrations
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,20 @@ test: install  ## all tests
 
 quick: install  ## tests without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in and of datasets
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \
+		-o addopts="-q --strict-markers --strict-config"
+
+# on top of VENV: what is there is not installed again; lmms-eval alone, without its judges and demos
+$(INTEGRATIONS)/.installed: $(VENV)/.installed tests/integrations/requirements.txt
+	$(PYTHON) -m venv $(INTEGRATIONS)
+	$(BIN)/python -c "import sysconfig as s; print(f'import site; site.addsitedir({s.get_path(\"purelib\")!r})')" \
+		> $$($(INTEGRATIONS)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/below.pth
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r tests/integrations/requirements.txt
+	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --no-deps "lmms-eval==0.7.3"
+	touch $@
 
 style: install  ## format in place
 	$(BIN)/ruff check --fix .
