@@ -72,6 +72,13 @@ def test_the_wheel_holds_every_configuration(distributions: dict[str, set[str]])
     assert configs <= distributions["wheel"]
 
 
+def test_the_wheel_holds_the_template_of_the_page(distributions: dict[str, set[str]]) -> None:
+    home = "vispress/bench/page/templates"
+    names = {f"{home}/{path.name}" for path in (ROOT / "src" / home).iterdir()}
+    assert f"{home}/page.html" in names
+    assert names <= distributions["wheel"]
+
+
 def test_the_wheel_holds_nothing_else(distributions: dict[str, set[str]]) -> None:
     tops = {name.split("/")[0] for name in distributions["wheel"]}
     assert {re.sub(r"-\d.*", "", top) for top in tops} == {"vispress", "vispress_kernels"}

@@ -2,11 +2,12 @@
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
-
 from tests.bench.html_checks import colours, contrast, faults, mixed, outside, read, visible
 from tests.bench.stored import write_results
+
 from vispress.bench.page.axes import AXES
 from vispress.bench.page.frontier import HIGHLIGHTED, highlighted, overview
 from vispress.bench.page.questions import failures, samples, shown_budget, shown_cells
@@ -247,7 +248,7 @@ def test_labels_never_lie_on_one_another(tmp_path):
         plot = overview(results, axis, wide=True)
         places = sorted(float(label.y) for label in plot.labels)
         assert len(places) >= 6
-        gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(places)]
         assert min(gaps) >= 16.5
         assert plot.top <= places[0]
         assert places[-1] <= plot.bottom
