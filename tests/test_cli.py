@@ -55,6 +55,7 @@ def test_methods_of_one_family():
         (["bench", "smoke", "--model", "nowhere"], "a folder with a checkpoint"),
         (["bench", "smoke", "--out", "FILE/results", "--model", "MODEL"], "Not a directory"),
         (["bench", "smoke", "--device", "abacus", "--model", "MODEL"], "cannot use the device"),
+        (["report", "nowhere"], "nowhere holds no results: run.json is missing"),
         (["show", "FILE", "--method", "fastv", "--question", "what"], "is not an image"),
         (["show", "none.png", "--method", "fastv", "--question", "what"], "No such file"),
         (["show", "none.png", "--method", "fastv"], "give --question"),
@@ -143,6 +144,21 @@ def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     code = run_main(monkeypatch, "bench", plan, "--model", model, "--out", out, "--seed", "1")
     assert code == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_report_makes_a_page_where_it_is_asked(monkeypatch, capsys, tmp_path):
+    from tests.bench.stored import write_results
+
+    folder = write_results(tmp_path / "r", {"good": 0.9, "random": 0.6}, questions=4)
+    assert run_main(monkeypatch, "report", folder, "--no-pictures") == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    page = tmp_path / "other.html"
+    assert run_main(monkeypatch, "report", folder, "--out", page, "--no-pictures") == 0
+    assert page.is_file()
+    code = run_main(monkeypatch, "report", folder, "--no-pictures", "--out", folder / "no" / "p")
+    assert code == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_doctor_names_what_is_broken(monkeypatch):

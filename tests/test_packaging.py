@@ -88,6 +88,13 @@ def test_wheel_and_sdist_hold_both_reference_models(distributions: dict[str, set
     assert {f"src/{name}" for name in needed} <= distributions["sdist"]
 
 
+def test_the_wheel_holds_the_template_of_the_page(distributions: dict[str, set[str]]) -> None:
+    home = "vispress/bench/page/templates"
+    names = {f"{home}/{path.name}" for path in (ROOT / "src" / home).iterdir()}
+    assert f"{home}/page.html" in names
+    assert names <= distributions["wheel"]
+
+
 def test_the_wheel_holds_nothing_else(distributions: dict[str, set[str]]) -> None:
     tops = {name.split("/")[0] for name in distributions["wheel"]}
     assert {re.sub(r"-\d.*", "", top) for top in tops} == {"vispress", "vispress_kernels"}
