@@ -37,11 +37,12 @@ def dot_in_chunks(
 ):
     """`[BLOCK_M, BLOCK_N]` products of heads too large for registers, BLOCK_D elements a time."""
     dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    o_start = tl.zeros((), tl.int64)
     for start in range(0, Dh, BLOCK_D):
-        o_start = start.to(tl.int64)
         q = load_queries(p_q + o_start * stride_qd, stride_qd, m_m, Dh - start, BLOCK_D)
         k = load_keys(p_k + o_start * stride_kd, stride_kd, m_n, Dh - start, BLOCK_D)
         dot = tl.dot(q, k, dot, input_precision="tf32x3")
+        o_start += BLOCK_D
     return dot
 
 

@@ -76,10 +76,11 @@ def dpp_step_kernel(
                 inv = tl.load(inv_ptr + i_b * N + o_n, mask=m_n, other=0.0)
                 row = dot * inv * relevance * scale
                 p_factor = factor_ptr + i_b * R * N
-                for s in range(step):
-                    p_known = p_factor + s.to(tl.int64) * N
+                p_known = p_factor
+                for _s in range(step):
                     column = tl.load(p_known + o_n, mask=m_n, other=0.0)
                     row -= column * tl.load(p_known + pick)
+                    p_known += N
                 column = row / root
                 tl.store(p_factor + step.to(tl.int64) * N + o_n, column, mask=m_n)
                 gain = tl.maximum(gain - column * column, 0.0)
@@ -97,6 +98,7 @@ def dpp_step_kernel(
 def dpp_select_triton(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
     """Launch the kernel once a step; arguments as in `dpp_select_reference`."""
     B, N, D = x.shape
+    relevance = relevance.contiguous()
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
     rule = launch_rule(N, D)
     tiles = ceil_div(ceil_div(N, rule["BLOCK_N"]), MAX_BESTS)
@@ -118,7 +120,7 @@ def dpp_select_triton(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
             B * P,
             x,
             inverse,
-            relevance.contiguous(),
+            relevance,
             gain,
             floor,
             factor,

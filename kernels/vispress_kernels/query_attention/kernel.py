@@ -140,8 +140,8 @@ def weights_kernel(
         heads = 1
         p_out = out_ptr + first * N
     mean = tl.zeros((BLOCK_N,), tl.float32)
-    for i_h in range(heads):
-        o_row = first + i_h.to(tl.int64) * Q
+    o_row = first
+    for _h in range(heads):
         peaks = tl.load(max_ptr + o_row * splits + o_s, mask=m_s, other=float("-inf"))
         sums = tl.load(sum_ptr + o_row * splits + o_s, mask=m_s, other=0.0)
         peak = tl.max(peaks, axis=0)
@@ -150,6 +150,7 @@ def weights_kernel(
         logits = tl.load(logits_ptr + o_row * N + o_n, mask=m_n, other=float("-inf"))
         # a query without keys has no distribution: 0, as in the reference
         mean += tl.exp(logits - shift) / tl.where(total == 0.0, 1.0, total)
+        o_row += Q
     tl.store(p_out + o_n, mean / heads, mask=m_n)
 
 
