@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # read when a kernel is decorated, so before any kernel module is imported
 if not torch.cuda.is_available():
@@ -58,27 +56,3 @@ def assert_accurate():
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
     return check
-
-
-class _Largest(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(out) if torch.is_tensor(t)]
-        self.numel = max(self.numel, *sizes, 0)
-        return out
-
-
-@pytest.fixture
-def largest_tensor():
-    """Bytes of the largest tensor that a call makes."""
-
-    def measure(call):
-        with _Largest() as mode:
-            call()
-        return mode.numel
-
-    return measure

@@ -78,18 +78,6 @@ def test_strides_do_not_matter(randn):
     assert torch.equal(order, maxmin_select(x.contiguous(), 4, backend="triton"))
 
 
-def test_memory_is_linear(randn, largest_tensor):
-    x = randn(1, 16384, 8)
-    first = torch.zeros(1, dtype=torch.int64, device=x.device)
-    assert largest_tensor(lambda: maxmin_select(x, 16, first=first)) <= 4 * x.numel()
-
-
-@pytest.mark.slow
-def test_the_isolated_start_is_linear_too(randn, largest_tensor):
-    x = randn(1, 16384, 32)
-    assert largest_tensor(lambda: maxmin_select(x, 2)) <= 4 * x.numel()
-
-
 @pytest.mark.refusal
 def test_bad_input_is_refused():
     x = torch.ones(1, 3, 4)

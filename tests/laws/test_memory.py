@@ -1,50 +1,14 @@
 """A compressed prefill never holds more memory at its peak than the uncompressed one."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from tests.laws.cases import make
+from tests.peak import PeakMemory
 from tests.tiny import Image, Sample, Text, build, make_inputs
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vispress import compressed
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts bytes of live storages that were made inside the block (weights are older)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[int, int]] = {}  # storage -> (bytes, tensors that show it)
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._saw(tensor)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _saw(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        size, users = self.live.get(key, (storage.nbytes(), 0))
-        if users == 0:
-            self.now += size
-        self.live[key] = (size, users + 1)
-        weakref.finalize(tensor, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        size, users = self.live[key]
-        if users == 1:
-            self.now -= size
-            del self.live[key]
-        else:
-            self.live[key] = (size, users - 1)
 
 
 def peak(model: Any, inputs: dict[str, Any]) -> int:

@@ -33,7 +33,8 @@ def column_attention(
         q: Queries `[B, H, S, Dh]` as the layer uses them, fp16, bf16, fp32 or fp64, any strides.
         k: Keys `[B, Hk, S, Dh]` of the same dtype; Hk divides H.
         cu_seqlens: Bounds `[M + 1]` int32 or int64, from 0 to S, of segments packed along S, which
-            attend only inside themselves. The mean is then over the key's own segment.
+            attend only inside themselves. The mean is then over the key's own segment. The
+            reference reads them on the host.
         valid: `[B, S]` bool, False on padding, which counts neither as key nor as query.
         causal: Whether a query sees only keys up to its own place.
         scale: Factor on the logits; `Dh ** -0.5` when left out.
@@ -55,23 +56,22 @@ def column_attention(
     check_floating(q=q)
     check_dtype(q.dtype, k=k)
     check_device(q=q, k=k, cu_seqlens=cu_seqlens, valid=valid)
-    bounds = None
     if cu_seqlens is not None:
         check_shape(cu_seqlens=(cu_seqlens, (None,)))
         if len(cu_seqlens) < 2:
             raise ValueError(f"cu_seqlens must hold at least 0 and S, got {len(cu_seqlens)} bounds")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-        bounds = segment_bounds(cu_seqlens, S)
     if valid is not None:
         check_dtype(torch.bool, valid=valid)
         check_shape(valid=(valid, (B, S)))
     scale = Dh**-0.5 if scale is None else scale
     chosen = resolve_backend(backend, q, k, has_backward=False)
     if chosen == "torch" or Dh > MAX_HEAD:
-        out = column_attention_reference(q, k, bounds, valid, scale, causal)
+        out = column_attention_reference(q, k, cu_seqlens, valid, scale, causal)
     else:
         from vispress_kernels.column_attention.kernel import column_attention_triton
 
+        bounds = None if cu_seqlens is None else segment_bounds(cu_seqlens, S)
         out = column_attention_triton(q, k, bounds, valid, scale, causal)
     return out.mean(1) if mean_heads else out

@@ -99,7 +99,7 @@ def row_lse_kernel(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
+        o_n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         m_n = o_n < S
         p_kn = p_k + o_n * stride_ks
         if CHUNKED:
@@ -177,7 +177,7 @@ def column_mean_kernel(
         begin = tl.maximum(begin, i_n * BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(begin, end, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
+        o_m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         m_m = o_m < S
         p_qm = p_q + o_m * stride_qs
         if CHUNKED:

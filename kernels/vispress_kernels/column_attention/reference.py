@@ -1,6 +1,7 @@
 """What `column_attention` means, in plain torch, a block of query rows at a time."""
 
 from functools import reduce
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,15 +32,29 @@ def query_counts(bounds: Tensor | None, valid: Tensor | None, q: Tensor) -> Tens
 def column_attention_reference(
     q: Tensor,
     k: Tensor,
-    bounds: Tensor | None,
+    cu_seqlens: Tensor | None,
     valid: Tensor | None,
     scale: float,
     causal: bool,
 ) -> Tensor:
     """Mean over valid queries of the softmax of `scale * q k^T`; differentiable.
 
-    A block of rows has at most as many scores as the keys have elements.
+    Packed segments are taken one by one (their bounds are read on the host). A block of rows has at
+    most as many scores as the keys have elements.
     """
+    if cu_seqlens is not None:
+        parts = [
+            column_attention_reference(
+                q[:, :, a:b],
+                k[:, :, a:b],
+                None,
+                None if valid is None else valid[:, a:b],
+                scale,
+                causal,
+            )
+            for a, b in pairwise(cu_seqlens.tolist())
+        ]
+        return torch.cat(parts, -1)
     B, H, S, Dh = q.shape
     Hk = k.shape[1]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -54,8 +69,6 @@ def column_attention_reference(
         masks = []
         if causal:
             masks.append(places <= here[:, None])
-        if bounds is not None:
-            masks.append(bounds[0] == bounds[0, here, None])
         if valid is not None:
             masks.append(valid[:, None, None, :] & valid[:, None, here, None])
         if masks:
@@ -65,5 +78,5 @@ def column_attention_reference(
         if masks:  # a query without keys has no distribution
             weights = weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
         total = total + weights.sum(-2)
-    counts = query_counts(bounds, valid, q).to(total)
+    counts = query_counts(None, valid, q).to(total)
     return total / counts.clamp(min=1)[:, None]

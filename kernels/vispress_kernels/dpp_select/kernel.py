@@ -98,6 +98,7 @@ def dpp_step_kernel(
 def dpp_select_triton(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
     """Launch the kernel once a step; arguments as in `dpp_select_reference`."""
     B, N, D = x.shape
+    relevance = relevance.contiguous()
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
     rule = launch_rule(N, D)
     tiles = ceil_div(ceil_div(N, rule["BLOCK_N"]), MAX_BESTS)
@@ -119,7 +120,7 @@ def dpp_select_triton(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
             B * P,
             x,
             inverse,
-            relevance.contiguous(),
+            relevance,
             gain,
             floor,
             factor,

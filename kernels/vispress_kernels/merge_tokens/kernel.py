@@ -67,7 +67,8 @@ def _launch_merge(x: Tensor, assign: Tensor, weight: Tensor | None, num_keep: in
     B, N, D = x.shape
     out = torch.empty(B, num_keep, D, dtype=store_dtype(x.dtype), device=x.device)
     if out.numel():
-        group, order = assign.sort(dim=1, stable=True)
+        # sorting keeps the strides of `assign`
+        group, order = (t.contiguous() for t in assign.sort(dim=1, stable=True))
         bounds = torch.arange(num_keep + 1, device=x.device).expand(B, -1).contiguous()
         start = torch.searchsorted(group, bounds)
         rule = launch_rule(N, num_keep)

@@ -1,0 +1,126 @@
+"""What every op promises at any size: odd and empty ones, strides, dtypes, hypothesis."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.kernels.op_cases import OPS, agree, make
+
+pytest.importorskip("triton")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ANY = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+CHOOSES = ("assign_nearest", "maxmin_select", "dpp_select")
+
+
+LARGE = [pytest.param(N, marks=pytest.mark.slow) for N in (577, 1500)]  # the interpreter's fault
+
+
+@pytest.mark.parametrize("N", [1, 37, *LARGE])
+@pytest.mark.parametrize("op", OPS)
+def test_odd_sizes(randn, assert_accurate, op, N):
+    # fp16: blocks are larger and so fewer
+    agree(make(op, randn, 1, N, min(N, 3), 20, torch.float16), assert_accurate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [1, 13])
+@pytest.mark.parametrize("op", OPS)
+def test_one_and_all_are_kept(randn, assert_accurate, op, K, dtype):
+    agree(make(op, randn, 2, 13, K, 37, dtype), assert_accurate)
+
+
+@pytest.mark.parametrize(("B", "N", "K"), [(0, 5, 2), (2, 5, 0), (2, 0, 0)], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_to_do(randn, op, B, N, K):
+    if op == "column_attention" and N == 0:
+        N = K = 1  # its own tests have the sequence of no tokens
+    case = make(op, randn, B, N, K, 8, torch.float32)
+    for mine, theirs in zip(case.run("triton"), case.run("torch"), strict=True):
+        assert mine.shape == theirs.shape
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_strides_do_not_matter(randn, op, dtype):
+    case = make(op, randn, 2, 19, 3, 24, dtype)
+    dense, strided = case.run("triton"), case.strided().run("triton")
+    for a, b in zip(dense, strided, strict=True):
+        torch.testing.assert_close(a, b)  # torch's norms depend on strides in the last bit
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fp64_runs_the_reference(randn, op):
+    case = make(op, randn, 1, 9, 4, 8, torch.float64)
+    for a, b in zip(case.run("triton"), case.run("torch"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_left_alone(randn, op):
+    for backend in ("torch", "triton"):
+        case = make(op, randn, 2, 11, 4, 8, torch.float32)
+        before = {name: x.clone() for name, x in case.tensors.items()}
+        case.run(backend)
+        assert all(torch.equal(x, before[name]) for name, x in case.tensors.items())
+
+
+@ANY
+@given(
+    st.sampled_from(OPS),
+    st.sampled_from(DTYPES),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 70),
+)
+def test_any_shape(randn, assert_accurate, op, dtype, B, N, K, D):
+    case = make(op, randn, B, N, min(K, N), D, dtype)
+    if op not in CHOOSES:
+        agree(case, assert_accurate)
+        return
+    for backend in ("torch", "triton"):
+        check_choice(op, case.tensors, case.run(backend)[0], min(K, N))
+
+
+def check_choice(op, tensors, chosen, K):
+    """Every choice is the best one there was, to rounding (a row or two of numbers tie often)."""
+    unit = torch.nn.functional.normalize(tensors["x"].double(), dim=-1)
+    if op == "assign_nearest":
+        targets = torch.nn.functional.normalize(tensors["targets"].double(), dim=-1)
+        cosine = unit @ targets.mT
+        picked = cosine.gather(2, chosen[..., None])[..., 0]
+        assert (picked >= cosine.amax(2) - 1e-5).all()
+        return
+    assert chosen.shape[1] == K
+    for row, vectors, weight in zip(chosen.tolist(), unit, list(tensors.values())[1], strict=True):
+        assert len(set(row)) == K
+        greedy = check_greedy_maxmin if op == "maxmin_select" else check_greedy_dpp
+        greedy(row, vectors, weight.double())
+
+
+def check_greedy_maxmin(row, unit, weight):
+    assert weight[row[0]] == weight.max()
+    for step in range(1, len(row)):
+        distance = (1 - unit @ unit[row[:step]].T).amin(1).clamp(min=0) * weight
+        distance[row[:step]] = -1
+        assert distance[row[step]] >= distance.max() - 1e-5
+
+
+def check_greedy_dpp(row, unit, relevance):
+    kernel = (unit @ unit.T) * relevance[:, None] * relevance
+    for step in range(len(row)):
+        seen = row[:step]
+        gain = kernel.diagonal().clone()
+        if seen:
+            inner = torch.linalg.pinv(kernel[seen][:, seen], rtol=1e-5, hermitian=True)
+            gain -= torch.einsum("ns,st,nt->n", kernel[:, seen], inner, kernel[:, seen])
+        gain[seen] = -1
+        assert gain[row[step]] >= gain.max() - 1e-4 * kernel.diagonal().max()
