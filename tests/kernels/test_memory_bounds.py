@@ -73,7 +73,9 @@ def test_the_kernel_is_linear(randn, op):
 @pytest.mark.slow
 def test_the_isolated_start_is_linear_too(randn):
     x = randn(1, N, D)
-    assert extra_bytes(lambda: maxmin_select(x, 2), x) <= bounds()["maxmin_select"] + SMALL
+    # the search for the most isolated token is assign_nearest's, beside the unit rows
+    most = bounds()["maxmin_select"] + bounds()["assign_nearest"] + SMALL
+    assert extra_bytes(lambda: maxmin_select(x, 2), x) <= most
 
 
 def test_a_matrix_of_all_pairs_would_be_seen(randn):
