@@ -118,7 +118,7 @@ class TwoLayer:
     b2: Float[Tensor, "D"] | None
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
 
-    def to(self, device: torch.device) -> "TwoLayer":
+    def to(self, device: torch.device | str) -> "TwoLayer":
         """The same weights on another device."""
         w1, b1, w2, b2 = (
             None if w is None else w.to(device) for w in (self.w1, self.b1, self.w2, self.b2)
@@ -153,9 +153,9 @@ class VisualTokens:
         input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
         text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
-        key_norms: `[B, N + T]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
+        key_norms: `[B, N + S]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
             whose attention the placement reads: visual tokens, then the text behind the image.
-        text_states: `[B, T, D]`, hidden states of the text behind the image, as `features`.
+        text_states: `[B, S, D]`, hidden states of the text behind the image, as `features`.
         final_norm: The LLM's norm behind its last layer; maps `[..., D]` to `[..., D]`.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
@@ -169,7 +169,7 @@ class VisualTokens:
     num_original: int
     cls_attention: Float[Tensor, "B *EH N"] | None = None
     cls_logits: Float[Tensor, "B *EH N"] | None = None
-    cls_wide_attention: Float[Tensor, "B *EH N"] | None = None
+    cls_wide_attention: Float[Tensor, "B *EW N"] | None = None
     column_attention: Float[Tensor, "B *EH N"] | None = None
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None
@@ -180,7 +180,7 @@ class VisualTokens:
     input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
     key_norms: Float[Tensor, "B NT"] | None = None
-    text_states: Float[Tensor, "B T D"] | None = None
+    text_states: Float[Tensor, "B S D"] | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None
@@ -233,7 +233,7 @@ class TokenPlan:
         features: `[B, K, D]`; values that take the kept places (in place of merging).
     """
 
-    keep: Int[Tensor, "B K"] | tuple[Int[Tensor, "K"], ...]
+    keep: Int[Tensor, "B K"] | tuple[Int[Tensor, "_"], ...]
     assign: Int[Tensor, "B N"] | None = None
     weight: Float[Tensor, "B N"] | None = None
     merge_on: Literal["features", "vision_features"] = "features"

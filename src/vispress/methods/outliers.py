@@ -14,7 +14,7 @@ def outliers(a: Float[Tensor, "n"]) -> int:
     return int((a > high + 1.5 * (high - low)).sum())
 
 
-def equal_steps(n: int, ratio: float, device: torch.device) -> Int[Tensor, "s"]:
+def equal_steps(n: int, ratio: float, device: torch.device | str) -> Int[Tensor, "s"]:
     """Places at a third of the mean distance of `ratio * n` tokens, the last token left out."""
     return torch.arange(0, n - 1, max(1, int(int(1 / ratio) / 3)), device=device)
 
