@@ -32,7 +32,7 @@ def test_each_pivot_takes_what_is_least_like_it():
 
 
 def test_the_norm_comes_before_the_cosine():
-    tokens = bucket([9.0, 1, 1, 1, 1, 1], [], torch.zeros(0, 2).tolist())
+    tokens = bucket([9.0, 1, 1, 1, 1, 1], [], [[0.0, 0]])
     tokens = replace(tokens, text_states=torch.zeros(1, 0, 2))
     flat = replace(
         tokens, final_norm=lambda x: x * torch.tensor([0.0, 1]) + torch.tensor([0.01, 0])
