@@ -7,6 +7,9 @@ import pytest
 
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
+# raised in lmms-eval's own calls of processors
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
 BASES = {"llava": "llava_hf", "qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}
 TASK = """
 dataset_path: json
