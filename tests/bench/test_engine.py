@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 
 from vispress.bench import engine
 from vispress.bench.cost import timed_batch
@@ -26,6 +28,28 @@ import sys
 from vispress.bench.engine import run
 from vispress.bench.plan import load_plan
 run(load_plan(sys.argv[1]), sys.argv[2])
+"""
+
+RUN_AND_DIE = """
+import os, signal, sys
+from vispress.bench import store
+from vispress.bench.engine import run
+from vispress.bench.plan import load_plan
+step, left = sys.argv[3], int(sys.argv[4])
+def dying(call):
+    def wrapper(*arguments):
+        global left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+    return wrapper
+advance = lambda *_: None
+if step == "advance":
+    advance = dying(advance)
+else:
+    setattr(store.os, step, dying(getattr(os, step)))
+run(load_plan(sys.argv[1]), sys.argv[2], advance=advance)
 """
 
 
@@ -135,8 +159,6 @@ def test_stopping_anywhere_loses_nothing_and_repeats_nothing(
 
 
 def test_a_killed_process_is_resumed(finished, make_plan, tmp_path):
-    import yaml
-
     plan = make_plan()
     small = {
         "model": plan.model,
@@ -164,6 +186,35 @@ def test_a_killed_process_is_resumed(finished, make_plan, tmp_path):
     run(plan, out)
     assert done.items() <= {k: p.stat().st_mtime_ns for k, p in stored(out).items()}.items()
     assert results(out) == results(finished[1])
+
+
+# what is called when the kill comes: locks and owner, manifest, in a cell, in its write, behind it
+KILLS = [("fsync", 1), ("replace", 2), ("fsync", 3), ("replace", 4), ("advance", 5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "number"), KILLS)
+def test_a_kill_at_any_step_loses_nothing_and_repeats_nothing(
+    finished, make_plan, tmp_path, monkeypatch, step, number
+):
+    plan = make_plan()
+    small = {name: getattr(plan, name) for name in ("model", "questions", "max_new_tokens")}
+    small |= {"tasks": list(plan.tasks), "methods": [*plan.methods], "keep_ratios": [0.5]}
+    (file := tmp_path / "plan.yaml").write_text(
+        yaml.safe_dump(small | {"timing": {"batch": 0}, "controls": "none"})
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", RUN_AND_DIE, str(file), str(out), step, str(number)]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    done = {key: path.stat().st_mtime_ns for key, path in stored(out).items()}
+    again = []
+    original = engine.run_cell
+    monkeypatch.setattr(engine, "run_cell", lambda *a: (again.append(a[1].key), original(*a))[1])
+    run(plan, out)
+    assert again == [key for key in KEYS if key not in done]
+    assert done.items() <= {k: p.stat().st_mtime_ns for k, p in stored(out).items()}.items()
+    assert results(out) == results(finished[1])
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_a_budget_that_cannot_be_met_is_a_refused_cell_with_its_reason(make_plan, tmp_path):
