@@ -148,7 +148,7 @@ def _opened(
             if not force:
                 raise ResultsError(_foreign(path, known_identity, identity))
             _move_aside(path)
-        for rest in (path / "cells").glob("*.tmp"):
+        for rest in (*path.glob("*.tmp"), *(path / "cells").glob("*.tmp")):
             rest.unlink(missing_ok=True)
         if known_identity != identity:
             write_json(path / MANIFEST, {"identity": identity, **manifest})
