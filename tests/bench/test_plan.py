@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from vispress.bench.plan import load_plan, plan_from_mapping
+from vispress.bench.tasks import all_tasks
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
+from vispress.registry import get_method, list_methods
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BASE = {
@@ -82,6 +84,26 @@ def test_ratios_are_means_over_layers_unless_asked_otherwise():
         ({"timing": {"rounds": 1}}, ConfigError, "timing.rounds"),
         ({"timing": {"decode_tokens": -1}}, ConfigError, "timing.decode_tokens"),
         ({"keep_ratio": [0.5]}, ConfigError, "did you mean 'keep_ratios'"),
+        ({"controls": "some"}, ConfigError, "controls must be one of"),
+        ({"dtype": "int4"}, ConfigError, "dtype must be one of"),
+        ({"overrides": {"fastv": {}}}, ConfigError, "which the plan does not list"),
+        ({"methods": "all", "overrides": {"fastvv": {}}}, ConfigError, "did you mean 'fastv'"),
+        ({"methods": "all", "overrides": {"random": {}}}, ConfigError, "no method of `all`"),
+        ({"methods": "all", "overrides": {"fastv": 3}}, ConfigError, "fastv must be a mapping"),
+        ({"methods": "all", "overrides": {"fastv": {"leyer": 1}}}, ConfigError, "'layer'"),
+        ({"methods": "all", "overrides": [1]}, ConfigError, "overrides must be a mapping"),
+        ({"methods": [{"method": "oracle", "layer": 1}]}, ConfigError, "oracle has no key 'layer'"),
+        ({"methods": [{"method": "downsample", "dims": 2}]}, ConfigError, "no key 'dims'"),
+        (
+            {"methods": [{"method": "random", "seeds": [0, 1]}], "controls": "standard"},
+            ConfigError,
+            "at least 3 seeds",
+        ),
+        (
+            {"methods": [{"method": "random", "seed": 4}], "controls": "standard"},
+            ConfigError,
+            "at least 3 seeds",
+        ),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -90,10 +112,88 @@ def test_mistakes_are_named(changes, error, words):
         plan_from_mapping(BASE | changes)
 
 
-@pytest.mark.parametrize("name", ["smoke", "demo", "offline", "efficiency"])
+SHIPPED = sorted(path.stem for path in (CONFIGS.parent / "bench").glob("*.yaml"))
+QUICK = {"smoke", "demo"}
+STANDARD = {"random", "uniform", "avg_pool", "downsample", "oracle", "no_image", "vtw"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_plans_hold_the_controls(name):
-    groups = {cell.group for cell in load_plan(name).cells()}
+    plan = load_plan(name)
+    groups = {cell.group for cell in plan.cells()}
     assert groups >= {"none", "random", "uniform", "avg_pool", "no_image"}
+    if name not in QUICK:
+        assert groups >= STANDARD
+        seeds = [cell.seed for cell in plan.cells() if cell.group == "random"]
+        assert {seeds.count(seed) for seed in (0, 1, 2)} == {len(plan.keep_ratios)}
+
+
+@pytest.mark.parametrize("name", ["offline", "offline-qwen"])
+def test_full_sweeps_hold_every_method_and_task(name):
+    plan = load_plan(name)
+    assert set(plan.tasks) == set(all_tasks())
+    methods = {method for method in list_methods() if get_method(method).evidence != "control"}
+    assert {cell.group for cell in plan.cells()} >= methods
+    assert plan.keep_ratios == (0.5, 0.333, 0.222, 0.111, 0.056)
+    assert plan.questions == 1000
+
+
+def test_missing_controls_are_added():
+    cells = plan_from_mapping(BASE | {"controls": "standard"}).cells()
+    keys = [cell.key for cell in cells]
+    assert {cell.group for cell in cells} == STANDARD | {"none", "divprune"}
+    assert [key for key in keys if key.startswith("random")] == [
+        f"random--{ratio}--seed{seed}" for ratio in (0.5, 0.25) for seed in (0, 1, 2)
+    ]
+    assert {"no_image", "vtw", "oracle--0.25", "downsample--0.5"} <= set(keys)
+    assert next(cell for cell in cells if cell.group == "uniform").chain[0].dims == 2
+
+
+def test_listed_controls_are_not_doubled():
+    own = ["random", {"method": "uniform", "dims": 1}, {"method": "avg_pool", "label": "pool"}]
+    cells = plan_from_mapping(BASE | {"methods": own, "controls": "standard"}).cells()
+    at_half = [cell for cell in cells if cell.keep_ratio == 0.5]
+    assert [cell.seed for cell in at_half if cell.group == "random"] == [0, 1, 2]
+    assert [cell.chain[0].dims for cell in at_half if cell.group == "uniform"] == [1]
+    # under another label it is a row of its own
+    assert {"pool", "avg_pool"} <= {cell.group for cell in at_half}
+
+
+def test_without_keep_ratios_only_controls_without_a_budget_are_added():
+    method = {"method": "divprune", "num_tokens": 9}
+    plan = {"methods": [method], "keep_ratios": [], "controls": "standard"}
+    assert keys(**plan) == ["none", "divprune", "no_image", "vtw"]
+
+
+def test_all_is_every_method_that_is_no_control():
+    plan = plan_from_mapping(
+        BASE
+        | {
+            "methods": "all",
+            "overrides": {"pyramiddrop": {"layers": [1, 2]}, "fastv": {"label": "f"}},
+            "keep_ratios": [0.5],
+        }
+    )
+    by_group = {cell.group: cell for cell in plan.cells()[1:]}
+    methods = {name for name in list_methods() if get_method(name).evidence != "control"}
+    assert set(by_group) == methods - {"fastv"} | {"f"}
+    assert by_group["pyramiddrop"].chain[0].layers == (1, 2)
+    assert all(cell.optional for cell in by_group.values())
+    more = {"methods": ["all", {"method": "fastv", "label": "late", "layer": 3}]}
+    assert keys(**more, keep_ratios=[0.5])[-1] == "late--0.5"
+
+
+def test_a_budget_that_a_method_of_all_refuses_is_noted(monkeypatch):
+    def validate(self):
+        if self.mean_keep_ratio == 0.25:
+            raise BudgetError("divprune needs more")
+
+    monkeypatch.setattr(get_method("divprune"), "validate", validate)
+    with pytest.raises(BudgetError, match="needs more"):
+        plan_from_mapping(BASE)
+    cells = {cell.key: cell for cell in plan_from_mapping(BASE | {"methods": "all"}).cells()}
+    assert cells["divprune--0.25"].refused == "divprune needs more"
+    assert cells["divprune--0.5"].refused is None
 
 
 def test_efficiency_has_the_published_budgets_of_the_methods_it_names():
@@ -113,7 +213,7 @@ def test_efficiency_has_the_published_budgets_of_the_methods_it_names():
 
 
 def test_unknown_plans_name_the_shipped_ones():
-    known = r"did you mean 'smoke'\? known: demo, efficiency, frontier, offline, smoke"
+    known = rf"did you mean 'smoke'\? known: {', '.join(SHIPPED)}"
     with pytest.raises(ConfigError, match=known):
         load_plan("smok")
 
