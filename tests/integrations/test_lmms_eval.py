@@ -1,5 +1,6 @@
 """lmms-eval end to end: its own model, ours uncompressed (the same answers), ours compressed."""
 
+import functools
 import json
 import sys
 
@@ -135,9 +136,18 @@ def test_bad_arguments_fail_before_weights_are_read(folders, tmp_path, given, er
         get_model("vispress_qwen2_5_vl")(pretrained=str(tmp_path), device="cpu", **given)
 
 
+def test_remote_code_is_refused_where_the_model_would_take_it(folders):
+    from lmms_eval.models import get_model
+
+    model = get_model("vispress_llava_hf")
+    with pytest.raises(ConfigError, match="trust_remote_code=True is refused"):
+        model(pretrained=str(folders["llava"]), method="none", trust_remote_code=True)
+
+
 def test_an_error_that_lmms_eval_swallows_is_raised(folders, task, monkeypatch):
     from transformers import LlavaForConditionalGeneration
 
+    @functools.wraps(LlavaForConditionalGeneration.forward)  # generate looks at its signature
     def broken(*_, **__):
         raise RuntimeError("broken on purpose")
 

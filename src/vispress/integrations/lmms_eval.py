@@ -24,7 +24,6 @@ MODELS: Final = {
 }
 """Our models, and lmms-eval's that they are built on."""
 _KINDS: Final = ("chat", "simple")
-_CONFIG: Final = ("revision", "trust_remote_code")
 
 
 def manifests() -> list[Any]:
@@ -78,8 +77,13 @@ class _Compressed:
         arguments.pop("max_batch_size", None)
         rest = {key: arguments.pop(key) for key in list(arguments) if key in own}
         compression = read_compression(arguments, sorted(own))
+        if rest.get("trust_remote_code"):
+            raise ConfigError(
+                f"trust_remote_code={rest['trust_remote_code']} is refused: every model that can "
+                "be compressed is part of transformers; leave it out"
+            )
         pretrained = rest.get("pretrained", parameters["pretrained"].default)
-        options = {key: rest[key] for key in _CONFIG if key in rest}
+        options = {key: rest[key] for key in ("revision",) if key in rest}
         compression.check(pretrained, **options)
         super().__init__(**rest)
         self.compression, self.kept = compression, Tally()
