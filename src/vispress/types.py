@@ -10,28 +10,25 @@ from torch import Tensor
 
 from vispress.budget import Budget
 from vispress.errors import BudgetError
-from vispress.kinds import (
-    ATTENTION_SIGNALS as ATTENTION_SIGNALS,
-)
-from vispress.kinds import (
-    CLS_SIGNALS as CLS_SIGNALS,
-)
-from vispress.kinds import (
-    Need as Need,
-)
-from vispress.kinds import (
-    Positions as Positions,
-)
-from vispress.kinds import (
-    Queries as Queries,
-)
-from vispress.kinds import (
-    Signal as Signal,
-)
-from vispress.kinds import (
-    Stage as Stage,
-)
+from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
 from vispress_kernels import Backend
+
+__all__ = [
+    "ATTENTION_SIGNALS",
+    "CLS_SIGNALS",
+    "CropLayout",
+    "Need",
+    "Placement",
+    "Positions",
+    "Queries",
+    "Signal",
+    "Stage",
+    "TokenPlan",
+    "Transition",
+    "TwoLayer",
+    "VisualTokens",
+    "full_index",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

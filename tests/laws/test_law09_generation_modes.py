@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import FAMILIES, SAMPLES, inputs_of, make, model_of, run
+from tests.laws.cases import CASES, FAMILIES, SAMPLES, inputs_of, make, model_of, run
 from tests.laws.masked import masked_model, with_valid
 from tests.laws.oracle import generate_positions, oracle_expand, oracle_forward
 from tests.tiny import Image, Sample, Text, make_inputs
@@ -198,6 +198,36 @@ def test_an_image_after_a_turn_of_text_compresses_from_there(family: str, method
             expected = two_turns()
     assert int(alive[-1].sum()) < int(mask.sum())
     assert (got - oracle_expand(expected, alive[-1][:, 6:])).abs().max() < 1e-5
+
+
+# FlashVLM reads text before the image too, and of an earlier call only keys and values are left
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        (family, method)
+        for family, method in CASES
+        if family in ("llava", "llava_next", "internvl") and method != "flashvlm"
+    ],
+)
+def test_an_image_in_a_later_turn_keeps_what_one_prompt_would(family: str, method: str) -> None:
+    """The oracle takes any choice: this holds what is read of a cache that has tokens to it."""
+    model = model_of(family)
+    first = torch.randint(3, 100, (1, 6), generator=torch.Generator().manual_seed(1))
+    second = make_inputs(family, [Sample([Text(3), Image(4, 6), Text(6)])], seed=5)
+    ids = torch.cat([first, second["input_ids"]], dim=1)
+    mask = torch.ones_like(ids)
+
+    def kept() -> list[list[tuple[int, ...]]]:
+        (sample,) = compression_report(model).samples
+        return [[place.kept for place in image.placements] for image in sample.images]
+
+    with compressed(model, make(family, method)), torch.no_grad():
+        cache = DynamicCache()
+        model(input_ids=first, **{CACHE: cache})
+        model(**(second | {"attention_mask": mask}), **{CACHE: cache})
+        later = kept()
+        model(**(second | {"input_ids": ids, "attention_mask": mask}))
+        assert later == kept()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,6 @@ from vispress.bench.store import ResultsError
 from vispress.bench.summary import BLIND, Row, Summary
 
 _MARKERS = "osD^vPX*<>hp"
-_CONTROLS = ("random", "uniform", "avg_pool")
 
 
 def write_plots(summary: Summary, folder: str | Path) -> list[Path]:
@@ -79,7 +78,7 @@ def _draw(axes: Any, summary: Summary, task: str | None) -> None:
             color=color,
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=4.5,
-            linestyle="--" if group in _CONTROLS else "-",
+            linestyle="--" if rows[0].control else "-",
             linewidth=1.4,
         )
         low, high = [v.low for v in values], [v.high for v in values]

@@ -6,7 +6,7 @@ Source: the code of CaiKaitong, read through a specification; no official vector
 Follows the code: [CLS] attention, and a soft maximum over words of the cosine between projected
 tokens and input embeddings, sharpened by a softmax over tokens and a power, damped but for the top
 0.5 %; joined by a geometric mean. Half of the tokens by that score, half by VisPruner's removal of
-duplicates. All text of the prompt counts.
+duplicates. All text of the prompt counts; that of earlier turns, in a cache, does not.
 Differs: scales are those of one image; `gating=True` weighs words by the length of their
 embeddings, as meant (in the code's LLaVA file the weight is always 1). Crops and frames have shares
 in proportion (the released AnyRes path does not run); newlines are kept within the budget.

@@ -1,7 +1,9 @@
 """The reference architecture: a small LLaVA, configured and initialised here."""
 
 import math
-from typing import Final
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from vispress.reference.scenes import IMAGE_SIZE, PATCH_SIZE
 from vispress.reference.words import BOS, EOS, IMAGE, PAD, VOCABULARY, WORD_ID
+
+Model = TypeVar("Model", bound=Any)
 
 VISION_WIDTH: Final = 160
 TEXT_WIDTH: Final = 192
@@ -82,20 +86,41 @@ def build_model(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGenerat
     Returns:
         The model in train mode, with its generation config set.
     """
+    return initialised(
+        partial(LlavaForConditionalGeneration, config), _initialise, WORD_ID, seed=seed
+    )
+
+
+def initialised(
+    make: Callable[[], Model],
+    initialise: Callable[[str, nn.Parameter, torch.Generator], None],
+    ids: Mapping[str, int],
+    *,
+    seed: int,
+) -> Model:
+    """A model made and initialised under a seed, in train mode, with its generation config set.
+
+    Args:
+        make: Makes the model.
+        initialise: Sets one parameter, given its name.
+        ids: Token ids by word.
+        seed: Seed of the initialisation; the global RNG is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config)
+        model: Any = make()
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
-            _initialise(name, parameter, generator)
+            initialise(name, parameter, generator)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
-        pad_token_id=WORD_ID[PAD],
-        bos_token_id=WORD_ID[BOS],
-        eos_token_id=WORD_ID[EOS],
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS],
     )
-    return model.train()
+    trainable: Model = model.train()
+    return trainable
 
 
 @torch.no_grad()

@@ -6,18 +6,18 @@ positions in the language model are M-RoPE's.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Final
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRMSNorm,
     Qwen2_5_VLVisionBlock,
 )
 
-from vispress.reference.model import MAX_NEW_TOKENS, TEXT_WIDTH
+from vispress.reference.model import TEXT_WIDTH, initialised
 from vispress.reference.words import BOS, EOS, IMAGE, PAD, VOCABULARY
 
 PATCH: Final = 6
@@ -97,20 +97,8 @@ def build_qwen(config: Qwen2_5_VLConfig, *, seed: int) -> Qwen2_5_VLForCondition
     Returns:
         The model in train mode, with its generation config set.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            _initialise(name, parameter, generator)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=MAX_NEW_TOKENS,
-        pad_token_id=QWEN_ID[PAD],
-        bos_token_id=QWEN_ID[BOS],
-        eos_token_id=QWEN_ID[EOS],
-    )
-    return model.train()
+    make = partial(Qwen2_5_VLForConditionalGeneration, config)
+    return initialised(make, _initialise, QWEN_ID, seed=seed)
 
 
 @torch.no_grad()
