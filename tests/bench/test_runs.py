@@ -150,7 +150,8 @@ def test_conversations_are_compressed_and_told_their_evidence(make_plan, tmp_pat
 
 
 def test_what_cells_share_changes_no_answer(subject, make_plan):
-    plan = make_plan(methods=["fastv", "visionzip", "downsample", "oracle"], batch_size=3)
+    methods = ["fastv", "visionzip", "zoo_prune", "prumerge", "downsample", "oracle"]
+    plan = make_plan(methods=methods, batch_size=3)
     shared = Bank.of(plan, subject, {name: get_task(name).draw(4, 0) for name in plan.tasks})
     alone = replace(shared, memory=Memory(subject, limit=0))
     encoded = []
@@ -160,11 +161,16 @@ def test_what_cells_share_changes_no_answer(subject, make_plan):
         for cell in plan.cells():
             encoded.clear()
             got = run_cell(plan, cell, subject, shared, lambda *_: None)
-            # two batches a task; visionzip reads the encoder, smaller pictures change it
-            inside = cell.group in ("none", "visionzip", "downsample")
+            # two batches a task; three methods read the encoder, smaller pictures change it
+            inside = cell.group in ("none", "visionzip", "zoo_prune", "prumerge", "downsample")
             assert len(encoded) == (4 if inside else 0), cell.key
+            again = replace(cell, keep_ratio=0.25)  # asks the encoder for the same
+            run_cell(plan, again, subject, shared, lambda *_: None)
+            runs = 8 if cell.group == "downsample" else 4 if inside else 0
+            assert len(encoded) == runs, cell.key
+            encoded.clear()
             assert run_cell(plan, cell, subject, alone, lambda *_: None) == got
-            assert len(encoded) == (8 if inside else 4), cell.key
+            assert len(encoded) == 4, cell.key
     finally:
         handle.remove()
     assert "get_image_features" not in subject.model.model.__dict__

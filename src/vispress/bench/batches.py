@@ -1,6 +1,7 @@
 """Questions in batches, each processed once for all cells."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from torch import Tensor
 from vispress.adapters.base import find_adapter
 from vispress.bench.subjects import Subject
 from vispress.bench.tasks import Prompt
-from vispress.runtime.shadow import shadow
+from vispress.runtime.attention import current_sink
+from vispress.runtime.capture import EncoderSink
+from vispress.runtime.shadow import Original, shadow
 
 LIMIT = 2 * 2**30
 """Bytes that are kept of processed batches, and as many of encoder output."""
@@ -58,51 +61,73 @@ def _lengths(subject: Subject, prompt: Prompt) -> list[int]:
 
 
 class Memory:
-    """What is the same for all cells: processed batches, and the vision encoder's output for them.
+    """What is the same for all cells: processed batches, and what the vision encoder gave for them.
 
     Both are kept while they fit; a batch that no longer fits is made each time, with equal results.
 
     Args:
         subject: The model, uncompressed.
-        limit: Bytes to keep of each.
+        limit: Bytes to keep of inputs, of features, and of what methods read in the encoder.
     """
 
     def __init__(self, subject: Subject, limit: int = LIMIT) -> None:
-        self._subject = subject
+        self._subject, self._limit = subject, limit
         self._inputs, self._features = _Bounded(limit), _Bounded(limit)
+        self._asked: Any = None
+        self._collected = _Bounded(limit)
 
     def inputs(self, batch: Batch, *, pixels: bool = True) -> Any:
         """The batch's first turn, on the model's device; not to be changed.
 
         Args:
             batch: The batch.
-            pixels: Whether the vision encoder will run; else pixels may be zeros.
+            pixels: Whether pixels are needed outside `encoder`; else they may be zeros.
         """
         if not pixels and batch in self._features.held:
             return self._features.held[batch][0]
         return self._inputs.get(batch, lambda: self._subject.encode(batch.prompts))
 
     @contextmanager
-    def features(self, batch: Batch) -> Iterator[None]:
+    def encoder(self, batch: Batch) -> Iterator[None]:
         """Let the model find the encoder's output of a batch, or note it for the next cell.
 
-        Not for methods that read what happens inside the encoder.
+        Compression finds what it reads inside the encoder, too, as long as cells ask for the same.
+        Not for cells that change what the encoder computes.
         """
 
-        def seen(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if batch in self._features.held:
-                output = self._features.held[batch][1]
-            else:
-                output = _bare(original(*args, **kwargs))
-                inputs = _without_pixels(self.inputs(batch))
-                self._features.put(batch, (inputs, output), _bytes(output))
-            return copy.copy(output)  # compression marks what it gets
+        def seen(original: Original, *args: Any, **kwargs: Any) -> Any:
+            sink = current_sink()
+            collecting = sink if isinstance(sink, EncoderSink) and sink.asked else None
+            if not self._knows(batch, collecting):
+                bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
+                bound.arguments["pixel_values"] = self.inputs(batch)["pixel_values"]
+                output = _bare(original(*bound.args, **bound.kwargs))
+                self._note(batch, output, collecting)
+                return copy.copy(output)
+            if collecting is not None:
+                collecting.fill(self._collected.held[batch])
+            return copy.copy(self._features.held[batch][1])  # compression marks what it gets
 
         undo = shadow(find_adapter(self._subject.model).base, "get_image_features", seen)
         try:
             yield
         finally:
             undo()
+
+    def _knows(self, batch: Batch, sink: EncoderSink | None) -> bool:
+        """Whether the encoder need not run."""
+        if batch not in self._features.held or sink is None:
+            return batch in self._features.held
+        return self._asked == sink.asked and batch in self._collected.held
+
+    def _note(self, batch: Batch, output: Any, sink: EncoderSink | None) -> None:
+        inputs = _without_pixels(self.inputs(batch))
+        self._features.put(batch, (inputs, output), _bytes(output))
+        if sink is not None:
+            if self._asked != sink.asked:
+                self._asked, self._collected = sink.asked, _Bounded(self._limit)
+            collected = sink.collected()
+            self._collected.put(batch, collected, _bytes(collected))
 
 
 class _Bounded:

@@ -22,7 +22,7 @@ from vispress.bench.store import ResultsFolder, open_results
 from vispress.bench.subjects import Subject, load_subject
 from vispress.bench.targets import Kept
 from vispress.bench.tasks import Prompt, Task, get_task
-from vispress.bench.treatment import answer, check_cell, compressors, sees_encoder
+from vispress.bench.treatment import answer, changes_encoder, check_cell, compressors
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 Advance = Callable[[str, int], None]
@@ -173,10 +173,10 @@ def run_cell(
     given: dict[str, list[tuple[str, ...]]] = {
         name: [()] * len(prompts) for name, prompts in bank.questions.items()
     }
-    inside = sees_encoder(cell)
+    anew = changes_encoder(cell)
     for batch in bank.batches:
-        inputs = bank.memory.inputs(batch, pixels=inside)
-        with nullcontext() if inside else bank.memory.features(batch):
+        inputs = bank.memory.inputs(batch, pixels=anew)
+        with nullcontext() if anew else bank.memory.encoder(batch):
             answers = answer(
                 cell,
                 subject,

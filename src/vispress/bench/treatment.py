@@ -13,16 +13,7 @@ from vispress.bench.subjects import Subject
 from vispress.bench.targets import Kept, check_target
 from vispress.bench.tasks import Prompt
 from vispress.methods.base import Compressor
-from vispress.types import Positions, Signal
-
-_INSIDE = frozenset(
-    {
-        Signal.CLS_ATTENTION,
-        Signal.COLUMN_ATTENTION,
-        Signal.VISION_KEYS,
-        Signal.VISION_FEATURES,
-    }
-)
+from vispress.types import Positions
 
 
 @dataclass(frozen=True)
@@ -91,9 +82,9 @@ def compressors(
     ]
 
 
-def sees_encoder(cell: Cell) -> bool:
-    """Whether a cell reads or changes what happens in the vision encoder, which then must run."""
-    return cell.picture is not None or any(method.signals() & _INSIDE for method in cell.chain)
+def changes_encoder(cell: Cell) -> bool:
+    """Whether the vision encoder computes something else than for the uncompressed model."""
+    return cell.picture is not None
 
 
 def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> None:

@@ -27,7 +27,7 @@ ROUND: Final[tuple[Layout, ...]] = (
     "single",
     "video",
     "talk",
-    "compare",
+    "video",
     "single",
     "video",
     "small",
@@ -51,7 +51,7 @@ COST: Final[dict[Layout, int]] = {
 }
 # counting is lost first, so it is replayed most
 REPLAY: Final[dict[QuestionKind, int]] = {
-    "count": 9,
+    "count": 12,
     "digit": 3,
     "reading": 1,
     "attribute": 2,

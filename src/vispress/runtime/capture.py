@@ -44,6 +44,26 @@ class EncoderSink:
         self.keys: dict[int, list[Tensor]] = {}
         self.projector_input: Tensor | None = None
 
+    @property
+    def asked(self) -> tuple[Any, ...]:
+        """What is collected, empty for nothing; sinks that are asked the same collect the same."""
+        if not self._wanted:
+            return ()
+        layers, keys = tuple(self._layers), tuple(sorted(self._key_layers))
+        return self._wanted, layers, keys, self._backend
+
+    @torch.no_grad()
+    def collected(self) -> tuple[Any, ...]:
+        """Copies of all that was collected, as another sink's `fill` takes them."""
+        attention = {at: [part.clone() for part in parts] for at, parts in self.attention.items()}
+        keys = {at: [part.clone() for part in parts] for at, parts in self.keys.items()}
+        rows = self.projector_input
+        return attention, keys, None if rows is None else rows.detach().clone()
+
+    def fill(self, collected: tuple[Any, ...]) -> None:
+        """Take what another sink that was asked the same collected of the same images."""
+        self.attention, self.keys, self.projector_input = collected
+
     @torch.no_grad()
     def observe(
         self,
