@@ -30,6 +30,7 @@ class Signal(StrEnum):
     INPUT_EMBEDDINGS = "input_embeddings"
     QUERY_ATTENTION = "query_attention"
     KEY_NORMS = "key_norms"
+    ROTARY_PRIOR = "rotary_prior"
     TEXT_STATES = "text_states"
     FINAL_NORM = "final_norm"
     TRANSITION = "transition"

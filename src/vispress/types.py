@@ -152,6 +152,8 @@ class VisualTokens:
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
         key_norms: `[B, N + S]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
             whose attention the placement reads: visual tokens, then the text behind the image.
+        rotary_prior: `[B, Q, N]` fp32; scaled logits that queries and keys of ones would have in
+            the layer of `query_attention`, at the places of its rows and of the visual tokens.
         text_states: `[B, S, D]`, hidden states of the text behind the image, as `features`.
         final_norm: The LLM's norm behind its last layer; maps `[..., D]` to `[..., D]`.
         transition: One entry a measured layer so far, ascending.
@@ -177,6 +179,7 @@ class VisualTokens:
     input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B H Q N"] | None = None
     key_norms: Float[Tensor, "B NT"] | None = None
+    rotary_prior: Float[Tensor, "B Q N"] | None = None
     text_states: Float[Tensor, "B S D"] | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
     transition: tuple[Transition, ...] | None = None

@@ -21,7 +21,8 @@ NO_BUDGET = frozenset(name for name in METHODS if not get_method(name).takes_bud
 """Methods that take no budget; a contract test holds them to it."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    name: {} for name in (*sorted(NO_BUDGET), "pyramiddrop", "sparsevlm", "transprune")
+    name: {}
+    for name in (*sorted(NO_BUDGET), "pyramiddrop", "sparsevlm", "sparsevlm_plus", "transprune")
 }
 """What `compress_model` gets beside the name; others get a ratio."""
 

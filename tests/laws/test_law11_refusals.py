@@ -284,6 +284,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "prumerge",
         "pyramiddrop",
         "sparsevlm",
+        "sparsevlm_plus",
         "transprune",
     }
 

@@ -133,6 +133,7 @@ def make_tokens(
         grid=grid,
         crops=crops,
         image_count=torch.ones(B, dtype=torch.int64),
+        rotary_prior=1 + torch.rand(B, queries, N, generator=g),
     )
 
 

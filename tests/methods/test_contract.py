@@ -43,6 +43,7 @@ OTHER_SETTINGS = {
     "flashvlm": [{"gating": True}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
+    "sparsevlm_plus": [{"heads": 1}],
     "globalcom2": [{"logits": False}],
     "holov": [{"variant": "paper", "num_crops": 3}],
 }

@@ -1,10 +1,12 @@
-"""SparseVLM (v1.0 and v1.5) against its official code."""
+"""SparseVLM (v1.0 and v1.5) and SparseVLM+ (v2.0) against their official code."""
+
+from dataclasses import replace
 
 import torch
 from tests.methods.helpers import merged, only
 from tests.parity.vectors import close, each_case
 
-from vispress.methods import SparseVLM
+from vispress.methods import SparseVLM, SparseVLMPlus
 from vispress.methods.clusters import dpc_clusters, dpc_scores
 from vispress.methods.raters import raters, relation
 from vispress.methods.recycling import fold_dropped, recycled
@@ -37,7 +39,7 @@ def test_raters_are_the_official_ones(case):
 @each_case("sparsevlm", having="out/rater_scores")
 def test_keeps_and_recycles_what_the_official_code_does(case):
     if case["param/version"] == 2:
-        return  # SparseVLM+
+        return  # SparseVLM+, below
     tokens = bucket(case)
     score, rows, chosen = relation(tokens)
     close(score[0], case["out/relation_score"])
@@ -65,6 +67,36 @@ def test_keeps_and_recycles_what_the_official_code_does(case):
     nearest = torch.cdist(theirs, ours).argmin(dim=1)
     assert sorted(nearest.tolist()) == list(range(len(ours)))
     close(ours[nearest], theirs)
+
+
+def rotary_prior(case):
+    """`[1, words, N]`: ones, rotated (half-split) to the places of words and image."""
+    start, n, words = (case[f"param/{k}"] for k in ("visual_start", "visual_tokens", "text_tokens"))
+    dim, base = case["param/head_dim"], case["param/rope_base"]
+    angles = torch.arange(start + n + words)[:, None] * base ** -(torch.arange(0, dim, 2) / dim)
+    cos, sin = angles.double().cos(), angles.double().sin()
+    ones = torch.cat([cos - sin, sin + cos], dim=1)
+    return (ones[start + n :] @ ones[start : start + n].T / dim**0.5)[None]
+
+
+@each_case("sparsevlm", having="out/rater_scores")
+def test_the_plus_scores_and_keeps_what_the_official_code_does(case):
+    if case["param/version"] != 2:
+        return
+    tokens = replace(bucket(case), rotary_prior=rotary_prior(case))
+    method = SparseVLMPlus(preset=case["param/retain"])
+    (score,) = method.score(tokens)
+    # the divisor comes near zero: the loose tolerance of the vectors
+    close(score, case["out/relation_score"], rtol=2e-3)
+    stage = (2, 6, 15).index(case["param/layer"])
+    budget = method.placements(32)[stage].budget
+    num_keep = min(budget.resolve(576), tokens.num_visual - 1)
+    (keep,) = method.plan(tokens, num_keep).keep
+    assert keep.tolist() == case["out/kept_visual_rel"].tolist()
+    start = case["param/visual_start"]
+    image = (p for p in case["out/kept_positions"].tolist() if p < start + tokens.num_visual)
+    assert (keep + start).tolist() == [p for p in image if p >= start]
+    assert case["out/position_ids_after"].tolist() == case["out/kept_positions"].tolist()
 
 
 @each_case("sparsevlm", having="out/centres_order")

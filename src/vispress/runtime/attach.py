@@ -268,6 +268,7 @@ class Attachment:
         hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
         if state.short(number):
             kwargs = state.layer_kwargs(number, hidden, kwargs)
+        state.rotary = kwargs.get("position_embeddings")
         return (hidden, *args[1:]), kwargs
 
     @torch.no_grad()

@@ -179,9 +179,9 @@ def enter_layer(
             hidden = apply(fresh, hidden, project)
             state.rows.append((number, fresh.rows))
             state.decided[number].append(fresh)
-    for want in state.wanted:  # rows that were used: many queries are large
+    for want in state.wanted:
         if want.seen:
-            want.rows = want.key_norms = None
+            want.forget()
     return hidden
 
 
@@ -195,7 +195,7 @@ def _peek(
 ) -> None:
     """Read attention rows of a layer that has not run, on the rows that are still there."""
     arguments = state.peek_kwargs(number, hidden, kwargs)
-    state.peeking = True
+    state.peeking, state.rotary = True, arguments["position_embeddings"]
     # dropout inside projections (LoRA) must not move the generators of the real run
     devices = [hidden.device] if hidden.is_cuda and layer.training else []
     try:

@@ -41,6 +41,8 @@ class Wanted:
     reads: set[Signal]
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
     key_norms: Tensor | None = None  # [B, S], fp32
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [B or 1, P, D]
+    scaling: float = 1.0
     seen: bool = False
     offset: int = 0  # slot of the chunk's first row
 
@@ -49,6 +51,10 @@ class Wanted:
         layer = placement.layer - (0 if self.peek else 1)
         peek = placement.attention_of == "next"
         return (self.layer, self.peek, self.queries) == (layer, peek, placement.queries)
+
+    def forget(self) -> None:
+        """Let go of what was read, once it is used: many queries are large."""
+        self.rows = self.key_norms = self.rotary = None
 
     def tail(self, image: Image) -> list[int]:
         """Rows that stand behind an image: the last ones of its sample."""
@@ -63,6 +69,7 @@ class Wanted:
         key: Tensor,
         mask: Tensor | None,
         scaling: float,
+        rotary: tuple[Tensor, Tensor] | None,
         backend: Backend,
     ) -> None:
         """Compute the rows from what the layer's attention is called with.
@@ -73,11 +80,14 @@ class Wanted:
             key: `[B, Hkv, S, D]`, the past included.
             mask: 4-D, `[B, S]` (FlashAttention), or None.
             scaling: Factor on the logits.
+            rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
         """
         self.seen = True
         if Signal.KEY_NORMS in self.reads:
             self.key_norms = upcast(key).abs().sum(dim=(1, 3))
+        if Signal.ROTARY_PRIOR in self.reads:
+            self.rotary, self.scaling = rotary, scaling
         if Signal.QUERY_ATTENTION not in self.reads:
             return
         local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispress.methods.base import Compressor
+from vispress.methods.base import Compressor, upcast
 from vispress.runtime.capture import projector_function
 from vispress.runtime.images import Bucket
-from vispress.runtime.rows import Rows
+from vispress.runtime.rows import Rows, gather_rows
+from vispress.runtime.seen import Wanted
 from vispress.runtime.state import ForwardState
 from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
 from vispress_kernels import Backend
@@ -40,6 +41,8 @@ def visual_tokens(
     signals = _encoder_signals(state, method, bucket, reads)
     if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket, local)
+    if placement.queries is not None and Signal.ROTARY_PRIOR in reads:
+        signals["rotary_prior"] = _rotary_prior(state, placement, bucket)
     if Signal.KEY_NORMS in reads:
         signals["key_norms"] = _key_norms(state, placement, bucket)
     if Signal.TEXT_STATES in reads:
@@ -108,17 +111,47 @@ def _query_attention(
     assert want.rows is not None
     device, backend = bucket.index.device, state.attachment.backend
     probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]
-    if placement.queries is Queries.TEXT_AFTER:
-        # rows of a sample are its text behind the first image; behind this image is a tail of them
-        tails = [want.tail(image) for image in bucket.images]
-        picks = torch.tensor(tails, dtype=torch.int64, device=device)
+    if (picks := _tails(want, placement, bucket)) is not None:
         probs = _pick(probs, 2, picks, backend)
     return _pick(probs, 3, local + want.offset, backend)
+
+
+def _tails(want: Wanted, placement: Placement, bucket: Bucket) -> Tensor | None:
+    """`[Bk, Q]` of a sample's rows that stand behind each image; None for all of them.
+
+    Rows of a sample are its text behind the first image; behind this image is a tail of them.
+    """
+    if placement.queries is not Queries.TEXT_AFTER:
+        return None
+    tails = [want.tail(image) for image in bucket.images]
+    return torch.tensor(tails, dtype=torch.int64, device=bucket.index.device)
 
 
 def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
     """Places `index [B, K]` along one axis of `[B, ...]`."""
     return gather_tokens(x.movedim(axis, 1), index, backend=backend).movedim(1, axis)
+
+
+def _rotary_prior(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
+    """`[Bk, Q, N]`: a pair of ones at frequency f scores `2 cos(f (q - k))`, whatever the axes."""
+    want = next(w for w in state.wanted if w.serves(placement))
+    assert want.rotary is not None
+    device, sample = bucket.index.device, bucket.sample
+    asked = want.positions.to(device)[sample]  # [Bk, R]
+    if (picks := _tails(want, placement, bucket)) is not None:
+        asked = asked.gather(1, picks)
+    place = state.rows_at(want.layer).to(device).place[sample]  # [Bk, Q]
+    total: Tensor | None = None
+    for table in want.rotary:
+        own = upcast(table.to(device)).expand(len(state.last.index), -1, -1)[sample]
+        queries, keys = (
+            gather_rows(own, place.gather(1, where), state.attachment.backend)
+            for where in (asked, bucket.positions)
+        )
+        part = queries @ keys.mT * want.scaling
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:

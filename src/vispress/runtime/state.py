@@ -36,6 +36,7 @@ class ForwardState:
         mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
         position_ids: `[B or 1, Q]`, for compact positions.
         images: Images of this call, in order.
+        rotary: Tables that the running layer was handed.
     """
 
     attachment: "Attachment"
@@ -54,6 +55,7 @@ class ForwardState:
     text_embeddings: list[Tensor] | None = None
     input_embeddings: Tensor | None = None
     peeking: bool = False
+    rotary: tuple[Tensor, Tensor] | None = None
     sink: Token[Any] | None = None
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
@@ -269,7 +271,7 @@ class ForwardState:
                 if self.peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                want.read(rows, query, key, mask, scaling, self.attachment.backend)
+                want.read(rows, query, key, mask, scaling, self.rotary, self.attachment.backend)
         if self.peeking:
             raise EnoughSeen
 
