@@ -19,6 +19,7 @@ from vispress.methods.random_ import Random as Random
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
+from vispress.methods.vidcom2 import VidCom2 as VidCom2
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
 from vispress.methods.vscan import VScan as VScan
