@@ -7,6 +7,7 @@ from vispress.methods.divprune import DivPrune as DivPrune
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM
 from vispress.methods.fastv import FastV as FastV
+from vispress.methods.fastvid import FastVID as FastVID
 from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
