@@ -186,12 +186,15 @@ def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None
 @pytest.mark.parametrize("method", [m for m in MERGING if m not in IN_LLM])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
+    assert_true_gradient(model_of(family), inputs_of(family), make(family, method))
+
+
+def assert_true_gradient(model: Any, inputs: Mapping[str, Any], method: Compressor) -> None:
     """Along the projector's weights, the loss moves as its gradient says (central difference).
 
     The loss is taken in fp64 here (transformers' own is fp32), and the step is large against the
     fp32 rounding of its norms.
     """
-    model, inputs = model_of(family), inputs_of(family)
     parameters = [p for p in find_adapter(model).projector.parameters() if p.dim() == 2]
     generator = torch.Generator().manual_seed(0)
     ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
@@ -206,7 +209,7 @@ def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None
             for parameter, way in zip(parameters, ways, strict=True):
                 parameter.add_(way, alpha=distance)
 
-    with training(model), compressed(model, make(family, method)):
+    with training(model), compressed(model, method):
         found = torch.autograd.grad(fine_loss(), parameters)
         slope = sum(float((g * way).sum()) for g, way in zip(found, ways, strict=True))
         saved = [p.detach().clone() for p in parameters]

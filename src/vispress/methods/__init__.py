@@ -7,6 +7,7 @@ from vispress.methods.divprune import DivPrune as DivPrune
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM
 from vispress.methods.fastv import FastV as FastV
+from vispress.methods.fastvid import FastVID as FastVID
 from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
@@ -20,6 +21,7 @@ from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
+from vispress.methods.vidcom2 import VidCom2 as VidCom2
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
 from vispress.methods.vscan import VScan as VScan

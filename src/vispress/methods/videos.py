@@ -1,0 +1,69 @@
+"""Videos as whole frames, for methods that compare frames with each other."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vispress.errors import UnsupportedMethodError
+from vispress.types import VisualTokens
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Where the frames of a bucket's videos lie, on the device of the features.
+
+    Args:
+        places: `[F, t]`; token of each place of each frame (of temporal patches: each patch).
+        newlines: `[M]`; tokens that carry no picture.
+    """
+
+    places: Int[Tensor, "F t"]
+    newlines: Int[Tensor, "M"]
+
+    def split(self, num_keep: int) -> tuple[int, Int[Tensor, "m"]]:
+        """What frames keep together, and the newlines that stay: all, or none.
+
+        Newlines count towards the budget; they go when it cannot hold them and a token a frame.
+        """
+        if num_keep < len(self.newlines) + len(self.places):
+            return num_keep, self.newlines[:0]
+        return num_keep - len(self.newlines), self.newlines
+
+    def of(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B F t D"]:
+        """Values of the tokens, frame by frame."""
+        return values[:, self.places]
+
+    def with_newlines(
+        self, picked: Int[Tensor, "B n"], newlines: Int[Tensor, "m"]
+    ) -> Int[Tensor, "B K"]:
+        """Ascending tokens: `picked`, places of all frames in a row, and the newlines."""
+        kept = self.places.flatten()[picked]
+        return torch.cat([kept, newlines.expand(len(picked), -1)], dim=1).sort(dim=1).values
+
+
+def frames(tokens: VisualTokens, name: str) -> Frames:
+    """The frames of a bucket; a plain image is one frame.
+
+    Args:
+        tokens: The bucket.
+        name: The method, for its error.
+
+    Raises:
+        UnsupportedMethodError: The video was pruned before, or its frames differ in size.
+    """
+    if tokens.num_visual != tokens.num_original:
+        raise UnsupportedMethodError(
+            f"{name} needs whole images (here: whole videos), got {tokens.num_visual} of "
+            f"{tokens.num_original} tokens; put it first in a chain"
+        )
+    segments, device = tokens.segments()[0], tokens.features.device
+    ids, counts = torch.unique(segments[segments >= 0], return_counts=True)
+    if len(set(counts.tolist())) != 1:
+        raise UnsupportedMethodError(
+            f"{name} needs frames of one size, got sizes {counts.tolist()}; a method without "
+            "frames (divprune, say) works"
+        )
+    places = torch.stack([torch.where(segments == each)[0] for each in ids.tolist()])
+    return Frames(places.to(device), torch.where(segments < 0)[0].to(device))
