@@ -133,6 +133,7 @@ def make_tokens(
         grid=grid,
         crops=crops,
         image_count=torch.ones(B, dtype=torch.int64),
+        padding=torch.rand(B, N, generator=g),
     )
 
 
@@ -206,6 +207,7 @@ def take(tokens, keep):
         cls_wide_attention=tokens.cls_wide_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
+        padding=tokens.padding[rows, keep],
         query_attention=None,
         transition=None,
     )
