@@ -81,7 +81,7 @@ def test_patches_are_padding_by_coverage(case):
         for threshold, mask in zip(case["param/thresholds"].tolist(), official, strict=True):
             padded = padding_mask(share, "fastv", threshold).view(cells, cells)
             # where every patch is padding, the picture is scored as if none was
-            valid = mask.bool() | ~mask.any()
+            valid = mask.bool() | ~mask.bool().any()
             assert torch.equal(~padded, valid), (width, height, threshold)
 
 

@@ -69,4 +69,7 @@ class Wrapper(Compressor):
         return self.inner.encoder_layers(num_layers, feature_layer)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        return self.acting.placements(num_layers)
+        try:
+            return self.acting.placements(num_layers)
+        except BudgetError as error:
+            raise BudgetError(f"{self.name}: {error}") from error
