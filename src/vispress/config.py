@@ -28,11 +28,21 @@ def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
             raise ConfigError(
                 f"{name} has no hyper-parameter {key!r}{hint}; valid: {', '.join(valid)}"
             )
-    # YAML has lists where dataclasses hold tuples
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in hyperparameters.items()
-    }
-    return cls(**values)
+    return cls(**{k: _from_yaml(v, f"{name}, {k}") for k, v in hyperparameters.items()})
+
+
+def _from_yaml(value: Any, where: str) -> Any:
+    """What a dataclass holds: tuples for lists, compressors for mappings that name a method."""
+    if isinstance(value, list):
+        return tuple(_from_yaml(item, f"{where}[{i}]") for i, item in enumerate(value))
+    return from_mapping(value, where) if isinstance(value, Mapping) else value
+
+
+def _to_yaml(value: Any) -> Any:
+    """The inverse of `_from_yaml`."""
+    if isinstance(value, Compressor):
+        return to_mapping(value)
+    return [_to_yaml(item) for item in value] if isinstance(value, tuple) else value
 
 
 def from_mapping(data: Any, where: str = "configuration") -> Compressor | list[Compressor]:
@@ -81,10 +91,8 @@ def load_config(path: str | Path) -> Compressor | list[Compressor]:
 
 def to_mapping(method: Compressor) -> dict[str, Any]:
     """The inverse of `from_mapping` for one compressor; unset (None) fields are left out."""
-    values = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in method.hyperparameters().items()
-    }
-    return {"method": method.name} | {k: v for k, v in values.items() if v is not None}
+    values = {k: v for k, v in method.hyperparameters().items() if v is not None}
+    return {"method": method.name} | {k: _to_yaml(v) for k, v in values.items()}
 
 
 def save_config(method: Compressor, path: str | Path) -> None:

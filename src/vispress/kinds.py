@@ -37,6 +37,7 @@ class Signal(StrEnum):
     GRID = "grid"
     CROPS = "crops"
     IMAGE_COUNT = "image_count"
+    PADDING = "padding"
 
 
 CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})

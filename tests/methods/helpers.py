@@ -134,6 +134,7 @@ def make_tokens(
         crops=crops,
         image_count=torch.ones(B, dtype=torch.int64),
         rotary_prior=1 + torch.rand(B, queries, N, generator=g),
+        padding=torch.rand(B, N, generator=g),
     )
 
 
@@ -207,6 +208,7 @@ def take(tokens, keep):
         cls_wide_attention=tokens.cls_wide_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
+        padding=tokens.padding[rows, keep],
         query_attention=None,
         transition=None,
     )

@@ -21,11 +21,14 @@ def load(method):
         for name in file.files:
             if name != "meta":
                 case, key = name.split("/", 1)
-                value = file[name]
-                cases.setdefault(case, {})[key] = (
-                    value.item() if value.ndim == 0 else torch.from_numpy(value)
-                )
+                cases.setdefault(case, {})[key] = _plain(file[name])
     return cases
+
+
+def _plain(value):
+    if value.ndim == 0:
+        return value.item()
+    return value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value)
 
 
 def each_case(method, having=None):

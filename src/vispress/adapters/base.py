@@ -135,6 +135,24 @@ class ModelAdapter(ABC):
     ) -> Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]:
         """`(grid, crops)` of each image or video with `counts[i]` visual tokens; one is None."""
 
+    def square_encoder(self) -> nn.Module | None:
+        """The module that is called with pixels of pictures padded to squares.
+
+        None for families whose visual tokens hold no padding (it is cut off, or never put on).
+        """
+        return None
+
+    def padding(self, pixels: Tensor) -> Tensor:
+        """Share of each patch that is padding, for families with a `square_encoder`.
+
+        Args:
+            pixels: `[P, C, H, W]`, what that module was called with.
+
+        Returns:
+            `[P, n, 1]` fp32 in `[0, 1]`, which `pack` accepts.
+        """
+        raise NotImplementedError(f"{self.family} images have no padding")
+
     def features(self, modality: Modality, output: Any) -> tuple[Tensor, ...]:
         """`[N_i, D]` that the model scatters for each image, from `get_<modality>_features`."""
         return tuple(output.pooler_output)

@@ -3,6 +3,7 @@
 from vispress.methods.avg_pool import AvgPool as AvgPool
 from vispress.methods.cdpruner import CDPruner as CDPruner
 from vispress.methods.dart import DART as DART
+from vispress.methods.debias import Debias as Debias
 from vispress.methods.divprune import DivPrune as DivPrune
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM

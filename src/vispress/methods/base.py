@@ -14,6 +14,9 @@ from vispress.types import Need, Placement, Positions, Signal, TokenPlan, Visual
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
 
+BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
+"""Fields of which at most one is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor(ABC):
@@ -51,11 +54,7 @@ class Compressor(ABC):
     mean_keep_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        given = [
-            f
-            for f in ("keep_ratio", "num_tokens", "mean_keep_ratio")
-            if getattr(self, f) is not None
-        ]
+        given = list(self.given_budget())
         if given and not self.takes_budget:
             raise BudgetError(
                 f"{self.name} takes no {given[0]}, got {getattr(self, given[0])!r}: what it keeps "
@@ -74,6 +73,14 @@ class Compressor(ABC):
 
     def validate(self) -> None:  # noqa: B027  (optional to fill in, not abstract)
         """Check own hyper-parameters; raise `ConfigError` naming the value and its range."""
+
+    def given_budget(self) -> dict[str, Any]:
+        """The budget that was given, by its field; empty for none."""
+        return {f: value for f in BUDGETS if (value := getattr(self, f)) is not None}
+
+    def members(self) -> tuple["Compressor", ...]:
+        """The compressors that this one is composed of; none for a plain method."""
+        return ()
 
     def signals(self) -> frozenset[Signal]:
         """What this instance reads (a hyper-parameter may swap a signal of `reads` for another)."""

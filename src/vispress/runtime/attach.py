@@ -15,7 +15,7 @@ from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.call import CALLS, LATEST, Call, brings_images
-from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink
+from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
 from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
@@ -52,7 +52,7 @@ class Attachment:
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
         wanted = frozenset().union(*(method.signals() for method in methods))
-        others = {Signal.VISION_KEYS, Signal.VISION_FEATURES}
+        others = {Signal.VISION_KEYS, Signal.VISION_FEATURES, Signal.PADDING}
         self.encoder_signals = wanted & (ATTENTION_SIGNALS | others)
         self._decoder = (adapter.language_model, *adapter.decoder_layers)
         self.reads_encoder_late = any(
@@ -134,6 +134,8 @@ class Attachment:
             self._undo.append(watch(modules[layer]))
         if Signal.VISION_FEATURES in self.encoder_signals:
             self._hook(self.adapter.projector.register_forward_pre_hook(self._projector_starts))
+        if Signal.PADDING in self.encoder_signals:
+            self._undo += watch_pixels(self.adapter)
 
     def detach(self) -> None:
         """Take everything off again, in reverse order."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import upcast
-from vispress.runtime.attention import attention_rows
+from vispress.runtime.attention import attention_rows, current_sink
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
 from vispress_kernels.column_attention import column_attention
@@ -43,6 +43,7 @@ class EncoderSink:
         self.attention: dict[tuple[Signal, int], list[Tensor]] = {}
         self.keys: dict[int, list[Tensor]] = {}
         self.projector_input: Tensor | None = None
+        self.padding: Tensor | None = None
 
     @property
     def asked(self) -> tuple[Any, ...]:
@@ -58,11 +59,11 @@ class EncoderSink:
         attention = {at: [part.clone() for part in parts] for at, parts in self.attention.items()}
         keys = {at: [part.clone() for part in parts] for at, parts in self.keys.items()}
         rows = self.projector_input
-        return attention, keys, None if rows is None else rows.detach().clone()
+        return attention, keys, None if rows is None else rows.detach().clone(), self.padding
 
     def fill(self, collected: tuple[Any, ...]) -> None:
         """Take what another sink that was asked the same collected of the same images."""
-        self.attention, self.keys, self.projector_input = collected
+        self.attention, self.keys, self.projector_input, self.padding = collected
 
     @torch.no_grad()
     def observe(
@@ -108,6 +109,23 @@ class EncoderSink:
             self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
 
 
+def watch_pixels(adapter: ModelAdapter) -> list[Callable[[], None]]:
+    """Let sinks look for padding in what the encoder is called with; gives what undoes it.
+
+    Nothing is watched in families without padding.
+    """
+
+    def starts(module: nn.Module, args: Any, kwargs: Any) -> None:
+        sink = current_sink()
+        if isinstance(sink, EncoderSink):
+            sink.padding = adapter.padding(args[0] if args else kwargs["pixel_values"])
+
+    encoder = adapter.square_encoder()
+    if encoder is None:
+        return []
+    return [encoder.register_forward_pre_hook(starts, with_kwargs=True).remove]
+
+
 class Capture:
     """Features and signals of the images (or videos) of one encoder call.
 
@@ -148,6 +166,8 @@ class Capture:
         if sink.projector_input is not None:
             rows = adapter.projector_inputs(modality, sink.projector_input, call)
             self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
+        if sink.padding is not None:
+            self._signals[Signal.PADDING, 0] = pack(sink.padding)
 
     def release(self) -> None:
         """Let go of the signals once no placement reads them any more."""
@@ -169,6 +189,10 @@ class Capture:
         """`[Hv, N, Dh]` of image `number`, from an encoder layer."""
         flat = self._signals[Signal.VISION_KEYS, layer][number]
         return flat.view(len(flat), self.key_heads, -1).transpose(0, 1)
+
+    def padding(self, number: int) -> Tensor:
+        """`[N]` of image `number`, of a family with a `square_encoder`."""
+        return self._signals[Signal.PADDING, 0][number][:, 0]
 
     def vision_features(self, number: int) -> Tensor:
         """`[N, Dv]` of image `number`."""

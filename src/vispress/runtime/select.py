@@ -180,7 +180,8 @@ def _plans(
     """The bucket and its plan; a ragged plan comes image by image. No plan: all tokens stay."""
     placement, method = step.placement, step.method
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
-    num_keep = placement.budget.resolve(bucket.entered[step.compressor])
+    entered = bucket.entered[step.compressor]
+    num_keep = placement.budget.resolve(entered)
     whole = method.needs == "video" and bucket.images[0].modality != "video"
     if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
         yield bucket, None
@@ -189,7 +190,7 @@ def _plans(
         empty = bucket.index.new_empty(len(bucket.images), 0)
         yield bucket, TokenPlan(keep=empty)
         return
-    tokens = visual_tokens(state, step.method, placement, bucket, rows, hidden)
+    tokens = visual_tokens(state, method, placement, bucket, rows, hidden, entered)
     plan = method.plan(tokens, num_keep)
     plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if isinstance(plan.keep, Tensor):

@@ -23,6 +23,7 @@ def visual_tokens(
     bucket: Bucket,
     rows: Rows,
     hidden: Tensor,
+    entered: int,
 ) -> VisualTokens:
     """The bucket as a method sees it.
 
@@ -33,6 +34,7 @@ def visual_tokens(
         bucket: Images with equal N.
         rows: Rows that enter the placement's layer.
         hidden: `[B, P, D]`, their hidden states.
+        entered: Tokens of each image that reached the method's first placement.
     """
     reads = method.signals()
     sample = bucket.sample.unsqueeze(1)
@@ -66,6 +68,7 @@ def visual_tokens(
         num_original=first.num_visual,
         grid=first.grid,
         crops=first.crops,
+        num_entered=entered,
         backend=state.attachment.backend,
         **signals,
     )
@@ -100,6 +103,8 @@ def _encoder_signals(
         out["projector"] = projector_function(adapter)
         two_layer = adapter.two_layer()
         out["two_layer"] = None if two_layer is None else two_layer.to(device)
+    if Signal.PADDING in reads and adapter.square_encoder() is not None:
+        out["padding"] = stacked([i.capture.padding(i.number) for i in bucket.images], 1)
     return out
 
 

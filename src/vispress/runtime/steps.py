@@ -83,13 +83,14 @@ def _notes(
 ) -> list[str]:
     """What a reader of the report must know about choices made here."""
     notes = []
-    explicit = any(method.hyperparameters().get(name) is not None for name in ("layer", "layers"))
+    given = [one.hyperparameters() for one in (method, *method.members())]
+    explicit = any(own.get(name) is not None for own in given for name in ("layer", "layers"))
     where = ", ".join(str(p.layer) for p in placements)
     if layers != 32 and not explicit and any(p.layer for p in placements):
         notes.append(
             f"{method.name}: published layers of a 32-layer LLM, scaled to {layers} layers: {where}"
         )
-    if method.hyperparameters().get("scores") == "column_mean":
+    if any(own.get("scores") == "column_mean" for own in given):
         notes.append(
             f"{method.name}: [CLS] attention replaced by the column mean of encoder attention"
         )

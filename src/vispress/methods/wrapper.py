@@ -1,0 +1,75 @@
+"""Wrappers: compressors around another one, that change what it sees or keeps, where it acts."""
+
+from dataclasses import dataclass, replace
+
+from vispress.errors import BudgetError, ConfigError
+from vispress.methods.base import Compressor
+from vispress.registry import get_method
+from vispress.types import Placement, Signal
+
+_INHERITED = ("rounding", "exact", "takes_budget", "needs", "merges", "default_positions")
+"""What a class says about itself, and a wrapper says as the compressor inside does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(Compressor):
+    """A compressor that acts where another one does, with its signals and meaning of budgets.
+
+    There is one budget: given to the wrapper or to the inner compressor, it is kept in the wrapper.
+
+    Args:
+        inner: The wrapped compressor, or a method's name for its defaults.
+
+    Raises:
+        BudgetError: Both have a budget.
+        ConfigError: `inner` is no compressor.
+    """
+
+    inner: Compressor
+
+    def __post_init__(self) -> None:
+        inner = get_method(self.inner)() if isinstance(self.inner, str) else self.inner
+        if not isinstance(inner, Compressor):
+            raise ConfigError(
+                f"{self.name}: inner must be a compressor or a method's name, got {inner!r}"
+            )
+        for name in _INHERITED:
+            object.__setattr__(self, name, getattr(inner, name))
+        given, own = inner.given_budget(), self.given_budget()
+        if given and own:
+            raise BudgetError(f"{self.name}: give one budget, got {own} here and {given} inside")
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "inner", replace(inner, **dict.fromkeys(given)))
+        super().__post_init__()
+        _ = self.acting  # a budget that `inner` refuses is refused here
+
+    @property
+    def acting(self) -> Compressor:
+        """The inner compressor with the budget."""
+        return replace(self.inner, **self.given_budget())
+
+    @property
+    def root(self) -> Compressor:
+        """The innermost compressor."""
+        return self.inner.root if isinstance(self.inner, Wrapper) else self.inner
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the image decides the count."""
+        return getattr(self.inner, "adaptive", False)
+
+    def members(self) -> tuple[Compressor, ...]:
+        return (self.inner,)
+
+    def signals(self) -> frozenset[Signal]:
+        return self.inner.signals()
+
+    def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
+        return self.inner.encoder_layers(num_layers, feature_layer)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        try:
+            return self.acting.placements(num_layers)
+        except BudgetError as error:
+            raise BudgetError(f"{self.name}: {error}") from error
