@@ -36,6 +36,7 @@ class Signal(StrEnum):
     GRID = "grid"
     CROPS = "crops"
     IMAGE_COUNT = "image_count"
+    CONTEXT = "context"
 
 
 CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from vispress.context import Context
 from vispress.types import CropLayout, TokenPlan, Transition, TwoLayer, VisualTokens, full_index
 
 
@@ -133,6 +134,7 @@ def make_tokens(
         grid=grid,
         crops=crops,
         image_count=torch.ones(B, dtype=torch.int64),
+        context=Context(paired_text=normal(B, dim), query=normal(B, dim), earlier=normal(B, dim)),
     )
 
 
@@ -164,7 +166,7 @@ def map_tensors(tokens, change):
     def visit(value):
         if isinstance(value, Tensor):
             return change(value)
-        if isinstance(value, Transition):
+        if isinstance(value, Transition | Context):
             return replace(value, **{k: visit(v) for k, v in vars_of(value).items()})
         if isinstance(value, tuple) and value and isinstance(value[0], Transition):
             return tuple(visit(v) for v in value)

@@ -181,7 +181,9 @@ def _plans(
     placement, method = step.placement, step.method
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
     num_keep = placement.budget.resolve(bucket.entered[step.compressor])
-    whole = method.needs == "video" and bucket.images[0].modality != "video"
+    first = bucket.images[0]
+    whole = method.needs == "video" and first.modality != "video"
+    whole = whole or placement.images == ("earlier" if first.last else "last")
     if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
         yield bucket, None
         return
