@@ -38,6 +38,7 @@ class Signal(StrEnum):
     CROPS = "crops"
     IMAGE_COUNT = "image_count"
     PADDING = "padding"
+    CONTEXT = "context"
 
 
 CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vispress.budget import Budget
+from vispress.context import Context
 from vispress.errors import BudgetError
 from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
 from vispress_kernels import Backend
@@ -43,8 +44,10 @@ class Placement:
         attention_of: `"previous"`: the attention of layer `layer - 1`, as it ran. `"next"`: what
             layer `layer` would compute on the rows that are still there (only q and k are
             computed).
+        attention_depth: Layers read, that one the last ("previous" only); 1, or an axis more.
         transitions: Decoder layers whose module inputs and outputs are measured up to here.
         adaptive: The method decides how much it keeps; `budget` is the most.
+        images: Which images of a prompt it acts on; the others pass.
     """
 
     stage: Stage
@@ -52,8 +55,10 @@ class Placement:
     layer: int = 0
     queries: Queries | None = None
     attention_of: Literal["previous", "next"] = "previous"
+    attention_depth: int = 1
     transitions: tuple[int, ...] = ()
     adaptive: bool = False
+    images: Literal["all", "earlier", "last"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +154,8 @@ class VisualTokens:
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
         input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
         text_after: How many of them stand behind the image: the last ones; 0 when not read.
-        query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says.
+        query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says; or `[B, E, H, Q,
+            N]`, earliest layer first, for an `attention_depth` of E > 1.
         key_norms: `[B, N + S]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
             whose attention the placement reads: visual tokens, then the text behind the image.
         rotary_prior: `[B, Q, N]` fp32; scaled logits that queries and keys of ones would have in
@@ -164,6 +170,7 @@ class VisualTokens:
             where the family pads no images.
         num_entered: Tokens that reached the compressor's first placement; None: all N0. Fewer are
             left only at its later placements.
+        context: Means of what surrounds each image in its prompt.
         backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
 
@@ -181,7 +188,7 @@ class VisualTokens:
     text_embeddings: Float[Tensor, "B T D"] | None = None
     text_after: int = 0
     input_embeddings: Float[Tensor, "B N0 D"] | None = None
-    query_attention: Float[Tensor, "B H Q N"] | None = None
+    query_attention: Float[Tensor, "B *EH Q N"] | None = None
     key_norms: Float[Tensor, "B NT"] | None = None
     rotary_prior: Float[Tensor, "B Q N"] | None = None
     text_states: Float[Tensor, "B S D"] | None = None
@@ -192,6 +199,7 @@ class VisualTokens:
     image_count: Int[Tensor, "B"] | None = None
     padding: Float[Tensor, "B N"] | None = None
     num_entered: int | None = None
+    context: Context | None = None
     backend: Backend = "auto"
 
     @property

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from vispress.context import Context
 from vispress.types import CropLayout, TokenPlan, Transition, TwoLayer, VisualTokens, full_index
 
 
@@ -135,6 +136,7 @@ def make_tokens(
         image_count=torch.ones(B, dtype=torch.int64),
         rotary_prior=1 + torch.rand(B, queries, N, generator=g),
         padding=torch.rand(B, N, generator=g),
+        context=Context(paired_text=normal(B, dim), query=normal(B, dim), earlier=normal(B, dim)),
     )
 
 
@@ -166,7 +168,7 @@ def map_tensors(tokens, change):
     def visit(value):
         if isinstance(value, Tensor):
             return change(value)
-        if isinstance(value, Transition):
+        if isinstance(value, Transition | Context):
             return replace(value, **{k: visit(v) for k, v in vars_of(value).items()})
         if isinstance(value, tuple) and value and isinstance(value[0], Transition):
             return tuple(visit(v) for v in value)

@@ -44,6 +44,7 @@ OTHER_SETTINGS = {
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],
+    "catp": [{"text_weight": 0.0}],
     "globalcom2": [{"logits": False}],
     "holov": [{"variant": "paper", "num_crops": 3}],
     "debias": [
@@ -90,7 +91,7 @@ def chosen(rule):
 
 def ranks(method):
     """Whether the method orders tokens by something in the bucket."""
-    greedy = method.name in ("cdpruner", "divprune", "zoo_prune")
+    greedy = method.name in ("catp", "cdpruner", "divprune", "zoo_prune")
     return greedy or (isinstance(method, ScorePruner) and method.name != "random")
 
 
@@ -123,8 +124,10 @@ def bucket(method, geometry="image", **kwargs):
     layers = method.encoder_layers(6, 4)
     tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
     # before the LLM there is no attention of it
-    early = method.name == "vscan"
-    return dataclasses.replace(tokens, query_attention=None) if early else tokens
+    early = method.name in ("catp", "vscan")
+    context = dataclasses.replace(tokens.context, query=None, earlier=None)
+    at_entry = dataclasses.replace(tokens, query_attention=None, context=context)
+    return at_entry if early else tokens
 
 
 def count_for(method, tokens, count):
@@ -308,7 +311,10 @@ def test_placements_fit_the_depth(name, num_layers):
         assert all(0 <= done < p.layer for done in p.transitions)
         assert bool(p.transitions) == (Signal.TRANSITION in cls.reads)
         read = cls.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS}
-        assert (p.queries is not None) == bool(read and p.stage is Stage.IN_LLM)
+        # CATP's last placement compares hidden states alone
+        reads_none = not read or p.stage is Stage.PRE_LLM or p.images == "last"
+        assert (p.queries is None) == reads_none
+        assert p.layer >= p.attention_depth or p.queries is None
     for size in (1, 2, 37, 576):
         counts = [p.budget.resolve(size) for p in placements]
         assert counts == sorted(counts, reverse=True)

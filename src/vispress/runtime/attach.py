@@ -16,6 +16,7 @@ from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.call import CALLS, LATEST, Call, brings_images
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
+from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
@@ -93,11 +94,7 @@ class Attachment:
 
     def attention_layers(self) -> set[int]:
         """Decoder layers whose attention rows are read."""
-        return {
-            p.layer if p.attention_of == "next" else p.layer - 1
-            for p in (step.placement for step in self.steps)
-            if p.queries is not None
-        }
+        return {layer for step in self.steps for layer in attention_layers(step.placement)}
 
     def transition_layers(self) -> set[int]:
         """Decoder layers whose module inputs and outputs are measured."""

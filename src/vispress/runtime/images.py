@@ -29,6 +29,8 @@ class Image:
         crops: Geometry otherwise.
         text_after: `[Q]` int64 on the host, positions of valid text behind the image.
         text_count: Valid text tokens of the sample's chunk.
+        last: Whether no other image stands behind it in its sample (noted where it matters).
+        paired_text: `[D]`, mean embedding of the text that belongs to it (likewise).
     """
 
     sample: int
@@ -40,6 +42,8 @@ class Image:
     crops: CropLayout | None
     text_after: Tensor
     text_count: int
+    last: bool = True
+    paired_text: Tensor | None = None
     trace: list["Trace"] = field(default_factory=list)
 
     @property
@@ -49,7 +53,7 @@ class Image:
 
     def likeness(self, *, by_text: bool) -> tuple[object, ...]:
         """Images with equal likeness share a bucket; `by_text`: their texts must be as
-        long, too.
+        long, too. A sample's last image and the others do not mix where that was noted.
         """
         layout: tuple[object, ...] = ()
         if self.crops is not None:
@@ -58,7 +62,7 @@ class Image:
                 for part in (self.crops.segment, self.crops.row, self.crops.col)
             )
         text = (len(self.text_after), self.text_count) if by_text else ()
-        return (self.num_visual, self.grid, layout, self.modality, text)
+        return (self.num_visual, self.grid, layout, self.modality, self.last, text)
 
 
 @dataclass

@@ -9,9 +9,10 @@ from torch import Tensor
 from vispress.adapters.base import Modality
 from vispress.runtime.capture import Capture
 from vispress.runtime.images import Image, find_images, make_buckets
-from vispress.runtime.seen import Wanted
+from vispress.runtime.seen import Wanted, attention_layers
 from vispress.runtime.state import ForwardState
-from vispress.types import Queries
+from vispress.runtime.surroundings import note_surroundings
+from vispress.types import Placement, Queries, Signal
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
@@ -40,6 +41,9 @@ def find(
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
     state.images = images
+    apart = any(step.placement.images != "all" for step in attachment.steps)
+    if apart or any(Signal.CONTEXT in method.signals() for method in attachment.methods):
+        note_surroundings(images, host_valid.bool() & (host_marks == 0), embeds)
     if attachment.reads_input:
         state.input_embeddings = embeds.detach()
     if attachment.reads_text:
@@ -56,20 +60,25 @@ def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) ->
     wanted: list[Wanted] = []
     for step in attachment.steps:
         placement, reads = step.placement, {*step.method.signals()}
-        if placement.queries is None:
-            continue
-        if (known := next((w for w in wanted if w.serves(placement)), None)) is not None:
+        for layer in attention_layers(placement):
+            known = next((w for w in wanted if w.serves(placement, layer)), None)
+            if known is None:
+                assert placement.queries is not None
+                known = _want(placement, layer, _query_positions(placement.queries, images, valid))
+                wanted.append(known)
             known.reads |= reads
-            continue
-        rows = _query_positions(placement.queries, images, valid)
-        width = max(map(len, rows))
-        padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
-        positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
-        peek = placement.attention_of == "next"
-        layer = placement.layer - (0 if peek else 1)
-        lengths = [len(row) for row in rows]
-        wanted.append(Wanted(layer, placement.queries, peek, positions, lengths, reads))
+            known.until = placement.layer
     return wanted
+
+
+def _want(placement: Placement, layer: int, rows: list[list[int]]) -> Wanted:
+    """What is read of a layer for a placement (and others like it): rows of each sample."""
+    assert placement.queries is not None
+    width = max(map(len, rows))
+    padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
+    positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
+    peek, lengths = placement.attention_of == "next", [len(row) for row in rows]
+    return Wanted(layer, placement.queries, peek, positions, lengths, set(), placement.layer)
 
 
 def _placeholder_mask(

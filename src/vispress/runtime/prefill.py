@@ -170,6 +170,8 @@ def enter_layer(
         if step.placement.layer != number:
             continue
         if step.placement.queries is not None and step.placement.attention_of == "next":
+            for want in state.wanted:  # a step before at this layer may have dropped rows
+                want.seen = want.seen and not (want.peek and want.layer == number)
             _peek(state, number, module, hidden, kwargs)
         # a checkpoint that wraps this hook must not count the tensors that deciding saves,
         # because its second run does not decide
@@ -180,7 +182,7 @@ def enter_layer(
             state.rows.append((number, fresh.rows))
             state.decided[number].append(fresh)
     for want in state.wanted:
-        if want.seen:
+        if want.seen and want.until <= number:
             want.forget()
     return hidden
 

@@ -15,6 +15,14 @@ from vispress_kernels import Backend
 from vispress_kernels.query_attention import query_attention
 
 
+def attention_layers(placement: Placement) -> tuple[int, ...]:
+    """Decoder layers whose rows a placement reads, ascending."""
+    if placement.queries is None:
+        return ()
+    last = placement.layer - (0 if placement.attention_of == "next" else 1)
+    return tuple(range(last - placement.attention_depth + 1, last + 1))
+
+
 class EnoughSeen(Exception):  # noqa: N818  (control flow, not an error)
     """Ends a peek at a layer's attention once its rows are read."""
 
@@ -31,6 +39,7 @@ class Wanted:
             one).
         lengths: Real rows of each sample, on the host.
         reads: Which of attention rows and key norms are wanted.
+        until: Decoder layer of the last placement that reads them.
     """
 
     layer: int
@@ -39,22 +48,23 @@ class Wanted:
     positions: Tensor
     lengths: Sequence[int]
     reads: set[Signal]
+    until: int
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
     key_norms: Tensor | None = None  # [B, S], fp32
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [B or 1, P, D]
     scaling: float = 1.0
     seen: bool = False
     offset: int = 0  # slot of the chunk's first row
+    seen_on: Rows | None = None  # rows of the call that was read
 
-    def serves(self, placement: Placement) -> bool:
-        """Whether these are the rows that a placement reads."""
-        layer = placement.layer - (0 if self.peek else 1)
+    def serves(self, placement: Placement, layer: int) -> bool:
+        """Whether these are the rows that a placement reads of a layer."""
         peek = placement.attention_of == "next"
         return (self.layer, self.peek, self.queries) == (layer, peek, placement.queries)
 
     def forget(self) -> None:
         """Let go of what was read, once it is used: many queries are large."""
-        self.rows = self.key_norms = self.rotary = None
+        self.rows = self.key_norms = self.rotary = self.seen_on = None
 
     def tail(self, image: Image) -> list[int]:
         """Rows that stand behind an image: the last ones of its sample."""
@@ -83,7 +93,7 @@ class Wanted:
             rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
         """
-        self.seen = True
+        self.seen, self.seen_on = True, rows
         if Signal.KEY_NORMS in self.reads:
             self.key_norms = upcast(key).abs().sum(dim=(1, 3))
         if Signal.ROTARY_PRIOR in self.reads:

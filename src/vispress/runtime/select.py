@@ -180,9 +180,10 @@ def _plans(
     """The bucket and its plan; a ragged plan comes image by image. No plan: all tokens stay."""
     placement, method = step.placement, step.method
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
-    entered = bucket.entered[step.compressor]
+    entered, first = bucket.entered[step.compressor], bucket.images[0]
     num_keep = placement.budget.resolve(entered)
-    whole = method.needs == "video" and bucket.images[0].modality != "video"
+    whole = method.needs == "video" and first.modality != "video"
+    whole = whole or placement.images == ("earlier" if first.last else "last")
     if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
         yield bucket, None
         return

@@ -9,8 +9,9 @@ from vispress.methods.base import Compressor, upcast
 from vispress.runtime.capture import projector_function
 from vispress.runtime.images import Bucket
 from vispress.runtime.rows import Rows, gather_rows
-from vispress.runtime.seen import Wanted
+from vispress.runtime.seen import Wanted, attention_layers
 from vispress.runtime.state import ForwardState
+from vispress.runtime.surroundings import context_of
 from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens
@@ -42,7 +43,7 @@ def visual_tokens(
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
     if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
-        signals["query_attention"] = _query_attention(state, placement, bucket, local)
+        signals["query_attention"] = _query_attention(state, placement, bucket)
     if placement.queries is not None and Signal.ROTARY_PRIOR in reads:
         signals["rotary_prior"] = _rotary_prior(state, placement, bucket)
     if Signal.KEY_NORMS in reads:
@@ -59,6 +60,9 @@ def visual_tokens(
         signals["text_after"] = len(first.text_after)
     if Signal.INPUT_EMBEDDINGS in reads:
         signals["input_embeddings"] = _input_embeddings(state, bucket)
+    if Signal.CONTEXT in reads:
+        inside = placement.layer > 0
+        signals["context"] = context_of(state, bucket, rows, hidden, inside=inside)
     if Signal.IMAGE_COUNT in reads:
         counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
@@ -108,13 +112,26 @@ def _encoder_signals(
     return out
 
 
-def _query_attention(
-    state: ForwardState, placement: Placement, bucket: Bucket, local: Tensor
-) -> Tensor:
-    """`[Bk, H, Q, N]` of the rows that the placement names."""
-    want = next(w for w in state.wanted if w.serves(placement))
+def _query_attention(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
+    """`[Bk, H, Q, N]` of the rows that the placement names, or `[Bk, E, H, Q, N]` of E layers."""
+    layers = [
+        _rows_of(_wanted(state, placement, layer), placement, bucket, state.attachment.backend)
+        for layer in attention_layers(placement)
+    ]
+    return layers[0] if len(layers) == 1 else torch.stack(layers, dim=1)
+
+
+def _wanted(state: ForwardState, placement: Placement, layer: int) -> Wanted:
+    return next(want for want in state.wanted if want.serves(placement, layer))
+
+
+def _rows_of(want: Wanted, placement: Placement, bucket: Bucket, backend: Backend) -> Tensor:
+    """`[Bk, H, Q, N]` of one layer."""
     assert want.rows is not None
-    device, backend = bucket.index.device, state.attachment.backend
+    assert want.seen_on is not None
+    device = bucket.index.device
+    # other steps before the same layer may have dropped rows since
+    local = want.seen_on.to(device).place[bucket.sample.unsqueeze(1), bucket.positions]
     probs = want.rows.to(device)[bucket.sample]  # [Bk, H, R, S]
     if (picks := _tails(want, placement, bucket)) is not None:
         probs = _pick(probs, 2, picks, backend)
@@ -139,13 +156,15 @@ def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
 
 def _rotary_prior(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
     """`[Bk, Q, N]`: a pair of ones at frequency f scores `2 cos(f (q - k))`, whatever the axes."""
-    want = next(w for w in state.wanted if w.serves(placement))
+    (layer,) = attention_layers(placement)
+    want = _wanted(state, placement, layer)
     assert want.rotary is not None
+    assert want.seen_on is not None
     device, sample = bucket.index.device, bucket.sample
     asked = want.positions.to(device)[sample]  # [Bk, R]
     if (picks := _tails(want, placement, bucket)) is not None:
         asked = asked.gather(1, picks)
-    place = state.rows_at(want.layer).to(device).place[sample]  # [Bk, Q]
+    place = want.seen_on.to(device).place[sample]  # [Bk, Q]
     total: Tensor | None = None
     for table in want.rotary:
         own = upcast(table.to(device)).expand(len(state.last.index), -1, -1)[sample]
@@ -161,11 +180,13 @@ def _rotary_prior(state: ForwardState, placement: Placement, bucket: Bucket) -> 
 
 def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
     """`[Bk, N + T]` of the layer that the placement names."""
-    want = next(w for w in state.wanted if w.serves(placement))
+    (layer,) = attention_layers(placement)
+    want = _wanted(state, placement, layer)
     assert want.key_norms is not None
+    assert want.seen_on is not None
     device, where = bucket.index.device, bucket.positions
     behind = torch.stack([image.text_after for image in bucket.images]).to(device)
-    rows = state.rows_at(want.layer).to(device)
+    rows = want.seen_on.to(device)
     slots = rows.place[bucket.sample.unsqueeze(1), torch.cat([where, behind], dim=1)]
     return want.key_norms.to(device)[bucket.sample].gather(1, slots + want.offset)
 

@@ -1,0 +1,93 @@
+"""What surrounds an image in its prompt: the text paired with it, the query, earlier images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vispress.context import Context
+from vispress.methods.base import upcast
+from vispress.runtime.images import Bucket, Image
+from vispress.runtime.rows import Rows
+from vispress.runtime.state import ForwardState
+
+
+def note_surroundings(images: Sequence[Image], text: Tensor, embeds: Tensor) -> None:
+    """Note which image of each sample is the last, and the mean of the text paired with each.
+
+    Args:
+        images: In the order of samples and positions.
+        text: `[B, Q]` bool on the host, valid text.
+        embeds: `[B, Q, D]`, input embeddings.
+    """
+    for image, places in zip(images, pair_texts(images, text), strict=True):
+        image.last = not any(
+            other.sample == image.sample and other.positions[0] > image.positions[0]
+            for other in images
+        )
+        own = upcast(embeds.detach()[image.sample, places.to(embeds.device)])
+        image.paired_text = own.sum(dim=0) / max(1, len(places))
+
+
+def pair_texts(images: Sequence[Image], text: Tensor) -> list[Tensor]:
+    """Positions of the text that belongs to each image, as `Context.paired_text` says."""
+    ends = [int(image.positions[-1]) for image in images]
+    starts = [int(image.positions[0]) for image in images]
+    pairs: list[Tensor] = [text.new_empty(0, dtype=torch.int64)] * len(images)
+    for i in reversed(range(len(images))):
+        sample = images[i].sample
+        followed = i + 1 < len(images) and images[i + 1].sample == sample
+        until = starts[i + 1] if followed else text.shape[1]
+        pairs[i] = _text_between(text[sample], ends[i] + 1, until)
+        if not len(pairs[i]) and followed:
+            pairs[i] = pairs[i + 1]
+        elif not len(pairs[i]):
+            behind = i > 0 and images[i - 1].sample == sample
+            pairs[i] = _text_between(text[sample], ends[i - 1] + 1 if behind else 0, starts[i])
+    return pairs
+
+
+def _text_between(text: Tensor, start: int, end: int) -> Tensor:
+    return text[start:end].nonzero()[:, 0] + start
+
+
+def context_of(
+    state: ForwardState, bucket: Bucket, rows: Rows, hidden: Tensor, *, inside: bool
+) -> Context:
+    """The surroundings of a bucket's images.
+
+    Args:
+        state: The call; its buckets are as they enter the placement.
+        bucket: Whose images.
+        rows: Rows that enter the placement's layer.
+        hidden: `[B, P, D]`, their hidden states.
+        inside: Whether the placement is inside the LLM.
+    """
+    texts = [image.paired_text for image in bucket.images if image.paired_text is not None]
+    paired = torch.stack(texts).to(hidden.device)
+    if not inside:
+        return Context(paired_text=paired)
+    query, earlier, text = (
+        torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
+        for _ in range(3)
+    )
+    for other in (each.to(hidden.device) for each in state.buckets):
+        target = query if other.images[0].last else earlier
+        target[other.sample[:, None], other.positions] = True
+    for image in (image for image in state.images if image.last):
+        text[image.sample, image.text_after.to(hidden.device)] = True
+    text_alone = text & ~earlier.any(dim=1, keepdim=True)
+    own, others = (_means(part, rows, hidden) for part in (query | text, earlier | text_alone))
+    return Context(paired_text=paired, query=own[bucket.sample], earlier=others[bucket.sample])
+
+
+def _means(chosen: Tensor, rows: Rows, hidden: Tensor) -> Tensor:
+    """`[B, D]`: mean hidden state of the chosen logical positions `[B, Q]`; 0 for none.
+
+    Sample by sample, so that one sample at a time is widened.
+    """
+    weight = chosen.gather(1, rows.index)
+    if rows.valid is not None:
+        weight = weight & rows.valid
+    sums = [(upcast(own) * w[:, None]).sum(dim=0) for own, w in zip(hidden, weight, strict=True)]
+    return torch.stack(sums) / weight.sum(dim=1, keepdim=True).clamp(min=1)
