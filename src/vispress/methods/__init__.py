@@ -17,6 +17,7 @@ from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.random_ import Random as Random
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
+from vispress.methods.tome import ToMe as ToMe
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
 from vispress.methods.visionzip import VisionZip as VisionZip
