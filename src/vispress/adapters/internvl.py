@@ -40,7 +40,7 @@ class InternVLAdapter(TowerAdapter):
 
     def patches_per_token(self) -> int:
         """Those that the pixel shuffle joins."""
-        return round(1 / self.base.config.downsample_ratio) ** 2
+        return round(1 / float(self.base.config.downsample_ratio)) ** 2
 
     def patch_order(self, modality: Modality, call: Mapping[str, Any]) -> Tensor:
         """As the pixel shuffle joins them."""

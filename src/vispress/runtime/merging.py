@@ -128,7 +128,7 @@ class EncoderMerge:
         """Which tokens of this layer are merged, from the keys that its attention was given."""
         keys = upcast(torch.cat(self._keys, dim=2))
         cls, patches = keys[:, :, : self.prefix], keys[:, :, self.prefix :]
-        tokens = patches.unflatten(2, (-1, self.unit)).mean(dim=3)
+        tokens = torch.unflatten(patches, 2, (-1, self.unit)).mean(dim=3)
         counts, merges = self._counts[self.layer], self._merges[self.layer]
         tokens = self.layout.apart(tokens)
         seen = EncoderTokens(
@@ -151,7 +151,7 @@ class EncoderMerge:
     def merge(self, x: Tensor) -> Tensor:
         """`[B, p + n, D]` (or `[S, D]`) merged as decided; differentiable."""
         x, cls, shape = self._apart(x)
-        tokens = x.unflatten(1, (-1, self.unit)).flatten(2)
+        tokens = torch.unflatten(x, 1, (-1, self.unit)).flatten(2)
         merged = merge_tokens(
             tokens, self.into, self.left, weight=self.weight, backend=self.backend
         )
@@ -187,7 +187,7 @@ class EncoderMerge:
 
     def _spread(self, x: Tensor, index: Tensor) -> Tensor:
         x, cls, shape = self._apart(x)
-        tokens = x.unflatten(1, (-1, self.unit)).flatten(2)
+        tokens = torch.unflatten(x, 1, (-1, self.unit)).flatten(2)
         return self._joined(gather_tokens(tokens, index, backend=self.backend), cls, shape)
 
     def _apart(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -196,7 +196,7 @@ class EncoderMerge:
         return x[:, self.prefix :], x[:, : self.prefix], dims
 
     def _joined(self, tokens: Tensor, cls: Tensor, dims: int) -> Tensor:
-        x = tokens.unflatten(2, (self.unit, -1)).flatten(1, 2)
+        x = torch.unflatten(tokens, 2, (self.unit, -1)).flatten(1, 2)
         x = torch.cat([cls, x], dim=1) if self.prefix else x
         return x[0] if dims == 2 else x
 
