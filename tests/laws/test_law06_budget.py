@@ -39,8 +39,10 @@ LAYERS = 6
 
 def asked(method: Compressor, entered: int) -> list[int]:
     """Counts after each placement, worked out from its ratio or number alone."""
-    counts = []
+    counts: list[int] = []
     for placement in method.placements(LAYERS):
+        if placement.stage is Stage.ENCODER:  # hides nothing from the LLM
+            continue
         budget = placement.budget
         count = budget.num_tokens
         if count is None:
