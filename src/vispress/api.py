@@ -15,6 +15,7 @@ from vispress.errors import (
     UnsupportedMethodError,
 )
 from vispress.methods.base import Compressor
+from vispress.methods.encoder_merger import EncoderMerger
 from vispress.registry import get_method, list_methods
 from vispress.report import CompressionReport, build_report
 from vispress.types import CLS_SIGNALS, Positions
@@ -76,6 +77,7 @@ def compress_model(
     adapter = find_adapter(model)
 
     from vispress.runtime.attach import ATTRIBUTE, Attachment
+    from vispress.runtime.encoder_step import find_encoder_step
     from vispress.runtime.masks import check_implementation
     from vispress.runtime.steps import make_steps
 
@@ -87,8 +89,9 @@ def compress_model(
     check_implementation(adapter.language_model.config._attn_implementation)
     for one in methods:
         _check_signals(one, adapter)
+    inside = find_encoder_step(methods, adapter)
     steps, notes = make_steps(methods, adapter, positions)
-    Attachment(adapter, methods, steps, notes, backend).attach()
+    Attachment(adapter, methods, steps, notes, backend, inside).attach()
     return model
 
 
@@ -245,4 +248,5 @@ def _working(adapter: ModelAdapter) -> list[str]:
         for name in list_methods()
         if (cls := get_method(name)).reads <= adapter.signals()
         and (cls.needs is None or cls.needs in adapter.kinds)
+        and (not issubclass(cls, EncoderMerger) or adapter.encoder_blocks())
     ]

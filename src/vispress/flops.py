@@ -97,6 +97,8 @@ def visual_per_layer(
     for placements in chain:
         reached = left
         for placement in placements:
+            if placement.stage == "encoder":  # hides nothing from the LLM
+                continue
             left = min(left, placement.budget.resolve(reached))
             layer = placement.layer if placement.stage == "in_llm" else 0
             counts[layer:] = [left] * (num_layers - layer)

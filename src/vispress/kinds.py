@@ -26,6 +26,7 @@ class Signal(StrEnum):
     VISION_KEYS = "vision_keys"
     VISION_FEATURES = "vision_features"
     PROJECTOR = "projector"
+    ENCODER_GROUPS = "encoder_groups"
     TEXT_EMBEDDINGS = "text_embeddings"
     INPUT_EMBEDDINGS = "input_embeddings"
     QUERY_ATTENTION = "query_attention"

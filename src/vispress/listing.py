@@ -14,7 +14,7 @@ from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
-from vispress.types import CLS_SIGNALS
+from vispress.types import CLS_SIGNALS, Stage
 
 _DEPTH = PUBLISHED_DEPTH
 
@@ -84,6 +84,8 @@ def _where(cls: type[Compressor]) -> str:
             placements = cls(keep_ratio=ratio).placements(_DEPTH)
         except (BudgetError, ConfigError):
             continue
+        if placements[0].stage is Stage.ENCODER:
+            return "in the encoder"
         if placements[0].layer == 0:
             return "before the LLM"
         layers = ", ".join(str(placement.layer) for placement in placements)

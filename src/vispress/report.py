@@ -10,6 +10,7 @@ from torch import Tensor
 from vispress.flops import CONVENTIONS, flops
 
 if TYPE_CHECKING:
+    from vispress.runtime.images import Image
     from vispress.runtime.record import Record
 
 
@@ -33,6 +34,26 @@ class PlacementReport:
 
 
 @dataclass(frozen=True)
+class EncoderReport:
+    """What was merged of one image inside the vision encoder.
+
+    A token is what becomes one visual token: a patch, or the patches that the model's merger joins;
+    tokens of all crops, tiles or frames are counted, padding included, [CLS] is not.
+
+    Args:
+        method: Name of the compressor.
+        num_tokens: Tokens that entered the encoder.
+        num_left: Groups they were merged into behind its last layer.
+        per_layer: Tokens that the MLP of each layer computed, and handed on.
+    """
+
+    method: str
+    num_tokens: int
+    num_left: int
+    per_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ImageReport:
     """One image or video of a sample.
 
@@ -43,7 +64,9 @@ class ImageReport:
         kept: Their indices in the image's own raster, ascending.
         positions: Positions of all its tokens in the logical (padded) sequence.
         grid: `(t, h, w)` of the raster, or None for composed images.
-        placements: What each placement kept.
+        placements: What each placement before or in the LLM kept.
+        encoder: What was merged in the vision encoder, if a method acts there. All places leave it,
+            those of a group with the same value: what the LLM gets is for the placements to say.
     """
 
     modality: str
@@ -53,6 +76,7 @@ class ImageReport:
     positions: tuple[int, ...]
     grid: tuple[int, int, int] | None
     placements: tuple[PlacementReport, ...]
+    encoder: EncoderReport | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,7 @@ class CompressionReport:
         lines = [
             f"{b}.{i} {image.modality}: {image.num_kept} of {image.num_visual} visual tokens ("
             + ", ".join(f"{p.method}@{p.layer}: {p.num_kept}" for p in image.placements)
+            + ("" if (e := image.encoder) is None else f"; encoder {e.num_left} of {e.num_tokens}")
             + ")"
             for b, sample in enumerate(self.samples)
             for i, image in enumerate(sample.images)
@@ -166,7 +191,7 @@ def build_report(record: "Record") -> CompressionReport:
         samples[image.sample].append(
             ImageReport(
                 image.modality, image.num_visual, last.num_kept, last.kept, positions, image.grid,
-                tuple(placements),
+                tuple(placements), _encoder(record, image),
             )
         )  # fmt: skip
     per_layer = _visual_per_layer(record, batch)
@@ -190,6 +215,14 @@ def build_report(record: "Record") -> CompressionReport:
         notes=tuple(record.notes),
         _alive=tuple(record.layer_alive),
     )
+
+
+def _encoder(record: "Record", image: "Image") -> EncoderReport | None:
+    """What the encoder call of an image merged of it."""
+    if record.encoder is None:
+        return None
+    first, *per_layer = image.capture.encoder_tokens[image.number]
+    return EncoderReport(record.encoder, first, per_layer[-1], tuple(per_layer))
 
 
 def _visual_per_layer(record: "Record", batch: int) -> tuple[tuple[int, ...], ...]:

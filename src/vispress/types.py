@@ -37,9 +37,11 @@ class Placement:
     """Where a compressor acts, how much it keeps there, and what it must have seen.
 
     Args:
-        stage: PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`.
-        budget: What is kept of the tokens that reached the compressor's first placement.
-        layer: Decoder layer (0-based) before which rows are dropped; 0 for PRE_LLM.
+        stage: ENCODER merges in the vision encoder (see `EncoderMerger`) and hides nothing from the
+            LLM; PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`.
+        budget: What is kept of the tokens that reached the compressor's first placement; in the
+            encoder, of the tokens of an image.
+        layer: Decoder layer (0-based) before which rows are dropped; 0 for ENCODER and PRE_LLM.
         queries: Rows of `query_attention`, if the method reads it.
         attention_of: `"previous"`: the attention of layer `layer - 1`, as it ran. `"next"`: what
             layer `layer` would compute on the rows that are still there (only q and k are
@@ -149,6 +151,7 @@ class VisualTokens:
             row.
         vision_keys: `[B, Hv, N, Dh]`, keys of the (last) encoder layer that is asked for.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
+        encoder_groups: `[B, N]` int64; equal for tokens that left the encoder as one.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
         two_layer: The projector's weights, where it is a two-layer MLP; comes with `projector`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
@@ -183,6 +186,7 @@ class VisualTokens:
     column_attention: Float[Tensor, "B *EH N"] | None = None
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None
+    encoder_groups: Int[Tensor, "B N"] | None = None
     projector: Callable[[Tensor], Tensor] | None = None
     two_layer: TwoLayer | None = None
     text_embeddings: Float[Tensor, "B T D"] | None = None

@@ -1,7 +1,8 @@
 """The table that laws run over: every registered method on every family, and the prompts."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -117,6 +118,8 @@ class Run:
     report: CompressionReport
     positions: str
     values: Mapping[int, tuple[Tensor, Tensor]]
+    encoded: Mapping[str, Any] = field(default_factory=dict)
+    """What the vision encoder gave, by method of the model, if something merged in it."""
 
     @property
     def alive(self) -> list[Tensor]:
@@ -140,7 +143,7 @@ def run(
     watched = [spy.watch(one) for spy, one in zip(spies, chain, strict=True)]
     compress_model(model, watched, **options)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), noting(model, chain) as encoded:
             logits = model(**inputs).logits
         report = compression_report(model)
     finally:
@@ -151,7 +154,44 @@ def run(
     values: dict[int, tuple[Tensor, Tensor]] = {}
     for spy in spies:
         values |= changed_rows(report, spy, logits.shape[:2])
-    return Run(logits, report, options.get("positions") or default, values)
+    return Run(logits, report, options.get("positions") or default, values, encoded)
+
+
+_ENCODES = ("get_image_features", "get_video_features")
+
+
+@contextmanager
+def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
+    """Notes what the encoder of a compressed model gives, if a method of the chain merges in it."""
+    found: dict[str, Any] = {}
+    base = find_adapter(model).base
+    before = {name: base.__dict__[name] for name in _ENCODES if name in base.__dict__}
+
+    def note(name: str, original: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            found[name] = original(*args, **kwargs)
+            return found[name]
+
+        return wrapped
+
+    if any(method.encoder_merger() is not None for method in chain):
+        base.__dict__.update({name: note(name, each) for name, each in before.items()})
+    try:
+        yield found
+    finally:
+        base.__dict__.update(before)
+
+
+@contextmanager
+def encoding_as(model: Any, encoded: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, the untouched model's encoder gives what was noted (DeepStack features included)."""
+    base = find_adapter(model).base
+    base.__dict__.update({name: lambda *_, o=output, **__: o for name, output in encoded.items()})
+    try:
+        yield
+    finally:
+        for name in encoded:
+            del base.__dict__[name]
 
 
 def changed_rows(
@@ -257,11 +297,13 @@ __all__ = [
     "Run",
     "Spy",
     "changed_rows",
+    "encoding_as",
     "greedy",
     "inputs_of",
     "logits_of",
     "make",
     "model_of",
+    "noting",
     "real_positions",
     "run",
     "settings",

@@ -8,6 +8,7 @@ from tests.laws.cases import (
     CASES,
     FAMILIES,
     VIDEO_ONLY,
+    encoding_as,
     inputs_of,
     make,
     model_of,
@@ -28,7 +29,8 @@ def assert_equals_oracle(
     model: Any, inputs: dict[str, Any], result: Any, tolerance: float = EXACT
 ) -> None:
     """All logits at real positions, those of dropped places included."""
-    masked = oracle_forward(model, inputs, result.alive, result.positions, result.values)
+    with encoding_as(model, result.encoded):
+        masked = oracle_forward(model, inputs, result.alive, result.positions, result.values)
     expected = oracle_expand(masked, result.alive[-1])
     real = inputs["attention_mask"].bool()
     assert (result.logits - expected)[real].abs().max() < tolerance
@@ -48,9 +50,10 @@ def test_every_decode_step_equals_the_masked_model(family: str, method: str) -> 
     model, inputs = model_of(family), inputs_of(family)
     # as generate counts positions: norms of rotated keys (DART) depend on them
     result = run(model, real_positions(family, inputs), make(family, method))
-    tokens, logits = oracle_generate(
-        model, inputs, result.alive, 4, result.positions, result.values
-    )
+    with encoding_as(model, result.encoded):
+        tokens, logits = oracle_generate(
+            model, inputs, result.alive, 4, result.positions, result.values
+        )
     compress_model(model, make(family, method))
     try:
         out = model.generate(

@@ -49,6 +49,8 @@ def asked(method: Compressor, entered: int, *, last: bool = True) -> list[int]:
     """
     counts: list[int] = []
     for placement in method.placements(LAYERS):
+        if placement.stage is Stage.ENCODER:  # hides nothing from the LLM
+            continue
         budget = placement.budget
         count = budget.num_tokens
         if placement.images == ("earlier" if last else "last"):

@@ -16,9 +16,11 @@ from tests.laws.cases import (
     SAMPLES,
     Spy,
     changed_rows,
+    encoding_as,
     inputs_of,
     make,
     model_of,
+    noting,
 )
 from tests.laws.oracle import oracle_loss
 from tests.tiny import build, make_inputs
@@ -31,7 +33,7 @@ from vispress.methods import DivPrune, FastV
 from vispress.methods.base import Compressor
 
 EXACT = 1e-9
-MERGING = ("avg_pool", "fourier", "prumerge", "sparsevlm", "visionzip", "vscan")
+MERGING = ("avg_pool", "fourier", "prumerge", "sparsevlm", "tome", "visionzip", "vscan")
 IN_LLM = ("fastv", "pyramiddrop", "sparsevlm", "transprune")
 
 Gradients = dict[str, Tensor]
@@ -106,14 +108,16 @@ def both(
     masked = model if masked is None else masked
     with training(model):
         with compressed(model, spy.watch(method)) as view:
-            loss = loss_of(model, inputs)
+            with noting(model, [method]) as encoded:
+                loss = loss_of(model, inputs)
             report = view.report
         got = gradients(model, loss, keep=True)
         alive = [report.alive(layer) for layer in range(report.num_layers)]
         values = changed_rows(report, spy, inputs["input_ids"].shape)
         positions: Any = method.default_positions
         positions = "original" if find_adapter(model).mrope else positions
-        expected_loss = oracle_loss(masked, inputs, labels_of(inputs), alive, positions, values)
+        with encoding_as(masked, encoded):
+            expected_loss = oracle_loss(masked, inputs, labels_of(inputs), alive, positions, values)
         expected = gradients(model, expected_loss)
     return loss.detach(), got, expected_loss.detach(), expected
 

@@ -121,6 +121,9 @@ def make_tokens(
         cls_wide_attention=attention(B, *layers, 1).to(dtype),
         vision_keys=normal(B, heads, N, 5).to(dtype),
         vision_features=normal(B, N, 6).to(dtype),
+        encoder_groups=torch.randint(
+            N // 2 + 1, (B, N), generator=torch.Generator().manual_seed(seed)
+        ),
         projector=projector,
         two_layer=projector.weights,
         text_embeddings=normal(B, queries + 1, dim).to(dtype),
@@ -211,6 +214,7 @@ def take(tokens, keep):
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
         padding=tokens.padding[rows, keep],
+        encoder_groups=tokens.encoder_groups[rows, keep],
         query_attention=None,
         transition=None,
     )

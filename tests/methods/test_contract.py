@@ -20,6 +20,7 @@ from tests.methods.helpers import (
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor, ScorePruner
+from vispress.methods.encoder_merger import EncoderMerger
 from vispress.registry import get_method, list_methods
 from vispress.types import Signal, Stage
 
@@ -45,6 +46,7 @@ OTHER_SETTINGS = {
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],
     "catp": [{"text_weight": 0.0}],
+    "tome": [{"inflect": -0.5}],
     "globalcom2": [{"logits": False}],
     "holov": [{"variant": "paper", "num_crops": 3}],
     "debias": [
@@ -302,6 +304,10 @@ def test_placements_fit_the_depth(name, num_layers):
         placements = cls().placements(num_layers)
     except BudgetError:
         placements = cls(keep_ratio=0.5).placements(num_layers)
+    inside = [p for p in placements if p.stage is Stage.ENCODER]
+    assert len(inside) == issubclass(cls, EncoderMerger)
+    assert placements[: len(inside)] == tuple(inside)
+    placements = placements[len(inside) :]
     layers = [p.layer for p in placements]
     assert layers == sorted(set(layers))
     for p in placements:

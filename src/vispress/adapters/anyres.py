@@ -28,6 +28,12 @@ class AnyResAdapter(TowerAdapter):
     ) -> list[Tensor]:
         """The model's packing of `[crops, n, C]` an image; `resize=False`: never interpolate."""
 
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """One a crop."""
+        return [[length] * crops for crops in self._crops(call)]
+
     def pack(
         self, modality: Modality, values: Tensor, call: Mapping[str, Any]
     ) -> tuple[Tensor, ...]:

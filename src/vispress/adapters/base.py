@@ -3,6 +3,7 @@
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -13,6 +14,23 @@ from vispress.types import CLS_SIGNALS, CropLayout, Need, Signal, TwoLayer
 
 Modality = Literal["image", "video"]
 """Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
+
+
+@dataclass(frozen=True)
+class EncoderBlock:
+    """One layer of a vision encoder: `h = x + attention(...)`, then `h + mlp(norm(h))`.
+
+    Args:
+        layer: The layer.
+        attention: Its attention module (`ALL_ATTENTION_FUNCTIONS`).
+        norm: The norm ahead of its MLP.
+        mlp: Its MLP, token by token.
+    """
+
+    layer: nn.Module
+    attention: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
 
 
 class ModelAdapter(ABC):
@@ -66,6 +84,37 @@ class ModelAdapter(ABC):
 
         For windowed encoders, the last layer with full attention (window columns do not compare).
         """
+
+    def encoder_blocks(self) -> Sequence[EncoderBlock]:
+        """The encoder's layers up to the one whose output goes to the projector.
+
+        Empty where they are not built that way: nothing can merge there.
+        """
+        return ()
+
+    def encoder_taps(self) -> Sequence[nn.Module]:
+        """Modules that take an earlier layer's output as their first argument (DeepStack)."""
+        return ()
+
+    def patches_per_token(self) -> int:
+        """Patches that become one visual token."""
+        return 1
+
+    def patch_order(self, modality: Modality, call: Mapping[str, Any]) -> Tensor | None:
+        """`[n]` patches of one encoder sequence, token by token; None where they stand so."""
+        return None
+
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """Tokens of each encoder sequence (crop, frame or window) of each image or video.
+
+        Args:
+            modality: Image or video.
+            call: Arguments of `get_<modality>_features` by name.
+            length: Tokens of one sequence, where all have the same number (not `packed`).
+        """
+        raise NotImplementedError
 
     def global_layers(self) -> Sequence[int]:
         """Encoder layers with full attention (all, unless the encoder has window attention)."""

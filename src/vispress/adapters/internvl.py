@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vispress.adapters.base import Modality, register_adapter
+from vispress.adapters.base import EncoderBlock, Modality, register_adapter
 from vispress.adapters.towers import Layout, TowerAdapter
 
 
@@ -30,6 +31,29 @@ class InternVLAdapter(TowerAdapter):
 
     def _known_tower(self) -> bool:
         return hasattr(getattr(self._tower, "encoder", None), "layer")
+
+    def encoder_blocks(self) -> Sequence[EncoderBlock]:
+        """InternViT's layers."""
+        layers = self._tower.encoder.layer
+        blocks = [EncoderBlock(x, x.attention, x.layernorm_after, x.mlp) for x in layers]
+        return blocks[: self.feature_layer() + 1]
+
+    def patches_per_token(self) -> int:
+        """Those that the pixel shuffle joins."""
+        return round(1 / float(self.base.config.downsample_ratio)) ** 2
+
+    def patch_order(self, modality: Modality, call: Mapping[str, Any]) -> Tensor:
+        """As the pixel shuffle joins them."""
+        h, w = self._patches(call)
+        raster = torch.arange(h * w).view(1, h, w, 1)
+        shuffled: Tensor = self.base.pixel_shuffle(raster, self.base.config.downsample_ratio)
+        return shuffled.flatten()
+
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """One a tile."""
+        return [[length]] * len(call["pixel_values"])
 
     def pack(
         self, modality: Modality, values: Tensor, call: Mapping[str, Any]

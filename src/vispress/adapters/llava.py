@@ -22,6 +22,12 @@ class LlavaAdapter(TowerAdapter):
         """One encoder sequence is one image."""
         return tuple(values.unbind(0))
 
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """One an image."""
+        return [[length]] * len(call["pixel_values"])
+
     def layouts(
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
     ) -> Sequence[Layout]:

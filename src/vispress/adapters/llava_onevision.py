@@ -70,6 +70,15 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         )
         return list(packed)
 
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """One a crop or frame."""
+        if modality == "image":
+            return super().sequences(modality, call, length)
+        videos, frames = _video_pixels(call).shape[:2]
+        return [[length] * frames] * videos
+
     def pack(
         self, modality: Modality, values: Tensor, call: Mapping[str, Any]
     ) -> tuple[Tensor, ...]:

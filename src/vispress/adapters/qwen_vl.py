@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispress.adapters.base import Modality, ModelAdapter, register_adapter
+from vispress.adapters.base import EncoderBlock, Modality, ModelAdapter, register_adapter
 from vispress.adapters.towers import Layout
 from vispress.errors import UnsupportedModelError
 
@@ -40,6 +40,21 @@ class Qwen2VLAdapter(ModelAdapter):
     def feature_layer(self) -> int:
         """The last block."""
         return len(self.base.visual.blocks) - 1
+
+    def encoder_blocks(self) -> Sequence[EncoderBlock]:
+        """All vision blocks."""
+        return [EncoderBlock(x, x.attn, x.norm2, x.mlp) for x in self.base.visual.blocks]
+
+    def patches_per_token(self) -> int:
+        """Those that the merger joins; they stand together in the packed sequence."""
+        return self._merge**2
+
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """One a frame (or temporal patch)."""
+        grids = _grid(modality, call).tolist()
+        return [[h * w // self._merge**2] * t for t, h, w in grids]
 
     @property
     def projector(self) -> nn.Module:
@@ -109,17 +124,33 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
                 "the vision encoder has no full-attention block (fullatt_block_indexes is empty)"
             )
 
+    def sequences(
+        self, modality: Modality, call: Mapping[str, Any], length: int
+    ) -> Sequence[Sequence[int]]:
+        """One a window, in all blocks: windows lie inside of frames."""
+        found = []
+        for grid in _grid(modality, call):
+            _, bounds = self._windows(grid[None])
+            tokens = torch.as_tensor(bounds).cpu() // self._merge**2
+            found.append(tokens.diff().tolist())
+        return found
+
     def _in_order(self, values: Tensor, grid: Tensor) -> Tensor:
+        index, _ = self._windows(grid)
+        return values[torch.argsort(index).to(values.device)]
+
+    def _windows(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Order of the tokens in the packed sequence, and where windows begin in patches."""
         from transformers.vision_utils import get_vision_window_index
 
         visual = self.base.visual
-        index, _ = get_vision_window_index(
+        found: tuple[Tensor, Tensor] = get_vision_window_index(
             grid,
             spatial_merge_size=visual.spatial_merge_size,
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
-        return values[torch.argsort(index).to(values.device)]
+        return found
 
 
 @register_adapter("Qwen3VLModel")
@@ -131,6 +162,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """
 
     family = "qwen3_vl"
+
+    def encoder_taps(self) -> Sequence[nn.Module]:
+        """The mergers of DeepStack."""
+        return list(self.base.visual.deepstack_merger_list)
 
 
 def _grid(modality: Modality, call: Mapping[str, Any]) -> Tensor:

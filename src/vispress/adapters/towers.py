@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vispress.adapters.base import Modality, ModelAdapter
+from vispress.adapters.base import EncoderBlock, Modality, ModelAdapter
 from vispress.errors import UnsupportedModelError
 from vispress.types import CropLayout, TwoLayer
 
@@ -58,6 +58,14 @@ class TowerAdapter(ModelAdapter):
         """`hidden_states[i]` is the output of layer `i - 1` (index 0 is the embedding)."""
         layer = int(self.base.config.vision_feature_layer)
         return layer - 1 if layer >= 0 else len(self.encoder_attentions()) + layer
+
+    def encoder_blocks(self) -> Sequence[EncoderBlock]:
+        """CLIP's and SigLIP's layers."""
+        layers = self._tower.encoder.layers
+        if not all(hasattr(layer, "layer_norm2") and hasattr(layer, "mlp") for layer in layers):
+            return ()
+        blocks = [EncoderBlock(x, x.self_attn, x.layer_norm2, x.mlp) for x in layers]
+        return blocks[: self.feature_layer() + 1]
 
     @property
     def projector(self) -> nn.Module:

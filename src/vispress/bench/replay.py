@@ -6,6 +6,7 @@ from itertools import cycle
 from typing import final
 
 from vispress.methods.base import Compressor
+from vispress.methods.encoder_merger import EncoderMerger
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
 _SHOWN = tuple(
@@ -33,6 +34,10 @@ class _StandIn(Compressor):
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return self.method.placements(num_layers)
+
+    def encoder_merger(self) -> EncoderMerger | None:
+        """The other one's: what merges in the encoder is no choice made for the LLM."""
+        return self.method.encoder_merger()
 
 
 @final

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from vispress.bench.cells import Cell
 from vispress.errors import BudgetError
+from vispress.kinds import Stage
 from vispress.methods.base import Compressor
 from vispress.report import CompressionReport, ImageReport
 
@@ -15,6 +16,8 @@ def expected(chain: Sequence[Compressor], num_visual: int, num_layers: int) -> l
     for method in chain:
         reached = left
         for placement in method.placements(num_layers):
+            if placement.stage is Stage.ENCODER:  # the LLM still gets all places
+                continue
             left = min(left, placement.budget.resolve(reached))
             counts.append(left)
     return counts

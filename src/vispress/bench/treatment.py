@@ -84,7 +84,8 @@ def compressors(
 
 def changes_encoder(cell: Cell) -> bool:
     """Whether the vision encoder computes something else than for the uncompressed model."""
-    return cell.picture is not None
+    inside = any(method.encoder_merger() is not None for method in cell.chain)
+    return cell.picture is not None or inside
 
 
 def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> None:

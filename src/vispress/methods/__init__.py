@@ -21,6 +21,7 @@ from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.random_ import Random as Random
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
+from vispress.methods.tome import ToMe as ToMe
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
 from vispress.methods.vidcom2 import VidCom2 as VidCom2

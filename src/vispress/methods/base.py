@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
 from vispress.errors import BudgetError, ConfigError
+from vispress.methods.encoder_merger import EncoderMerger
 from vispress.types import Need, Placement, Positions, Signal, TokenPlan, VisualTokens
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
@@ -105,6 +106,10 @@ class Compressor(ABC):
 
         Never called with `num_keep >= N` (the identity), unless the placement is adaptive.
         """
+
+    def encoder_merger(self) -> EncoderMerger | None:
+        """What acts at a placement in the encoder; None where the method has no such placement."""
+        return self if isinstance(self, EncoderMerger) else None
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.

@@ -16,6 +16,9 @@ from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.call import CALLS, LATEST, Call, brings_images
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
+from vispress.runtime.encoder_hooks import Merging
+from vispress.runtime.encoder_step import EncoderStep
+from vispress.runtime.rows import living
 from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
@@ -23,7 +26,6 @@ from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
 from vispress.types import ATTENTION_SIGNALS, Signal
 from vispress_kernels import Backend
-from vispress_kernels.gather_tokens import gather_tokens_many
 
 STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
@@ -38,6 +40,7 @@ class Attachment:
         steps: Their placements in the order they act.
         notes: Remarks for reports.
         backend: Kernel backend.
+        encoder_step: The placement in the encoder, if there is one.
     """
 
     def __init__(
@@ -47,11 +50,13 @@ class Attachment:
         steps: Sequence[Step],
         notes: Sequence[str],
         backend: Backend,
+        encoder_step: EncoderStep | None = None,
     ) -> None:
         self.backend: Backend = backend
         self.adapter, self.methods, self.steps, self.notes = adapter, methods, steps, tuple(notes)
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
+        self.encoder_step, self.merging = encoder_step, Merging(adapter, encoder_step, backend)
         wanted = frozenset().union(*(method.signals() for method in methods))
         others = {Signal.VISION_KEYS, Signal.VISION_FEATURES, Signal.PADDING}
         self.encoder_signals = wanted & (ATTENTION_SIGNALS | others)
@@ -129,6 +134,7 @@ class Attachment:
         modules = self.adapter.encoder_attentions()
         for layer in {*self.all_encoder_layers(), *self.key_layers()}:
             self._undo.append(watch(modules[layer]))
+        self._undo += self.merging.install()
         if Signal.VISION_FEATURES in self.encoder_signals:
             self._hook(self.adapter.projector.register_forward_pre_hook(self._projector_starts))
         if Signal.PADDING in self.encoder_signals:
@@ -218,10 +224,10 @@ class Attachment:
         )
         bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
         arguments = bound.arguments | bound.arguments.get("kwargs", {})
-        with watching(sink):
+        with watching(sink), self.merging.call(modality, arguments) as merge:
             output = original(*args, **kwargs)
         features = self.adapter.features(modality, output)
-        capture = Capture(self.adapter, modality, features, arguments, sink)
+        capture = Capture(self.adapter, modality, features, arguments, sink, merge)
         if not isinstance(output, tuple | list | Tensor):
             setattr(output, CAPTURE_ATTRIBUTE, capture)
             LATEST.set(dict(LATEST.get()) | {(id(self), modality): weakref.ref(capture)})
@@ -287,12 +293,6 @@ class Attachment:
         """Qwen3-VL adds early encoder features between layers: hand it the rows that still live."""
         state = current_sink()
         if isinstance(state, ForwardState) and state.attachment is self and not state.untouched:
-            rows = state.last.to(hidden.device)
-            visual = visual.to(hidden.device)
-            number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
-            here, number = gather_tokens_many((visual, number), rows.index, backend=self.backend)
-            here = here if rows.valid is None else here & rows.valid
-            embeds = embeds.to(hidden.device)[number[here]]
-            visual = here
+            visual, embeds = living(state.last, hidden.device, visual, embeds, self.backend)
         result: Tensor = original(hidden, visual, embeds)
         return result

@@ -52,6 +52,31 @@ def current_sink() -> Sink | None:
     return None if torch.compiler.is_compiling() else _SINK.get()
 
 
+class Merge(Protocol):
+    """What is merged in the vision encoder (`merging.EncoderMerge`)."""
+
+    def attend(self, key: Tensor, mask: Tensor | None, implementation: str) -> Tensor | None:
+        """The mask for these keys, with the sizes of merged tokens on top."""
+
+
+_MERGE: ContextVar[Any] = ContextVar("vispress_merge", default=None)
+
+
+@contextmanager
+def merging(merge: Merge) -> Iterator[None]:
+    """Let the hooks of the vision encoder see `merge` inside the block (this context only)."""
+    token = _MERGE.set(merge)
+    try:
+        yield
+    finally:
+        _MERGE.reset(token)
+
+
+def current_merge() -> Any:
+    """The merge of this context, or None."""
+    return _MERGE.get()
+
+
 class ConfigView:
     """A config seen through, with another attention implementation named on top."""
 
@@ -106,6 +131,8 @@ def _watched_attention(
     sink = current_sink()
     if sink is not None:
         sink.observe(module, query, key, attention_mask, kwargs)
+    if (merge := current_merge()) is not None:
+        attention_mask = merge.attend(key, attention_mask, implementation)
     if implementation == "eager":  # not in the registry: each modeling file has its own
         run = sys.modules[_defining_module(module)].eager_attention_forward
     else:

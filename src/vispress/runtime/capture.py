@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import upcast
 from vispress.runtime.attention import attention_rows, current_sink
+from vispress.runtime.merging import EncoderMerge
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
 from vispress_kernels.column_attention import column_attention
@@ -135,6 +136,7 @@ class Capture:
         features: What the model will scatter into the sequence, `[N_i, D]` for each.
         call: Arguments of the call by name.
         sink: What the encoder showed.
+        merge: What was merged in the encoder, or None.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Capture:
         features: Sequence[Tensor],
         call: Mapping[str, Any],
         sink: EncoderSink,
+        merge: EncoderMerge | None = None,
     ) -> None:
         self.modality = modality
         self.transient = False  # made inside the forward that uses it, and by nobody else
@@ -168,6 +171,13 @@ class Capture:
             self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
         if sink.padding is not None:
             self._signals[Signal.PADDING, 0] = pack(sink.padding)
+        self.encoder_tokens = () if merge is None else tuple(merge.per_image())
+        """Tokens of each image ahead of the encoder, then behind each of its layers."""
+        names = None if merge is None else merge.groups()
+        if names is not None:
+            # pooling and joining leave a name as it is only where all have it
+            both = pack(torch.cat([names, names.square()], dim=-1))
+            self._signals[Signal.ENCODER_GROUPS, 0] = tuple(map(_pure_groups, both))
 
     def release(self) -> None:
         """Let go of the signals once no placement reads them any more."""
@@ -194,9 +204,24 @@ class Capture:
         """`[N]` of image `number`, of a family with a `square_encoder`."""
         return self._signals[Signal.PADDING, 0][number][:, 0]
 
+    def encoder_groups(self, number: int) -> Tensor | None:
+        """`[N]` group of each token of image `number`; None when nothing was merged."""
+        groups = self._signals.get((Signal.ENCODER_GROUPS, 0))
+        return None if groups is None else groups[number]
+
     def vision_features(self, number: int) -> Tensor:
         """`[N, Dv]` of image `number`."""
         return self._signals[Signal.VISION_FEATURES, 0][number]
+
+
+def _pure_groups(both: Tensor) -> Tensor:
+    """Group of each token from the means of names and their squares; mixtures are their own."""
+    name, square = both.unbind(-1)
+    spread = square - name.square()
+    pure = (name > 0.5) & (spread.abs() < 1e-3)
+    return torch.where(
+        pure, name.round(), -1.0 - torch.arange(len(name), device=name.device)
+    ).long()
 
 
 def _join(parts: Sequence[Tensor], packed: bool) -> Tensor:

@@ -30,6 +30,7 @@ class Record:
         width: LLM hidden size.
         mlp_width: LLM MLP size.
         past: Logical length before the prefill.
+        encoder: Name of the method that merges in the vision encoder, if one does.
     """
 
     steps: Sequence["Step"]
@@ -40,6 +41,7 @@ class Record:
     width: int
     mlp_width: int
     past: int
+    encoder: str | None = None
 
     @classmethod
     def of(cls, attachment: "Attachment", state: "ForwardState", kv_bytes: int) -> "Record":
@@ -58,6 +60,7 @@ class Record:
             config.hidden_size,
             config.intermediate_size,
             state.past,
+            None if attachment.encoder_step is None else attachment.encoder_step.method.name,
         )
 
 

@@ -147,3 +147,22 @@ def gather_rotary(
         [table.expand(B, *table.shape[1:]) for table in rows], index, backend=backend
     )
     return cos.movedim((0, 1), (-3, -2)), sin.movedim((0, 1), (-3, -2))
+
+
+def living(
+    rows: Rows, device: torch.device, visual: Tensor, embeds: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Marks of visual places and their values (one a mark), for the rows that still live.
+
+    Args:
+        rows: Which those are.
+        device: Where the layer runs.
+        visual: `[B, Q]` bool.
+        embeds: `[marks, D]`.
+        backend: Kernels to use.
+    """
+    rows, visual = rows.to(device), visual.to(device)
+    number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
+    here, number = gather_tokens_many((visual, number), rows.index, backend=backend)
+    here = here if rows.valid is None else here & rows.valid
+    return here, embeds.to(device)[number[here]]

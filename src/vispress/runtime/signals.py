@@ -103,6 +103,11 @@ def _encoder_signals(
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
         out["vision_features"] = stacked(inputs, 1)
+    if Signal.ENCODER_GROUPS in reads:
+        alone = torch.arange(bucket.images[0].num_visual, device=device)
+        groups = [i.capture.encoder_groups(i.number) for i in bucket.images]
+        values = [alone if group is None else group.to(device) for group in groups]
+        out["encoder_groups"] = stacked(values, 1)
     if Signal.PROJECTOR in reads:
         out["projector"] = projector_function(adapter)
         two_layer = adapter.two_layer()

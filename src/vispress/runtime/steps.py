@@ -25,9 +25,11 @@ def make_steps(
     notes: list[str] = []
     reached = 0
     for number, method in enumerate(methods):
-        placements = method.placements(layers)
+        placements = [p for p in method.placements(layers) if p.stage is not Stage.ENCODER]
         if not placements:
-            raise ConfigError(f"{method.name} has no placement on a model of {layers} layers")
+            raise ConfigError(
+                f"{method.name} has no placement before or in an LLM of {layers} layers"
+            )
         for placement in placements:
             _check(method, placement, layers)
             found.append(
@@ -50,10 +52,6 @@ def make_steps(
 
 
 def _check(method: Compressor, placement: Placement, layers: int) -> None:
-    if placement.stage is Stage.ENCODER:
-        raise UnsupportedMethodError(
-            f"{method.name}: placements inside the encoder are not supported yet"
-        )
     low = 0 if placement.stage is Stage.PRE_LLM else 1
     high = 1 if placement.stage is Stage.PRE_LLM else layers
     if not low <= placement.layer < high:

@@ -1,0 +1,106 @@
+"""ToMe: merge the most similar tokens in every layer of the vision encoder.
+
+Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, arXiv:2210.09461
+Source: https://github.com/facebookresearch/ToMe at af95e4b (CC-BY-NC: described only).
+Follows the code: keys averaged over heads; even tokens [CLS] A, odd ones B; between attention and
+MLP the most similar pairs are merged into means weighted by size, log(size) is added to the
+attention logits; [CLS] stays; A's remainder comes first, then B. The count follows LightCompress
+for LLaVA: as many merges in each layer up to the one that gives the features, the last one
+corrected (r = 16 over 23 layers leaves 208 of 576).
+Differs: behind the encoder every token gets its group's value again, so that the model sees all
+places, and before the LLM one token a group is kept, at its first place (raster order); sizes are
+never reset (LightCompress resets them in each layer).
+Reconstructed: tokens that a merger joins (Qwen-VL, InternVL) are merged as wholes; sequences are
+image by image, and inside windows (Qwen2.5-VL), where keys are compared post-RoPE and a merged
+token has the rotation of its odd member. Where layers are too few for the budget, or groups do not
+fit visual tokens (unpadded crops, pooled frames), the rest is merged before the LLM by the same
+rule on the visual tokens, crop by crop; where too few groups are left, copies fill up. Newlines
+stay.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vispress.budget import Budget
+from vispress.methods.base import Compressor, Evidence, upcast
+from vispress.methods.bipartite import fold, match, schedule
+from vispress.methods.checks import check_flag, check_number
+from vispress.methods.encoder_merger import EncoderMerger, EncoderTokens
+from vispress.methods.groups import owners
+from vispress.methods.segments import GEOMETRY, split
+from vispress.registry import register_method
+from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+
+
+@final
+@register_method("tome")
+@dataclass(frozen=True, kw_only=True)
+class ToMe(Compressor, EncoderMerger):
+    """Merge in the encoder, and hand one token a group to the LLM.
+
+    Args:
+        inflect: Shape of the schedule, in `[-1, 1]`: 0 merges as many in each layer, 1 ever more,
+            -1 ever fewer.
+        restore: The LLM gets every visual token, merged ones as copies: only the encoder has less
+            to do, and the budget is that of the encoder alone.
+    """
+
+    summary: ClassVar[str] = "means of similar tokens, merged layer by layer in the encoder"
+    paper: ClassVar[str] = "Bolya et al., ICLR 2023, arXiv:2210.09461"
+    evidence: ClassVar[Evidence] = "code"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.ENCODER_GROUPS}
+    merges: ClassVar[bool] = True
+
+    inflect: float = 0.0
+    restore: bool = False
+
+    def validate(self) -> None:
+        check_number("inflect", self.inflect, low=-1.0, high=1.0)
+        check_flag("restore", self.restore)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        budget = self.budget(num_layers)
+        left = Budget(keep_ratio=1.0) if self.restore else budget
+        return (
+            Placement(stage=Stage.ENCODER, budget=budget),
+            Placement(stage=Stage.PRE_LLM, budget=left),
+        )
+
+    def merges_per_layer(self, num_tokens: int, num_keep: int, num_layers: int) -> tuple[int, ...]:
+        over, left, counts = max(0, num_tokens - num_keep), num_tokens, []
+        wishes = schedule(num_layers, -(-over // num_layers), self.inflect)
+        for wish in [*wishes[:-1], over]:  # the last layer takes what is still over
+            counts.append(min(wish, left - num_keep, left // 2) if left > num_keep else 0)
+            left -= counts[-1]
+        return tuple(counts)
+
+    def fold(self, tokens: EncoderTokens) -> Int[Tensor, "B n"]:
+        keys, cls = tokens.keys.mean(dim=1), tokens.has_cls
+        edges = match(keys, tokens.count, protect_first=cls, backend=tokens.backend)
+        return fold(*edges, tokens.count, tokens.merges, keys.shape[1], in_order=cls)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        assert tokens.encoder_groups is not None  # declared in `reads`
+        x = upcast(tokens.features)
+        shape, device = x.shape[:2], x.device
+        owner = torch.full(shape, -1, dtype=torch.int64, device=device)
+        for part in (part for parts in split(tokens, num_keep) for part in parts):
+            group = part.of(tokens.encoder_groups)
+            if part.newline:
+                into = torch.arange(group.shape[1], device=device).expand(group.shape)
+            else:
+                into = owners(part.of(x), group, part.share, tokens.backend)
+            owner[part.rows, part.places] = part.places[into]
+        survives = owner == torch.arange(shape[1], device=device)
+        keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
+        into = owner.clamp(min=0)
+        assign = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
+        one = (owner >= 0).to(x.dtype)
+        size = torch.zeros_like(one).scatter_add(1, into, one).gather(1, into)
+        weight = 1 / size.clamp(min=1)
+        return TokenPlan(keep=keep, assign=assign, weight=weight)
