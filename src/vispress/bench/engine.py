@@ -78,6 +78,9 @@ def run(
             return
         advance("drawing questions", 0)
         work.draw()
+        # processes start apart: what the cells of a method share is then computed by one of them
+        start = len(waiting) * shard.rank // shard.world
+        waiting = waiting[start:] + waiting[:start]
         # first what nobody works on; then wait for the rest, and take over what a dead process left
         waiting = [cell for cell in waiting if not work.take(cell, wait=False)]
         for cell in waiting:
