@@ -44,6 +44,7 @@ OTHER_SETTINGS = {
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
     "globalcom2": [{"logits": False}],
+    "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
     "holov": [{"variant": "paper", "num_crops": 3}],
 }
 
@@ -67,7 +68,7 @@ def variants(name):
 
 METHODS = [pytest.param(name, id=name) for name in BUILT_IN]
 VIDEO_ONLY = {n for n in BUILT_IN if get_method(n).needs == "video"}
-CUTS_SCENES = {"fastvid"}
+CUTS_SCENES = {"fastvid", "prunevid"}
 BUDGETED = [name for name in BUILT_IN if get_method(name).takes_budget]
 VARIANTS = [
     pytest.param(m, id="-".join([name, *(str(i) for i in [i] if i)]))
@@ -116,7 +117,7 @@ def bucket(method, geometry="image", **kwargs):
     layers = method.encoder_layers(6, 4)
     tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
     # before the LLM there is no attention of it
-    early = method.name == "vscan"
+    early = method.name in ("prunevid", "vscan")
     return dataclasses.replace(tokens, query_attention=None) if early else tokens
 
 
