@@ -199,11 +199,21 @@ def changed_rows(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """New values of merged or replaced tokens by layer, worked out from the plans, row by row."""
     found: dict[int, dict[tuple[int, int], Tensor]] = {}
+    seen: dict[int, set[tuple[int, int]]] = {}
     for (tokens, plan), layer in zip(spy.seen, spy.layers, strict=True):
         if plan.features is None and plan.assign is None:
             continue
         rows = found.setdefault(layer, {})
-        for bucket_row, (b, image) in enumerate(_bucket_images(report, tokens)):
+        bucket = [
+            (b, image)
+            for b, image in _bucket_images(report, tokens)
+            if (b, image.positions[0]) not in seen.setdefault(layer, set())
+        ]
+        if len(bucket) > tokens.batch:  # texts are read: equally long ones are a bucket
+            length = _texts(report, *bucket[0])
+            bucket = [one for one in bucket if _texts(report, *one) == length]
+        seen[layer] |= {(b, image.positions[0]) for b, image in bucket}
+        for bucket_row, (b, image) in enumerate(bucket):
             raster = tokens.index[bucket_row, plan.keep[bucket_row]].tolist()
             for slot, place in enumerate(raster):
                 rows[b, image.positions[place]] = _new_value(tokens, plan, bucket_row, slot)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.laws.cases import VIDEO_ONLY, greedy, logits_of, make, model_of, run, settings
 from tests.laws.masked import masked_model
+from tests.laws.test_law01_prune_equals_mask import assert_equals_oracle
 from tests.laws.test_law03_removal import Snapshot
 from tests.laws.test_law05_text_survives import assert_text_survives
 from tests.laws.test_law06_budget import LAYERS, assert_met, images
@@ -24,6 +25,10 @@ from vispress.registry import get_method
 
 CASES = [(family, method) for family in VIDEO for method in sorted(VIDEO_ONLY)]
 SAMPLES = [Sample([Text(3), Video(3, 4, 4), Text(6)]), Sample([Text(2), Video(3, 4, 6), Text(3)])]
+
+
+ADAPTIVE = ("prunevid",)
+"""Methods that need no budget."""
 
 
 def inside(method: str) -> bool:
@@ -129,3 +134,12 @@ def test_law_10_gradients_are_those_of_the_masked_model(family: str, method: str
 @pytest.mark.parametrize(("family", "method"), MERGED_BEFORE)
 def test_law_10_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
     assert_true_gradient(model_of(family), inputs_of(family), make(family, method))
+
+
+@pytest.mark.parametrize(("family", "method"), [c for c in CASES if c[1] in ADAPTIVE])
+def test_counts_that_videos_decide_equal_the_masked_model(family: str, method: str) -> None:
+    model, inputs = model_of(family), inputs_of(family)
+    result = run(model, inputs, make(family, method, keep_ratio=None))
+    videos = [video for sample in result.report.samples for video in sample.images]
+    assert all(0 < len(video.kept) < video.num_visual for video in videos)
+    assert_equals_oracle(model, inputs, result)

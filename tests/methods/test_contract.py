@@ -48,6 +48,7 @@ OTHER_SETTINGS = {
     "catp": [{"text_weight": 0.0}],
     "tome": [{"inflect": -0.5}],
     "globalcom2": [{"logits": False}],
+    "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
     "holov": [{"variant": "paper", "num_crops": 3}],
     "debias": [
         {"inner": "pyramiddrop"},
@@ -77,7 +78,7 @@ def variants(name):
 
 METHODS = [pytest.param(name, id=name) for name in BUILT_IN]
 VIDEO_ONLY = {n for n in BUILT_IN if get_method(n).needs == "video"}
-CUTS_SCENES = {"fastvid"}
+CUTS_SCENES = {"fastvid", "prunevid"}
 BUDGETED = [name for name in BUILT_IN if get_method(name).takes_budget]
 VARIANTS = [
     pytest.param(m, id="-".join([name, *(str(i) for i in [i] if i)]))
@@ -130,6 +131,8 @@ def bucket(method, geometry="image", **kwargs):
     context = dataclasses.replace(tokens.context, query=None, earlier=None)
     at_entry = dataclasses.replace(tokens, query_attention=None, context=context)
     return at_entry if early else tokens
+    early = method.name in ("prunevid", "vscan")
+    return dataclasses.replace(tokens, query_attention=None) if early else tokens
 
 
 def count_for(method, tokens, count):

@@ -45,10 +45,21 @@ def dpc_scores(
 
 
 def dpc_clusters(
-    x: Float[Tensor, "B n D"], count: int, noise: Float[Tensor, "B n"] | None = None
+    x: Float[Tensor, "B n D"],
+    count: int,
+    noise: Float[Tensor, "B n"] | None = None,
+    *,
+    neighbours: int | None = None,
 ) -> tuple[Int[Tensor, "B C"], Int[Tensor, "B n"]]:
-    """Centres (the highest density times distance first) and the nearest centre of each token."""
-    density, distance = dpc_scores(x, count, noise)
+    """Centres (the highest density times distance first) and the nearest centre of each token.
+
+    Args:
+        x: Tokens, at least fp32.
+        count: Clusters, C; n at most.
+        noise: As in `dpc_scores`.
+        neighbours: Tokens that a density looks at; as many as clusters, when left out.
+    """
+    density, distance = dpc_scores(x, neighbours or count, noise)
     centres = descending(density * distance)[:, :count]
     rows = torch.arange(len(x), device=x.device)[:, None]
     label = _distance(x, x[rows, centres]).argmin(dim=2)

@@ -5,7 +5,8 @@ On the host, as what is kept depends on them; the methods fetch similarities onc
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,8 +14,8 @@ Scene = tuple[int, int]
 """First frame, and the frame behind the last."""
 
 
-def adjacent_cosine(x: Float[Tensor, "B F D"]) -> Float[Tensor, "B F1"]:
-    """Cosine of each frame to the next."""
+def adjacent_cosine(x: Float[Tensor, "B F *t D"]) -> Float[Tensor, "B F1 *t"]:
+    """Cosine of each frame, or each place of it, to the next."""
     return F.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1)
 
 
@@ -30,3 +31,61 @@ def dynamic_scenes(cosine: Sequence[float], least: int, threshold: float) -> lis
     cuts = set(order[: least - 1]) | {i for i, c in enumerate(cosine) if c < threshold}
     starts = [0, *(i + 1 for i in sorted(cuts))]
     return list(zip(starts, [*starts[1:], len(cosine) + 1], strict=True))
+
+
+def refined(labels: Sequence[int]) -> list[int]:
+    """PruneVid's: clusters of frames made into runs.
+
+    Of each label the longest runs stay, of two frames at least; frames between them join the
+    longer of the runs beside them, of equals the left one. Where no run stays all is one.
+    """
+    runs = scenes_of(labels)
+    longest = dict.fromkeys(labels, 2)
+    for start, end in runs:
+        longest[labels[start]] = max(longest[labels[start]], end - start)
+    stays = [run for run in runs if run[1] - run[0] == longest[labels[run[0]]]]
+    if not stays:
+        return [labels[0]] * len(labels)
+    out = list(labels)
+    for frame in range(len(labels)):
+        left = max((run for run in stays if run[0] <= frame), default=stays[0])
+        right = min((run for run in stays if run[1] > frame), default=stays[-1])
+        nearer = right if right[1] - right[0] > left[1] - left[0] else left
+        out[frame] = labels[nearer[0]]
+    return out
+
+
+def scenes_of(labels: Sequence[int]) -> list[Scene]:
+    """Runs of equal labels."""
+    starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
+    return list(zip(starts, [*starts[1:], len(labels)], strict=True))
+
+
+def saving_scenes(same: Bool[Tensor, "F1 t"]) -> tuple[list[Scene], int]:
+    """HoliTom's: the runs of frames that save most when places that never change are kept once.
+
+    A run of W frames saves W - 1 tokens for each place that is the same all along; dynamic
+    programming finds the best cut, of equals that with the shorter last run.
+
+    Args:
+        same: Whether each place is the same in a frame and the next; on the host.
+
+    Returns:
+        Runs in order, and how many tokens they save.
+    """
+    count = same.shape[0] + 1
+    best, last = [0] * (count + 1), [1] * (count + 1)
+    for end in range(1, count + 1):
+        best[end], along = best[end - 1], torch.ones(same.shape[1], dtype=torch.bool)
+        for length in range(2, end + 1):
+            along = along & same[end - length]
+            places = int(along.sum())
+            if not places:
+                break
+            if (saved := best[end - length] + (length - 1) * places) > best[end]:
+                best[end], last[end] = saved, length
+    scenes, end = [], count
+    while end:
+        scenes.append((end - last[end], end))
+        end -= last[end]
+    return scenes[::-1], best[count]

@@ -141,3 +141,23 @@ def entry_budgets(
         )
     kinds = compressor.rounding
     return Budget(keep_ratio=start, rounding=kinds), Budget(keep_ratio=rest, rounding=kinds)
+
+
+def pair_budgets(
+    compressor: Compressor, share: float, layer: int, num_layers: int
+) -> tuple[Budget, Budget]:
+    """Budgets of a method that prunes before the LLM, and before `layer` to `share` of that.
+
+    Args:
+        compressor: As in `entry_budgets`.
+        share: Of the first budget, in `(0, 1]`; more where a mean asks for all tokens in front.
+        layer: Decoder layer of the second placement.
+        num_layers: Depth.
+
+    Raises:
+        BudgetError: None is set.
+    """
+    if (last := compressor.num_tokens) is not None:
+        return Budget(num_tokens=round(last / share)), Budget(num_tokens=last)
+    entry = num_layers / (layer + share * (num_layers - layer))
+    return entry_budgets(compressor, entry, layer, num_layers)

@@ -43,22 +43,28 @@ class Frames:
         return torch.cat([kept, newlines.expand(len(picked), -1)], dim=1).sort(dim=1).values
 
 
-def frames(tokens: VisualTokens, name: str) -> Frames:
+def frames(tokens: VisualTokens, name: str, *, pruned: bool = False) -> Frames:
     """The frames of a bucket; a plain image is one frame.
 
     Args:
         tokens: The bucket.
         name: The method, for its error.
+        pruned: The video may have been pruned; places are those of the whole one.
 
     Raises:
         UnsupportedMethodError: The video was pruned before, or its frames differ in size.
     """
-    if tokens.num_visual != tokens.num_original:
+    if not pruned and tokens.num_visual != tokens.num_original:
         raise UnsupportedMethodError(
             f"{name} needs whole images (here: whole videos), got {tokens.num_visual} of "
             f"{tokens.num_original} tokens; put it first in a chain"
         )
-    segments, device = tokens.segments()[0], tokens.features.device
+    device = tokens.features.device
+    if tokens.crops is not None:
+        segments = tokens.crops.segment
+    else:
+        size = tokens.num_original if tokens.grid is None else tokens.grid[1] * tokens.grid[2]
+        segments = torch.arange(tokens.num_original) // size
     ids, counts = torch.unique(segments[segments >= 0], return_counts=True)
     if len(set(counts.tolist())) != 1:
         raise UnsupportedMethodError(
