@@ -1,5 +1,6 @@
 """The built-in methods; importing this package registers them. One import line a method."""
 
+from vispress.methods.adsc import ADSC as ADSC
 from vispress.methods.avg_pool import AvgPool as AvgPool
 from vispress.methods.cdpruner import CDPruner as CDPruner
 from vispress.methods.dart import DART as DART
