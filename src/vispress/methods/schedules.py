@@ -23,7 +23,11 @@ from vispress.methods.checks import check_ascending
 
 
 def check_schedule(
-    layers: Sequence[int] | None, ratios: Sequence[float] | None, published: Sequence[int]
+    layers: Sequence[int] | None,
+    ratios: Sequence[float] | None,
+    published: Sequence[int],
+    *,
+    last_may_be_zero: bool = False,
 ) -> None:
     """Refuse layers out of order, and ratios that grow, leave `(0, 1]` or are too many or few.
 
@@ -31,6 +35,7 @@ def check_schedule(
         layers: As given by the user; None for `published`.
         ratios: As given by the user; None where any number of layers has ratios.
         published: The layers that stand in for None.
+        last_may_be_zero: Whether the last stage may drop all tokens.
 
     Raises:
         ConfigError: Either list is malformed, or their lengths differ.
@@ -41,7 +46,8 @@ def check_schedule(
     if ratios is not None:
         if not isinstance(ratios, tuple) or not ratios:
             raise ConfigError(f"ratios must be a non-empty tuple of numbers, got {ratios!r}")
-        for ratio in ratios:
+        none_left = last_may_be_zero and ratios[-1] == 0
+        for ratio in ratios[:-1] if none_left else ratios:
             check_ratio("ratios", ratio)
         if list(ratios) != sorted(ratios, reverse=True):
             raise ConfigError(f"ratios must not grow from stage to stage, got {ratios!r}")
