@@ -23,7 +23,14 @@ NO_BUDGET = frozenset(name for name in METHODS if not get_method(name).takes_bud
 
 SETTINGS: dict[str, dict[str, Any]] = {
     name: {}
-    for name in (*sorted(NO_BUDGET), "pyramiddrop", "sparsevlm", "sparsevlm_plus", "transprune")
+    for name in (
+        *sorted(NO_BUDGET),
+        "adsc",
+        "pyramiddrop",
+        "sparsevlm",
+        "sparsevlm_plus",
+        "transprune",
+    )
 }
 """What `compress_model` gets beside the name; others get a ratio."""
 

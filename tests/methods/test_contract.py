@@ -40,6 +40,8 @@ COUNTS = [1, 2, 7, 13, -1]
 
 # choices that change what is read or how, by method
 OTHER_SETTINGS = {
+    "layerwise": [{"queries": "text"}],
+    "adsc": [{"mode": "1d"}, {"offset": "first"}],
     "cdpruner": [{"relevance": "none"}],
     "flashvlm": [{"gating": True}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],

@@ -1,5 +1,6 @@
 """The built-in methods; importing this package registers them. One import line a method."""
 
+from vispress.methods.adsc import ADSC as ADSC
 from vispress.methods.avg_pool import AvgPool as AvgPool
 from vispress.methods.catp import CATP as CATP
 from vispress.methods.cdpruner import CDPruner as CDPruner
@@ -14,6 +15,7 @@ from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holov import HoloV as HoloV
+from vispress.methods.layerwise import Layerwise as Layerwise
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.prumerge import PruMerge as PruMerge

@@ -12,7 +12,9 @@ Three ways to ask, in `stage_budgets`:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise, product
 
 from vispress.budget import Budget, check_ratio, scaled_layers
 from vispress.errors import BudgetError, ConfigError
@@ -21,7 +23,11 @@ from vispress.methods.checks import check_ascending
 
 
 def check_schedule(
-    layers: Sequence[int] | None, ratios: Sequence[float] | None, published: Sequence[int]
+    layers: Sequence[int] | None,
+    ratios: Sequence[float] | None,
+    published: Sequence[int],
+    *,
+    last_may_be_zero: bool = False,
 ) -> None:
     """Refuse layers out of order, and ratios that grow, leave `(0, 1]` or are too many or few.
 
@@ -29,6 +35,7 @@ def check_schedule(
         layers: As given by the user; None for `published`.
         ratios: As given by the user; None where any number of layers has ratios.
         published: The layers that stand in for None.
+        last_may_be_zero: Whether the last stage may drop all tokens.
 
     Raises:
         ConfigError: Either list is malformed, or their lengths differ.
@@ -39,7 +46,8 @@ def check_schedule(
     if ratios is not None:
         if not isinstance(ratios, tuple) or not ratios:
             raise ConfigError(f"ratios must be a non-empty tuple of numbers, got {ratios!r}")
-        for ratio in ratios:
+        none_left = last_may_be_zero and ratios[-1] == 0
+        for ratio in ratios[:-1] if none_left else ratios:
             check_ratio("ratios", ratio)
         if list(ratios) != sorted(ratios, reverse=True):
             raise ConfigError(f"ratios must not grow from stage to stage, got {ratios!r}")
@@ -90,6 +98,66 @@ def power_ratios(
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < mean_keep_ratio else (low, middle)
     return tuple(math.pow(high, e) for e in exponents)
+
+
+@cache
+def solve_layers(mean_keep_ratio: float, stride: int, num_layers: int) -> tuple[int, ...]:
+    """Layers before each of which one token of `stride` stays, with about this mean over layers.
+
+    Three of them, or as many more as the mean needs, with evenly growing gaps (from the embeddings
+    on) but for the last. Of such lists the closest to the mean; then the one whose smallest gap is
+    largest, whose gaps change least, and that begins earliest.
+
+    Args:
+        mean_keep_ratio: In `(0, 1]`.
+        stride: At least 2.
+        num_layers: Depth.
+
+    Raises:
+        BudgetError: Dropping before every layer leaves more than the mean.
+    """
+    check_ratio("mean_keep_ratio", mean_keep_ratio)
+    for stages in range(min(3, num_layers - 1), num_layers):
+        least = _mean_of(tuple(range(1, stages + 1)), stride, num_layers)
+        if least <= mean_keep_ratio:
+            found = _layers_of(stages, mean_keep_ratio, stride, num_layers)
+            return min(found, key=lambda layers: _fit(layers, mean_keep_ratio, stride, num_layers))
+    raise BudgetError(
+        f"a mean of {mean_keep_ratio} over {num_layers} layers cannot be reached by keeping one "
+        f"token of {stride} at a time from layer 1 on: the minimum is {least:.3f}; ask for more"
+    )
+
+
+def _mean_of(layers: Sequence[int], stride: int, num_layers: int) -> float:
+    spans = pairwise((0, *layers, num_layers))
+    return math.fsum((b - a) * float(stride) ** -i for i, (a, b) in enumerate(spans)) / num_layers
+
+
+def _layers_of(
+    stages: int, mean_keep_ratio: float, stride: int, num_layers: int
+) -> Iterator[tuple[int, ...]]:
+    """Evenly growing gaps, then a last layer that comes close to the mean."""
+    depths, high = range(1, num_layers), num_layers - 1
+    # the mean grows by the same with every layer that the last reduction waits
+    step = (stride - 1) * float(stride) ** -stages / num_layers
+    for gap, growth in product(depths, range(-num_layers, num_layers)):
+        first = tuple(i * gap + i * (i - 1) // 2 * growth for i in range(1, stages))
+        if any(b <= a for a, b in pairwise((0, *first, num_layers - 1))):
+            continue
+        at_zero = _mean_of((*first, num_layers), stride, num_layers) - num_layers * step
+        last = math.floor((mean_keep_ratio - at_zero) / step)
+        low = (first[-1] if first else 0) + 1
+        yield from {(*first, min(high, max(low, layer))) for layer in (last, last + 1)}
+
+
+def _fit(
+    layers: tuple[int, ...], mean_keep_ratio: float, stride: int, num_layers: int
+) -> tuple[float, int, int, tuple[int, ...]]:
+    """What `solve_layers` makes smallest."""
+    gaps = [b - a for a, b in pairwise((0, *layers))]
+    change = sum((b - a) ** 2 for a, b in pairwise(gaps))
+    error = round(abs(_mean_of(layers, stride, num_layers) - mean_keep_ratio), 9)
+    return error, -min(gaps), change, layers
 
 
 def stage_budgets(

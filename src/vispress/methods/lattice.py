@@ -1,0 +1,122 @@
+"""Thinning of what is left of a raster: at equal steps along it, or along columns and rows in turn.
+
+All of it is host arithmetic on places; nothing looks at a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vispress.methods.base import segment_shares
+from vispress.types import TokenPlan, VisualTokens
+
+Offset = Literal["first", "last"]
+"""Which token of a group stays."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens of one sub-image or frame stand; on the host.
+
+    Args:
+        row: `[n]`, in the sub-image.
+        col: `[n]`.
+        extent: Rows and columns of the whole sub-image.
+    """
+
+    row: Int[Tensor, "n"]
+    col: Int[Tensor, "n"]
+    extent: tuple[int, int]
+
+
+Thin = Callable[[Places, int], Int[Tensor, "share"]]
+"""Which tokens of a sub-image stay, ascending; their number is at least 1."""
+
+
+def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
+    """Thin each sub-image and frame on its own, with the budget of `segment_shares`.
+
+    Synchronises only for images that were pruned before.
+    """
+    whole = tokens.num_visual == tokens.num_original
+    index = torch.arange(tokens.num_original)[None] if whole else tokens.index.cpu()
+    if bool((index == index[:1]).all()):
+        index = index[:1]
+    layout = _layout(tokens)
+    kept = torch.stack([_thin_image(own, layout, num_keep, thin) for own in index])
+    return TokenPlan(keep=kept.to(tokens.features.device).expand(tokens.batch, -1))
+
+
+def _layout(tokens: VisualTokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment, row and column of each original token; without geometry, all are one row."""
+    if tokens.crops is not None:
+        return tokens.crops.segment, tokens.crops.row, tokens.crops.col
+    _, h, w = tokens.grid or (1, 1, tokens.num_original)
+    place = torch.arange(tokens.num_original)
+    return place // (h * w), place // w % h, place % w
+
+
+def _thin_image(
+    own: Tensor, layout: tuple[Tensor, Tensor, Tensor], num_keep: int, thin: Thin
+) -> Tensor:
+    """Ascending indices into the places `own [N]` of one image."""
+    segment, row, col = layout
+    picked = []
+    for number, share in segment_shares(segment[own], num_keep).items():
+        places = torch.where(segment[own] == number)[0]
+        if number >= 0 and share:
+            all_of_it = segment == number
+            h, w = (int(x[all_of_it].max() - x[all_of_it].min()) + 1 for x in (row, col))
+            there = own[places]
+            places = places[thin(Places(row[there], col[there], (h, w)), share)]
+        picked.append(places[:share])
+    return torch.cat(picked).sort().values
+
+
+def thin_run(count: int, num_keep: int, offset: Offset) -> Int[Tensor, "num_keep"]:
+    """One of each group of `count // num_keep` in a run; equal groups where none is that large.
+
+    A stride leaves `count // stride` tokens: ranks `stride - 1, 2 stride - 1, ...` for `"last"`,
+    `0, stride, ...` for `"first"`; what is behind the last whole group goes.
+    """
+    stride, step = count // num_keep, torch.arange(num_keep)
+    if count // stride == num_keep:
+        return step * stride + (stride - 1 if offset == "last" else 0)
+    return (step + 1) * count // num_keep - 1 if offset == "last" else step * count // num_keep
+
+
+def thin_lattice(
+    places: Places, num_keep: int, stride: int, offset: Offset
+) -> Int[Tensor, "num_keep"]:
+    """Thin along columns and rows in turn, by `stride` at a time, whichever axis is denser.
+
+    Lines of unequal length, and counts that no lattice has, are shared out evenly.
+    """
+    left = torch.arange(len(places.row))
+    while len(left) > num_keep:
+        target = len(left) // stride
+        left = left[_thin_lines(places, left, target if target > num_keep else num_keep, offset)]
+    return left
+
+
+def _thin_lines(places: Places, left: Tensor, num_keep: int, offset: Offset) -> Tensor:
+    """Ascending indices into `left` after one axis is thinned."""
+    row, col = places.row[left], places.col[left]
+    h, w = places.extent
+    # distance of neighbours along each axis, as h / rows and w / columns, cleared of fractions
+    down, across = h * len(torch.unique(col)), w * len(torch.unique(row))
+    line, along = (row, col) if across <= down else (col, row)
+    order = (line * max(h, w) + along - along.min()).argsort()
+    sizes = torch.unique(line, return_counts=True)[1].tolist()
+    picked, start = [], 0
+    for size in sizes:
+        end = start + size
+        share = end * num_keep // len(left) - start * num_keep // len(left)
+        if share:
+            picked.append(order[start:end][thin_run(size, share, offset)])
+        start = end
+    return torch.cat(picked).sort().values
