@@ -162,6 +162,7 @@ class VisualTokens:
             where the family pads no images.
         num_entered: Tokens that reached the compressor's first placement; None: all N0. Fewer are
             left only at its later placements.
+        views: The bucket as each of `Compressor.views` sees it; then signals are there alone.
         backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
 
@@ -189,6 +190,7 @@ class VisualTokens:
     image_count: Int[Tensor, "B"] | None = None
     padding: Float[Tensor, "B N"] | None = None
     num_entered: int | None = None
+    views: tuple["VisualTokens", ...] = ()
     backend: Backend = "auto"
 
     @property

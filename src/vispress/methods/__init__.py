@@ -5,6 +5,7 @@ from vispress.methods.cdpruner import CDPruner as CDPruner
 from vispress.methods.dart import DART as DART
 from vispress.methods.debias import Debias as Debias
 from vispress.methods.divprune import DivPrune as DivPrune
+from vispress.methods.ensemble import Ensemble as Ensemble
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM
 from vispress.methods.fastv import FastV as FastV
@@ -17,6 +18,7 @@ from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.random_ import Random as Random
+from vispress.methods.random_mix import RandomMix as RandomMix
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform

@@ -12,7 +12,7 @@ from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_m
 from vispress.errors import BudgetError, ConfigError
 from vispress.types import Need, Placement, Positions, Signal, TokenPlan, VisualTokens
 
-Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
+Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
 
 BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
 """Fields of which at most one is given."""
@@ -35,7 +35,7 @@ class Compressor(ABC):
     summary: ClassVar[str]
     """One line for tables: what is kept, and why."""
     paper: ClassVar[str]
-    """Short citation with arXiv id, or "control"."""
+    """Short citation with arXiv id, or "control", or "composition"."""
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset()
     rounding: ClassVar[Rounding] = "round"
@@ -80,6 +80,10 @@ class Compressor(ABC):
 
     def members(self) -> tuple["Compressor", ...]:
         """The compressors that this one is composed of; none for a plain method."""
+        return ()
+
+    def views(self) -> tuple["Compressor", ...]:
+        """Compressors inside that are each shown `VisualTokens.views` of their own."""
         return ()
 
     def signals(self) -> frozenset[Signal]:
