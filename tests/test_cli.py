@@ -87,7 +87,9 @@ def test_errors_are_one_line_and_exit_code_2(
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", [["bench", "smoke"], ["demo"], ["train-reference"]])
+@pytest.mark.parametrize(
+    "command", [["bench", "smoke"], ["demo"], ["train-reference"], ["fit-debias"]]
+)
 def test_missing_extras_are_named_before_anything_runs(monkeypatch, capsys, command):
     monkeypatch.setattr(cli, "_EXTRA", ("no_such_package",))
     assert run_main(monkeypatch, *command) == 2

@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
     "vispress.versions": 1,
     "vispress.methods": 2,
     "vispress.adapters": 2,
+    "vispress.chain": 3,
     "vispress.config": 3,
     "vispress.runtime": 3,
     "vispress.report": 4,

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vispress.adapters.base import ModelAdapter, find_adapter
+from vispress.chain import Chain, share_mean
 from vispress.config import load_config, make_compressor
 from vispress.errors import (
+    BudgetError,
     CompressionStateError,
     ConfigError,
     UnsupportedMethodError,
@@ -55,7 +57,8 @@ def compress_model(
         positions: `"original"` keeps position ids of survivors (gaps remain), `"compact"`
             renumbers them. By default each method follows its official code.
         backend: Kernels: `"triton"`, plain `"torch"`, or what fits the device (`"auto"`).
-        **hyperparameters: Fields of the method's class, `layer=2` for example.
+        **hyperparameters: Fields of the method's class, `layer=2` for example. Of a list only
+            `mean_keep_ratio`: see `vispress.chain`.
 
     Returns:
         The same model.
@@ -68,7 +71,7 @@ def compress_model(
         CompressionStateError: The model is compressed already.
         UnsupportedVersionError: torch or transformers is outside the supported range.
     """
-    methods = _resolve(method, config, keep_ratio, num_tokens, hyperparameters)
+    methods, mean = _resolve(method, config, keep_ratio, num_tokens, hyperparameters)
     if positions not in (None, "original", "compact"):
         raise ConfigError(f"positions must be 'original' or 'compact', got {positions!r}")
     if backend not in ("auto", "torch", "triton"):
@@ -89,8 +92,13 @@ def compress_model(
     check_implementation(adapter.language_model.config._attn_implementation)
     for one in methods:
         _check_signals(one, adapter)
+    notes: list[str] = []
+    if mean is not None:
+        methods, note = share_mean(methods, mean, len(adapter.decoder_layers))
+        notes.append(note)
     inside = find_encoder_step(methods, adapter)
-    steps, notes = make_steps(methods, adapter, positions)
+    steps, remarks = make_steps(methods, adapter, positions)
+    notes += remarks
     Attachment(adapter, methods, steps, notes, backend, inside).attach()
     return model
 
@@ -191,28 +199,34 @@ def _resolve(
     keep_ratio: float | None,
     num_tokens: int | None,
     hyperparameters: dict[str, Any],
-) -> list[Compressor]:
-    """The chain of compressors that the arguments name."""
+) -> tuple[list[Compressor], float | None]:
+    """The chain of compressors that the arguments name, and the mean that all of it is to keep."""
     budgets = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
     given = {k: v for k, v in budgets.items() if v is not None} | hyperparameters
     if (method is None) == (config is None):
         raise ConfigError("give either method or config")
     source: Any = load_config(config) if config is not None else method
     if isinstance(source, str):
-        return [make_compressor(source, **given)]
+        return [make_compressor(source, **given)], None
+    whole = isinstance(source, list | tuple)
+    mean = given.pop("mean_keep_ratio", None) if whole else None
+    if isinstance(source, Chain) and source.mean_keep_ratio is not None:
+        if mean is not None:
+            raise BudgetError(f"give one budget, got mean_keep_ratio={mean} and that of the file")
+        mean = source.mean_keep_ratio
     parts = list(source) if isinstance(source, list | tuple) else [source]
     if not parts:
         raise ConfigError("method is an empty list; name at least one")
     if given:
         raise ConfigError(
             f"{', '.join(given)} cannot be given beside a compressor, a list or a config file; "
-            "set it there"
+            "set it there (the mean_keep_ratio of a whole list can be given)"
         )
     chain = [make_compressor(part) if isinstance(part, str) else part for part in parts]
     for part in chain:
         if not isinstance(part, Compressor):
             raise ConfigError(f"method must be a name or a compressor, got {type(part).__name__}")
-    return chain
+    return chain, mean
 
 
 def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vispress.analysis.fit_debias import fit_debias
 from vispress.errors import ConfigError, VispressError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.command(name="fit-debias")(fit_debias)
 
 _EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
 

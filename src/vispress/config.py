@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from vispress.chain import Chain
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
@@ -45,11 +46,12 @@ def _to_yaml(value: Any) -> Any:
     return [_to_yaml(item) for item in value] if isinstance(value, tuple) else value
 
 
-def from_mapping(data: Any, where: str = "configuration") -> Compressor | list[Compressor]:
+def from_mapping(data: Any, where: str = "configuration") -> Compressor | Chain:
     """A compressor, or a chain, from parsed YAML.
 
     Args:
-        data: `{"method": name, field: value, ...}`, or `{"chain": [such mappings]}`.
+        data: `{"method": name, field: value, ...}`, or `{"chain": [such mappings]}` with or
+            without the `mean_keep_ratio` of all of it.
         where: Named in errors.
 
     Raises:
@@ -60,10 +62,18 @@ def from_mapping(data: Any, where: str = "configuration") -> Compressor | list[C
             f"{where} must be a mapping with a key 'method', got {type(data).__name__}"
         )
     if "chain" in data:
-        if set(data) != {"chain"} or not isinstance(data["chain"], list) or not data["chain"]:
-            raise ConfigError(f"{where}: 'chain' must be the only key and a non-empty list")
+        rest = set(data) - {"chain", "mean_keep_ratio"}
+        if rest or not isinstance(data["chain"], list) or not data["chain"]:
+            raise ConfigError(
+                f"{where}: 'chain' must be a non-empty list, with no key beside it but "
+                "mean_keep_ratio"
+            )
         parts = [from_mapping(item, f"{where}, chain[{i}]") for i, item in enumerate(data["chain"])]
-        return [part for part in parts if isinstance(part, Compressor)]
+        if (
+            inner := next((i for i, p in enumerate(parts) if isinstance(p, list)), None)
+        ) is not None:
+            raise ConfigError(f"{where}, chain[{inner}] is a chain itself; list its parts instead")
+        return Chain([p for p in parts if isinstance(p, Compressor)], data.get("mean_keep_ratio"))
     if not isinstance(data.get("method"), str):
         raise ConfigError(
             f"{where} needs a key 'method' with a method's name, got {sorted(map(str, data))}"
@@ -71,7 +81,7 @@ def from_mapping(data: Any, where: str = "configuration") -> Compressor | list[C
     return make_compressor(data["method"], **{str(k): v for k, v in data.items() if k != "method"})
 
 
-def load_config(path: str | Path) -> Compressor | list[Compressor]:
+def load_config(path: str | Path) -> Compressor | Chain:
     """A compressor, or a chain, from a YAML file.
 
     Raises:

@@ -46,6 +46,12 @@ CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WID
 """What only an encoder with a [CLS] token gives."""
 ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
 """What is read of the encoder's attention."""
+ENCODER_SIGNALS = ATTENTION_SIGNALS | {
+    Signal.VISION_KEYS,
+    Signal.VISION_FEATURES,
+    Signal.PADDING,
+}
+"""What is read while the encoder runs."""
 
 
 class Queries(StrEnum):

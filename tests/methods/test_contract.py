@@ -52,6 +52,15 @@ OTHER_SETTINGS = {
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
     "holov": [{"variant": "paper", "num_crops": 3}],
+    "ensemble": [
+        {"parts": ("fastv", "fastv"), "weights": (1.0, 0.0), "normalise": "rank"},
+        {"parts": ("fastervlm", "vtc_cls", "max_norm"), "weights": (1.0, 2.0, 0.5)},
+    ],
+    "random_mix": [
+        {"inner": "divprune", "share": 0.5},
+        {"inner": "transprune", "share": 1.0},
+        {"inner": "ensemble", "share": 0.3, "seed": 3},
+    ],
     "debias": [
         {"inner": "pyramiddrop"},
         {"inner": "sparsevlm", "slope": -1.0},
@@ -102,7 +111,7 @@ def ranks(method):
 
 def acts_before_the_llm(method):
     """Whether the method reads nothing that only the LLM's layers give."""
-    return not method.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS, Signal.TRANSITION}
+    return not method.signals() & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS, Signal.TRANSITION}
 
 
 def counts_by_shape(method):
@@ -336,7 +345,7 @@ def test_placements_fit_the_depth(name, num_layers):
 def test_the_mean_over_layers_is_what_was_asked(name, budget):
     method, size, depth = get_method(name)(**budget), 10_000, 32
     placements = method.placements(depth)
-    if name in ("dart", "debias", "fastv") and "keep_ratio" in budget:
+    if name in ("dart", "debias", "fastv", "random_mix") and "keep_ratio" in budget:
         assert placements[0].budget.resolve(size) == 6000
         return
     starts = [0, *(p.layer for p in placements), depth]
@@ -412,9 +421,9 @@ def test_documentation_says_what_is_followed(name):
     assert all(word and "\n" not in word for word in (cls.summary, cls.paper, cls.evidence))
     assert cls.__doc__
     module_doc = text.split('"""')[1]
-    if cls.evidence == "control":
-        assert cls.paper == "control"
-        assert "Control" in module_doc
+    if cls.evidence in ("control", "composition"):
+        assert cls.paper == cls.evidence
+        assert cls.evidence.capitalize() in module_doc
     else:
         # a paper whose number is not known is cited by its official code
         assert "arXiv:" in cls.paper or "github.com/" in cls.paper

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 
 from vispress.bench.downsample import Downsample
 from vispress.bench.oracle import Oracle
+from vispress.chain import Chain
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
@@ -97,9 +98,12 @@ def cells_of(
     label = data.get("label")
     if "chain" in rest:
         chain = from_mapping(rest, f"method {entry!r}")
-        assert isinstance(chain, list)
-        if "seeds" in data or "keep_ratios" in data:
-            raise ConfigError("a chain takes no seeds and no keep_ratios; set them in its parts")
+        assert isinstance(chain, Chain)
+        if {"seeds", "keep_ratios"} & set(data) or chain.mean_keep_ratio is not None:
+            raise ConfigError(
+                "a chain in a plan takes no seeds, keep_ratios or mean_keep_ratio; set them in its "
+                "parts"
+            )
         name = "+".join(method.name for method in chain)
         return [Cell(group=_label(label, name), chain=tuple(chain))]
     made = _make(rest, f"method {entry!r}")

@@ -37,7 +37,8 @@ def expand(methods: Sequence[Entry], overrides: Overrides) -> Iterator[tuple[Ent
     Raises:
         ConfigError: Overrides without `all`, or of something that is not one of it.
     """
-    names = [name for name in list_methods() if get_method(name).evidence != "control"]
+    others = ("control", "composition")
+    names = [name for name in list_methods() if get_method(name).evidence not in others]
     if overrides and ALL not in methods:
         raise ConfigError("overrides are for the methods of `all`, which the plan does not list")
     for name, values in overrides.items():

@@ -54,6 +54,9 @@ class Recorder(_StandIn):
     def signals(self) -> frozenset[Signal]:
         return self.method.signals()
 
+    def views(self) -> tuple[Compressor, ...]:
+        return self.method.views()
+
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
         return self.method.encoder_layers(num_layers, feature_layer)
 

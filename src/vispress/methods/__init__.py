@@ -7,6 +7,7 @@ from vispress.methods.cdpruner import CDPruner as CDPruner
 from vispress.methods.dart import DART as DART
 from vispress.methods.debias import Debias as Debias
 from vispress.methods.divprune import DivPrune as DivPrune
+from vispress.methods.ensemble import Ensemble as Ensemble
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM
 from vispress.methods.fastv import FastV as FastV
@@ -22,6 +23,7 @@ from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.prunevid import PruneVid as PruneVid
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.random_ import Random as Random
+from vispress.methods.random_mix import RandomMix as RandomMix
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
 from vispress.methods.tome import ToMe as ToMe

@@ -13,7 +13,7 @@ from vispress.errors import BudgetError, ConfigError
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.types import Need, Placement, Positions, Signal, TokenPlan, VisualTokens
 
-Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control"]
+Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
 
 BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
 """Fields of which at most one is given."""
@@ -36,7 +36,7 @@ class Compressor(ABC):
     summary: ClassVar[str]
     """One line for tables: what is kept, and why."""
     paper: ClassVar[str]
-    """Short citation with arXiv id, or "control"."""
+    """Short citation with arXiv id, or "control", or "composition"."""
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset()
     rounding: ClassVar[Rounding] = "round"
@@ -81,6 +81,10 @@ class Compressor(ABC):
 
     def members(self) -> tuple["Compressor", ...]:
         """The compressors that this one is composed of; none for a plain method."""
+        return ()
+
+    def views(self) -> tuple["Compressor", ...]:
+        """Compressors inside that are each shown `VisualTokens.views` of their own."""
         return ()
 
     def signals(self) -> frozenset[Signal]:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Budget, scaled_layer
-from vispress.methods import groups as parts
+from vispress.methods import video_groups as parts
 from vispress.methods.base import Compressor, Evidence, check_layer, upcast
 from vispress.methods.checks import check_integer, check_number
 from vispress.methods.schedules import pair_budgets

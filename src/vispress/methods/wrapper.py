@@ -62,6 +62,9 @@ class Wrapper(Compressor):
     def members(self) -> tuple[Compressor, ...]:
         return (self.inner,)
 
+    def views(self) -> tuple[Compressor, ...]:
+        return self.inner.views()
+
     def signals(self) -> frozenset[Signal]:
         return self.inner.signals()
 

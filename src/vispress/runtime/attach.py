@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.errors import CompressionStateError
+from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
@@ -24,7 +25,6 @@ from vispress.runtime.select import Step
 from vispress.runtime.shadow import Original, forget, shadow
 from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
-from vispress.types import ATTENTION_SIGNALS, Signal
 from vispress_kernels import Backend
 
 STATE = "vispress_state"
@@ -57,9 +57,9 @@ class Attachment:
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
         self.encoder_step, self.merging = encoder_step, Merging(adapter, encoder_step, backend)
+        self.readers = [one for method in methods for one in method.views() or (method,)]
         wanted = frozenset().union(*(method.signals() for method in methods))
-        others = {Signal.VISION_KEYS, Signal.VISION_FEATURES, Signal.PADDING}
-        self.encoder_signals = wanted & (ATTENTION_SIGNALS | others)
+        self.encoder_signals = wanted & ENCODER_SIGNALS
         self._decoder = (adapter.language_model, *adapter.decoder_layers)
         self.reads_encoder_late = any(
             step.placement.layer > 0 and step.method.signals() & self.encoder_signals
@@ -84,7 +84,7 @@ class Attachment:
     def all_encoder_layers(self) -> tuple[int, ...]:
         """Every encoder layer that must be watched, ascending."""
         layers: set[int] = set()
-        for method in self.methods:
+        for method in self.readers:
             for signal in method.signals() & ATTENTION_SIGNALS:
                 layers |= set(self.encoder_layers(method, signal))
         return tuple(sorted(layers))
@@ -93,7 +93,7 @@ class Attachment:
         """Encoder layers whose keys are read."""
         return {
             self.encoder_layers(method, Signal.VISION_KEYS)[-1]
-            for method in self.methods
+            for method in self.readers
             if Signal.VISION_KEYS in method.signals()
         }
 

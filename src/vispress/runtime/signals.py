@@ -37,7 +37,8 @@ def visual_tokens(
         hidden: `[B, P, D]`, their hidden states.
         entered: Tokens of each image that reached the method's first placement.
     """
-    reads = method.signals()
+    inside = method.views()
+    reads = frozenset() if inside else method.signals()
     sample = bucket.sample.unsqueeze(1)
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
@@ -73,6 +74,9 @@ def visual_tokens(
         grid=first.grid,
         crops=first.crops,
         num_entered=entered,
+        views=tuple(
+            visual_tokens(state, one, placement, bucket, rows, hidden, entered) for one in inside
+        ),
         backend=state.attachment.backend,
         **signals,
     )

@@ -6,7 +6,7 @@ from vispress.adapters.base import ModelAdapter
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.runtime.select import Step
-from vispress.types import Placement, Positions, Stage
+from vispress.types import Placement, Positions, Signal, Stage
 
 
 def make_steps(
@@ -92,6 +92,8 @@ def _notes(
         notes.append(
             f"{method.name}: [CLS] attention replaced by the column mean of encoder attention"
         )
+    if Signal.PADDING in method.signals() and adapter.square_encoder() is None:
+        notes.append(f"{method.name}: {adapter.family} images have no padding to suppress")
     if adapter.mrope and asked is None and method.default_positions == "compact":
         notes.append(f"{method.name}: original positions, compact ones are not defined for M-RoPE")
     return notes

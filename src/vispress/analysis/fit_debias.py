@@ -1,0 +1,210 @@
+"""`vispress fit-debias`: the trend of a user's model on the user's pictures, as a configuration."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vispress.errors import BudgetError, ConfigError
+
+if TYPE_CHECKING:
+    from vispress.analysis.trend import Fit
+    from vispress.bench.subjects import Subject
+    from vispress.bench.tasks import Prompt
+    from vispress.methods.base import Compressor
+    from vispress.methods.debias import Debias
+
+DEFAULT_RATIO = 0.25
+_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def fit_debias(
+    method: Annotated[str, typer.Option(help="What is corrected: fastv, pyramiddrop...")] = "fastv",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of pictures, a .jsonl file with 'image' and 'question' in each line, or "
+            "a task's name; by default the reference model's own scenes."
+        ),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Asked of a folder's pictures in turn; repeat.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 200,
+    keep_ratio: Annotated[
+        float | None,
+        typer.Option(help="Written to the file; 0.25 for methods without a schedule."),
+    ] = None,
+    num_tokens: Annotated[int | None, typer.Option(help="In place of --keep-ratio.")] = None,
+    layer: Annotated[int | None, typer.Option(help="For methods with one layer.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="exponential or cubic.")] = "exponential",
+    out: Annotated[Path, typer.Option(help="The configuration.")] = Path("debias.yaml"),
+    model: Annotated[str, typer.Option(help="As in `vispress bench`.")] = "reference",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Which pictures or questions are drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Measure how attention grows along the picture, and write what takes it out again."""
+    from vispress import cli
+
+    cli._prepare()
+    from vispress.analysis.trend import fit_trend, measure
+    from vispress.bench.subjects import DTYPES, load_subject
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if shape not in ("exponential", "cubic"):
+        raise ConfigError(f"shape must be exponential or cubic, got {shape!r}")
+    kind: Literal["exponential", "cubic"] = "cubic" if shape == "cubic" else "exponential"
+    asked = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
+    inner = _inner(method, {k: v for k, v in asked.items() if v is not None}, option or [])
+    subject = load_subject(model, device, dtype)
+    console = cli._console()
+    prompts = draw_prompts(data, question or [], samples, seed, subject)
+    with console.status("looking at pictures"):
+        fit = fit_trend(measure(subject, prompts, inner, batch_size), kind)
+    found = corrected(inner, fit)
+    write(found, fit, subject, data or "reference scenes", out)
+    trend = f"slope {found.slope}" if found.curve is None else f"curve {found.curve}"
+    console.print(
+        f"{trend}, from {fit.images} pictures; explains {100 * fit.explained:.0f} % of how "
+        f"attention varies with place\nwritten: {out}",
+        soft_wrap=True,
+    )
+
+
+def _inner(method: str, values: dict[str, Any], pairs: Sequence[str]) -> "Compressor":
+    """The method that is corrected, with a budget where it has no schedule."""
+    from vispress.budget import PUBLISHED_DEPTH
+    from vispress.listing import make_all, parse_options
+
+    values = values | parse_options(pairs)
+    (made,) = make_all([method], values)
+    try:
+        made.placements(PUBLISHED_DEPTH)
+    except BudgetError:
+        if made.given_budget():
+            raise
+        (made,) = make_all([method], values | {"keep_ratio": DEFAULT_RATIO})
+    return made
+
+
+def corrected(inner: "Compressor", fit: "Fit") -> "Debias":
+    """The wrapper that takes a fitted trend out, to six digits."""
+    from vispress.methods.debias import Debias
+
+    slope = None if fit.slope is None else float(f"{fit.slope:.6g}")
+    curve = None if fit.curve is None else tuple(float(f"{c:.6g}") for c in fit.curve)
+    return Debias(inner=inner, slope=slope, curve=curve)
+
+
+def write(found: "Debias", fit: "Fit", subject: "Subject", data: str, out: Path) -> None:
+    """The configuration, with what it was fitted on.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from vispress.config import save_config
+
+    try:
+        save_config(found, out)
+        text = out.read_text(encoding="utf-8")
+        head = (
+            f"# Fitted by vispress fit-debias on {fit.images} pictures of {data} with "
+            f"{subject.name}, weights {subject.weights};\n"
+            f"# explains {100 * fit.explained:.0f} % of how attention varies with place.\n"
+        )
+        out.write_text(head + text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def draw_prompts(
+    data: str | None, questions: Sequence[str], samples: int, seed: int, subject: "Subject"
+) -> Iterator["Prompt"]:
+    """At most `samples` prompts; pictures are opened one by one.
+
+    Args:
+        data: See the command.
+        questions: For a folder's pictures.
+        samples: How many.
+        seed: Which ones.
+        subject: Whose manner of asking is followed.
+
+    Raises:
+        ConfigError: The data cannot be read, holds no pictures, or a question is missing.
+    """
+    path = None if data is None else Path(data)
+    if path is not None and path.is_dir():
+        return _opened(_of_folder(path, questions, samples, seed), subject)
+    if questions:
+        raise ConfigError("--question is for a folder of pictures; this data has its own questions")
+    if path is not None and path.suffix == ".jsonl":
+        return _opened(_of_lines(path, samples, seed), subject)
+    return _of_tasks(data, samples, seed)
+
+
+def _of_tasks(name: str | None, samples: int, seed: int) -> Iterator["Prompt"]:
+    from vispress.bench.tasks import get_task
+    from vispress.reference.words import KINDS
+
+    tasks = [get_task(kind) for kind in (KINDS if name is None else (name,))]
+    for number, task in enumerate(tasks):
+        share = len(range(number, samples, len(tasks)))
+        yield from task.draw(share, seed) if share else ()
+
+
+def _of_folder(
+    folder: Path, questions: Sequence[str], samples: int, seed: int
+) -> list[tuple[Path, str]]:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _PICTURES)
+    if not files:
+        raise ConfigError(f"{folder} holds no pictures ({', '.join(_PICTURES)})")
+    if not questions:
+        raise ConfigError("give --question for a folder of pictures; repeat it for several")
+    drawn = random.Random(seed).sample(files, min(samples, len(files)))
+    return [(file, questions[i % len(questions)]) for i, file in enumerate(drawn)]
+
+
+def _of_lines(file: Path, samples: int, seed: int) -> list[tuple[Path, str]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ConfigError(f"{file}, line {number} is not JSON: {error}") from error
+        if row is None:
+            continue
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str) for key in ("image", "question")
+        ):
+            raise ConfigError(f"{file}, line {number} needs 'image' and 'question', both strings")
+        rows.append((file.parent / row["image"], row["question"]))
+    if not rows:
+        raise ConfigError(f"{file} has no lines")
+    return random.Random(seed).sample(rows, min(samples, len(rows)))
+
+
+def _opened(rows: Sequence[tuple[Path, str]], subject: "Subject") -> Iterator["Prompt"]:
+    from dataclasses import replace
+
+    from vispress.analysis.inspect import open_prompt
+    from vispress.bench.checkpoints import MARK, Checkpoint
+
+    for file, question in rows:
+        prompt = open_prompt(str(file), question)  # asks in the reference model's manner
+        if isinstance(subject, Checkpoint):
+            marked = question if MARK in question else f"{MARK}\n{question}"
+            prompt = replace(prompt, text=marked)
+        yield prompt

@@ -1,0 +1,118 @@
+"""Ensemble: tokens are kept by a weighted sum of the scores of several methods at one placement.
+
+Composition; scores of different kinds are brought to one scale image by image before they are
+added.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, final, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vispress.errors import ConfigError
+from vispress.methods.base import Compressor, Evidence, ScorePruner
+from vispress.methods.checks import check_choice, check_number
+from vispress.methods.fastervlm import FasterVLM
+from vispress.methods.max_norm import MaxNorm
+from vispress.methods.scales import Normalise, normalised
+from vispress.methods.segments import GEOMETRY
+from vispress.registry import get_method, register_method
+from vispress.types import Placement, Signal, VisualTokens
+
+
+def _default() -> tuple[Compressor, ...]:
+    return FasterVLM(scores="column_mean"), MaxNorm()
+
+
+@final
+@register_method("ensemble")
+@dataclass(frozen=True, kw_only=True)
+class Ensemble(ScorePruner):
+    """Prune once, by several methods that score tokens and act at the same place.
+
+    The budget is the ensemble's. Where one of the methods splits it over sub-images and frames, all
+    do.
+
+    Args:
+        parts: At least one method that only scores, or its name; each without a budget.
+        weights: Of each part, at least 0, not all 0; None for equal ones.
+        normalise: `"minmax"`: to [0, 1] over the image (1 where all are equal); `"rank"`: by place
+            in the order, 1 for the best.
+
+    Raises:
+        ConfigError: A part is no method that only scores, or has a budget; or weights do not fit.
+    """
+
+    summary: ClassVar[str] = "the highest weighted sum of several methods' scores"
+    paper: ClassVar[str] = "composition"
+    evidence: ClassVar[Evidence] = "composition"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.COLUMN_ATTENTION}
+
+    parts: tuple[Compressor, ...] = field(default_factory=_default)
+    weights: tuple[float, ...] | None = None
+    normalise: Normalise = "minmax"
+
+    def validate(self) -> None:
+        check_choice("normalise", self.normalise, get_args(Normalise))
+        if not isinstance(self.parts, tuple) or not self.parts:
+            raise ConfigError(f"parts must be a non-empty tuple of methods, got {self.parts!r}")
+        parts = tuple(get_method(p)() if isinstance(p, str) else p for p in self.parts)
+        for part in parts:
+            if not isinstance(part, ScorePruner):
+                name = getattr(part, "name", repr(part))
+                raise ConfigError(f"parts: {name} does not rank tokens by a score alone")
+            if part.given_budget():
+                raise ConfigError(f"parts: the budget is the ensemble's, {part.name} has its own")
+        object.__setattr__(self, "parts", parts)
+        for name in ("needs", "per_segment", "default_positions"):
+            values = [getattr(part, name) for part in parts]
+            object.__setattr__(self, name, next(filter(None, values), values[0]))
+        if self.weights is not None:
+            if not isinstance(self.weights, tuple) or len(self.weights) != len(parts):
+                raise ConfigError(f"weights must be {len(parts)} numbers, got {self.weights!r}")
+            for weight in self.weights:
+                check_number("weights", weight, low=0.0)
+            if not math.fsum(self.weights) > 0.0:
+                raise ConfigError(f"weights must not all be 0, got {self.weights!r}")
+
+    def members(self) -> tuple[Compressor, ...]:
+        return self.parts
+
+    def views(self) -> tuple[Compressor, ...]:
+        return self.parts
+
+    def signals(self) -> frozenset[Signal]:
+        return frozenset().union(*(part.signals() for part in self.parts))
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        found = [replace(part, keep_ratio=0.5).placements(num_layers) for part in self.parts]
+        places = {(p.stage, p.layer, p.queries, p.attention_of) for own in found for p in own}
+        if len(places) > 1 or any(len(own) > 1 for own in found):
+            names = ", ".join(
+                f"{part.name} before layer {', '.join(str(p.layer) for p in own)}"
+                for part, own in zip(self.parts, found, strict=True)
+            )
+            raise ConfigError(
+                f"parts of an ensemble act once, at one place, on the same queries; got {names}"
+            )
+        first = found[0][0]
+        measured = sorted({done for own in found for done in own[0].transitions})
+        budget = self.budget(num_layers, first.layer)
+        return (replace(first, budget=budget, transitions=tuple(measured)),)
+
+    def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
+        """Weighted mean of the parts' scores, each in `[0, 1]`."""
+        seen = tokens.views or (tokens,) * len(self.parts)
+        weights = self.weights or (1.0,) * len(self.parts)
+        visual = None
+        if tokens.segmented:  # newlines do not set the scale
+            visual = (tokens.segments() >= 0).to(tokens.index.device)
+        total = torch.zeros_like(tokens.index, dtype=torch.float32)
+        for part, own, weight in zip(self.parts, seen, weights, strict=True):
+            assert isinstance(part, ScorePruner)  # `validate` saw to it
+            score = normalised(part.score(own), self.normalise, visual)
+            total = total + weight / math.fsum(weights) * score
+        return total
