@@ -31,8 +31,10 @@ class Line:
     frame: int
 
 
-def run_layer(family: str, layer: Any, lines: Sequence[Line], *, alone: bool, merges: int) -> None:
-    """One layer over all lines; in `merges` pairs a line the most similar tokens are merged."""
+def run_layer(
+    family: str, layer: Any, lines: Sequence[Line], merges: Sequence[int], *, alone: bool
+) -> None:
+    """One layer over all lines; in so many pairs a line the most similar tokens are merged."""
     keys: dict[int, list[Tensor]] = {}
     for frame in sorted({line.frame for line in lines}):
         for group in (
@@ -41,10 +43,8 @@ def run_layer(family: str, layer: Any, lines: Sequence[Line], *, alone: bool, me
             else [[line for line in lines if line.frame == frame]]
         ):
             _attend(family, layer, group, keys)
-    for line in lines:
-        own = keys[id(line)]
-        count = min(merges, len(line.tokens) // 2)
-        _merge(line, own, count)
+    for line, count in zip(lines, merges, strict=True):
+        _merge(line, keys[id(line)], count)
         for token in line.tokens:
             token.rows = token.rows + _mlp(family, layer, token.rows)
         if line.cls is not None:

@@ -1,5 +1,7 @@
 """Merging inside the vision encoder: what it computes, what it leaves alone, what it refuses."""
 
+import copy
+import threading
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +12,12 @@ from tests.laws.slow_tome import Line, Token, run_layer
 from tests.laws.test_law01_prune_equals_mask import assert_equals_oracle
 from tests.laws.test_law03_removal import assert_as_before, before
 from tests.laws.test_law10_training import checkpointing, loss_of, training
-from tests.tiny import VIDEO, Sample, Text, Video, build, make_inputs
+from tests.tiny import VIDEO, Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor
 
 from vispress import compress_model, compressed, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
+from vispress.budget import allocate
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import DivPrune, FasterVLM, FastV, ToMe
 
@@ -24,7 +27,8 @@ EXACT = 1e-5
 @contextmanager
 def watched(adapter: Any) -> Any:
     """Notes the first layer's input, the rotary tables, and what the projector is given."""
-    seen: dict[str, Any] = {}
+    taps: list[Tensor] = []
+    seen: dict[str, Any] = {"taps": taps, "tap": lambda _, args: taps.append(args[0])}
     block = adapter.encoder_blocks()[0]
 
     def first(_: Any, args: Any, kwargs: Any) -> None:
@@ -86,57 +90,85 @@ def lines_of(family: str, model: Any, inputs: Any, seen: Any) -> tuple[list[Line
     return lines, rows
 
 
+def spread(lines: list[Line], rows: list[Any], like: Tensor) -> Tensor:
+    """Every patch with the value of its token; [CLS] is left out."""
+    out = torch.zeros_like(like)
+    for token in (token for line in lines for token in line.tokens):
+        for number, own in (rows[member] for member in token.members):
+            if number is None:
+                out[own] = token.rows
+            else:
+                out[number, own] = token.rows
+    return out
+
+
 def windows(h: int, w: int) -> list[int]:
     """Tokens of each window of 2 x 2, cut at the right and below."""
     return [min(2, h - r) * min(2, w - c) for r in range(0, h, 2) for c in range(0, w, 2)]
 
 
-@pytest.mark.parametrize("merges", [1, 3])
+class Fixed(ToMe):  # type: ignore[misc]
+    """Merges `num_tokens` tokens in every layer, as long as there are twice as many."""
+
+    def merges_per_layer(self, num_tokens: int, num_keep: int, num_layers: int) -> tuple[int, ...]:
+        counts = []
+        for _ in range(num_layers):
+            counts.append(min(self.num_tokens or 0, num_tokens // 2))
+            num_tokens -= counts[-1]
+        return tuple(counts)
+
+
+def merges_of(method: ToMe, adapter: Any, inputs: Any, lines: list[Line]) -> list[tuple[int, ...]]:
+    """Merges in each layer, a line: an image's budget is split over its lines by their size."""
+    call = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    per_image = [len(s) for s in adapter.sequences("image", call, len(lines[0].tokens))]
+    found, start, depth = [], 0, len(adapter.encoder_blocks())
+    for count in per_image:
+        sizes = [len(line.tokens) for line in lines[start : start + count]]
+        shares = allocate(min(method.num_tokens or 0, sum(sizes)), sizes)
+        for size, share in zip(sizes, shares, strict=True):
+            found.append(method.merges_per_layer(size, max(1, share), depth))
+        start += count
+    return found
+
+
+@pytest.mark.parametrize(
+    "method", [Fixed(num_tokens=1), Fixed(num_tokens=3), ToMe(num_tokens=11)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_those_of_merging_written_out(family: str, merges: int) -> None:
-    """Schedules of 1 and 3 tokens a layer; in windows of four, fewer are left to merge."""
-
-    class Fixed(ToMe):  # type: ignore[misc]
-        def merges_per_layer(self, num_tokens: int, num_keep: int, num_layers: int) -> Any:
-            counts = []
-            for _ in range(num_layers):
-                counts.append(min(merges, num_tokens // 2))
-                num_tokens -= counts[-1]
-            return tuple(counts)
-
+def test_features_are_those_of_merging_written_out(family: str, method: ToMe) -> None:
+    """As many in each sequence, and by a budget that sequences share unequally."""
     model, inputs = model_of(family), inputs_of(family)
     adapter = find_adapter(model)
     blocks = adapter.encoder_blocks()
-    with torch.no_grad(), watched(adapter) as seen, compressed(model, Fixed(keep_ratio=0.5)):
+    with torch.no_grad(), watched(adapter) as seen, compressed(model, method):
+        tapped = [tap.register_forward_pre_hook(seen["tap"]) for tap in adapter.encoder_taps()]
         model(**inputs)
+        for handle in tapped:  # behind the runtime's own hooks
+            handle.remove()
     lines, rows = lines_of(family, model, inputs, seen)
-    full = getattr(getattr(model.model, "visual", None), "fullatt_block_indexes", ())
+    merges = merges_of(method, adapter, inputs, lines)
+    visual = getattr(model.model, "visual", None)
+    full = getattr(visual, "fullatt_block_indexes", ())
+    taps = list(getattr(visual, "deepstack_visual_indexes", ()))
+    assert len(seen["taps"]) == len(taps) == 2 * (family == "qwen3_vl")
     with torch.no_grad():
         for number, block in enumerate(blocks):
             alone = family == "qwen2_5_vl" and number not in full
-            run_layer(family, block.layer, lines, alone=alone, merges=merges)
-    features = seen["features"]
+            run_layer(family, block.layer, lines, [m[number] for m in merges], alone=alone)
+            if number in taps:  # DeepStack reads on the way
+                read = seen["taps"][taps.index(number)]
+                assert (read - spread(lines, rows, seen["x"])).abs().max() < EXACT
+    expected = spread(lines, rows, seen["x"])
+    if adapter.has_cls:
+        expected = expected[:, 1:]
     if family == "internvl":  # the pixel shuffle comes ahead of its projector
-        ratio, side = model.config.downsample_ratio, model.config.vision_config.image_size[0] // 4
-        expected = torch.zeros(len(features), side * side, 32, dtype=features.dtype)
-    else:
-        expected = torch.zeros_like(features)
-    groups = 0
-    prefix = 1 if adapter.has_cls else 0
-    for line in lines:
-        groups += len(line.tokens)
-        for token in line.tokens:
-            for member in token.members:
-                number, own = rows[member]
-                if number is None:
-                    expected[own] = token.rows
-                else:
-                    expected[number, [i - prefix for i in own]] = token.rows
-    if family == "internvl":
-        grid = expected.view(len(features), side, side, -1)
-        expected = model.model.pixel_shuffle(grid, scale_factor=ratio).flatten(1, 2)
-    assert groups < len(rows)
-    assert (features - expected).abs().max() < EXACT
+        side = round(expected.shape[1] ** 0.5)
+        ratio = model.config.downsample_ratio
+        expected = expected.unflatten(1, (side, side))
+        expected = model.model.pixel_shuffle(expected, scale_factor=ratio).flatten(1, 2)
+    assert sum(len(line.tokens) for line in lines) < len(rows)
+    assert (seen["features"] - expected).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -309,3 +341,50 @@ def test_a_report_of_the_last_prefill_needs_one() -> None:
     with pytest.raises(RuntimeError, match="no visual tokens"):
         compression_report(model)
     remove_compression(model)
+
+
+# --- where models live
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_threads_that_share_a_model_do_not_meet(family: str) -> None:
+    model = model_of(family)
+    batches = [
+        make_inputs(family, [Sample([Text(3 + i), Image(4, 4 + 2 * (i % 2)), Text(4)])], seed=i)
+        for i in range(6)
+    ]
+    out: dict[int, Tensor] = {}
+    with compressed(model, ToMe(keep_ratio=0.4)):
+        alone = [logits_of(model, batch) for batch in batches]
+        start = threading.Barrier(6)
+
+        def work(i: int) -> None:
+            start.wait()
+            for _ in range(3):
+                out[i] = logits_of(model, batches[i])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(out[i], alone[i]) for i in range(6))
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl"])
+def test_a_deep_copy_and_offloaded_weights_merge_alike(family: str) -> None:
+    from accelerate import cpu_offload
+
+    inputs = inputs_of(family)
+    expected = run(model_of(family), inputs, ToMe(keep_ratio=0.4)).logits
+    model = build(family)
+    compress_model(model, ToMe(keep_ratio=0.4))
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(logits_of(twin, inputs), expected)
+    remove_compression(twin)
+    assert not any(module._forward_pre_hooks for module in twin.modules())
+    cpu_offload(twin, execution_device=torch.device("cpu"))
+    with compressed(twin, ToMe(keep_ratio=0.4)):
+        assert (logits_of(twin, inputs) - expected).abs().max() < 1e-12
