@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -175,6 +175,7 @@ def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
     before = {name: base.__dict__[name] for name in _ENCODES if name in base.__dict__}
 
     def note(name: str, original: Any) -> Any:
+        @wraps(original, assigned=(), updated=())
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             found[name] = original(*args, **kwargs)
             return found[name]

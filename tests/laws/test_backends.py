@@ -29,6 +29,7 @@ OWN = {
     "fastv": {"logits_kernel"},
     "fourier": {"dct_lowpass_kernel"},
     "pyramiddrop": {"logits_kernel"},
+    "tome": {"assign_nearest_kernel", "merge_tokens_kernel"},
     "transprune": {"logits_kernel", "transition_scores_kernel"},
     "visionzip": {"assign_nearest_kernel", "logits_kernel", "merge_tokens_kernel"},
     "vtc_cls": {"logits_kernel"},

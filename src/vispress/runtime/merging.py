@@ -117,10 +117,8 @@ class EncoderMerge:
         start, self._read = self._read, self._read + key.shape[2]
         if self.size is None:
             return mask
-        bias = self.size.log().repeat_interleave(self.unit, dim=1)
-        if self.prefix:
-            bias = torch.cat([bias.new_zeros(len(bias), self.prefix), bias], dim=1)
-        bias = bias[:, start : self._read].to(key.dtype)[:, None, None]
+        bias = size_bias(self.size, self.unit, self.prefix)
+        bias = bias[..., start : self._read].to(key.dtype)
         return bias if mask is None else mask + bias
 
     @torch.no_grad()
@@ -223,3 +221,15 @@ class EncoderMerge:
             found.append(tuple(sum(row[start:end]) for row in self.counts))
             start = end
         return found
+
+
+def size_bias(size: Tensor, unit: int = 1, prefix: int = 0) -> Tensor:
+    """`[B, 1, 1, p + n * unit]` to add to attention logits: the log of what each key stands for.
+
+    Args:
+        size: `[B, n]` tokens that each token stands for; 0 is padding, which nothing attends to.
+        unit: Patches of a token, each of which stands for as many.
+        prefix: Tokens ahead of them that stand for themselves.
+    """
+    bias = size.log().repeat_interleave(unit, dim=1)
+    return torch.cat([bias.new_zeros(len(bias), prefix), bias], dim=1)[:, None, None]
