@@ -18,6 +18,7 @@ FLOORS: dict[str, int] = {
     "vispress.types": 1,
     "vispress.kinds": 1,
     "vispress.budget": 1,
+    "vispress.placement": 1,
     "vispress.context": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,

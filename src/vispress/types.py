@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vispress.budget import Budget
 from vispress.context import Context
 from vispress.errors import BudgetError
 from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
+from vispress.placement import Placement
 from vispress_kernels import Backend
 
 __all__ = [
@@ -30,37 +30,6 @@ __all__ = [
     "VisualTokens",
     "full_index",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where a compressor acts, how much it keeps there, and what it must have seen.
-
-    Args:
-        stage: ENCODER merges in the vision encoder (see `EncoderMerger`) and hides nothing from the
-            LLM; PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`.
-        budget: What is kept of the tokens that reached the compressor's first placement; in the
-            encoder, of the tokens of an image.
-        layer: Decoder layer (0-based) before which rows are dropped; 0 for ENCODER and PRE_LLM.
-        queries: Rows of `query_attention`, if the method reads it.
-        attention_of: `"previous"`: the attention of layer `layer - 1`, as it ran. `"next"`: what
-            layer `layer` would compute on the rows that are still there (only q and k are
-            computed).
-        attention_depth: Layers read, that one the last ("previous" only); 1, or an axis more.
-        transitions: Decoder layers whose module inputs and outputs are measured up to here.
-        adaptive: The method decides how much it keeps; `budget` is the most.
-        images: Which images of a prompt it acts on; the others pass.
-    """
-
-    stage: Stage
-    budget: Budget
-    layer: int = 0
-    queries: Queries | None = None
-    attention_of: Literal["previous", "next"] = "previous"
-    attention_depth: int = 1
-    transitions: tuple[int, ...] = ()
-    adaptive: bool = False
-    images: Literal["all", "earlier", "last"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from tests.methods.helpers import make_tokens, merged, only, take
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import PruneVid
 from vispress.methods.diversity import unit
+from vispress.methods.scenes import refined, scenes_of
 from vispress.methods.video_groups import (
     alike,
     cluster_weights,
@@ -17,7 +18,6 @@ from vispress.methods.video_groups import (
     shares,
     static_groups,
 )  # fmt: skip
-from vispress.methods.scenes import refined, scenes_of
 from vispress.types import CropLayout, Queries, Stage
 
 SMALL = torch.eye(4)[:3]  # three tokens of a frame, at right angles

@@ -37,8 +37,8 @@ def visual_tokens(
         hidden: `[B, P, D]`, their hidden states.
         entered: Tokens of each image that reached the method's first placement.
     """
-    inside = method.views()
-    reads = frozenset() if inside else method.signals()
+    parts = method.views()
+    reads = frozenset() if parts else method.signals()
     sample = bucket.sample.unsqueeze(1)
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
@@ -75,7 +75,7 @@ def visual_tokens(
         crops=first.crops,
         num_entered=entered,
         views=tuple(
-            visual_tokens(state, one, placement, bucket, rows, hidden, entered) for one in inside
+            visual_tokens(state, one, placement, bucket, rows, hidden, entered) for one in parts
         ),
         backend=state.attachment.backend,
         **signals,
