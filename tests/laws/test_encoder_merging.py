@@ -133,7 +133,9 @@ def merges_of(method: ToMe, adapter: Any, inputs: Any, lines: list[Line]) -> lis
 
 
 @pytest.mark.parametrize(
-    "method", [Fixed(num_tokens=1), Fixed(num_tokens=3), ToMe(num_tokens=11)], ids=str
+    "method",
+    [Fixed(num_tokens=1), Fixed(num_tokens=3), ToMe(num_tokens=11)],
+    ids=["one", "three", "budget"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_merging_written_out(family: str, method: ToMe) -> None:
@@ -262,7 +264,9 @@ def test_layers_that_merge_are_not_checkpointed_and_checkpointed_again_afterward
         assert all(layer.gradient_checkpointing for layer in layers)
         loss_of(model, inputs).backward()
     handle.remove()
-    assert flags == [False, True]
+    # older transformers run hooks again with the layer in the backward pass
+    assert flags[:2] == [False, True]
+    assert all(flags[1:])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])

@@ -42,6 +42,9 @@ from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 class ToMe(Compressor, EncoderMerger):
     """Merge in the encoder, and hand one token a group to the LLM.
 
+    The budget is that of the LLM, exact for each image; in the encoder it is what each image's
+    sequences together should have behind the last layer. Reports give both.
+
     Args:
         inflect: Shape of the schedule, in `[-1, 1]`: 0 merges as many in each layer, 1 ever more,
             -1 ever fewer.

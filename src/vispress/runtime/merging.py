@@ -55,7 +55,8 @@ class EncoderMerge:
 
     def enter(self, number: int, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """A layer is about to run: note it, and hand it what fits the tokens that are left."""
-        hidden, rest = args[0], args[1:]
+        kwargs = dict(kwargs)
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if number == 0:
             hidden = self._start(hidden)
         self.layer, self._keys, self._read = number, [], 0
