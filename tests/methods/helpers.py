@@ -133,6 +133,7 @@ def make_tokens(
         grid=grid,
         crops=crops,
         image_count=torch.ones(B, dtype=torch.int64),
+        image_number=torch.arange(B),
         padding=torch.rand(B, N, generator=g),
     )
 

@@ -15,6 +15,7 @@ from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
+from vispress.methods.per_image import PerImage as PerImage
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.random_ import Random as Random
