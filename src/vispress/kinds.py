@@ -38,6 +38,7 @@ class Signal(StrEnum):
     GRID = "grid"
     CROPS = "crops"
     IMAGE_COUNT = "image_count"
+    IMAGE_NUMBER = "image_number"
     PADDING = "padding"
     CONTEXT = "context"
 

@@ -138,6 +138,7 @@ class VisualTokens:
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
         crops: Geometry when they are not.
         image_count: Images in the sample that each bucket row belongs to, `[B]` int64.
+        image_number: Place of each row's image among them, from 0; `[B]` int64 on the host.
         padding: `[B, N]` fp32; share of each token's patch that is padding, in `[0, 1]`. None also
             where the family pads no images.
         num_entered: Tokens that reached the compressor's first placement; None: all N0. Fewer are
@@ -171,6 +172,7 @@ class VisualTokens:
     grid: tuple[int, int, int] | None = None
     crops: CropLayout | None = None
     image_count: Int[Tensor, "B"] | None = None
+    image_number: Int[Tensor, "B"] | None = None
     padding: Float[Tensor, "B N"] | None = None
     num_entered: int | None = None
     context: Context | None = None

@@ -17,6 +17,7 @@ from vispress.methods import (
     FasterVLM,
     FastV,
     MaxNorm,
+    PerImage,
     PyramidDrop,
     RandomMix,
     SparseVLM,
@@ -37,6 +38,7 @@ COMPOSITIONS: dict[str, Compressor | list[Compressor]] = {
     "ensemble": Ensemble(parts=(COLUMNS, MANY, MaxNorm()), keep_ratio=0.4),
     "ensemble-in-llm": Ensemble(parts=(FastV(), FastV()), weights=(1.0, 2.0), keep_ratio=0.4),
     "mix-ensemble": RandomMix(inner=Ensemble(parts=(COLUMNS, MANY), keep_ratio=0.4), share=0.3),
+    "per-image": PerImage(inner=Debias(inner=PyramidDrop()), factors=(1.0, 0.3)),
     "chain": [
         Ensemble(parts=(COLUMNS, MANY), keep_ratio=0.7),
         Debias(inner=PyramidDrop(layers=(1, 3), ratios=(0.6, 0.3))),
@@ -111,6 +113,16 @@ def test_keeping_everything_is_the_identity(method: Compressor) -> None:
     before = logits_of(model, inputs)
     with compressed(model, method):
         assert torch.equal(logits_of(model, inputs), before)
+
+
+def test_images_of_one_prompt_keep_their_own_share() -> None:
+    for family in ("llava", "qwen2_5_vl"):
+        model = model_of(family)
+        with compressed(model, PerImage(keep_ratio=0.75, factors=(1.0, 0.333333))):
+            logits_of(model, inputs_of(family))
+            samples = compression_report(model).samples
+        shares = [[image.num_kept / image.num_visual for image in s.images] for s in samples]
+        assert [[round(share, 2) for share in own] for own in shares] == [[0.75], [], [0.75, 0.25]]
 
 
 # --- padding, from the pixels to what is kept

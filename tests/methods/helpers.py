@@ -138,6 +138,7 @@ def make_tokens(
         crops=crops,
         image_count=torch.ones(B, dtype=torch.int64),
         rotary_prior=1 + torch.rand(B, queries, N, generator=g),
+        image_number=torch.arange(B),
         padding=torch.rand(B, N, generator=g),
         context=Context(paired_text=normal(B, dim), query=normal(B, dim), earlier=normal(B, dim)),
     )

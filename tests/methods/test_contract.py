@@ -56,6 +56,7 @@ OTHER_SETTINGS = {
         {"parts": ("fastv", "fastv"), "weights": (1.0, 0.0), "normalise": "rank"},
         {"parts": ("fastervlm", "vtc_cls", "max_norm"), "weights": (1.0, 2.0, 0.5)},
     ],
+    "per_image": [{"factors": (1.0, 0.25)}, {"inner": "divprune", "factors": (0.1,)}],
     "random_mix": [
         {"inner": "divprune", "share": 0.5},
         {"inner": "transprune", "share": 1.0},
@@ -345,7 +346,7 @@ def test_placements_fit_the_depth(name, num_layers):
 def test_the_mean_over_layers_is_what_was_asked(name, budget):
     method, size, depth = get_method(name)(**budget), 10_000, 32
     placements = method.placements(depth)
-    if name in ("dart", "debias", "fastv", "random_mix") and "keep_ratio" in budget:
+    if name in ("dart", "debias", "fastv", "per_image", "random_mix") and "keep_ratio" in budget:
         assert placements[0].budget.resolve(size) == 6000
         return
     starts = [0, *(p.layer for p in placements), depth]

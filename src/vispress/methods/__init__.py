@@ -19,6 +19,7 @@ from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.layerwise import Layerwise as Layerwise
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
+from vispress.methods.per_image import PerImage as PerImage
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.prunevid import PruneVid as PruneVid
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop

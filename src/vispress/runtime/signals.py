@@ -67,6 +67,9 @@ def visual_tokens(
     if Signal.IMAGE_COUNT in reads:
         counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
+    if Signal.IMAGE_NUMBER in reads:
+        numbers = state.image_numbers
+        signals["image_number"] = torch.tensor([numbers[image] for image in bucket.images])
     return VisualTokens(
         features=hidden[sample, local],
         index=bucket.index,

@@ -84,6 +84,15 @@ class ForwardState:
             counts[image.sample] += 1
         return counts
 
+    @property
+    def image_numbers(self) -> dict[Image, int]:
+        """Place of each image among those of its sample."""
+        return {
+            image: number
+            for sample in range(self.last.index.shape[0])
+            for number, image in enumerate(i for i in self.images if i.sample == sample)
+        }
+
     def rows_at(self, layer: int) -> Rows:
         """Rows that enter decoder layer `layer`."""
         return next(rows for start, rows in reversed(self.rows) if start <= layer)
