@@ -27,7 +27,7 @@ CASES = [(family, method) for family in VIDEO for method in sorted(VIDEO_ONLY)]
 SAMPLES = [Sample([Text(3), Video(3, 4, 4), Text(6)]), Sample([Text(2), Video(3, 4, 6), Text(3)])]
 
 
-ADAPTIVE = ("prunevid",)
+ADAPTIVE = ("dycoke", "prunevid")
 """Methods that need no budget."""
 
 
@@ -143,3 +143,17 @@ def test_counts_that_videos_decide_equal_the_masked_model(family: str, method: s
     videos = [video for sample in result.report.samples for video in sample.images]
     assert all(0 < len(video.kept) < video.num_visual for video in videos)
     assert_equals_oracle(model, inputs, result)
+
+
+@pytest.mark.parametrize("family", VIDEO)
+def test_a_second_stage_that_merges_equals_the_masked_model(family: str) -> None:
+    model, inputs = model_of(family), inputs_of(family)
+    method = make(family, "holitom", inner=True)
+    result = run(model, inputs, method)
+    assert len(result.values) == 2  # merged before the LLM, and inside
+    assert_equals_oracle(model, inputs, result)
+    with masked_model(model, oracle_of(result, inputs), result.positions, result.values):
+        expected = generate(model, inputs)
+    with compressed(model, method):
+        got = generate(model, inputs)
+    assert torch.equal(got.sequences, expected.sequences)

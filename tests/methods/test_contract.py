@@ -43,6 +43,7 @@ OTHER_SETTINGS = {
     "layerwise": [{"queries": "text"}],
     "adsc": [{"mode": "1d"}, {"offset": "first"}],
     "cdpruner": [{"relevance": "none"}],
+    "dycoke": [{"num_tokens": 7}],
     "flashvlm": [{"gating": True}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
@@ -51,6 +52,7 @@ OTHER_SETTINGS = {
     "tome": [{"inflect": -0.5}],
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
+    "holitom": [{"inner": True}, {"context": 0.0, "threshold": 0.0}],
     "holov": [{"variant": "paper", "num_crops": 3}],
     "ensemble": [
         {"parts": ("fastv", "fastv"), "weights": (1.0, 0.0), "normalise": "rank"},
@@ -90,7 +92,7 @@ def variants(name):
 
 METHODS = [pytest.param(name, id=name) for name in BUILT_IN]
 VIDEO_ONLY = {n for n in BUILT_IN if get_method(n).needs == "video"}
-CUTS_SCENES = {"fastvid", "prunevid"}
+CUTS_SCENES = {"fastvid", "holitom", "prunevid"}
 BUDGETED = [name for name in BUILT_IN if get_method(name).takes_budget]
 VARIANTS = [
     pytest.param(m, id="-".join([name, *(str(i) for i in [i] if i)]))
@@ -139,12 +141,10 @@ def bucket(method, geometry="image", **kwargs):
     layers = method.encoder_layers(6, 4)
     tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
     # before the LLM there is no attention of it
-    early = method.name in ("catp", "vscan")
+    early = method.name in ("catp", "holitom", "prunevid", "vscan")
     context = dataclasses.replace(tokens.context, query=None, earlier=None)
     at_entry = dataclasses.replace(tokens, query_attention=None, context=context)
     return at_entry if early else tokens
-    early = method.name in ("prunevid", "vscan")
-    return dataclasses.replace(tokens, query_attention=None) if early else tokens
 
 
 def count_for(method, tokens, count):

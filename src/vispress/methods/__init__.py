@@ -7,6 +7,7 @@ from vispress.methods.cdpruner import CDPruner as CDPruner
 from vispress.methods.dart import DART as DART
 from vispress.methods.debias import Debias as Debias
 from vispress.methods.divprune import DivPrune as DivPrune
+from vispress.methods.dycoke import DyCoke as DyCoke
 from vispress.methods.ensemble import Ensemble as Ensemble
 from vispress.methods.evs import EVS as EVS
 from vispress.methods.fastervlm import FasterVLM as FasterVLM
@@ -15,6 +16,7 @@ from vispress.methods.fastvid import FastVID as FastVID
 from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
+from vispress.methods.holitom import HoliTom as HoliTom
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.layerwise import Layerwise as Layerwise
 from vispress.methods.max_norm import MaxNorm as MaxNorm

@@ -1,0 +1,115 @@
+"""HoliTom: cut a video so that keeping once what stays the same saves most, then merge by clusters.
+
+Shao et al., "HoliTom: Holistic Token Merging for Fast Video Large Language Models", NeurIPS 2025,
+arXiv:2505.21334.
+Source: the authors' code, read through a specification; no official vectors exist.
+Follows the code: dynamic programming over runs of frames, whose places that stay the same (cosine
+of adjacent frames above 0.8 all along) are averaged over the run; the budget is shared out over
+what is left: averages are merged into clusters (DPC-KNN, 7 neighbours), of each frame's others the
+most attended stay and the rest is merged; a centre is 0.6 of itself and 0.4 of its cluster's mean.
+`inner`: before layer 18 of 28 half is dropped by the last prompt token's attention in the layer
+before, and one after another averaged into the most similar kept token.
+Differs: the share of merged tokens in a frame is not in our source (`context`: 0.4, reconstructed);
+attention is that of the encoder's feature layer; counts are proportional and met exactly, but a
+video with fewer tokens left than the budget keeps those; averages stand in the first frame of their
+run, in raster order. Densities have no noise. Newlines are kept within the budget. Images pass
+whole.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from vispress.budget import scaled_layer
+from vispress.errors import ConfigError
+from vispress.methods import video_groups as parts
+from vispress.methods.absorb import absorbed
+from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
+from vispress.methods.checks import check_flag, check_integer, check_number
+from vispress.methods.encoder import encoder_attention
+from vispress.methods.schedules import pair_budgets
+from vispress.methods.segments import GEOMETRY
+from vispress.methods.videos import frames
+from vispress.registry import register_method
+from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
+
+PUBLISHED_LAYER = 21  # of 32: 18 of 28
+NEIGHBOURS = 7
+
+
+@final
+@register_method("holitom")
+@dataclass(frozen=True, kw_only=True)
+class HoliTom(Compressor):
+    """Merge videos before the LLM, and with `inner` once more inside.
+
+    Then `keep_ratio` is the mean over decoder layers, and `num_tokens` what is left at last.
+
+    Args:
+        threshold: Cosine above which a place is the same in two frames, in `[-1, 1]`.
+        context: Fraction of a frame's tokens that are clusters, in `[0, 1]`; 0 only drops.
+        beta: What a centre keeps of itself beside its cluster's mean, in `[0, 1]`.
+        inner: Whether half is merged away inside the LLM.
+        layer: Decoder layer before which that happens, at least 1; None for 18 of 28, scaled.
+    """
+
+    summary: ClassVar[str] = "of videos: what changes, and clusters of what stays the same"
+    paper: ClassVar[str] = "Shao et al., NeurIPS 2025, arXiv:2505.21334"
+    evidence: ClassVar[Evidence] = "reconstructed"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.COLUMN_ATTENTION}
+    needs: ClassVar[Need | None] = "video"
+    merges: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+
+    threshold: float = 0.8
+    context: float = 0.4
+    beta: float = 0.6
+    inner: bool = False
+    layer: int | None = None
+
+    def validate(self) -> None:
+        check_number("threshold", self.threshold, low=-1.0, high=1.0)
+        check_number("context", self.context, low=0.0, high=1.0)
+        check_number("beta", self.beta, low=0.0, high=1.0)
+        check_flag("inner", self.inner)
+        if self.layer is not None:
+            check_integer("layer", self.layer, low=1)
+            if not self.inner:
+                raise ConfigError(f"layer={self.layer} is of the inner stage; give inner=True too")
+
+    def signals(self) -> frozenset[Signal]:
+        return self.reads | {Signal.QUERY_ATTENTION} if self.inner else self.reads
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        if not self.inner:
+            return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
+        layer = scaled_layer(PUBLISHED_LAYER, num_layers) if self.layer is None else self.layer
+        check_layer("layer", layer, num_layers)
+        before, inside = pair_budgets(self, 0.5, layer, num_layers)
+        first = Placement(stage=Stage.PRE_LLM, budget=before)
+        stage, last = Stage.IN_LLM, Queries.LAST
+        return first, replace(first, stage=stage, budget=inside, layer=layer, queries=last)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        if self.inner and tokens.query_attention is not None:
+            score = upcast(tokens.query_attention).mean(dim=(1, 2))
+            keep = top_indices(score, num_keep)
+            return absorbed(upcast(tokens.features), keep, tokens.backend)
+        video = frames(tokens, self.name)
+        count, newlines = video.split(num_keep)
+        x = video.of(upcast(tokens.features))
+        attention = encoder_attention(tokens, "column_mean")[:, video.places]
+        groups = parts.saving_groups(x, self.threshold)
+
+        def merge(row: int, group: parts.Group, few: int) -> tuple[Tensor, Tensor]:
+            own = group.tokens(x[row])
+            context = few if group.static else few - round(few * (1 - self.context))
+            score = attention[row, group.frame, group.places]
+            into = parts.beside_top(own, score, few - context, context, NEIGHBOURS)
+            return into, parts.cluster_weights(into, self.beta)
+
+        counts = [parts.shares(own, count) for own in groups]
+        return parts.merge_groups(video, newlines, groups, counts, merge)
