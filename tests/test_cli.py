@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from tests.bench.conftest import checkpoint  # noqa: F401  (a fixture)
-from vispress import cli, doctor, registry, versions
+from vispress import cli, cli_options, doctor, registry, versions
 from vispress.errors import UnsupportedVersionError
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +66,14 @@ def test_methods_of_one_family():
         (["show", "scene:1", "--method", "fastv", "--set", "layer"], "--set needs KEY=VALUE"),
         (["show", "scene:1", "--method", "fastv", "--keep-ratio", "2"], "must be a number in"),
         (["show", "scene:1", "--method", "fastv", "--model", "MODEL"], "needs a budget"),
+        (["search", "gready"], "strategy must be one of greedy, sigmoid"),
+        (["search", "greedy", "--flops", "0.5"], "takes no budget"),
+        (["search", "sigmoid"], "give --keep-ratio or --flops"),
+        (["search", "--model", "org/name"], "--task is needed"),
+        (["search", "--method", "fastv"], "fastv has no layers and ratios"),
+        (["search", "--metric", "speed"], "metric must be one of 'accuracy'"),
+        (["search", "--task", "cuont"], "did you mean 'count'"),
+        (["search", "--model", "MODEL", "--task", "count", "--out", "FILE/x"], "cannot write"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
@@ -91,7 +99,7 @@ def test_errors_are_one_line_and_exit_code_2(
     "command", [["bench", "smoke"], ["demo"], ["train-reference"], ["fit-debias"]]
 )
 def test_missing_extras_are_named_before_anything_runs(monkeypatch, capsys, command):
-    monkeypatch.setattr(cli, "_EXTRA", ("no_such_package",))
+    monkeypatch.setattr(cli_options, "_EXTRA", ("no_such_package",))
     assert run_main(monkeypatch, *command) == 2
     assert "pip install 'vispress[bench]'" in capsys.readouterr().err
 
@@ -146,6 +154,25 @@ def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     code = run_main(monkeypatch, "bench", plan, "--model", model, "--out", out, "--seed", "1")
     assert code == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_search_writes_a_schedule_that_compresses(monkeypatch, capsys, tmp_path, request):
+    from vispress.config import load_config
+
+    model, out = request.getfixturevalue("checkpoint"), tmp_path / "out"
+    arguments = ["--model", model, "--task", "count", "--questions", "2", "--out", out]
+    asked = [*arguments, "--method", "pyramiddrop", "--tolerance", "0.1"]
+    assert run_main(monkeypatch, "search", "greedy", *asked) == 0
+    output = capsys.readouterr().out
+    assert "; now layer 1 at" in output
+    assert "of 144" in output
+    assert f'compress_model(model, config="{out / "schedule.yaml"}")' in output
+    assert load_config(out / "schedule.yaml").name == "pyramiddrop"
+    asked = [*arguments, "--keep-ratio", "0.6", "--trials", "2", "--set", "queries=text"]
+    assert run_main(monkeypatch, "search", "sigmoid", *asked) == 0
+    found = load_config(out / "schedule.yaml")
+    assert (found.name, found.queries, found.midpoint is None) == ("layerwise", "text", False)
+    assert "sigmoid, 0.6 of tokens: kl" in (out / "schedule.yaml").read_text()
 
 
 def test_report_makes_a_page_where_it_is_asked(monkeypatch, capsys, tmp_path):

@@ -36,6 +36,8 @@ FLOORS: dict[str, int] = {
     "vispress.reference": 5,
     "vispress.integrations": 5,
     "vispress.cli": 5,
+    "vispress.cli_options": 5,
+    "vispress.cli_search": 5,
     "vispress.doctor": 5,
     "vispress.listing": 5,
 }

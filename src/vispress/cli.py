@@ -1,7 +1,6 @@
 """The command line. Commands are thin, and import what they need when they run."""
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vispress.analysis.fit_debias import fit_debias
+from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
+from vispress.cli_search import search
 from vispress.errors import ConfigError, VispressError
 
 if TYPE_CHECKING:
@@ -24,17 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(name="fit-debias")(fit_debias)
-
-_EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
-
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
-Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="'reference', 'reference-qwen', a checkpoint's folder, or a hub id (org/name)."
-    ),
-]
+app.command()(search)
 
 
 def main() -> None:
@@ -46,27 +37,6 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)
-
-
-def _console() -> Console:
-    """Wide enough for tables where the output is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(140, console.width))
-
-
-def _prepare() -> None:
-    """Refuse early what would fail late, and silence transformers' own bars and advice."""
-    missing = [name for name in _EXTRA if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} missing; run: pip install 'vispress[bench]'")
-    _quiet()
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 @app.command()
@@ -87,7 +57,7 @@ def methods(
 
             names = [family.name for family in families()]
             raise ConfigError(f"unknown model family {model!r}; {suggest(model, names)}")
-    _console().print(method_table(known))
+    terminal().print(method_table(known))
 
 
 @app.command()
@@ -98,9 +68,9 @@ def doctor() -> None:
     broken = False
     table = Table("check", "status", "detail")
     styles = {"ok": "green", "missing": "yellow", "broken": "red"}
-    console = _console()
+    console = terminal()
     try:
-        _quiet()
+        quiet()
     except ImportError:
         console.print("transformers is missing", style="red")
     with console.status("looking"):
@@ -140,9 +110,9 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.summary import summarise, write_summary
     from vispress.bench.table import tables
 
-    _prepare()
+    prepare()
     shard = this_shard()
-    console = _console() if shard.leader else Console(quiet=True)
+    console = terminal() if shard.leader else Console(quiet=True)
     try:
         with progress_bar(plan, console, processes=shard.world) as advance:
             run(plan, out, device=device, force=force, advance=advance, shard=shard)
@@ -171,10 +141,10 @@ def report(
     device: Device = "cpu",
 ) -> None:
     """Make one HTML page of results: frontiers, tests, costs, kept tokens, failures."""
-    _prepare()
+    prepare()
     from vispress.bench.page.render import write_page
 
-    console = _console()
+    console = terminal()
     with console.status("reading") as status:
         options: dict[str, Any] = {"pictures": pictures, "samples": samples, "device": device}
         page = write_page(results, out, **options, advance=lambda what, _: status.update(what))
@@ -209,14 +179,14 @@ def show(
 def _show(
     image: str, question: str | None, chosen: "list[Compressor]", out: Path, model: str, device: str
 ) -> None:
-    _prepare()
+    prepare()
     from vispress.analysis.inspect import inspect, open_prompt, unknown_words
     from vispress.analysis.overlay import draw_views, seen_picture
     from vispress.bench.subjects import load_subject
 
     prompt = open_prompt(image, question)
     subject = load_subject(model, device)
-    console = _console()
+    console = terminal()
     if words := unknown_words(subject, prompt):
         console.print(f"the model does not know: {', '.join(words)}", style="yellow")
     views = inspect(subject, prompt, chosen, None)
@@ -268,7 +238,7 @@ def train_reference(
     device: Device = "cpu",
 ) -> None:
     """Train the reference model from nothing."""
-    _prepare()
+    prepare()
     from vispress.reference.architecture import ARCHITECTURES
     from vispress.reference.train import train_reference as train
 
@@ -293,7 +263,7 @@ def train_reference(
     table = Table("task", "accuracy %")
     for task, score in scores.items():
         table.add_row(task, f"{100 * score:.1f}")
-    _console().print(table)
+    terminal().print(table)
 
 
 if __name__ == "__main__":

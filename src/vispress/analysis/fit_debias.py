@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from vispress.cli_options import prepare, terminal
 from vispress.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ def fit_debias(
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Measure how attention grows along the picture, and write what takes it out again."""
-    from vispress import cli
-
-    cli._prepare()
+    prepare()
     from vispress.analysis.trend import fit_trend, measure
     from vispress.bench.subjects import DTYPES, load_subject
 
@@ -66,7 +65,7 @@ def fit_debias(
     asked = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
     inner = _inner(method, {k: v for k, v in asked.items() if v is not None}, option or [])
     subject = load_subject(model, device, dtype)
-    console = cli._console()
+    console = terminal()
     prompts = draw_prompts(data, question or [], samples, seed, subject)
     with console.status("looking at pictures"):
         fit = fit_trend(measure(subject, prompts, inner, batch_size), kind)

@@ -28,6 +28,19 @@ def progress_bar(plan: Plan, console: Console, *, processes: int = 1) -> Iterato
         processes: How many answer.
     """
     total = len(plan.cells()) * len(plan.tasks) * plan.questions
+    with counting(total, console, processes=processes) as advance:
+        yield advance
+
+
+@contextmanager
+def counting(total: int, console: Console, *, processes: int = 1) -> Iterator[Advance]:
+    """The same for a number of questions.
+
+    Args:
+        total: Questions, at most.
+        console: Where to.
+        processes: How many answer.
+    """
     if not console.is_terminal:
         yield _Lines(console, total, processes)
         return

@@ -1,0 +1,41 @@
+"""What the commands share: common options, the console, and checks before anything runs."""
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vispress.errors import ConfigError
+
+_EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
+
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
+Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="'reference', 'reference-qwen', a checkpoint's folder, or a hub id (org/name)."
+    ),
+]
+
+
+def terminal() -> Console:
+    """Wide enough for tables where the output is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(140, console.width))
+
+
+def prepare() -> None:
+    """Refuse early what would fail late, and silence transformers' own bars and advice."""
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing; run: pip install 'vispress[bench]'")
+    quiet()
+
+
+def quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

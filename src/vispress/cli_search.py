@@ -1,0 +1,144 @@
+"""`vispress search`: find a schedule for a model, as a YAML file that `compress_model` takes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vispress.cli_options import Device, prepare, terminal
+from vispress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vispress.bench.judge import Found, Judge
+
+STRATEGIES = ("greedy", "sigmoid")
+_OWN = {"reference", "reference-qwen"}
+_OWN_TASKS = ("attribute", "place", "existence", "needle", "digit", "reading", "where", "relation")
+
+Strategy = Annotated[
+    str,
+    typer.Argument(
+        help="'greedy': the least rate of each layer within --tolerance. 'sigmoid': the best "
+        "sigmoid under --keep-ratio or --flops, by Bayesian optimisation."
+    ),
+]
+Name = Annotated[
+    str, typer.Option(help="'reference', 'reference-qwen', a checkpoint's folder, or a hub id.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option(help="Repeat; the reference model has tasks of its own.")
+]
+Measure = Annotated[str, typer.Option(help="'kl' (of the first token), 'loyalty' or 'accuracy'.")]
+Method = Annotated[
+    str, typer.Option(help="Greedy: a method with layers and ratios, whose ranking is used.")
+]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
+]
+Tolerance = Annotated[
+    float, typer.Option(help="Greedy: nats of KL, or share of accuracy or loyalty, to lose.")
+]
+Ratio = Annotated[
+    float | None, typer.Option(help="Sigmoid: mean of visual tokens over layers, in (0, 1].")
+]
+Flops = Annotated[
+    float | None, typer.Option(help="Sigmoid: share of the visual tokens' FLOPs, in (0, 1].")
+]
+
+
+def search(
+    strategy: Strategy = "greedy",
+    out: Annotated[Path, typer.Option(help="Folder; a stopped search goes on.")] = Path("search"),
+    model: Name = "reference",
+    task: Tasks = None,
+    questions: Annotated[int, typer.Option(help="Of each task, to calibrate on.")] = 25,
+    metric: Measure = "kl",
+    method: Method = "layerwise",
+    option: Options = None,
+    tolerance: Tolerance = 0.005,
+    keep_ratio: Ratio = None,
+    flops: Flops = None,
+    trials: Annotated[int, typer.Option(help="Sigmoid: how many are tried.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Prompts a batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of questions and trials.")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Search how many tokens each layer needs; writes schedule.yaml for compress_model."""
+    from vispress.listing import parse_options
+
+    unit, share = _budget(strategy, keep_ratio, flops)
+    if not task and model not in _OWN:
+        raise ConfigError(f"--task is needed for the model {model!r}; GQA, say, is --task gqa")
+    values = parse_options(option or [])
+    prepare()
+    from vispress.bench.judge import Calibration
+    from vispress.bench.search import Wish
+
+    calibration = Calibration(
+        tasks=tuple(task or _OWN_TASKS),
+        metric=metric,  # type: ignore[arg-type]
+        questions=questions,
+        seed=seed,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    # what is wrong with the options shows before the model is loaded
+    wish = Wish.of(method, values, unit, share, tolerance=tolerance, trials=trials, seed=seed)
+    _search(wish, calibration, out, model, device)
+
+
+def _budget(strategy: str, keep_ratio: float | None, flops: float | None) -> tuple[Any, float]:
+    """Unit and share of a sigmoid's budget; no unit for the greedy search."""
+    given = {"tokens": keep_ratio, "flops": flops}
+    found = [(unit, share) for unit, share in given.items() if share is not None]
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy == "greedy" and found:
+        raise ConfigError("a greedy search takes no budget, its --tolerance says when to stop")
+    if strategy == "sigmoid" and len(found) != 1:
+        raise ConfigError("a sigmoid needs one budget: give --keep-ratio or --flops")
+    return found[0] if found else (None, 1.0)
+
+
+def _search(wish: Any, calibration: Any, out: Path, model: str, device: str) -> None:
+    from vispress.bench.judge import Judge
+    from vispress.bench.progress import counting
+    from vispress.bench.subjects import load_subject
+
+    subject = load_subject(model, device)
+    console = terminal()
+    path = out / "schedule.yaml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        judge = Judge(subject, calibration, out / "values.jsonl")
+        # the uncompressed model, what is tried, and what is found
+        runs = 2 + wish.most(judge.num_layers)
+        with counting(runs * judge.num_questions, console) as judge.advance:
+            found = wish.search(judge, out / "trials.journal")
+        found.save(path, judge, wish.words)
+    except KeyboardInterrupt:
+        console.print(f"\nstopped; the same command goes on from what is in {out}")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+    console.print(_table(found, judge))
+    console.print(f'written: {path}; use: compress_model(model, config="{path}")', soft_wrap=True)
+
+
+def _table(found: "Found", judge: "Judge") -> Table:
+    """Placements of the schedule, and what it is worth."""
+    metric = judge.calibration.metric
+    title = (
+        f"{found.method.name}: {metric} {found.value:.4f} (uncompressed {found.uncompressed:.4f})"
+    )
+    caption = (
+        f"{100 * found.tokens:.1f} % of visual tokens as a mean over layers, "
+        f"{100 * found.flops:.1f} % of their FLOPs"
+    )
+    table = Table("before layer", "tokens kept", title=title, caption=caption)
+    for placement in found.method.placements(judge.num_layers):
+        count = placement.budget.resolve(judge.num_visual)
+        table.add_row(str(placement.layer), f"{count} of {judge.num_visual}")
+    return table

@@ -1,0 +1,232 @@
+"""`vispress search`: what is found, what it costs, and that a stopped search goes on."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vispress import compress_model, compression_report, remove_compression
+from vispress.bench.judge import Calibration, Judge
+from vispress.bench.search import GRID, Wish, greedy_steps, grid_for, scheduled, search_greedy
+from vispress.bench.sigmoid import search_sigmoid
+from vispress.config import load_config
+from vispress.errors import BudgetError, ConfigError
+from vispress.methods import Layerwise, NoImage
+
+SMALL = Calibration(tasks=("count", "attribute"), questions=3, batch_size=2, max_new_tokens=2)
+
+
+class Told:
+    """A judge that knows the rate every layer needs; good is all of them or more."""
+
+    num_layers, uncompressed = 7, 1.0
+
+    def __init__(self, *need):
+        self.need, self.asked = need, []
+
+    def rates(self, method):
+        rates = [1.0] * self.num_layers
+        for placement in method.placements(self.num_layers):
+            ratio = placement.budget.keep_ratio or 0.0
+            rates[placement.layer :] = [ratio] * (self.num_layers - placement.layer)
+        return rates
+
+    def least(self, tolerance):
+        return 1.0 - tolerance
+
+    def value(self, method, what=""):
+        self.asked.append(what)
+        return float(all(a >= b for a, b in zip(self.rates(method), self.need, strict=True)))
+
+    def share_of_tokens(self, method):
+        return sum(self.rates(method)) / self.num_layers
+
+    share_of_flops = share_of_tokens
+
+
+@pytest.fixture
+def judge(subject):
+    return Judge(subject, SMALL)
+
+
+# --- greedy
+
+
+@pytest.mark.parametrize(
+    "need",
+    [
+        (1.0, 0.85, 0.85, 0.4, 0.06, 0.0, 0.0),
+        (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
+        (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        (1.0, 1.0, 0.3, 0.3, 0.3, 0.3, 0.2),
+    ],
+)
+def test_greedy_finds_the_least_rate_of_every_layer(need):
+    told = Told(*need)
+    found = search_greedy(told, scheduled("layerwise"))
+    expected = [1.0] + [min(rate for rate in GRID if rate >= n) for n in need[1:]]
+    assert told.rates(found.method) == expected
+    assert found.value == 1.0
+    assert len(told.asked) <= greedy_steps(7) + 1
+    assert len(set(told.asked)) == len(told.asked)
+
+
+def test_other_rankings_follow_the_same_schedule():
+    told = Told(1.0, 0.9, 0.3, 0.3, 0.0, 0.0, 0.0)
+    wish = Wish.of("pyramiddrop", {}, None, 1.0)
+    found = wish.search(told)
+    assert found.method.name == "pyramiddrop"
+    assert (found.method.layers, found.method.ratios) == ((1, 2, 4), (0.9, 0.3, 0.05))
+    assert 0.0 not in grid_for("pyramiddrop")
+    assert scheduled("layerwise", queries="text")([1.0, 1.0, 0.5]).queries == "text"
+    assert wish.most(7) == 6 * 4
+
+
+@pytest.mark.refusal
+def test_what_a_search_cannot_use_is_refused():
+    for name, options, unit, words in (
+        ("fastv", {}, None, "fastv has no layers and ratios to search; have: layerwise"),
+        ("layerwise", {"keep_ratio": 0.5}, None, "keep_ratio is what the search finds"),
+        ("layerwise", {"floor": 0.5}, None, "floor is of a sigmoid"),
+        ("layerwise", {"querys": "text"}, None, "did you mean 'queries'"),
+        ("pyramiddrop", {}, "tokens", "a schedule of layerwise, not of pyramiddrop"),
+        ("layerwise", {"midpoint": 0.5}, "flops", "midpoint is what the search finds"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Wish.of(name, options, unit, 0.5)
+    with pytest.raises(ConfigError, match="grid must hold"):
+        search_greedy(Told(*[1.0] * 7), scheduled("layerwise"), grid=(0.5, 0.1))
+    for bad in ({"metric": "speed"}, {"questions": 0}, {"tasks": ("cuont",)}, {"tasks": ()}):
+        with pytest.raises(ConfigError, match=next(iter(bad)) if "tasks" not in bad else "task"):
+            Calibration(**{"tasks": ("count",), **bad})
+
+
+# --- values
+
+
+def test_divergence_is_that_of_the_first_answer_token(judge):
+    assert judge.uncompressed == 0.0
+    assert judge.value(Layerwise(keep_ratio=1.0)) == 0.0
+    subject, method = judge.subject, Layerwise(midpoint=0.2)
+    means = {}
+    for batch in judge.batches:
+        inputs = subject.encode(batch.prompts)
+        with torch.no_grad():
+            p = subject.model(**inputs).logits[:, -1].log_softmax(-1)
+            compress_model(subject.model, method)
+            q = subject.model(**inputs).logits[:, -1].log_softmax(-1)
+            remove_compression(subject.model)
+        means.setdefault(batch.task, []).extend((p.exp() * (p - q)).sum(-1).tolist())
+    expected = -sum(sum(own) / len(own) for own in means.values()) / len(means)
+    assert judge.value(method) == pytest.approx(expected, abs=1e-6)
+    assert expected < 0
+    assert judge.least(0.25) == -0.25
+
+
+def test_loyalty_and_accuracy_are_of_whole_answers(subject):
+    loyal = Judge(subject, replace(SMALL, metric="loyalty"))
+    assert loyal.uncompressed == loyal.value(Layerwise(keep_ratio=1.0)) == 1.0
+    assert loyal.least(0.25) == 0.75
+    answers = [loyal._answers(b, subject.encode(b.prompts)) for b in loyal.batches]
+    right = Judge(subject, replace(SMALL, metric="accuracy"))
+    scores = {}
+    for batch, own in zip(loyal.batches, answers, strict=True):
+        for prompt, answer in zip(batch.prompts, own, strict=True):
+            scores.setdefault(batch.task, []).append(float(answer == prompt.answer))
+    assert right.uncompressed == pytest.approx(sum(map(sum, scores.values())) / 6)
+    blind = loyal.value(NoImage())
+    assert 0.0 <= blind <= 1.0
+    assert round(blind * 6) == pytest.approx(blind * 6)
+
+
+def test_costs_are_shares_of_all_visual_tokens(judge):
+    half = Layerwise(layers=(2,), ratios=(0.5,))
+    assert judge.num_visual == 144
+    assert judge.share_of_tokens(half) == 0.75
+    d, m = judge._text.hidden_size, judge._text.intermediate_size
+
+    def cost(n):
+        return 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
+
+    assert judge.share_of_flops(half) == pytest.approx((cost(144) + cost(72)) / 2 / cost(144))
+
+
+def test_a_stopped_search_goes_on_without_the_model(subject, tmp_path, monkeypatch):
+    log, make = tmp_path / "values.jsonl", scheduled("layerwise")
+    first = search_greedy(Judge(subject, SMALL, log), make, tolerance=0.05)
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[:-1]) + '\n{"identity": "cut o')
+    again = Judge(subject, SMALL, log)
+    assert len(again._known) == len(lines) - 1
+    log.write_text("\n".join(lines) + "\n")
+    last = Judge(subject, SMALL, log)
+    monkeypatch.setattr(last, "_outputs", None)
+    monkeypatch.setattr(Judge, "uncompressed", 0.0)
+    assert search_greedy(last, make, tolerance=0.05) == first
+    # other questions: nothing of it counts
+    assert not Judge(subject, replace(SMALL, seed=1), log)._known
+
+
+def test_what_is_found_is_a_file_that_compresses(judge, tmp_path):
+    found = search_greedy(judge, scheduled("layerwise"), tolerance=0.05)
+    assert found.value >= judge.least(0.05)
+    found.save(path := tmp_path / "schedule.yaml", judge, "greedy")
+    assert path.read_text().startswith("# vispress search greedy: kl ")
+    assert load_config(path) == found.method
+    model = judge.subject.model
+    compress_model(model, config=path)
+    model(**judge.subject.encode(judge.batches[0].prompts))
+    (image,) = compression_report(model).samples[0].images
+    remove_compression(model)
+    mean = sum(compression_report_counts(image, judge.num_layers)) / judge.num_layers
+    assert mean / 144 == pytest.approx(found.tokens)
+
+
+def compression_report_counts(image, num_layers):
+    """Visual tokens that enter each layer."""
+    counts = [image.num_visual] * num_layers
+    for placement in image.placements:
+        counts[placement.layer :] = [placement.num_kept] * (num_layers - placement.layer)
+    return counts
+
+
+# --- sigmoid
+
+
+def test_the_best_sigmoid_meets_its_budget_and_goes_on(judge, tmp_path):
+    storage = tmp_path / "trials.journal"
+    asked = []
+    judge.advance = lambda what, _n: asked.append(what.partition(",")[0])
+    first = search_sigmoid(judge, 0.6, trials=3, storage=storage)
+    assert first.tokens == pytest.approx(0.6, abs=0.02)
+    assert first.value >= judge.value(Layerwise(keep_ratio=0.6)) - 1e-6
+    more = search_sigmoid(judge, 0.6, trials=10, storage=storage)
+    assert more.value >= first.value
+    tried = {what for what in asked if what.startswith("trial ")}
+    assert tried == {f"trial {i}" for i in range(10)}
+    assert search_sigmoid(judge, 0.6, trials=10, storage=storage) == more
+
+
+def test_a_budget_of_flops_is_met_too(judge):
+    found = search_sigmoid(judge, 0.7, "flops", trials=2)
+    assert found.flops == pytest.approx(0.7, abs=0.02)
+    assert found.method.midpoint is not None
+
+
+def test_the_seed_decides_the_trials(judge):
+    one, two = (search_sigmoid(judge, 0.6, trials=4, seed=3) for _ in range(2))
+    assert one == two
+
+
+def test_a_budget_that_no_sigmoid_meets_is_refused(judge):
+    with pytest.raises(BudgetError, match=r"none of 2 sigmoids meets 0\.05 of tokens"):
+        search_sigmoid(judge, 0.05, trials=2)
+    with pytest.raises(BudgetError, match="share must be"):
+        search_sigmoid(judge, 1.5, trials=2)
+
+
+def test_without_optuna_the_extra_is_named(judge, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vispress\[search\]'"):
+        search_sigmoid(judge, 0.6, trials=1)
