@@ -208,6 +208,7 @@ def take(tokens, keep):
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
         query_attention=None,
+        rotary_prior=None,
         transition=None,
     )
 
