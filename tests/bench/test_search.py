@@ -64,7 +64,7 @@ def judge(subject):
 )
 def test_greedy_finds_the_least_rate_of_every_layer(need):
     told = Told(*need)
-    found = search_greedy(told, scheduled("layerwise"))
+    found = search_greedy(told, scheduled("layerwise"), tolerance=0.0)
     expected = [1.0] + [min(rate for rate in GRID if rate >= n) for n in need[1:]]
     assert told.rates(found.method) == expected
     assert found.value == 1.0

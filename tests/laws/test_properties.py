@@ -26,7 +26,7 @@ FEW = settings(
 SIZES = ((2, 2), (4, 4), (4, 6), (6, 4))
 GRIDS = ("avg_pool", "fourier")
 SCHEDULES = ("pyramiddrop", "transprune")
-MEANS = ("adsc", "layerwise")
+MEANS = ("adsc", "layerwise", "sparsevlm", "sparsevlm_plus")
 """Methods that read a ratio as a mean over layers, which six layers cannot make small."""
 
 images = st.sampled_from([Image(h, w) for h, w in SIZES])

@@ -217,6 +217,7 @@ def take(tokens, keep):
         padding=tokens.padding[rows, keep],
         encoder_groups=tokens.encoder_groups[rows, keep],
         query_attention=None,
+        rotary_prior=None,
         transition=None,
     )
 

@@ -106,7 +106,7 @@ def test_the_score_is_the_mean_of_attention():
         Layerwise(keep_ratio=0.5).score(only(query_attention=rows)), torch.tensor([[0.2, 0.2]])
     )
     tokens = make_tokens(1, 9)
-    none = replace(tokens, query_attention=tokens.query_attention[:, :, :0])
+    none = replace(tokens, query_attention=tokens.query_attention[:, :, :0], rotary_prior=None)
     assert Layerwise(keep_ratio=0.5).plan(none, 3).keep.tolist() == [[0, 1, 2]]
 
 

@@ -108,7 +108,8 @@ def test_a_budget_without_room_for_clusters_has_none():
 
 def test_without_words_behind_the_image_the_earlier_tokens_stay():
     tokens = make_tokens(1, 20)
-    none = replace(tokens, query_attention=tokens.query_attention[:, :, :0], text_after=0)
+    rows = tokens.query_attention[:, :, :0]
+    none = replace(tokens, query_attention=rows, rotary_prior=None, text_after=0)
     keep = SparseVLM().plan(none, 7).keep
     assert keep[0, :6].tolist() == list(range(6))
 
