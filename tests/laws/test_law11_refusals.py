@@ -281,7 +281,9 @@ def wants_a_budget(method: str) -> bool:
 def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
     assert {m for m in METHODS if not wants_a_budget(m)} == {
         *NO_BUDGET,
+        "dycoke",
         "prumerge",
+        "prunevid",
         "pyramiddrop",
         "sparsevlm",
         "transprune",
