@@ -282,6 +282,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
     assert {m for m in METHODS if not wants_a_budget(m)} == {
         *NO_BUDGET,
         "catp",
+        "lvlm_csp",
         "prumerge",
         "pyramiddrop",
         "sparsevlm",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,6 +44,7 @@ OTHER_SETTINGS = {
     "sparsevlm": [{"rank_scale": 1.0}],
     "catp": [{"text_weight": 0.0}],
     "globalcom2": [{"logits": False}],
+    "lvlm_csp": [{"representatives": "random"}, {"representatives": "cls"}],
     "holov": [{"variant": "paper", "num_crops": 3}],
 }
 
@@ -111,7 +111,7 @@ def bucket(method, geometry="image", **kwargs):
     layers = method.encoder_layers(6, 4)
     tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
     # before the LLM there is no attention of it
-    early = method.name in ("catp", "vscan")
+    early = method.name in ("catp", "lvlm_csp", "vscan")
     context = dataclasses.replace(tokens.context, query=None, earlier=None)
     at_entry = dataclasses.replace(tokens, query_attention=None, context=context)
     return at_entry if early else tokens
@@ -303,7 +303,7 @@ def test_placements_fit_the_depth(name, num_layers):
         assert (p.queries is None) == reads_none
         assert p.layer >= p.attention_depth or p.queries is None
     for size in (1, 2, 37, 576):
-        counts = [p.budget.resolve(size) for p in placements]
+        counts = [p.budget.resolve(size) for p in placements if p.until is None]
         assert counts == sorted(counts, reverse=True)
 
 
@@ -315,11 +315,13 @@ def test_the_mean_over_layers_is_what_was_asked(name, budget):
     if name in ("dart", "fastv") and "keep_ratio" in budget:
         assert placements[0].budget.resolve(size) == 6000
         return
-    starts = [0, *(p.layer for p in placements), depth]
-    counts = [size, *(p.budget.resolve(size) for p in placements)]
-    spans = (b - a for a, b in pairwise(starts))
-    mean = sum(n * span for n, span in zip(counts, spans, strict=True)) / depth / size
-    assert mean == pytest.approx(0.6, abs=2e-4)
+    for passed in ("earlier", "last"):  # a prompt's last image, then the others
+        counts = [size] * depth
+        for p in placements:
+            if p.images != passed:
+                end = p.until or depth
+                counts[p.layer : end] = [p.budget.resolve(size)] * (end - p.layer)
+        assert sum(counts) / depth / size == pytest.approx(0.6, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", BUDGETED)

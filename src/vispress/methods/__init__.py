@@ -12,6 +12,7 @@ from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holov import HoloV as HoloV
+from vispress.methods.lvlm_csp import LVLMCSP as LVLMCSP
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.prumerge import PruMerge as PruMerge

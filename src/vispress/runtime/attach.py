@@ -14,6 +14,7 @@ from vispress.errors import CompressionStateError
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
+from vispress.runtime.bypass import enter, leave
 from vispress.runtime.call import CALLS, LATEST, Call, brings_images
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink
 from vispress.runtime.seen import attention_layers
@@ -116,6 +117,9 @@ class Attachment:
         for number, layer in enumerate(adapter.decoder_layers):
             starts = partial(self._layer_starts, number)
             self._hook(layer.register_forward_pre_hook(starts, with_kwargs=True))
+            if any(s.placement.layer <= number < (s.placement.until or 0) for s in self.steps):
+                # before transformers' own hook, which collects hidden states
+                self._hook(layer.register_forward_hook(leave, always_call=True, prepend=True))
         for number in self.attention_layers():
             self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
         for number in self.transition_layers():
@@ -263,6 +267,7 @@ class Attachment:
         if isinstance(state, StaticStep):
             return (hidden, *args[1:]), state.layer_kwargs(number, hidden, kwargs)
         hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
+        hidden = enter(module, state.span_at(number), hidden, self.backend)
         if state.short(number):
             kwargs = state.layer_kwargs(number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
