@@ -73,6 +73,7 @@ def test_families_without_cls_are_the_ones_meant() -> None:
         "prumerge",
         "visionzip",
         "vispruner",
+        "vmtc",
         "vscan",
         "vtc_cls",
     }

@@ -23,6 +23,7 @@ from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
+from vispress.methods.vmtc import VMTC as VMTC
 from vispress.methods.vscan import VScan as VScan
 from vispress.methods.vtc_cls import VTCCLS as VTCCLS
 from vispress.methods.vtw import VTW as VTW
