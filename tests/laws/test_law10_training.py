@@ -31,7 +31,16 @@ from vispress.methods import DivPrune, FastV
 from vispress.methods.base import Compressor
 
 EXACT = 1e-9
-MERGING = ("avg_pool", "fourier", "prumerge", "sparsevlm", "visionzip", "vmtc", "vscan")
+MERGING = (
+    "avg_pool",
+    "fourier",
+    "prumerge",
+    "quadtree_merge",
+    "sparsevlm",
+    "visionzip",
+    "vmtc",
+    "vscan",
+)
 IN_LLM = ("fastv", "pyramiddrop", "sparsevlm", "transprune")
 
 Gradients = dict[str, Tensor]

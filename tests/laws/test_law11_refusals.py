@@ -286,6 +286,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "lvlm_csp",
         "prumerge",
         "pyramiddrop",
+        "quadtree_merge",
         "sparsevlm",
         "transprune",
     }

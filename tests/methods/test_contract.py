@@ -40,6 +40,7 @@ COUNTS = [1, 2, 7, 13, -1]
 OTHER_SETTINGS = {
     "cdpruner": [{"relevance": "none"}],
     "flashvlm": [{"gating": True}],
+    "quadtree_merge": [{"theta": 1.5}, {"num_tokens": 7}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
     "catp": [{"text_weight": 0.0}],
@@ -267,7 +268,10 @@ def test_a_second_compressor_sees_what_the_first_left(method, geometry):
     # rows differ in which places are left, so that geometry has to be looked up
     first = get_method("divprune")(num_tokens=20)
     left = take(tokens, first.plan(tokens, 20).keep)
-    if method.name in ("fourier", "avg_pool", *VIDEO_ONLY) or getattr(method, "dims", 1) == 2:
+    if (
+        method.name in ("fourier", "avg_pool", "quadtree_merge", *VIDEO_ONLY)
+        or getattr(method, "dims", 1) == 2
+    ):
         with pytest.raises(UnsupportedMethodError, match="whole images"):
             planned(method, left)
         return

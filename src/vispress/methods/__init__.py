@@ -17,6 +17,7 @@ from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
+from vispress.methods.quadtree_merge import QuadtreeMerge as QuadtreeMerge
 from vispress.methods.random_ import Random as Random
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.transprune import TransPrune as TransPrune
