@@ -37,7 +37,7 @@ def levels(x: Float[Tensor, "b n D"], size: tuple[int, int]) -> list[Level]:
 def _levels(x: Tensor, size: tuple[int, int]) -> Iterator[Level]:
     (h, w), side, device = size, 1, x.device
     row, col = (part.flatten() for part in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
-    mean = torch.unflatten(x, 1, size)
+    mean = x.view(len(x), *size, x.shape[-1])
     cost = x.new_zeros(x.shape[0], h, w)
     while max(h, w) > 1:
         present = _quarters(torch.ones(1, h, w, 1, device=device))[..., 0] > 0  # [1, H, W, 4]
@@ -59,8 +59,8 @@ def _quarters(x: Tensor) -> Tensor:
     """`[b, h, w, D]` to `[b, h', w', 4, D]`, zeros where a cell has no child."""
     h, w = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
-    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    return x.movedim(2, 3).flatten(3, 4)
+    b, h, w, d = x.shape
+    return x.view(b, h // 2, 2, w // 2, 2, d).movedim(2, 3).flatten(3, 4)
 
 
 def merged_cells(
@@ -82,4 +82,4 @@ def merged_cells(
     before = gone[order].cumsum(dim=1) - gone[order]
     needed = len(tree[0].cell) - before > num_keep
     chosen = wanted | torch.zeros_like(wanted).scatter(1, order, needed)
-    return list(chosen.split([level.cost.shape[1] for level in tree], dim=1))
+    return list(torch.split(chosen, [level.cost.shape[1] for level in tree], dim=1))
