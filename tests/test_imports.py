@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "vispress.methods": 2,
     "vispress.adapters": 2,
     "vispress.config": 3,
+    "vispress.diffusion": 3,
     "vispress.runtime": 3,
     "vispress.report": 4,
     "vispress.api": 4,
