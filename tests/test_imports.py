@@ -27,6 +27,7 @@ FLOORS: dict[str, int] = {
     "vispress.adapters": 2,
     "vispress.chain": 3,
     "vispress.config": 3,
+    "vispress.diffusion": 3,
     "vispress.runtime": 3,
     "vispress.report": 4,
     "vispress.api": 4,

@@ -25,6 +25,7 @@ class Placement:
         transitions: Decoder layers whose module inputs and outputs are measured up to here.
         adaptive: The method decides how much it keeps; `budget` is the most.
         images: Which images of a prompt it acts on; the others pass.
+        until: Rows outside bypass the layers up to this one, where they come back as they were.
     """
 
     stage: Stage
@@ -36,3 +37,4 @@ class Placement:
     transitions: tuple[int, ...] = ()
     adaptive: bool = False
     images: Literal["all", "earlier", "last"] = "all"
+    until: int | None = None

@@ -24,6 +24,7 @@ class PlacementReport:
         layer: Decoder layer before which rows were dropped.
         num_kept: Tokens of the image left after it.
         kept: Their indices in the image's own raster, ascending.
+        until: Decoder layer where the others come back, which bypass the layers between; or None.
     """
 
     method: str
@@ -31,6 +32,7 @@ class PlacementReport:
     layer: int
     num_kept: int
     kept: tuple[int, ...]
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,15 +184,17 @@ def build_report(record: "Record") -> CompressionReport:
         for trace in image.trace:
             step = record.steps[trace.step]
             kept = tuple(trace.index.tolist())
-            where = step.placement
+            at, name = step.placement, step.method.name
             placements.append(
-                PlacementReport(step.method.name, where.stage.value, where.layer, len(kept), kept)
+                PlacementReport(name, at.stage.value, at.layer, len(kept), kept, at.until)
             )
-        last = placements[-1]
+        left = next(
+            (p.kept for p in reversed(placements) if p.until is None), range(image.num_visual)
+        )
         positions = tuple((image.positions + record.past).tolist())
         samples[image.sample].append(
             ImageReport(
-                image.modality, image.num_visual, last.num_kept, last.kept, positions, image.grid,
+                image.modality, image.num_visual, len(left), tuple(left), positions, image.grid,
                 tuple(placements), _encoder(record, image),
             )
         )  # fmt: skip

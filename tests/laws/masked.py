@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tests.laws.oracle import language_model
+from tests.laws.oracle import bypassing, language_model
 from torch import Tensor, nn
 
 from vispress.runtime.cache_name import cache_of
@@ -43,6 +43,7 @@ def masked_model(
             cache = cache_of(kwargs)
             past = 0 if cache is None else int(cache.get_seq_length(index))
             total = past + hidden.shape[1]
+            seen["total"] = total
             live = _grow(alive[index], hidden.shape[0], total)
             valid = _grow(seen["valid"], hidden.shape[0], total)
             if past == 0 and index in (values or {}):
@@ -70,11 +71,24 @@ def masked_model(
 
         return hook
 
+    def bypass_of(index: int) -> Any:
+        rows = bypassing(alive[: len(stack.layers)], index)
+
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            (before,), first = args, output[0] if isinstance(output, tuple) else output
+            total = seen["total"]
+            where = _grow(rows, before.shape[0], total, fill=False)[:, -before.shape[1] :]
+            first = torch.where(where[..., None], before, first)
+            return (first, *output[1:]) if isinstance(output, tuple) else first
+
+        return hook
+
     # layer 0 before any placement in the LLM still has all real tokens; pads are alive nowhere
     seen["valid"] = torch.stack(list(alive)).any(0)
     handles = [stack.register_forward_pre_hook(note, with_kwargs=True)]
     for i, layer in enumerate(stack.layers):
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
+        handles.append(layer.register_forward_hook(bypass_of(i)))
     try:
         yield
     finally:

@@ -68,6 +68,22 @@ def oracle_forward(
     return logits  # type: ignore[no-any-return]
 
 
+def bypassing(alive: Sequence[Tensor], layer: int) -> Bool[Tensor, "B L"]:
+    """Rows that are not alive in a layer but in a later one: it leaves them as they are."""
+    return ~alive[layer] & torch.stack(list(alive[layer:])).any(0)
+
+
+def bypass_of(rows: Bool[Tensor, "B L"]) -> Any:
+    """A forward hook that undoes a layer where rows bypass it."""
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.where(rows[..., None], args[0], output[0]), *output[1:])
+        return torch.where(rows[..., None], args[0], output)
+
+    return hook
+
+
 @contextmanager
 def _masked(
     model: Any,
@@ -104,6 +120,7 @@ def _masked(
     handles = [stack.register_forward_pre_hook(note_positions, with_kwargs=True)]
     for i, layer in enumerate(stack.layers):
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
+        handles.append(layer.register_forward_hook(bypass_of(bypassing(alive, i))))
     deltas = getattr(model.model, "rope_deltas", None)
     try:
         yield

@@ -48,6 +48,7 @@ def asked(method: Compressor, entered: int, *, last: bool = True) -> list[int]:
         last: Whether it is the last one of its prompt; some placements leave it, or the others.
     """
     counts: list[int] = []
+    left = entered
     for placement in method.placements(LAYERS):
         if placement.stage is Stage.ENCODER:  # hides nothing from the LLM
             continue
@@ -58,7 +59,8 @@ def asked(method: Compressor, entered: int, *, last: bool = True) -> list[int]:
         elif count is None:
             assert budget.keep_ratio is not None
             count = max(1, RULES[budget.rounding](budget.keep_ratio * entered))
-        counts.append(min(count, entered, *counts))
+        counts.append(min(count, left))
+        left = left if placement.until else counts[-1]  # those that bypass layers come back
     return counts
 
 
@@ -93,7 +95,8 @@ def assert_rows_agree(report: CompressionReport, b: int, image: ImageReport, lay
     alive = report.alive(layer)[b, list(image.positions)].nonzero().flatten().tolist()
     kept: Sequence[int] = range(image.num_visual)
     for placement in image.placements:  # the last one that has acted counts
-        kept = placement.kept if placement.layer <= layer else kept
+        if placement.layer <= layer < (placement.until or LAYERS):
+            kept = placement.kept
     assert alive == list(kept)
     return len(alive)
 

@@ -33,7 +33,17 @@ from vispress.methods import DivPrune, FastV
 from vispress.methods.base import Compressor
 
 EXACT = 1e-9
-MERGING = ("avg_pool", "fourier", "prumerge", "sparsevlm", "tome", "visionzip", "vscan")
+MERGING = (
+    "avg_pool",
+    "fourier",
+    "prumerge",
+    "quadtree_merge",
+    "sparsevlm",
+    "tome",
+    "visionzip",
+    "vmtc",
+    "vscan",
+)
 IN_LLM = ("fastv", "pyramiddrop", "sparsevlm", "transprune")
 
 Gradients = dict[str, Tensor]

@@ -139,7 +139,7 @@ def test_bad_hyper_parameters_are_refused():
             CATP(**bad)
     with pytest.raises(BudgetError, match="ratio"):
         CATP(ratio=0.0)
-    with pytest.raises(BudgetError, match="cannot be reached"):
+    with pytest.raises(BudgetError, match=r"cannot be reached when half .* until layer 22"):
         CATP(keep_ratio=0.2, layer=20).placements(32)
     with pytest.raises(ConfigError, match=r"layer must be an integer in \[1, 30\), got 30"):
         CATP(layer=30).placements(32)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,6 +44,7 @@ OTHER_SETTINGS = {
     "cdpruner": [{"relevance": "none"}],
     "dycoke": [{"num_tokens": 7}],
     "flashvlm": [{"gating": True}],
+    "quadtree_merge": [{"theta": 1.5}, {"num_tokens": 7}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],
@@ -53,6 +53,7 @@ OTHER_SETTINGS = {
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
     "holitom": [{"inner": True}, {"context": 0.0, "threshold": 0.0}],
+    "lvlm_csp": [{"representatives": "random"}, {"representatives": "cls"}],
     "holov": [{"variant": "paper", "num_crops": 3}],
     "ensemble": [
         {"parts": ("fastv", "fastv"), "weights": (1.0, 0.0), "normalise": "rank"},
@@ -141,7 +142,7 @@ def bucket(method, geometry="image", **kwargs):
     layers = method.encoder_layers(6, 4)
     tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
     # before the LLM there is no attention of it
-    early = method.name in ("catp", "holitom", "prunevid", "vscan")
+    early = method.name in ("catp", "holitom", "lvlm_csp", "prunevid", "vscan")
     context = dataclasses.replace(tokens.context, query=None, earlier=None)
     at_entry = dataclasses.replace(tokens, query_attention=None, context=context)
     return at_entry if early else tokens
@@ -297,7 +298,10 @@ def test_a_second_compressor_sees_what_the_first_left(method, geometry):
     # rows differ in which places are left, so that geometry has to be looked up
     first = get_method("divprune")(num_tokens=20)
     left = take(tokens, first.plan(tokens, 20).keep)
-    if method.name in ("fourier", "avg_pool", *VIDEO_ONLY) or getattr(method, "dims", 1) == 2:
+    if (
+        method.name in ("fourier", "avg_pool", "quadtree_merge", *VIDEO_ONLY)
+        or getattr(method, "dims", 1) == 2
+    ):
         with pytest.raises(UnsupportedMethodError, match="whole images"):
             planned(method, left)
         return
@@ -337,7 +341,7 @@ def test_placements_fit_the_depth(name, num_layers):
         assert (p.queries is None) == reads_none
         assert p.layer >= p.attention_depth or p.queries is None
     for size in (1, 2, 37, 576):
-        counts = [p.budget.resolve(size) for p in placements]
+        counts = [p.budget.resolve(size) for p in placements if p.until is None]
         assert counts == sorted(counts, reverse=True)
 
 
@@ -349,11 +353,13 @@ def test_the_mean_over_layers_is_what_was_asked(name, budget):
     if name in ("dart", "debias", "fastv", "per_image", "random_mix") and "keep_ratio" in budget:
         assert placements[0].budget.resolve(size) == 6000
         return
-    starts = [0, *(p.layer for p in placements), depth]
-    counts = [size, *(p.budget.resolve(size) for p in placements)]
-    spans = (b - a for a, b in pairwise(starts))
-    mean = sum(n * span for n, span in zip(counts, spans, strict=True)) / depth / size
-    assert mean == pytest.approx(0.6, abs=2e-4)
+    for passed in ("earlier", "last"):  # a prompt's last image, then the others
+        counts = [size] * depth
+        for p in placements:
+            if p.images != passed:
+                end = p.until or depth
+                counts[p.layer : end] = [p.budget.resolve(size)] * (end - p.layer)
+        assert sum(counts) / depth / size == pytest.approx(0.6, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", BUDGETED)

@@ -10,17 +10,41 @@ from vispress.methods.base import Compressor
 from vispress.report import CompressionReport, ImageReport
 
 
-def expected(chain: Sequence[Compressor], num_visual: int, num_layers: int) -> list[int]:
-    """Tokens left of an image after each placement of a chain."""
+def expected(
+    chain: Sequence[Compressor], num_visual: int, num_layers: int, *, last: bool = True
+) -> list[int]:
+    """Tokens left of an image after each placement of a chain.
+
+    Args:
+        chain: The compressors.
+        num_visual: Tokens of the image.
+        num_layers: Decoder layers.
+        last: Whether it is the last image of its prompt.
+    """
     left, counts = num_visual, []
     for method in chain:
         reached = left
         for placement in method.placements(num_layers):
             if placement.stage is Stage.ENCODER:  # the LLM still gets all places
                 continue
-            left = min(left, placement.budget.resolve(reached))
-            counts.append(left)
+            passes = placement.images == ("earlier" if last else "last")
+            count = left if passes else min(left, placement.budget.resolve(reached))
+            counts.append(count)
+            left = count if placement.until is None else left
     return counts
+
+
+def mean_kept(image: ImageReport, num_layers: int) -> float:
+    """Tokens of an image that decoder layers run on, as a mean over them."""
+    total = 0
+    for layer in range(num_layers):
+        acting = (
+            p.num_kept
+            for p in reversed(image.placements)
+            if p.layer <= layer < (num_layers if p.until is None else p.until)
+        )
+        total += next(acting, image.num_visual)
+    return total / num_layers
 
 
 def check_target(cell: Cell, report: CompressionReport) -> None:
@@ -34,11 +58,15 @@ def check_target(cell: Cell, report: CompressionReport) -> None:
     exact = all(method.exact for method in cell.chain)
     for sample in report.samples:
         for image in sample.images:
-            _check_image(cell, image, report.num_layers, exact=exact)
+            asked = expected(
+                cell.chain, image.num_visual, report.num_layers, last=image is sample.images[-1]
+            )
+            _check_image(cell, image, asked, report.num_layers, exact=exact)
 
 
-def _check_image(cell: Cell, image: ImageReport, num_layers: int, *, exact: bool) -> None:
-    asked = expected(cell.chain, image.num_visual, num_layers)
+def _check_image(
+    cell: Cell, image: ImageReport, asked: list[int], num_layers: int, *, exact: bool
+) -> None:
     kept = [placement.num_kept for placement in image.placements]
     fits = len(kept) == len(asked) and all(
         k == a if exact else k <= a for k, a in zip(kept, asked, strict=True)
@@ -52,14 +80,12 @@ def _check_image(cell: Cell, image: ImageReport, num_layers: int, *, exact: bool
     mean = method.mean_keep_ratio
     if mean is None or len(cell.chain) > 1:
         return
-    layers = [placement.layer for placement in image.placements]
-    spans = [end - start for start, end in zip(layers, [*layers[1:], num_layers], strict=True)]
-    total = layers[0] * image.num_visual + sum(k * s for k, s in zip(kept, spans, strict=True))
-    off = total / num_layers - mean * image.num_visual
+    got = mean_kept(image, num_layers)
+    off = got - mean * image.num_visual
     # every placement rounds to whole tokens, so the mean may be one token away
     if off > 1 or (exact and off < -1):
         raise BudgetError(
-            f"{cell.key} is off target: a mean of {total / num_layers:.2f} visual tokens a layer, "
+            f"{cell.key} is off target: a mean of {got:.2f} visual tokens a layer, "
             f"the budget is {mean * image.num_visual:.2f}"
         )
 

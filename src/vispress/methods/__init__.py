@@ -19,12 +19,14 @@ from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holitom import HoliTom as HoliTom
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.layerwise import Layerwise as Layerwise
+from vispress.methods.lvlm_csp import LVLMCSP as LVLMCSP
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.per_image import PerImage as PerImage
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.prunevid import PruneVid as PruneVid
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
+from vispress.methods.quadtree_merge import QuadtreeMerge as QuadtreeMerge
 from vispress.methods.random_ import Random as Random
 from vispress.methods.random_mix import RandomMix as RandomMix
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
@@ -35,6 +37,7 @@ from vispress.methods.uniform import Uniform as Uniform
 from vispress.methods.vidcom2 import VidCom2 as VidCom2
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
+from vispress.methods.vmtc import VMTC as VMTC
 from vispress.methods.vscan import VScan as VScan
 from vispress.methods.vtc_cls import VTCCLS as VTCCLS
 from vispress.methods.vtw import VTW as VTW

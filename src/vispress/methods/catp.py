@@ -29,7 +29,6 @@ from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, TokenPlan, VisualTokens
 
 PUBLISHED_LAYER = 6
-PUBLISHED_RATIO = 0.222
 
 
 @final
@@ -38,8 +37,8 @@ PUBLISHED_RATIO = 0.222
 class CATP(Compressor):
     """Prune before the LLM and in its early layers, for prompts of demonstrations and a query.
 
-    `keep_ratio` is the mean over decoder layers (of demonstrations: the last image of a prompt is
-    pruned a layer later); without a budget `ratio` applies.
+    `keep_ratio` is the mean over decoder layers, of every image: demonstrations, pruned a layer
+    earlier, keep a little more. Without a budget `ratio` applies.
 
     Args:
         ratio: Share of an image's tokens that is left in the end, in `(0, 1]`; half of the others
@@ -56,7 +55,7 @@ class CATP(Compressor):
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION, Signal.CONTEXT})
     default_positions: ClassVar[Positions] = "original"
 
-    ratio: float = PUBLISHED_RATIO
+    ratio: float = 0.222
     layer: int | None = None
     text_weight: float = 0.7
     query_weight: float = 0.6
@@ -72,10 +71,10 @@ class CATP(Compressor):
         published = max(1, min(scaled_layer(PUBLISHED_LAYER, num_layers), num_layers - 3))
         layer = published if self.layer is None else self.layer
         check_layer("layer", layer, num_layers - 2)
-        first, last = self.budgets(layer + 1, num_layers)
+        first, earlier, last = self.budgets(layer + 1, num_layers)
         demonstrations = Placement(
             stage=Stage.IN_LLM,
-            budget=last,
+            budget=earlier,
             layer=layer + 1,
             queries=Queries.LAST,
             attention_depth=2,
@@ -84,21 +83,25 @@ class CATP(Compressor):
         query = Placement(stage=Stage.IN_LLM, budget=last, layer=layer + 2, images="last")
         return (Placement(stage=Stage.PRE_LLM, budget=first), demonstrations, query)
 
-    def budgets(self, layer: int, num_layers: int) -> tuple[Budget, Budget]:
-        """What enters the LLM, and what is left from decoder layer `layer` on."""
-        ratio = self.ratio
+    def budgets(self, layer: int, num_layers: int) -> tuple[Budget, Budget, Budget]:
+        """What enters the LLM, what is left of demonstrations from `layer` on, of the query."""
+        ratio = earlier = self.ratio
         if (last := self.num_tokens) is not None:
-            first = round(last * (1 + ratio) / 2 / ratio)
-            return Budget(num_tokens=first), Budget(num_tokens=last)
+            first = Budget(num_tokens=round(last * (1 + ratio) / 2 / ratio))
+            return first, Budget(num_tokens=last), Budget(num_tokens=last)
         mean = self.keep_ratio if self.mean_keep_ratio is None else self.mean_keep_ratio
         if mean is not None:
-            ratio = min(1.0, (mean * num_layers - layer / 2) / (num_layers - layer / 2))
+            half = (layer + 1) / 2
+            ratio = min(1.0, (mean * num_layers - half) / (num_layers - half))
             if ratio <= 0.0:
                 raise BudgetError(
                     f"a mean of {mean} over {num_layers} layers cannot be reached when half of the "
-                    f"tokens stay until layer {layer}; ask for more or give an earlier `layer`"
+                    f"tokens stay until layer {layer + 1}; ask for more or give an earlier `layer`"
                 )
-        return Budget(keep_ratio=(1 + ratio) / 2, rounding="floor"), Budget(keep_ratio=ratio)
+            spent = (1 + ratio) / 2 * layer
+            earlier = min(1.0, (mean * num_layers - spent) / (num_layers - layer))
+        first = Budget(keep_ratio=(1 + ratio) / 2, rounding="floor")
+        return first, Budget(keep_ratio=earlier), Budget(keep_ratio=ratio)
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:

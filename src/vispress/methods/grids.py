@@ -35,10 +35,12 @@ class Raster:
     Args:
         places: `[h, w]`; the tokens in raster order.
         small: `(h', w')`, the grid it goes to.
+        share: Its part of the budget.
     """
 
     places: Int[Tensor, "h w"]
     small: tuple[int, int]
+    share: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -96,7 +98,7 @@ def rasters(tokens: VisualTokens, num_keep: int) -> tuple[list[Raster], Int[Tens
         elif share:
             raster = _raster(tokens, places)
             h, w = raster.shape
-            found.append(Raster(raster, small_grid(h, w, share)))
+            found.append(Raster(raster, small_grid(h, w, share), share))
     return found, newlines
 
 

@@ -15,6 +15,7 @@ from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
+from vispress.runtime.bypass import enter, leave
 from vispress.runtime.call import CALLS, LATEST, Call, brings_images
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
 from vispress.runtime.encoder_hooks import Merging
@@ -97,14 +98,6 @@ class Attachment:
             if Signal.VISION_KEYS in method.signals()
         }
 
-    def attention_layers(self) -> set[int]:
-        """Decoder layers whose attention rows are read."""
-        return {layer for step in self.steps for layer in attention_layers(step.placement)}
-
-    def transition_layers(self) -> set[int]:
-        """Decoder layers whose module inputs and outputs are measured."""
-        return {layer for step in self.steps for layer in step.placement.transitions}
-
     # --- on and off
 
     def attach(self) -> None:
@@ -121,9 +114,13 @@ class Attachment:
         for number, layer in enumerate(adapter.decoder_layers):
             starts = partial(self._layer_starts, number)
             self._hook(layer.register_forward_pre_hook(starts, with_kwargs=True))
-        for number in self.attention_layers():
+            if any(s.placement.layer <= number < (s.placement.until or 0) for s in self.steps):
+                # before transformers' own hook, which collects hidden states
+                self._hook(layer.register_forward_hook(leave, always_call=True, prepend=True))
+        placements = [step.placement for step in self.steps]
+        for number in {layer for one in placements for layer in attention_layers(one)}:
             self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
-        for number in self.transition_layers():
+        for number in {layer for one in placements for layer in one.transitions}:
             self._measure(number)
         self._attach_encoder()
         if hasattr(language_model, "_deepstack_process"):
@@ -271,6 +268,7 @@ class Attachment:
         if isinstance(state, StaticStep):
             return (hidden, *args[1:]), state.layer_kwargs(number, hidden, kwargs)
         hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
+        hidden = enter(module, state.span_at(number), hidden, self.backend)
         if state.short(number):
             kwargs = state.layer_kwargs(number, hidden, kwargs)
         state.rotary = kwargs.get("position_embeddings")

@@ -1,5 +1,6 @@
 """Images of one forward call: where their tokens stand, and buckets of images that look alike."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -140,6 +141,16 @@ def make_buckets(images: Sequence[Image], device: torch.device, *, by_text: bool
         index = torch.arange(positions.shape[1], device=device).expand(positions.shape)
         buckets.append(Bucket(group, sample, positions, index))
     return buckets
+
+
+def numbered(images: Sequence[Image]) -> tuple[dict[Image, int], Counter[int]]:
+    """Place of each image among those of its sample, and how many each sample has."""
+    seen: Counter[int] = Counter()
+    places = {}
+    for image in images:
+        places[image] = seen[image.sample]
+        seen[image.sample] += 1
+    return places, seen
 
 
 def find_images(

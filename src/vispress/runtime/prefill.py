@@ -145,7 +145,7 @@ def _before_llm(attachment: "Attachment", state: ForwardState, embeds: Tensor) -
         decision = decide(state, step, hidden)
         if decision is not None:
             embeds = write_values(decision, whole, hidden, embeds, project)
-            state.rows.append((0, decision.rows))
+            state.take(0, decision)
             hidden = gather_rows(embeds, decision.rows.index, attachment.backend)
     return embeds
 
@@ -157,7 +157,7 @@ def enter_layer(
     if not state.images:
         return hidden
     if number == 0:
-        rows = state.rows_at(0).to(hidden.device)
+        rows = state.rows_before(0).to(hidden.device)
         return hidden if rows.whole else gather_rows(hidden, rows.index, state.attachment.backend)
     attachment = state.attachment
     project = projector_function(attachment.adapter)
@@ -179,7 +179,7 @@ def enter_layer(
             fresh = decide(state, step, hidden)
         if fresh is not None:
             hidden = apply(fresh, hidden, project)
-            state.rows.append((number, fresh.rows))
+            state.take(number, fresh)
             state.decided[number].append(fresh)
     for want in state.wanted:
         if want.seen and want.until <= number:
@@ -235,7 +235,7 @@ def finish(attachment: "Attachment", state: ForwardState, output: Any) -> Any:
     output.last_hidden_state = _expand(output.last_hidden_state, state.last, backend)
     if output.get("hidden_states") is not None:  # input of layer 0, then the output of each layer
         output.hidden_states = tuple(
-            _expand(hidden, state.rows_at(number - 1), backend) if number else hidden
+            _expand(hidden, state.rows_before(number - 1), backend) if number else hidden
             for number, hidden in enumerate(output.hidden_states)
         )
     return output

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vispress.errors import BudgetError
 from vispress.methods.base import Compressor
+from vispress.runtime.bypass import Bypass
 from vispress.runtime.images import Bucket, Trace
 from vispress.runtime.rows import Rows, gather_rows, narrow
 from vispress.runtime.signals import visual_tokens
@@ -57,6 +58,7 @@ class Decision:
         local: `[B, P']`, place of each in `before`.
         changes: Buckets whose survivors change value.
         backend: Kernels to use.
+        span: Layers that the dropped rows bypass; then `rows` are all but padding.
     """
 
     before: Rows
@@ -64,6 +66,7 @@ class Decision:
     local: Tensor
     changes: list[Change]
     backend: Backend
+    span: Bypass | None = None
 
 
 def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
@@ -94,16 +97,21 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
             for number, image in enumerate(part.images):
                 drop_counts[image.sample] += part.num_visual - kept.num_visual
                 image.trace.append(Trace(step.number, kept.index[number]))
-            after.append(kept)
+            after.append(kept if step.placement.until is None else part)
     state.buckets = after
     if not any(drop_counts) and not changes:
         return None
     valid = rows.valid
     if rows.whole and state.chunk_valid is not None:
         valid = state.chunk_valid.to(hidden.device)
-    new, local = narrow(
-        rows, drop, tuple(drop_counts), compact=step.positions == "compact", valid=valid
-    )
+    compact = step.positions == "compact"
+    if (until := step.placement.until) is not None:
+        none = torch.zeros_like(drop)
+        base, local = narrow(rows, none, (0,) * len(drop_counts), compact=compact, valid=valid)
+        some, inner = narrow(base, drop, tuple(drop_counts), compact=compact, valid=base.valid)
+        span = Bypass(step.placement.layer, until, base, some, inner)
+        return Decision(rows, base, local, [], state.attachment.backend, span)
+    new, local = narrow(rows, drop, tuple(drop_counts), compact=compact, valid=valid)
     if new.size == 0:
         raise BudgetError(
             "nothing is left of the prompt: it holds visual tokens only, none is kept"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vispress.methods.base import Compressor, upcast
 from vispress.runtime.capture import projector_function
-from vispress.runtime.images import Bucket
+from vispress.runtime.images import Bucket, numbered
 from vispress.runtime.rows import Rows, gather_rows
 from vispress.runtime.seen import Wanted, attention_layers
 from vispress.runtime.state import ForwardState
@@ -64,11 +64,10 @@ def visual_tokens(
     if Signal.CONTEXT in reads:
         inside = placement.layer > 0
         signals["context"] = context_of(state, bucket, rows, hidden, inside=inside)
+    numbers, counts = numbered(state.images)
     if Signal.IMAGE_COUNT in reads:
-        counts = state.images_per_sample
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
     if Signal.IMAGE_NUMBER in reads:
-        numbers = state.image_numbers
         signals["image_number"] = torch.tensor([numbers[image] for image in bucket.images])
     return VisualTokens(
         features=hidden[sample, local],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vispress.runtime import masks
+from vispress.runtime.bypass import Bypass
 from vispress.runtime.cache import layer_at, physical_length, upgrade
 from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
@@ -56,6 +57,7 @@ class ForwardState:
     input_embeddings: Tensor | None = None
     peeking: bool = False
     rotary: tuple[Tensor, Tensor] | None = None
+    spans: list[Bypass] = field(default_factory=list)
     sink: Token[Any] | None = None
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
@@ -76,26 +78,24 @@ class ForwardState:
         """Whether no row was dropped in this call so far."""
         return len(self.rows) == 1
 
-    @property
-    def images_per_sample(self) -> list[int]:
-        """Images (and videos) of each sample."""
-        counts = [0] * self.last.index.shape[0]
-        for image in self.images:
-            counts[image.sample] += 1
-        return counts
-
-    @property
-    def image_numbers(self) -> dict[Image, int]:
-        """Place of each image among those of its sample."""
-        return {
-            image: number
-            for sample in range(self.last.index.shape[0])
-            for number, image in enumerate(i for i in self.images if i.sample == sample)
-        }
-
     def rows_at(self, layer: int) -> Rows:
-        """Rows that enter decoder layer `layer`."""
+        """Rows that decoder layer `layer` runs on."""
+        span = self.span_at(layer)
+        return self.rows_before(layer) if span is None else span.rows
+
+    def rows_before(self, layer: int) -> Rows:
+        """Rows of the hidden states in front of a layer, those that bypass it included."""
         return next(rows for start, rows in reversed(self.rows) if start <= layer)
+
+    def span_at(self, layer: int) -> Bypass | None:
+        """The span of layers that some rows bypass and that `layer` is part of."""
+        return next((span for span in self.spans if span.start <= layer < span.until), None)
+
+    def take(self, layer: int, decision: "Decision") -> None:
+        """The rows of a decision are those from `layer` on."""
+        self.rows.append((layer, decision.rows))
+        if decision.span is not None:
+            self.spans.append(decision.span)
 
     def row_validity(self, rows: Rows) -> Tensor:
         """`[B, P]` bool: real tokens among rows of a stage."""

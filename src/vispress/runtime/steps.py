@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from vispress.adapters.base import ModelAdapter
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
+from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
 from vispress.types import Placement, Positions, Signal, Stage
 
@@ -41,14 +42,28 @@ def make_steps(
                 "before it in the "
                 f"chain acts until layer {reached}; order the chain by layer"
             )
-        reached = placements[-1].layer
+        reached = max(p.until or p.layer for p in placements)
         notes += _notes(method, placements, layers, adapter, positions)
     found.sort(key=lambda item: item[:2])
     steps = [
         Step(i, number, method, placement, where)
         for i, (_, number, method, placement, where) in enumerate(found)
     ]
+    _check_spans(steps)
     return steps, notes
+
+
+def _check_spans(steps: Sequence[Step]) -> None:
+    """Refuse attention of layers that some of the asked tokens bypass."""
+    for step in steps:
+        for layer in attention_layers(step.placement):
+            for span in (s.placement for s in steps if s.placement.until is not None):
+                if span.layer <= layer < (span.until or 0):
+                    raise ConfigError(
+                        f"{step.method.name} reads the attention of decoder layer {layer}, but "
+                        f"some tokens bypass layers {span.layer} to {(span.until or 0) - 1}; act "
+                        "later"
+                    )
 
 
 def _check(method: Compressor, placement: Placement, layers: int) -> None:

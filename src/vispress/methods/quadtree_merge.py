@@ -1,0 +1,98 @@
+"""Quadtree merge: neighbouring tokens that are alike become their mean, again and again.
+
+After the "divide" step of Wang et al., "Divide, Conquer and Combine: A Training-Free Framework for
+High-Resolution Image Perception in Multimodal Large Language Models", AAAI 2025, arXiv:2408.15556.
+Source: the authors' code, read through a specification; it merges crops of pixels, not tokens.
+Follows: quarters that are all within a cosine distance of 0.1 become one, five levels deep.
+Differs: tokens of a 2 x 2 cell in place of quarters of a picture and their CLIP features; every two
+parts must be alike (the code clusters by average linkage, and merges fewer than four too); odd
+edges stay (the code loses them); a mean is of its parts, which at an edge may be fewer than four.
+Reconstructed: all of the token-level method; a mean stands at its first token; with a budget the
+cheapest cells are merged, however deep, until it is met (up to two tokens less remain).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from vispress.budget import Budget
+from vispress.methods.base import Compressor, Evidence, upcast
+from vispress.methods.checks import check_integer, check_number
+from vispress.methods.grids import Raster, rasters, signals_for
+from vispress.methods.quadtree import levels, merged_cells
+from vispress.registry import register_method
+from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+
+
+@final
+@register_method("quadtree_merge")
+@dataclass(frozen=True, kw_only=True)
+class QuadtreeMerge(Compressor):
+    """Merge before the LLM, by likeness of neighbours; without a budget the image decides how far.
+
+    Args:
+        theta: Without a budget: cosine distance that all parts of a merged cell stay below.
+        max_depth: Without a budget: levels merged at most; five are cells of 32 x 32 tokens.
+    """
+
+    summary: ClassVar[str] = "means of neighbours that are alike, cell by cell"
+    paper: ClassVar[str] = "Wang et al., AAAI 2025, arXiv:2408.15556"
+    evidence: ClassVar[Evidence] = "reconstructed"
+    reads: ClassVar[frozenset[Signal]] = signals_for("features")
+    exact: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
+    adaptive: ClassVar[bool] = True
+    """Counts hang on the image, with a budget too."""
+
+    theta: float = 0.1
+    max_depth: int = 5
+
+    def validate(self) -> None:
+        check_number("theta", self.theta, low=0.0, high=2.0)
+        check_integer("max_depth", self.max_depth, low=1)
+
+    @property
+    def by_likeness(self) -> bool:
+        """Whether no budget is set."""
+        return self.keep_ratio is self.num_tokens is self.mean_keep_ratio is None
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        budget = Budget(keep_ratio=1.0) if self.by_likeness else self.budget(num_layers)
+        return (Placement(stage=Stage.PRE_LLM, budget=budget, adaptive=self.by_likeness),)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        found, newlines = rasters(tokens, num_keep)
+        device = tokens.features.device
+        owner = torch.full((tokens.batch, tokens.num_visual), -1, device=device)
+        weight = torch.ones(owner.shape, device=device)
+        owner[:, newlines.to(device)] = newlines.to(device)
+        for raster in found:
+            places = raster.places.flatten().to(device)
+            into, own = self.cells(upcast(tokens.features[:, places]), raster)
+            owner[:, places], weight[:, places] = places[into], own
+        survives = owner == torch.arange(tokens.num_visual, device=device)
+        slot = survives.cumsum(dim=1) - 1
+        assign = slot.gather(1, owner.clamp(min=0)).where(owner >= 0, -1)
+        keep = tuple(own.nonzero()[:, 0] for own in survives)
+        if len({len(own) for own in keep}) == 1:
+            return TokenPlan(keep=torch.stack(keep), assign=assign, weight=weight)
+        return TokenPlan(keep=keep, assign=assign, weight=weight)
+
+    def cells(self, x: Tensor, raster: Raster) -> tuple[Tensor, Tensor]:
+        """The token that each token of a raster goes to, and its weight there."""
+        owner = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        weight = torch.ones(x.shape[:2], device=x.device)
+        tree = levels(x, raster.size)
+        if not tree:
+            return owner, weight
+        theta = self.theta if self.by_likeness else 0.0
+        for level, chosen in zip(
+            tree, merged_cells(tree, raster.share, theta, self.max_depth), strict=True
+        ):
+            merged = chosen[:, level.cell]
+            owner = torch.where(merged, level.first[level.cell], owner)
+            weight = torch.where(merged, weight / level.children[level.cell], weight)
+        return owner, weight

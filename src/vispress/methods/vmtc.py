@@ -1,0 +1,108 @@
+"""VMTC: keep what [CLS] attends to most, and cluster the rest by likeness into weighted means.
+
+Yang et al., "Enhancing Instruction-Following Capability of Visual-Language Models by Reducing Image
+Redundancy", 2024, arXiv:2411.15453.
+Source: the abstract and a description by others, read through a specification; no code was read.
+Follows: primary tokens are those of highest [CLS] attention; the others go to clusters by cosine
+(k-means, before the projector), each merged by a mean weighted with that attention.
+Differs: its companion CMAI, which masks pairs of words and image tokens inside the LLM, is not part
+of this; crops and frames are compressed on their own, newlines stay.
+Reconstructed: all numbers (144 primary tokens and 72 clusters of 576, ten rounds from seeded
+k-means++), and the place of a cluster: that of its member nearest to their mean raster position.
+`scores="column_mean"` is for encoders without [CLS].
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, final, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from vispress.methods.base import Compressor, Evidence, descending
+from vispress.methods.checks import check_choice, check_integer, check_number
+from vispress.methods.encoder import Scores, attention_signals, encoder_attention
+from vispress.methods.kmeans import kmeans
+from vispress.methods.segments import GEOMETRY, split
+from vispress.methods.windows import fold
+from vispress.registry import register_method
+from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+
+
+def clustered(
+    a: Float[Tensor, "b n"], x: Float[Tensor, "b n D"], primary: int, clusters: int, seed: int
+) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:
+    """Which token each one is folded into (-1: none, without clusters), and its weight there."""
+    ranked = descending(a)
+    first, rest = ranked[:, :primary], ranked[:, primary:].sort(dim=1).values
+    owner = torch.full_like(ranked, -1).scatter(1, first, first)
+    weight = torch.ones_like(a)
+    if not clusters:
+        return owner, weight
+    label = kmeans(x.gather(1, rest[..., None].expand(-1, -1, x.shape[-1])), clusters, seed)
+    members, own = F.one_hot(label, clusters).to(a), a.gather(1, rest)
+    sums, sizes = (own[:, None] @ members)[:, 0], members.sum(dim=1)
+    share = torch.where(sums > 0, 1 / sums.clamp(min=torch.finfo(a.dtype).tiny), 1 / sizes)
+    plain = torch.where((sums > 0).gather(1, label), own, 1.0)
+    weight = weight.scatter(1, rest, plain * share.gather(1, label))
+    middle = (rest.to(a)[:, None] @ members)[:, 0] / sizes
+    off = (rest - middle.gather(1, label)).abs()
+    nearest = off[..., None].masked_fill(members == 0, float("inf")).argmin(dim=1)
+    return owner.scatter(1, rest, rest.gather(1, nearest).gather(1, label)), weight
+
+
+@final
+@register_method("vmtc")
+@dataclass(frozen=True, kw_only=True)
+class VMTC(Compressor):
+    """Prune and merge before the projector, by [CLS] attention and clusters of the rest.
+
+    Args:
+        cluster_ratio: Share of the kept tokens that are clusters, in `[0, 1]`.
+        seed: Of the clusters' starts, at least 0.
+        scores: `"cls"`, or `"column_mean"` (mean attention received) for encoders without [CLS].
+    """
+
+    summary: ClassVar[str] = "most attended by [CLS], and clusters of the rest"
+    paper: ClassVar[str] = "Yang et al. 2024, arXiv:2411.15453"
+    evidence: ClassVar[Evidence] = "reconstructed"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {
+        Signal.CLS_ATTENTION,
+        Signal.VISION_FEATURES,
+        Signal.PROJECTOR,
+    }
+    merges: ClassVar[bool] = True
+
+    cluster_ratio: float = 1 / 3
+    seed: int = 0
+    scores: Scores = "cls"
+
+    def validate(self) -> None:
+        check_choice("scores", self.scores, get_args(Scores))
+        check_number("cluster_ratio", self.cluster_ratio, low=0.0, high=1.0)
+        check_integer("seed", self.seed, low=0)
+
+    def signals(self) -> frozenset[Signal]:
+        return attention_signals(self.reads, self.scores)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        assert tokens.vision_features is not None  # declared in `reads`
+        attention = encoder_attention(tokens, self.scores)
+        owner = torch.full_like(attention, -1, dtype=torch.int64)
+        weight = torch.ones_like(attention)
+        for part in (part for parts in split(tokens, num_keep) for part in parts):
+            if part.newline:
+                owner[part.rows, part.places] = part.places
+                continue
+            clusters = round(part.share * self.cluster_ratio)
+            a, x = part.of(attention), part.of(tokens.vision_features)
+            into, own = clustered(a, x, part.share - clusters, clusters, self.seed)
+            owner[part.rows, part.places] = torch.where(into < 0, -1, part.places[into])
+            weight[part.rows, part.places] = own
+        plan = fold(owner, num_keep)
+        return replace(plan, weight=weight.float(), merge_on="vision_features")
