@@ -19,6 +19,9 @@ BASE = {
     "controls": "none",
 }
 
+OTHERS = ("control", "composition")
+"""What is no method of `all`."""
+
 
 def keys(**changes):
     return [cell.key for cell in plan_from_mapping(BASE | changes).cells()]
@@ -132,7 +135,7 @@ def test_shipped_plans_hold_the_controls(name):
 def test_full_sweeps_hold_every_method_and_task(name):
     plan = load_plan(name)
     assert set(plan.tasks) == {*KINDS, *(EPISODE_KINDS if name == "offline" else ())}
-    methods = {method for method in list_methods() if get_method(method).evidence != "control"}
+    methods = {method for method in list_methods() if get_method(method).evidence not in OTHERS}
     assert {cell.group for cell in plan.cells()} >= methods
     assert plan.keep_ratios == (0.5, 0.333, 0.222, 0.111, 0.056)
     assert plan.questions == 1000
@@ -175,7 +178,7 @@ def test_all_is_every_method_that_is_no_control():
         }
     )
     by_group = {cell.group: cell for cell in plan.cells()[1:]}
-    methods = {name for name in list_methods() if get_method(name).evidence != "control"}
+    methods = {name for name in list_methods() if get_method(name).evidence not in OTHERS}
     assert set(by_group) == methods - {"fastv"} | {"f"}
     assert by_group["pyramiddrop"].chain[0].layers == (1, 2)
     assert all(cell.optional for cell in by_group.values())

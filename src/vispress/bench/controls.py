@@ -1,4 +1,4 @@
-"""The controls that stand beside the methods of every plan, and `all`: every method there is."""
+"""The controls that stand beside the methods of every plan, and `all`: every published method."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
