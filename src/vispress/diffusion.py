@@ -27,7 +27,7 @@ from vispress.methods.checks import check_flag, check_integer, check_number
 from vispress_kernels.maxmin_select import maxmin_select
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Embeddings `[B, L, D]` and positions `[B, L]` to logits `[B, L, V]`, last states `[B, L, D]`."""
+"""Embeddings `[B, L, D]` and positions `[B, L]` to logits `[B, L, V]` and states `[B, L, D]`."""
 Embed = Callable[[Tensor], Tensor]
 """Token ids `[B, T]` to embeddings `[B, T, D]`."""
 QUARTERS = 4

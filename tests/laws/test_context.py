@@ -162,7 +162,7 @@ def test_a_chain_that_looks_ahead_twice_looks_at_what_is_left() -> None:
 def test_images_that_a_placement_leaves_pass_whole() -> None:
     model = model_of("llava")
     inputs = make_inputs("llava", PROMPTS, padding="left")
-    with compressed(model, CATP(keep_ratio=0.4)) as report, torch.no_grad():
+    with compressed(model, CATP(ratio=0.25)) as report, torch.no_grad():
         model(**inputs)
         counts = [[[p.num_kept for p in i.placements] for i in s.images] for s in report.samples]
     entered, left = counts[0][0][0], counts[0][0][-1]
