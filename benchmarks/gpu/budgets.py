@@ -10,6 +10,8 @@ from benchmarks.gpu.record import ROOT
 
 PUBLISHED_TOKENS = 576
 """Visual tokens of LLaVA-1.5, which the counts in `configs/methods` belong to."""
+BY_CONTENT = {"quadtree_merge": {"keep_ratio": 0.25}}
+"""Methods whose published setting merges nothing of noise, and the budget that stands in for it."""
 CONFIGS: Path = ROOT / "configs" / "methods"
 
 
@@ -24,6 +26,8 @@ def fitting(crops: int) -> list[str]:
 
 @cache
 def _published(method: str) -> dict[str, Any]:
+    if method in BY_CONTENT:
+        return BY_CONTENT[method]
     path = CONFIGS / f"{method}.yaml"
     if not path.exists():
         return {}
@@ -51,6 +55,9 @@ def substituted(options: dict[str, Any], *, has_cls: bool) -> dict[str, Any]:
     from vispress.registry import get_method
     from vispress.types import CLS_SIGNALS
 
+    if parts := options.get("parts"):
+        parts = tuple(substituted(dict(part), has_cls=has_cls) for part in parts)
+        return options | {"parts": parts}
     needs = CLS_SIGNALS & get_method(options["method"]).reads
     return options | {"scores": "column_mean"} if needs and not has_cls else options
 

@@ -34,7 +34,7 @@ def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
 
 def _from_yaml(value: Any, where: str) -> Any:
     """What a dataclass holds: tuples for lists, compressors for mappings that name a method."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return tuple(_from_yaml(item, f"{where}[{i}]") for i, item in enumerate(value))
     return from_mapping(value, where) if isinstance(value, Mapping) else value
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from vispress import compress_model, compressed, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.budget import allocate
-from vispress.errors import ConfigError, UnsupportedMethodError
+from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
 from vispress.methods import DivPrune, FasterVLM, FastV, ToMe
 
 EXACT = 1e-5
@@ -392,3 +392,12 @@ def test_a_deep_copy_and_offloaded_weights_merge_alike(family: str) -> None:
     cpu_offload(twin, execution_device=torch.device("cpu"))
     with compressed(twin, ToMe(keep_ratio=0.4)):
         assert (logits_of(twin, inputs) - expected).abs().max() < 1e-12
+
+
+def test_a_compiled_encoder_that_hooks_cannot_see_is_an_error() -> None:
+    model, inputs = build("llava", dtype=torch.float32), inputs_of("llava", dtype=torch.float32)
+    tower = model.model.vision_tower
+    tower.forward = torch.compile(tower.forward, backend="eager")
+    compress_model(model, ToMe(keep_ratio=0.5))
+    with pytest.raises(CompressionStateError, match="compiled"):
+        model(**inputs)

@@ -73,8 +73,8 @@ def merging(merge: Merge) -> Iterator[None]:
 
 
 def current_merge() -> Any:
-    """The merge of this context, or None."""
-    return _MERGE.get()
+    """The merge of this context, or None; none in a graph, which reading a context would break."""
+    return None if torch.compiler.is_compiling() else _MERGE.get()
 
 
 class ConfigView:

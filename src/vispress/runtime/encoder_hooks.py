@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
+from vispress.errors import CompressionStateError
 from vispress.runtime.attention import current_merge, merging, watch
 from vispress.runtime.encoder_step import EncoderStep
 from vispress.runtime.merging import EncoderMerge
@@ -59,7 +60,11 @@ class Merging:
     def call(
         self, modality: Modality, arguments: Mapping[str, Any]
     ) -> Iterator[EncoderMerge | None]:
-        """The state of one encoder call, which the hooks see inside the block."""
+        """The state of one encoder call, which the hooks see inside the block.
+
+        Raises:
+            CompressionStateError: The hooks did not run.
+        """
         if self._step is None:
             yield None
             return
@@ -67,6 +72,12 @@ class Merging:
         merge = EncoderMerge(self._adapter, self._step, modality, arguments, self._backend)
         with merging(merge), self._pause(layers):
             yield merge
+        if merge.layer < 0:
+            raise CompressionStateError(
+                "the vision encoder's layers ran without their hooks (it is compiled), so nothing "
+                "was merged in it: compile model.model.language_model alone, or leave the method "
+                "that merges in the encoder out"
+            )
 
 
 def _layer_starts(number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
