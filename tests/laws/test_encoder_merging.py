@@ -394,10 +394,19 @@ def test_a_deep_copy_and_offloaded_weights_merge_alike(family: str) -> None:
         assert (logits_of(twin, inputs) - expected).abs().max() < 1e-12
 
 
-def test_a_compiled_encoder_that_hooks_cannot_see_is_an_error() -> None:
+def test_a_compiled_encoder_merges_or_is_an_error() -> None:
     model, inputs = build("llava", dtype=torch.float32), inputs_of("llava", dtype=torch.float32)
     tower = model.model.vision_tower
     tower.forward = torch.compile(tower.forward, backend="eager")
     compress_model(model, ToMe(keep_ratio=0.5))
-    with pytest.raises(CompressionStateError, match="compiled"):
+    problem = None
+    try:
         model(**inputs)
+    except CompressionStateError as error:  # one graph, which no hook sees
+        problem = str(error)
+    if problem is not None:
+        assert "compiled" in problem
+        return
+    # transformers breaks the graph before the layers
+    images = [image for s in compression_report(model).samples for image in s.images]
+    assert all(i.encoder and i.encoder.num_left < i.encoder.num_tokens for i in images)
