@@ -163,7 +163,7 @@ class VisualTokens:
     text_embeddings: Float[Tensor, "B T D"] | None = None
     text_after: int = 0
     input_embeddings: Float[Tensor, "B N0 D"] | None = None
-    query_attention: Float[Tensor, "B *EH Q N"] | None = None
+    query_attention: Float[Tensor, "B *LH Q N"] | None = None
     key_norms: Float[Tensor, "B NT"] | None = None
     rotary_prior: Float[Tensor, "B Q N"] | None = None
     text_states: Float[Tensor, "B S D"] | None = None

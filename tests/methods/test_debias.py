@@ -93,7 +93,7 @@ def test_the_trend_runs_over_the_original_raster():
     index = torch.tensor([[0, 144, 432]])
     expected = torch.exp(-2.0 * index / 576)
     torch.testing.assert_close(trend_weight(index, 576, 2.0), expected)
-    assert float(trend_weight(torch.zeros(1, 1), 1, FASTV_CURVE)) == 1.0
+    assert float(trend_weight(torch.zeros(1, 1, dtype=torch.int64), 1, FASTV_CURVE)) == 1.0
 
 
 def test_it_acts_where_the_inner_method_acts():

@@ -59,6 +59,7 @@ def test_bad_hyper_parameters_are_refused():
         LVLMCSP(keep_ratio=0.25).placements(32)
 
 
+@pytest.mark.refusal
 def test_representatives_by_cls_need_a_cls_token():
     from tests.laws.cases import model_of
 

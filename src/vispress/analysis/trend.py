@@ -161,7 +161,7 @@ class Probe(Wrapper):
         object.__setattr__(self, "merges", False)
 
     def signals(self) -> frozenset[Signal]:
-        return self.inner.signals() | {Signal.PADDING}
+        return self.wrapped.signals() | {Signal.PADDING}
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         try:

@@ -52,7 +52,7 @@ class Debias(Wrapper):
     paper: ClassVar[str] = "Attention Debiasing 2025, github.com/intcomp/attention-bias"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION, Signal.PADDING})
 
-    inner: Compressor = field(default_factory=FastV)
+    inner: Compressor | str = field(default_factory=FastV)
     variant: Variant = "code"
     slope: float | None = None
     curve: tuple[float, ...] | None = None
@@ -67,7 +67,7 @@ class Debias(Wrapper):
         check_trend(self.slope, self.curve)
         check_number("threshold", self.threshold or 0.0, low=0.0, high=1.0)
         name = self.root.name
-        if Signal.QUERY_ATTENTION not in self.inner.signals():
+        if Signal.QUERY_ATTENTION not in self.wrapped.signals():
             raise ConfigError(f"inner: {name} reads no attention of the LLM; wrap fastv or another")
         _ = self.trend  # raises where there is none
         if self.shrink and (self.merges or super().adaptive):
@@ -84,7 +84,7 @@ class Debias(Wrapper):
         return self.shrink or super().adaptive
 
     def signals(self) -> frozenset[Signal]:
-        return self.inner.signals() | ({Signal.PADDING} if self.suppress_padding else set())
+        return self.wrapped.signals() | ({Signal.PADDING} if self.suppress_padding else set())
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         first, *later = super().placements(num_layers)

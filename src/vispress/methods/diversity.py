@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from vispress.methods.base import upcast
 
 
-def unit(x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+def unit(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
     """Tokens at length 1, in at least fp32; zero tokens stay zero."""
     return F.normalize(upcast(x), dim=-1)
 

@@ -51,7 +51,7 @@ class Ensemble(ScorePruner):
     evidence: ClassVar[Evidence] = "composition"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.COLUMN_ATTENTION}
 
-    parts: tuple[Compressor, ...] = field(default_factory=_default)
+    parts: tuple[Compressor | str, ...] = field(default_factory=_default)
     weights: tuple[float, ...] | None = None
     normalise: Normalise = "minmax"
 
@@ -78,22 +78,22 @@ class Ensemble(ScorePruner):
             if not math.fsum(self.weights) > 0.0:
                 raise ConfigError(f"weights must not all be 0, got {self.weights!r}")
 
-    def members(self) -> tuple[Compressor, ...]:
-        return self.parts
+    def members(self) -> tuple[ScorePruner, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ScorePruner))
 
     def views(self) -> tuple[Compressor, ...]:
-        return self.parts
+        return self.members()
 
     def signals(self) -> frozenset[Signal]:
-        return frozenset().union(*(part.signals() for part in self.parts))
+        return frozenset().union(*(part.signals() for part in self.members()))
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        found = [replace(part, keep_ratio=0.5).placements(num_layers) for part in self.parts]
+        found = [replace(part, keep_ratio=0.5).placements(num_layers) for part in self.members()]
         places = {(p.stage, p.layer, p.queries, p.attention_of) for own in found for p in own}
         if len(places) > 1 or any(len(own) > 1 for own in found):
             names = ", ".join(
                 f"{part.name} before layer {', '.join(str(p.layer) for p in own)}"
-                for part, own in zip(self.parts, found, strict=True)
+                for part, own in zip(self.members(), found, strict=True)
             )
             raise ConfigError(
                 f"parts of an ensemble act once, at one place, on the same queries; got {names}"
@@ -111,8 +111,7 @@ class Ensemble(ScorePruner):
         if tokens.segmented:  # newlines do not set the scale
             visual = (tokens.segments() >= 0).to(tokens.index.device)
         total = torch.zeros_like(tokens.index, dtype=torch.float32)
-        for part, own, weight in zip(self.parts, seen, weights, strict=True):
-            assert isinstance(part, ScorePruner)  # `validate` saw to it
+        for part, own, weight in zip(self.members(), seen, weights, strict=True):
             score = normalised(part.score(own), self.normalise, visual)
             total = total + weight / math.fsum(weights) * score
         return total

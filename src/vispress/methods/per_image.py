@@ -43,7 +43,7 @@ class PerImage(Wrapper):
     evidence: ClassVar[Evidence] = "composition"
     reads: ClassVar[frozenset[Signal]] = FastV.reads
 
-    inner: Compressor = field(default_factory=FastV)
+    inner: Compressor | str = field(default_factory=FastV)
     factors: tuple[float, ...] = (1.0,)
 
     def validate(self) -> None:
@@ -68,7 +68,7 @@ class PerImage(Wrapper):
         return self.weighted or super().adaptive
 
     def signals(self) -> frozenset[Signal]:
-        return self.inner.signals() | ({Signal.IMAGE_NUMBER} if self.weighted else set())
+        return self.wrapped.signals() | ({Signal.IMAGE_NUMBER} if self.weighted else set())
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         found = super().placements(num_layers)

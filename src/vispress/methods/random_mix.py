@@ -43,7 +43,7 @@ class RandomMix(Wrapper):
     evidence: ClassVar[Evidence] = "composition"
     reads: ClassVar[frozenset[Signal]] = FastV.reads
 
-    inner: Compressor = field(default_factory=FastV)
+    inner: Compressor | str = field(default_factory=FastV)
     share: float = 0.1
     seed: int = 0
 

@@ -200,8 +200,8 @@ def merge_groups(
 def plan_of(
     video: Frames,
     newlines: Int[Tensor, "m"],
-    owner: Int[Tensor, "B F*t"],
-    weight: Float[Tensor, "B F*t"],
+    owner: Int[Tensor, "B Ft"],
+    weight: Float[Tensor, "B Ft"],
     counts: Sequence[int],
 ) -> TokenPlan:
     """The plan, with newlines as they are; ragged where videos keep different counts.

@@ -25,7 +25,7 @@ class Wrapper(Compressor):
         ConfigError: `inner` is no compressor.
     """
 
-    inner: Compressor
+    inner: Compressor | str
 
     def __post_init__(self) -> None:
         inner = get_method(self.inner)() if isinstance(self.inner, str) else self.inner
@@ -45,31 +45,37 @@ class Wrapper(Compressor):
         _ = self.acting  # a budget that `inner` refuses is refused here
 
     @property
+    def wrapped(self) -> Compressor:
+        """The inner compressor, without the budget."""
+        assert isinstance(self.inner, Compressor)  # since `__post_init__`
+        return self.inner
+
+    @property
     def acting(self) -> Compressor:
         """The inner compressor with the budget."""
-        return replace(self.inner, **self.given_budget())
+        return replace(self.wrapped, **self.given_budget())
 
     @property
     def root(self) -> Compressor:
         """The innermost compressor."""
-        return self.inner.root if isinstance(self.inner, Wrapper) else self.inner
+        return self.wrapped.root if isinstance(self.wrapped, Wrapper) else self.wrapped
 
     @property
     def adaptive(self) -> bool:
         """Whether the image decides the count."""
-        return getattr(self.inner, "adaptive", False)
+        return getattr(self.wrapped, "adaptive", False)
 
     def members(self) -> tuple[Compressor, ...]:
-        return (self.inner,)
+        return (self.wrapped,)
 
     def views(self) -> tuple[Compressor, ...]:
-        return self.inner.views()
+        return self.wrapped.views()
 
     def signals(self) -> frozenset[Signal]:
-        return self.inner.signals()
+        return self.wrapped.signals()
 
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
-        return self.inner.encoder_layers(num_layers, feature_layer)
+        return self.wrapped.encoder_layers(num_layers, feature_layer)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         try:
