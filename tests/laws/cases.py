@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
 
 import torch
-from tests.tiny import FAMILIES, QWEN, Image, Sample, Text, build, make_inputs
+from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, build, make_inputs
 from torch import Tensor
 
 from vispress import compress_model, compression_report, list_methods, remove_compression
@@ -55,6 +56,11 @@ def fits(family: str, method: str) -> bool:
     """Whether the family has the kind of input that the method is made for."""
     needs = get_method(method).needs
     return needs is None or needs in find_adapter(model_of(family)).kinds
+
+
+def on_videos() -> list[tuple[str, str]]:
+    """Every method on every family that takes videos."""
+    return [(f, m) for f in FAMILIES if f in VIDEO for m in METHODS if fits(f, m)]
 
 
 CASES = [
@@ -174,11 +180,19 @@ def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
     base = find_adapter(model).base
     before = {name: base.__dict__[name] for name in _ENCODES if name in base.__dict__}
 
+    depth = [0]
+
     def note(name: str, original: Any) -> Any:
         @wraps(original, assigned=(), updated=())
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            found[name] = original(*args, **kwargs)
-            return found[name]
+            depth[0] += 1
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+            if not depth[0]:  # Qwen's video method calls the image method
+                found[name] = output
+            return output
 
         return wrapped
 
@@ -193,13 +207,50 @@ def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
 @contextmanager
 def encoding_as(model: Any, encoded: Mapping[str, Any]) -> Iterator[None]:
     """Inside, the untouched model's encoder gives what was noted (DeepStack features included)."""
-    base = find_adapter(model).base
-    base.__dict__.update({name: lambda *_, o=output, **__: o for name, output in encoded.items()})
+    base, depth = find_adapter(model).base, [0]
+
+    def give(name: str, output: Any) -> Any:
+        method = getattr(base, name)
+
+        @wraps(method, assigned=(), updated=())  # generate looks at the signature
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            try:
+                plain = method(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+            if depth[0]:  # Qwen's video method calls the image method
+                return plain
+            return _repeated(output, len(plain.pooler_output) // len(output.pooler_output))
+
+        return wrapped
+
+    base.__dict__.update({name: give(name, output) for name, output in encoded.items()})
     try:
         yield
     finally:
         for name in encoded:
             del base.__dict__[name]
+
+
+def _repeated(output: Any, times: int) -> Any:
+    """The encoder's output when each image comes several times (transformers 5.17, beams)."""
+    if times == 1:
+        return output
+    again, features = copy(output), output.pooler_output
+    counts = [len(one) for one in features]
+
+    def each(parts: Any) -> Any:
+        if isinstance(parts, Tensor):
+            return parts.repeat_interleave(times, dim=0)
+        return tuple(part for part in parts for _ in range(times))
+
+    again.pooler_output = each(features)
+    if (deep := getattr(output, "deepstack_features", None)) is not None:
+        again.deepstack_features = [
+            torch.cat(each(x.split(counts))) if isinstance(x, Tensor) else each(x) for x in deep
+        ]
+    return again
 
 
 def changed_rows(
@@ -322,6 +373,7 @@ __all__ = [
     "make",
     "model_of",
     "noting",
+    "on_videos",
     "real_positions",
     "run",
     "settings",

@@ -7,16 +7,16 @@ import torch
 from tests.laws.cases import (
     CASES,
     FAMILIES,
-    VIDEO_ONLY,
     encoding_as,
     inputs_of,
     make,
     model_of,
+    on_videos,
     real_positions,
     run,
 )
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
-from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
+from tests.tiny import Image, Sample, Text, Video, make_inputs
 
 from vispress import compress_model, remove_compression
 from vispress.adapters.base import find_adapter
@@ -147,8 +147,7 @@ def test_report_and_alive_agree() -> None:
             assert tuple(here) == image.kept
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "avg_pool", *sorted(VIDEO_ONLY)])
-@pytest.mark.parametrize("family", VIDEO)
+@pytest.mark.parametrize(("family", "method"), on_videos())
 def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, method: str) -> None:
     model = model_of(family)
     samples = [

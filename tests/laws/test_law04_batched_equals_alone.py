@@ -9,16 +9,16 @@ from tests.laws.cases import (
     CASES,
     FAMILIES,
     SAMPLES,
-    VIDEO_ONLY,
     greedy,
     inputs_of,
     logits_of,
     make,
     model_of,
+    on_videos,
     real_positions,
     settings,
 )
-from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
+from tests.tiny import Image, Sample, Text, Video, make_inputs
 from torch import Tensor
 
 from vispress import compressed, compression_report
@@ -79,8 +79,7 @@ def test_a_chain_treats_each_sample_as_if_alone(family: str) -> None:
     assert_each_as_alone(family, {"method": chain}, inputs_of(family), singles)
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "random", "uniform", *sorted(VIDEO_ONLY)])
-@pytest.mark.parametrize("family", VIDEO)
+@pytest.mark.parametrize(("family", "method"), on_videos())
 def test_a_sample_with_a_video_is_what_it_is_alone(family: str, method: str) -> None:
     samples = [
         Sample([Text(4), Video(2, 4, 4), Text(3)]),
