@@ -31,20 +31,11 @@ from vispress import compress_model, compressed, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods import DivPrune, FastV
 from vispress.methods.base import Compressor
+from vispress.registry import get_method
 
 EXACT = 1e-9
-MERGING = (
-    "avg_pool",
-    "fourier",
-    "prumerge",
-    "quadtree_merge",
-    "sparsevlm",
-    "tome",
-    "visionzip",
-    "vmtc",
-    "vscan",
-)
-IN_LLM = ("fastv", "pyramiddrop", "sparsevlm", "transprune")
+MERGING = sorted({method for _, method in CASES if get_method(method).merges})
+MERGES_IN_LLM = ("sparsevlm",)
 
 Gradients = dict[str, Tensor]
 
@@ -154,7 +145,7 @@ def test_loss_and_gradients_are_those_of_the_masked_model(
     assert abs(loss - expected_loss) < EXACT
     # the oracle's values and its early features (Qwen3-VL), or the hidden states they are made of,
     # come from two runs, whose fp32 rotations and norms round the two gradients one by one
-    twice = method in MERGING and (family == "qwen3_vl" or method in IN_LLM)
+    twice = method in MERGING and (family == "qwen3_vl" or method in MERGES_IN_LLM)
     assert_equal(got, expected, 1e-6 if twice else EXACT)
 
 
@@ -197,7 +188,7 @@ def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None
 
 
 # inside the LLM the choice itself moves with the projector, and the loss jumps
-@pytest.mark.parametrize("method", [m for m in MERGING if m not in IN_LLM])
+@pytest.mark.parametrize("method", [m for m in MERGING if m not in MERGES_IN_LLM])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
     assert_true_gradient(model_of(family), inputs_of(family), make(family, method))
@@ -331,7 +322,7 @@ def test_lora_with_gradient_checkpointing_gives_the_same_gradients(
     assert_equal(got, expected)
 
 
-@pytest.mark.parametrize("method", IN_LLM)
+@pytest.mark.parametrize("method", [method for family, method in CASES if family == "llava"])
 def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
     """A training loop of three steps: losses fall, and the model is still compressed."""
     model, inputs = build("llava"), inputs_of("llava")
