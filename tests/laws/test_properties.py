@@ -1,6 +1,5 @@
 """Random prompts, budgets, methods: text survives, budgets are exact, logits are the oracle's."""
 
-import math
 from typing import Any
 
 import pytest
@@ -10,11 +9,11 @@ from hypothesis import strategies as st
 from tests.laws.cases import FAMILIES, METHODS, NO_BUDGET, model_of, run
 from tests.laws.cases import settings as settings_of
 from tests.laws.oracle import oracle_expand, oracle_forward
+from tests.laws.test_law06_budget import asked, assert_met
 from tests.tiny import QWEN, VIDEO, Image, Part, Sample, Text, Video, make_inputs
 from tests.tiny_models import IMAGE_ID, VIDEO_ID
 
 from vispress.config import make_compressor
-from vispress.kinds import Stage
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
 
@@ -71,26 +70,6 @@ def compressors(draw: st.DrawFn, family: str) -> Compressor:
     return make_compressor(name, **options, keep_ratio=draw(st.floats(least, 1.0)))
 
 
-def count_of(method: Compressor, number: int, entered: int, *, last: bool = True) -> int:
-    """Tokens left after placement `number` of those in front of the LLM's layers, from its budget.
-
-    Args:
-        method: Whose placement.
-        number: Which one.
-        entered: Tokens of the image.
-        last: Whether the image is the last one of its prompt.
-    """
-    placement = [p for p in method.placements(6) if p.stage is not Stage.ENCODER][number]
-    budget = placement.budget
-    if placement.images == ("earlier" if last else "last"):
-        return entered
-    if budget.num_tokens is not None:
-        return min(budget.num_tokens, entered)
-    assert budget.keep_ratio is not None
-    rule = {"floor": math.floor, "round": round, "ceil": math.ceil}[budget.rounding]
-    return min(entered, max(1, rule(budget.keep_ratio * entered)))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_prompt_keeps_its_text_and_its_budget_and_equals_the_masked_model(family: str) -> None:
     model = model_of(family)
@@ -108,13 +87,7 @@ def test_any_prompt_keeps_its_text_and_its_budget_and_equals_the_masked_model(fa
         for sample in result.report.samples:
             for image in sample.images:
                 visual += image.num_visual
-                for number, placement in enumerate(image.placements):
-                    last = image is sample.images[-1]
-                    expected = count_of(method, number, image.num_visual, last=last)
-                    if method.exact:
-                        assert placement.num_kept == expected
-                    else:
-                        assert 0 < placement.num_kept <= expected
+                assert_met(image, method, last=image is sample.images[-1])
         assert visual == int((real & ~text).sum())
         masked = oracle_forward(model, inputs, result.alive, result.positions, result.values)
         expected_logits = oracle_expand(masked, result.alive[-1])
@@ -144,7 +117,7 @@ def test_any_chain_keeps_text_and_equals_the_masked_model(family: str) -> None:
         for image in (i for s in result.report.samples for i in s.images):
             left = image.num_visual
             for method, placement in zip(chain, image.placements, strict=True):
-                left = count_of(method, 0, left)
+                (left,) = asked(method, left)
                 assert placement.num_kept == left
         masked = oracle_forward(model, inputs, result.alive, "original")
         expected = oracle_expand(masked, result.alive[-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.encoder_merger import EncoderMerger
-from vispress.types import Need, Placement, Positions, Signal, TokenPlan, VisualTokens
+from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
 
@@ -79,6 +79,11 @@ class Compressor(ABC):
         """The budget that was given, by its field; empty for none."""
         return {f: value for f in BUDGETS if (value := getattr(self, f)) is not None}
 
+    @property
+    def unbudgeted(self) -> bool:
+        """Whether no budget is given; methods that can then let the image decide the count."""
+        return not self.given_budget()
+
     def members(self) -> tuple["Compressor", ...]:
         """The compressors that this one is composed of; none for a plain method."""
         return ()
@@ -131,6 +136,11 @@ class Compressor(ABC):
         return Budget(
             keep_ratio=self.keep_ratio, num_tokens=self.num_tokens, rounding=self.rounding
         )
+
+    def before_llm(self, num_layers: int) -> tuple[Placement, ...]:
+        """The placement of a method that acts once, before the LLM, and needs no budget."""
+        budget = Budget(keep_ratio=1.0) if self.unbudgeted else self.budget(num_layers)
+        return (Placement(stage=Stage.PRE_LLM, budget=budget, adaptive=self.unbudgeted),)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Field values, for YAML and reports."""

@@ -21,14 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vispress.budget import Budget, allocate
+from vispress.budget import allocate
 from vispress.errors import UnsupportedMethodError
 from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.methods.checks import check_flag, check_number
 from vispress.methods.segments import GEOMETRY
 from vispress.methods.videos import frames
 from vispress.registry import register_method
-from vispress.types import Need, Placement, Signal, Stage, TokenPlan, VisualTokens
+from vispress.types import Need, Placement, Signal, TokenPlan, VisualTokens
 
 
 def references(number: int) -> tuple[list[int], list[bool]]:
@@ -90,11 +90,10 @@ class DyCoke(Compressor):
     @property
     def adaptive(self) -> bool:
         """Whether the count is the code's, of frames and their size: no budget is set."""
-        return self.keep_ratio is self.num_tokens is self.mean_keep_ratio is None
+        return self.unbudgeted
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        budget = Budget(keep_ratio=1.0) if self.adaptive else self.budget(num_layers)
-        return (Placement(stage=Stage.PRE_LLM, budget=budget, adaptive=self.adaptive),)
+        return self.before_llm(num_layers)
 
     def shares(self, whole: list[bool], size: int, num_keep: int) -> list[int]:
         """Tokens kept of each frame."""

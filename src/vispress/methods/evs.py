@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.budget import Rounding
-from vispress.errors import UnsupportedMethodError
 from vispress.methods.base import Evidence, ScorePruner, upcast
 from vispress.methods.segments import GEOMETRY
+from vispress.methods.videos import check_whole
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Positions, Signal, Stage, VisualTokens
 
@@ -58,11 +58,7 @@ class EVS(ScorePruner):
         Raises:
             UnsupportedMethodError: The video was pruned before.
         """
-        if tokens.num_visual != tokens.num_original:
-            raise UnsupportedMethodError(
-                f"evs needs whole images (here: whole videos), got {tokens.num_visual} of "
-                f"{tokens.num_original} tokens; put it first in a chain"
-            )
+        check_whole(tokens, self.name)
         places = tokens.segments()[0]
         visual, frame = int((places >= 0).sum()), int((places == 0).sum())
         x = upcast(tokens.features)

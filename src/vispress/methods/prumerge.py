@@ -18,14 +18,13 @@ from typing import ClassVar, final, get_args
 
 import torch
 
-from vispress.budget import Budget
 from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.methods.checks import check_choice, check_flag, check_integer
 from vispress.methods.encoder import Scores, attention_signals
 from vispress.methods.outliers import add_neighbours, choose
 from vispress.methods.segments import GEOMETRY, Part, split
 from vispress.registry import register_method
-from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
 
 @final
@@ -69,11 +68,10 @@ class PruMerge(Compressor):
     @property
     def adaptive(self) -> bool:
         """Whether the image decides the count: no budget is set."""
-        return self.keep_ratio is self.num_tokens is self.mean_keep_ratio is None
+        return self.unbudgeted
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        budget = Budget(keep_ratio=1.0) if self.adaptive else self.budget(num_layers)
-        return (Placement(stage=Stage.PRE_LLM, budget=budget, adaptive=self.adaptive),)
+        return self.before_llm(num_layers)
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.vision_features is not None  # declared in `reads`, as the others

@@ -77,7 +77,7 @@ class PruneVid(Compressor):
     @property
     def adaptive(self) -> bool:
         """Whether no budget is set."""
-        return self.keep_ratio is self.num_tokens is self.mean_keep_ratio is None
+        return self.unbudgeted
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         layer = scaled_layer(PUBLISHED_LAYER, num_layers) if self.layer is None else self.layer

@@ -17,13 +17,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from vispress.budget import Budget
 from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.methods.checks import check_integer, check_number
 from vispress.methods.grids import Raster, rasters, signals_for
 from vispress.methods.quadtree import levels, merged_cells
 from vispress.registry import register_method
-from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
+from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
 
 @final
@@ -53,14 +52,8 @@ class QuadtreeMerge(Compressor):
         check_number("theta", self.theta, low=0.0, high=2.0)
         check_integer("max_depth", self.max_depth, low=1)
 
-    @property
-    def by_likeness(self) -> bool:
-        """Whether no budget is set."""
-        return self.keep_ratio is self.num_tokens is self.mean_keep_ratio is None
-
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        budget = Budget(keep_ratio=1.0) if self.by_likeness else self.budget(num_layers)
-        return (Placement(stage=Stage.PRE_LLM, budget=budget, adaptive=self.by_likeness),)
+        return self.before_llm(num_layers)
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
@@ -88,7 +81,7 @@ class QuadtreeMerge(Compressor):
         tree = levels(x, raster.size)
         if not tree:
             return owner, weight
-        theta = self.theta if self.by_likeness else 0.0
+        theta = self.theta if self.unbudgeted else 0.0
         for level, chosen in zip(
             tree, merged_cells(tree, raster.share, theta, self.max_depth), strict=True
         ):

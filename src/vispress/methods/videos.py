@@ -43,6 +43,19 @@ class Frames:
         return torch.cat([kept, newlines.expand(len(picked), -1)], dim=1).sort(dim=1).values
 
 
+def check_whole(tokens: VisualTokens, name: str) -> None:
+    """Refuse videos that were pruned before.
+
+    Raises:
+        UnsupportedMethodError: They were.
+    """
+    if tokens.num_visual != tokens.num_original:
+        raise UnsupportedMethodError(
+            f"{name} needs whole images (here: whole videos), got {tokens.num_visual} of "
+            f"{tokens.num_original} tokens; put it first in a chain"
+        )
+
+
 def frames(tokens: VisualTokens, name: str, *, pruned: bool = False) -> Frames:
     """The frames of a bucket; a plain image is one frame.
 
@@ -54,11 +67,8 @@ def frames(tokens: VisualTokens, name: str, *, pruned: bool = False) -> Frames:
     Raises:
         UnsupportedMethodError: The video was pruned before, or its frames differ in size.
     """
-    if not pruned and tokens.num_visual != tokens.num_original:
-        raise UnsupportedMethodError(
-            f"{name} needs whole images (here: whole videos), got {tokens.num_visual} of "
-            f"{tokens.num_original} tokens; put it first in a chain"
-        )
+    if not pruned:
+        check_whole(tokens, name)
     device = tokens.features.device
     if tokens.crops is not None:
         segments = tokens.crops.segment
