@@ -105,8 +105,16 @@ def to_mapping(method: Compressor) -> dict[str, Any]:
     return {"method": method.name} | {k: _to_yaml(v) for k, v in values.items()}
 
 
-def save_config(method: Compressor, path: str | Path) -> None:
-    """Write a compressor as YAML."""
+def save_config(method: Compressor, path: str | Path, *, origin: str = "") -> None:
+    """Write a compressor as YAML.
+
+    Args:
+        method: The compressor.
+        path: The file.
+        origin: Where it comes from, written above it as comments.
+    """
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(to_mapping(method), sort_keys=False), encoding="utf-8")
+    head = "".join(f"# {line}\n" for line in origin.splitlines())
+    text = head + yaml.safe_dump(to_mapping(method), sort_keys=False)
+    Path(path).write_text(text, encoding="utf-8")

@@ -112,15 +112,13 @@ def write(found: "Debias", fit: "Fit", subject: "Subject", data: str, out: Path)
     """
     from vispress.config import save_config
 
+    origin = (
+        f"Fitted by vispress fit-debias on {fit.images} pictures of {data} with "
+        f"{subject.name}, weights {subject.weights};\n"
+        f"explains {100 * fit.explained:.0f} % of how attention varies with place."
+    )
     try:
-        save_config(found, out)
-        text = out.read_text(encoding="utf-8")
-        head = (
-            f"# Fitted by vispress fit-debias on {fit.images} pictures of {data} with "
-            f"{subject.name}, weights {subject.weights};\n"
-            f"# explains {100 * fit.explained:.0f} % of how attention varies with place.\n"
-        )
-        out.write_text(head + text, encoding="utf-8")
+        save_config(found, out, origin=origin)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
 

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,18 @@ class Memory:
         self._inputs, self._features = _Bounded(limit), _Bounded(limit)
         self._asked: Any = None
         self._collected = _Bounded(limit)
+
+    @contextmanager
+    def shown(self, batch: Batch, *, anew: bool) -> Iterator[Any]:
+        """The batch's inputs; inside, what the encoder gave before is found again.
+
+        Args:
+            batch: The batch.
+            anew: The encoder computes something else than for the uncompressed model; it runs.
+        """
+        inputs = self.inputs(batch, pixels=anew)
+        with nullcontext() if anew else self.encoder(batch):
+            yield inputs
 
     def inputs(self, batch: Batch, *, pixels: bool = True) -> Any:
         """The batch's first turn, on the model's device; not to be changed.

@@ -1,7 +1,6 @@
 """Running a plan: every cell once, stored as it finishes, resumed where it stopped."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,8 +177,7 @@ def run_cell(
     }
     anew = changes_encoder(cell)
     for batch in bank.batches:
-        inputs = bank.memory.inputs(batch, pixels=anew)
-        with nullcontext() if anew else bank.memory.encoder(batch):
+        with bank.memory.shown(batch, anew=anew) as inputs:
             answers = answer(
                 cell,
                 subject,

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +21,7 @@ from vispress.bench.provenance import commit
 from vispress.bench.subjects import Subject
 from vispress.bench.targets import check_target
 from vispress.bench.tasks import get_task
-from vispress.bench.treatment import treated
+from vispress.bench.treatment import changes_encoder, treated
 from vispress.config import save_config, to_mapping
 from vispress.errors import ConfigError
 from vispress.flops import flops, visual_per_layer
@@ -196,18 +195,15 @@ class Judge:
         """Of each batch: answers, or log-probabilities `[B, V]` of the first token on the host."""
         run = self._first_tokens if self.calibration.metric == "kl" else self._answers
         for batch in self.batches:
-            with self._memory.encoder(batch), self._compressed(cell, batch) as inputs:
-                out = run(batch, inputs)
+            with (
+                self._memory.shown(batch, anew=changes_encoder(cell)) as inputs,
+                treated(cell, self.subject, batch.prompts, inputs) as now,
+            ):
+                out = run(batch, now.inputs)
                 if cell.chain and any(prompt.images for prompt in batch.prompts):
                     check_target(cell, compression_report(self.subject.model))
             self.advance(f"{what}, {batch.task}", len(batch.prompts))
             yield out
-
-    @contextmanager
-    def _compressed(self, cell: Cell, batch: Batch) -> Iterator[Any]:
-        inputs = self._memory.inputs(batch, pixels=False)
-        with treated(cell, self.subject, batch.prompts, inputs) as now:
-            yield now.inputs
 
     def _answers(self, batch: Batch, inputs: Any) -> list[str]:
         turns = self.subject.converse(batch.prompts, inputs, self.calibration.max_new_tokens)
@@ -273,15 +269,14 @@ class Found:
 
     def save(self, path: Path, judge: Judge, how: str) -> None:
         """Write the YAML that `compress_model(model, config=path)` takes, with its origin above."""
-        save_config(self.method, path)
         own = judge.calibration
-        lines = (
-            f"# vispress search {how}: {own.metric} {self.value:.4f}, uncompressed "
-            f"{self.uncompressed:.4f}, at {100 * self.tokens:.1f} % of visual tokens and",
-            f"# {100 * self.flops:.1f} % of their FLOPs; {own.questions} questions each of "
-            f"{', '.join(own.tasks)} (seed {own.seed}), {judge.subject.name}",
+        origin = (
+            f"vispress search {how}: {own.metric} {self.value:.4f}, uncompressed "
+            f"{self.uncompressed:.4f}, at {100 * self.tokens:.1f} % of visual tokens and\n"
+            f"{100 * self.flops:.1f} % of their FLOPs; {own.questions} questions each of "
+            f"{', '.join(own.tasks)} (seed {own.seed}), {judge.subject.name}"
         )
-        path.write_text("\n".join(lines) + "\n" + path.read_text("utf-8"), encoding="utf-8")
+        save_config(self.method, path, origin=origin)
 
 
 def _read(log: Path | None, identity: str) -> Iterator[tuple[str, float]]:
