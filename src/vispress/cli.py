@@ -104,11 +104,8 @@ def bench(
 
 def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.engine import run
-    from vispress.bench.plots import write_plots
     from vispress.bench.progress import progress_bar
     from vispress.bench.shards import this_shard
-    from vispress.bench.summary import summarise, write_summary
-    from vispress.bench.table import tables
 
     prepare()
     shard = this_shard()
@@ -119,13 +116,37 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     except KeyboardInterrupt:
         console.print(f"\nstopped; the same command goes on from what is in {out}")
         raise typer.Exit(130) from None
-    if not shard.leader:
-        return
+    if shard.leader:
+        _summary(out, console)
+
+
+def _summary(out: Path, console: Console) -> None:
+    """Show the tables of a results folder, and write them and the plots beside the cells."""
+    from vispress.bench.plots import write_plots
+    from vispress.bench.summary import summarise, write_summary
+    from vispress.bench.table import tables
+
     summary = summarise(out)
     console.print(tables(summary))
     write_summary(summary, out)
     files = [out / "summary.json", out / "summary.csv", *write_plots(summary, out)]
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True)
+
+
+@app.command()
+def join(
+    results: Annotated[list[Path], typer.Argument(help="Two or more folders of vispress bench.")],
+    out: Annotated[Path, typer.Option(help="A folder for the joined results.")],
+    force: Force = False,
+) -> None:
+    """Put runs of the same questions in one folder, to report on all their methods together."""
+    from vispress.bench.join import join_results
+
+    prepare()
+    console = terminal()
+    shared = join_results(results, out, force=force)
+    console.print(f"{shared} cells were measured more than once, and agree")
+    _summary(out, console)
 
 
 @app.command()

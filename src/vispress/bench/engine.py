@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from vispress.bench.batches import Batch, Memory, make_batches
 from vispress.bench.cells import Cell
 from vispress.bench.cost import measure_cost, timed_batch
 from vispress.bench.plan import Plan
-from vispress.bench.provenance import commit, provenance
+from vispress.bench.provenance import commit, now, provenance
 from vispress.bench.shards import Shard, this_shard
 from vispress.bench.stats import bootstrap_mean
 from vispress.bench.store import ResultsFolder, open_results
@@ -69,7 +68,7 @@ def run(
         "version": vispress.__version__,
         "weights": subject.weights,
     }
-    manifest = {"plan": plan.to_dict(), "tasks": _cards(plan), "created": _now()}
+    manifest = {"plan": plan.to_dict(), "tasks": _cards(plan), "created": now()}
     with open_results(Path(out), identity, manifest, force=force, shard=shard) as folder:
         work = _Work(plan, subject, folder, advance, _refusals(plan, subject))
         waiting = [cell for cell in plan.cells() if not work.found(cell)]
@@ -137,7 +136,7 @@ class _Work:
         if reason is not None:
             result = {"refused": reason}
             self.advance(cell.key, self.total)
-        stamp = {"seed": plan.seed, "provenance": provenance(subject.model), "finished": _now()}
+        stamp = {"seed": plan.seed, "provenance": provenance(subject.model), "finished": now()}
         self.folder.write(cell.key, {"cell": cell.to_dict(), **result, **stamp})
 
 
@@ -254,7 +253,3 @@ def _refusals(plan: Plan, subject: Subject) -> dict[str, str]:
 def _cards(plan: Plan) -> dict[str, Any]:
     tasks = [get_task(name) for name in plan.tasks]
     return {task.name: {"chance": task.chance, "needs": task.needs} for task in tasks}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
