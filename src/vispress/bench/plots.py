@@ -10,6 +10,8 @@ from vispress.bench.store import ResultsError
 from vispress.bench.summary import BLIND, Row, Summary
 
 _MARKERS = "osD^vPX*<>hp"
+_BESIDE = 18
+"""Entries of a legend that fit beside the plot."""
 
 
 def write_plots(summary: Summary, folder: str | Path) -> list[Path]:
@@ -27,14 +29,18 @@ def write_plots(summary: Summary, folder: str | Path) -> list[Path]:
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.add_subplot()
     _draw(axes, summary, None)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= _BESIDE:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    else:  # a column beside the axes would leave the figure
+        figure.set_size_inches(8, 5.2 + 0.2 * -(-len(labels) // 5))
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     tasks = list(summary.chance)
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     panels = Figure(figsize=(4 * columns, 3.1 * rows + 0.6), layout="constrained")
     for number, task in enumerate(tasks):
         _draw(panels.add_subplot(rows, columns, number + 1), summary, task)
-    handles, labels = axes.get_legend_handles_labels()
     panels.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return [
         save_figure(figure, folder / "frontier.png"),
