@@ -1,6 +1,6 @@
 """The table that laws run over: every registered method on every family, and the prompts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -173,6 +173,26 @@ def run(
 _ENCODES = ("get_image_features", "get_video_features")
 
 
+def _outermost() -> Callable[[Any, Callable[[Any], Any]], Any]:
+    """Wraps methods so that what leaves the outermost call passes a function first."""
+    depth = 0
+
+    def wrap(method: Any, then: Callable[[Any], Any]) -> Any:
+        @wraps(method, assigned=(), updated=())  # generate looks at the signature
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                output = method(*args, **kwargs)
+            finally:
+                depth -= 1
+            return output if depth else then(output)  # Qwen's video method calls the image method
+
+        return wrapped
+
+    return wrap
+
+
 @contextmanager
 def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
     """Notes what the encoder of a compressed model gives, if a method of the chain merges in it."""
@@ -180,24 +200,16 @@ def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
     base = find_adapter(model).base
     before = {name: base.__dict__[name] for name in _ENCODES if name in base.__dict__}
 
-    depth = [0]
-
-    def note(name: str, original: Any) -> Any:
-        @wraps(original, assigned=(), updated=())
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            depth[0] += 1
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                depth[0] -= 1
-            if not depth[0]:  # Qwen's video method calls the image method
-                found[name] = output
+    def note(name: str) -> Callable[[Any], Any]:
+        def noted(output: Any) -> Any:
+            found[name] = output
             return output
 
-        return wrapped
+        return noted
 
+    outermost = _outermost()
     if any(method.encoder_merger() is not None for method in chain):
-        base.__dict__.update({name: note(name, each) for name, each in before.items()})
+        base.__dict__.update({name: outermost(each, note(name)) for name, each in before.items()})
     try:
         yield found
     finally:
@@ -207,25 +219,16 @@ def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
 @contextmanager
 def encoding_as(model: Any, encoded: Mapping[str, Any]) -> Iterator[None]:
     """Inside, the untouched model's encoder gives what was noted (DeepStack features included)."""
-    base, depth = find_adapter(model).base, [0]
+    base, outermost = find_adapter(model).base, _outermost()
 
-    def give(name: str, output: Any) -> Any:
-        method = getattr(base, name)
+    def give(output: Any) -> Callable[[Any], Any]:
+        return lambda plain: _repeated(
+            output, len(plain.pooler_output) // len(output.pooler_output)
+        )
 
-        @wraps(method, assigned=(), updated=())  # generate looks at the signature
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            depth[0] += 1
-            try:
-                plain = method(*args, **kwargs)
-            finally:
-                depth[0] -= 1
-            if depth[0]:  # Qwen's video method calls the image method
-                return plain
-            return _repeated(output, len(plain.pooler_output) // len(output.pooler_output))
-
-        return wrapped
-
-    base.__dict__.update({name: give(name, output) for name, output in encoded.items()})
+    base.__dict__.update(
+        {name: outermost(getattr(base, name), give(output)) for name, output in encoded.items()}
+    )
     try:
         yield
     finally:

@@ -1,12 +1,10 @@
 """Results folders as one: methods measured later stand beside those that were there before."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vispress.bench.provenance import now
+from vispress.bench.provenance import digest, now
 from vispress.bench.store import ResultsError, open_results, read_results
 
 _MAY_DIFFER = frozenset({"methods", "keep_ratios", "overrides", "controls", "cells"})
@@ -70,7 +68,8 @@ def _same_questions(
     }
     names = sorted((set(first["plan"]) | set(other["plan"])) - _MAY_DIFFER)
     pairs |= {name: (first["plan"].get(name), other["plan"].get(name)) for name in names}
-    pairs["task cards"] = (first["tasks"], other["tasks"])
+    for task in sorted(set(first["tasks"]) | set(other["tasks"])):
+        pairs[f"task {task}"] = (first["tasks"].get(task), other["tasks"].get(task))
     for name, (here, there) in pairs.items():
         if here != there:
             raise ResultsError(
@@ -111,11 +110,10 @@ def _plan(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _identity(identities: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps([plan, list(identities)], sort_keys=True)
     commits = _unique(str(identity.get("commit")) for identity in identities)
     return {
         **identities[0],
-        "plan": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "plan": digest([plan, *identities]),
         "commit": ", ".join(commits),
     }
 

@@ -1,6 +1,5 @@
 """What a schedule is worth on calibration questions: accuracy, loyalty or first-token KL."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from vispress.api import compression_report
 from vispress.bench.batches import Batch, Memory, make_batches
 from vispress.bench.cells import Cell
 from vispress.bench.engine import Advance
-from vispress.bench.provenance import commit
+from vispress.bench.provenance import commit, digest
 from vispress.bench.subjects import Subject
 from vispress.bench.targets import check_target
 from vispress.bench.tasks import get_task
@@ -100,8 +99,7 @@ class Judge:
         """Hash of everything that decides a value, but for the schedule."""
         own = {"weights": self.subject.weights, "commit": commit()}
         own |= {"version": vispress.__version__, "dtype": str(self.subject.model.dtype)}
-        text = json.dumps(own | asdict(self.calibration), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(own | asdict(self.calibration))
 
     @property
     def batches(self) -> list[Batch]:

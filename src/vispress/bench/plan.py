@@ -1,6 +1,5 @@
 """A benchmark plan: which questions, which model, compressed how. YAML in, cells out."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,6 +9,7 @@ from typing import Any, cast, get_args
 from vispress.bench.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.controls import ALL, Controls, Overrides, expand, with_controls
 from vispress.bench.described import task_name
+from vispress.bench.provenance import digest
 from vispress.bench.subjects import DTYPES, Dtype
 from vispress.bench.tasks import get_task, suggest
 from vispress.errors import ConfigError
@@ -123,8 +123,7 @@ class Plan:
 
     def digest(self) -> str:
         """Hash of everything that decides the results."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(self.to_dict())
 
 
 def plan_path(name: str) -> Path:

@@ -1,5 +1,7 @@
 """Where a number comes from: commit, versions, device."""
 
+import hashlib
+import json
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -44,6 +46,11 @@ def commit() -> str | None:
 def now() -> str:
     """This moment in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def digest(data: Any) -> str:
+    """Short hash of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
