@@ -22,6 +22,8 @@ COPIES_FROM_HOST = ("dct_lowpass", "column_attention")
 
 COMPILE_S = 8.0
 """Seconds a `torch.compile` row may take; loops of 512 steps may need more, and go without."""
+AGAIN_S = 2.0
+"""Seconds until it is stopped again, should the first stop have been swallowed."""
 LIMIT_S = 0.25
 GRAPH_MS = 20.0
 """Kernels up to so long are timed in a graph too: longer ones leave no gap to see."""
@@ -138,7 +140,7 @@ def _compare_compiled(
                 settings.device,
                 limit_s=LIMIT_S,
                 repeats=_rounds(settings),
-                warmup=3,
+                warmup=1 if settings.dry else 3,
                 flush=True,
             )
     except TooSlowError:
@@ -153,8 +155,8 @@ def _compare_compiled(
 def within(seconds: float) -> Iterator[None]:
     """Stops what runs inside with `TooSlowError`, as soon as Python gets to it (main thread only).
 
-    The compiler may wrap that exception, or swallow it once; then what it raised or gave counts
-    for nothing.
+    The compiler may wrap that exception, or swallow it; then what it raised or gave counts for
+    nothing.
     """
     late = False
 
@@ -164,7 +166,7 @@ def within(seconds: float) -> Iterator[None]:
         raise TooSlowError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
     try:
         yield
     except Exception as error:
@@ -179,7 +181,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 def _rounds(settings: Settings) -> int:
-    return 3 if settings.dry else 50
+    return 1 if settings.dry else 50
 
 
 def _head(case: Case, size: Size, rates: dict[str, float]) -> dict[str, Any]:

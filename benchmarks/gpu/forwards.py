@@ -88,7 +88,7 @@ class Bench:
         options = published(method, self.shape.visual, has_cls=self.has_cls)
         inputs = self._prompt(batch)
         with self._as("compressed", options):  # what is made once is made here
-            _, peak = self._peak(inputs)
+            peak = self._peak(inputs)[1]
             facts = self._facts(inputs, compression_report(self.model))
         plain = shapes.text_prompt(self.shape, facts["just_that_length"], batch, self.device)
         memory = {"compressed": peak, "text": self._peak(plain)[1]}

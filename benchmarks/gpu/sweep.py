@@ -37,7 +37,7 @@ GRIDS: dict[str, list[Rule]] = {
 """What is tried for each op; keys that are left out stay as the rule has them. What has most to
 gain comes first.
 """
-LIKELY = dict.fromkeys(GRIDS, ("llava_next", "video"))
+LIKELY: dict[str, tuple[str, ...]] = dict.fromkeys(GRIDS, ("llava_next", "video"))
 LIKELY |= {"assign_nearest": ("llava_next",), "maxmin_select": ("llava_next",)}
 
 
@@ -70,7 +70,7 @@ def _sweep(op: str, size: str, settings: Settings, deadline: Deadline) -> Row:
     assert case is not None
     grid = GRIDS[op][:2] if settings.dry else GRIDS[op]
     expected = tree_leaves(case.kernel())
-    repeats = 3 if settings.dry else 25
+    repeats = 1 if settings.dry else 25
     default = _time(case.kernel, settings, repeats)
     tried: list[dict[str, Any]] = []
     for rule in grid:
@@ -100,9 +100,11 @@ def _sweep(op: str, size: str, settings: Settings, deadline: Deadline) -> Row:
 
 
 def _time(call: Callable[[], Any], settings: Settings, repeats: int) -> dict[str, float]:
-    found = in_turns({"k": call}, settings.device, repeats=repeats, limit_s=0.1, flush=True)
-    spread: dict[str, float] = found["k"]
-    return spread
+    """Quantiles of a call that was made before."""
+    found = in_turns(
+        {"k": call}, settings.device, repeats=repeats, warmup=1, limit_s=0.1, flush=True
+    )
+    return found["k"]
 
 
 def _agree(expected: list[Any], got: list[Any]) -> bool:
