@@ -220,6 +220,18 @@ def test_important_methods_are_registered_and_come_first() -> None:
     ]
 
 
+def test_laws_run_where_a_method_fits_and_every_law_early() -> None:
+    from benchmarks.gpu.laws import LAWS, _names
+    from tests.laws.cases import NO_BUDGET
+
+    names = _names("fp32", "llava", dry=False)
+    methods = {law: {n.split("/")[-1] for n in names if n.startswith(law)} for law in LAWS}
+    assert [name.split("/")[0] for name in names[:5]] == list(LAWS)
+    assert not {"dycoke", "globalcom2"} & methods["law1"]  # llava refuses them
+    assert methods["law1"] - methods["law2"] == NO_BUDGET
+    assert not [name for name in _names("bf16", "llava", dry=False) if name.startswith("law4")]
+
+
 # --- the models
 
 
