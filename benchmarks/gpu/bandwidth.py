@@ -1,6 +1,8 @@
 """Part `bandwidth`: each kernel against reference, `torch.compile` and the floor of this device."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,18 @@ ORDER = ("video", "llava15", "qwen_16384", "llava_next", "qwen_1296")
 COPIES_FROM_HOST = ("dct_lowpass", "column_attention")
 """Ops whose public face brings small tables from the host, which a graph cannot record."""
 
+COMPILE_S = 8.0
+"""Seconds a `torch.compile` row may take; loops of 512 steps may need more, and go without."""
+AGAIN_S = 2.0
+"""Seconds until it is stopped again, should the first stop have been swallowed."""
+LIMIT_S = 0.25
+GRAPH_MS = 20.0
+"""Kernels up to so long are timed in a graph too: longer ones leave no gap to see."""
+
+
+class TooSlowError(Exception):
+    """A measurement was stopped."""
+
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:
     """All kernels first; `torch.compile`, which takes seconds a shape, behind them."""
@@ -29,19 +43,26 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     part.extra["tests"] = tests
     sizes = list(TINY.values()) if settings.dry else [SIZES[name] for name in ORDER]
     for compiling in (False, True):
-        for size in sizes:
-            for op, make in CASES.items():
-                name = f"{op}/{size.name}" + ("/compile" if compiling else "")
-                case = _Lazy(make, size, settings.device)
-                if not case.exists:
-                    continue
-                green = tests[op] == "green"
-                measure = _compare_compiled if compiling else _compare
-                part.row(name, partial(_row, measure, case, rates, green, settings))
-                case.free()
+        for op, size in _plan(sizes, by_op=compiling):
+            name = f"{op}/{size.name}" + ("/compile" if compiling else "")
+            measure = _compare_compiled if compiling else _compare
+            case = _Lazy(CASES[op], size, settings.device)
+            part.row(name, partial(_row, measure, case, rates, tests[op] == "green", settings))
+            case.free()
     torch._dynamo.reset()  # compiled closures hold their inputs
     part.finish()
     return part
+
+
+def _plan(sizes: Sequence[Size], *, by_op: bool) -> list[tuple[str, Size]]:
+    """Ops and sizes that exist, size by size; or every op once before any twice."""
+    # on the meta device nothing is allocated: does this op have this size?
+    meta = torch.device("meta")
+    pairs = [(op, size) for size in sizes for op in CASES if CASES[op](size, meta) is not None]
+    if not by_op:
+        return pairs
+    rank = {(op, s.name): [own for o, own in pairs if o == op].index(s) for op, s in pairs}
+    return sorted(pairs, key=lambda pair: rank[pair[0], pair[1].name])
 
 
 class _Lazy:
@@ -54,8 +75,6 @@ class _Lazy:
         device: torch.device,
     ) -> None:
         self._make, self._size, self._device = make, size, device
-        # on the meta device nothing is allocated: does this op have this size?
-        self.exists = make(size, torch.device("meta")) is not None
 
     def __call__(self) -> tuple[Case, Size]:
         torch.manual_seed(0)
@@ -85,13 +104,17 @@ def _compare(
     case, size = made
     error = _difference(case)
     calls = {"kernel": case.kernel, "reference": case.reference}
-    times = in_turns(calls, settings.device, limit_s=0.4, repeats=_rounds(settings), flush=True)
+    # the comparison has warmed both up
+    times = in_turns(
+        calls, settings.device, limit_s=LIMIT_S, repeats=_rounds(settings), warmup=1, flush=True
+    )
     found: dict[str, Any] = _head(case, size, rates)
     found |= {"green": green, "max_difference": error}
     found |= {f"{name}_ms": spread for name, spread in times.items()}
-    graph = graph_ms(case.kernel, settings.device) if case.op not in COPIES_FROM_HOST else None
-    found["graph_ms"] = graph
     kernel = times["kernel"]["median"]
+    graphed = case.op not in COPIES_FROM_HOST and kernel <= GRAPH_MS
+    graph = graph_ms(case.kernel, settings.device) if graphed else None
+    found["graph_ms"] = graph
     best = graph["median"] if isinstance(graph, dict) else kernel
     if green:
         found["speedup_over_reference"] = times["reference"]["median"] / kernel
@@ -107,20 +130,58 @@ def _compare_compiled(
     if case.compiled is None:
         return {"note": "not compiled"}
     torch._dynamo.reset()
-    fast = case.compiled("eager" if settings.dry else "inductor")
-    calls = {"kernel": case.kernel, "compiled": fast}
-    times = in_turns(
-        calls, settings.device, limit_s=0.3, repeats=_rounds(settings), warmup=3, flush=True
-    )
     found: dict[str, Any] = _head(case, size, rates) | {"green": green}
+    try:
+        with within(COMPILE_S):
+            fast = case.compiled("eager" if settings.dry else "inductor")
+            calls = {"kernel": case.kernel, "compiled": fast}
+            times = in_turns(
+                calls,
+                settings.device,
+                limit_s=LIMIT_S,
+                repeats=_rounds(settings),
+                warmup=1 if settings.dry else 3,
+                flush=True,
+            )
+    except TooSlowError:
+        return found | {"note": f"not compiled and timed within {COMPILE_S:g} s"}
     found |= {f"{name}_ms": spread for name, spread in times.items()}
     if green:
         found["speedup_over_compiled"] = times["compiled"]["median"] / times["kernel"]["median"]
     return found
 
 
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Stops what runs inside with `TooSlowError`, as soon as Python gets to it (main thread only).
+
+    The compiler may wrap that exception, or swallow it; then what it raised or gave counts for
+    nothing.
+    """
+    late = False
+
+    def stop(*_: Any) -> None:
+        nonlocal late
+        late = True
+        raise TooSlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
+    try:
+        yield
+    except Exception as error:
+        if late:
+            raise TooSlowError from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    if late:
+        raise TooSlowError
+
+
 def _rounds(settings: Settings) -> int:
-    return 3 if settings.dry else 50
+    return 1 if settings.dry else 50
 
 
 def _head(case: Case, size: Size, rates: dict[str, float]) -> dict[str, Any]:

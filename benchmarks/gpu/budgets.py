@@ -1,5 +1,6 @@
 """The budgets that the papers publish, carried over to images with other counts of tokens."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ PUBLISHED_TOKENS = 576
 """Visual tokens of LLaVA-1.5, which the counts in `configs/methods` belong to."""
 BY_CONTENT = {"quadtree_merge": {"keep_ratio": 0.25}}
 """Methods whose published setting merges nothing of noise, and the budget that stands in for it."""
+IMPORTANT = (
+    *("fastv", "divprune", "visionzip", "pyramiddrop", "cdpruner", "sparsevlm", "prumerge"),
+    *("vispruner", "dart", "zoo_prune", "fourier", "transprune", "tome", "random", "uniform"),
+)
+"""What comes first, should the time not suffice."""
 CONFIGS: Path = ROOT / "configs" / "methods"
 
 
@@ -22,6 +28,12 @@ def fitting(crops: int) -> list[str]:
 
     fits = (None, "anyres") if crops > 1 else (None,)
     return [name for name in list_methods() if get_method(name).needs in fits]
+
+
+def by_importance(methods: Iterable[str]) -> list[str]:
+    """Those of `IMPORTANT` in its order, then the others in theirs."""
+    place = {name: number for number, name in enumerate(IMPORTANT)}
+    return sorted(methods, key=lambda name: place.get(name, len(place)))
 
 
 @cache

@@ -14,8 +14,13 @@ from benchmarks.gpu.record import Row, quantiles
 from benchmarks.gpu.timing import Stopwatch, synchronize
 from vispress import compress_model, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
+from vispress.report import CompressionReport
 
-NEW_TOKENS = 8
+NEW_TOKENS = 6
+ROUNDS, LIMIT_S = (5, 12), 0.6
+"""Rounds at least and at most; between them, seconds that they may take."""
+LAUNCH_BOUND = 0.9
+"""A share of the prefill that the host needs to launch it, from which the device waits for it."""
 Spreads = dict[str, dict[str, float]]
 
 
@@ -47,34 +52,77 @@ class Bench:
         self.has_cls = adapter.has_cls
         self._watch = Stopwatch(device)
         self._entered: Any = None
+        self._entered_s = 0.0
+        self._inputs: dict[int, dict[str, Any]] = {}
         # the first pre-hook: what compression adds to the language model's call comes behind it
         adapter.language_model.register_forward_pre_hook(self._enter)
 
     def _enter(self, *_: Any) -> None:
-        self._entered = self._watch.mark()
+        self._entered, self._entered_s = self._watch.mark(), time.perf_counter()
 
-    def measure(self, method: str, batch: int, repeats: int, limit_s: float = 1.2) -> Row:
-        """Times, ratios, cache and memory of one method at its published budget."""
+    def uncompressed(self, batch: int) -> Row:
+        """What every method of the batch is compared with: cache, memory, decode; its own times."""
+        inputs = self._prompt(batch)
+        self._prefill(inputs)
+        out, peak = self._peak(inputs)
+        tensors = (x for layer in out.past_key_values.layers for x in (layer.keys, layer.values))
+        cache = sum(x.numel() * x.element_size() for x in tensors)
+        del out, tensors
+        times = self._times({"uncompressed": inputs}, {})
+        host, prefill = (times[k]["uncompressed"] for k in ("host_prefill_ms", "prefill_ms"))
+        return (
+            self._head("uncompressed", batch, inputs)
+            | {"uncompressed_kv_bytes": cache, "peak_extra_bytes": {"uncompressed": peak}}
+            | {"launch_bound": host["median"] >= LAUNCH_BOUND * prefill["median"]}
+            | {"decode_ms_per_token": {"uncompressed": self._decode(inputs)}, **times}
+        )
+
+    def measure(self, method: str, batch: int, base: Row) -> Row:
+        """Times, ratios, cache and memory of one method at its published budget.
+
+        Args:
+            method: A registered name.
+            batch: Samples.
+            base: The row of `uncompressed` for this batch.
+        """
         options = published(method, self.shape.visual, has_cls=self.has_cls)
-        inputs = shapes.prompt(self.shape, batch, self.device, self.dtype)
-        facts = self._facts(inputs, options)
-        length = facts["just_that_length"]
-        plain = shapes.text_prompt(self.shape, length, batch, self.device)
+        inputs = self._prompt(batch)
+        with self._as("compressed", options):  # what is made once is made here
+            peak = self._peak(inputs)[1]
+            facts = self._facts(inputs, compression_report(self.model))
+        plain = shapes.text_prompt(self.shape, facts["just_that_length"], batch, self.device)
+        memory = {"compressed": peak, "text": self._peak(plain)[1]}
         variants = {"uncompressed": inputs, "compressed": inputs, "text": plain}
-        memory = self._memory(variants, options)
-        start = time.perf_counter()
         self._round(variants, options)
-        rounds = int(limit_s / max(time.perf_counter() - start, 1e-6))
-        times = self._times(variants, options, max(3, min(repeats, rounds)))
-        steps = self._decode(variants, options)
+        times = self._times(variants, options)
+        with self._as("compressed", options):
+            steps = self._decode(inputs)
         shown = {k: v for k, v in options.items() if k != "method"}
         return (
-            {"model": self.shape.name, "method": method, "batch": batch, "options": shown}
-            | {"dtype": str(self.dtype).removeprefix("torch."), "attention": "sdpa"}
+            self._head(method, batch, inputs)
+            | {"options": shown, "against": base["name"]}
             | facts
-            | {"peak_extra_bytes": memory, "decode_ms_per_token": steps, **times}
+            | {"uncompressed_kv_bytes": base["uncompressed_kv_bytes"]}
+            | {"peak_extra_bytes": base["peak_extra_bytes"] | memory}
+            | {"decode_ms_per_token": {"compressed": steps}, **times}
             | _ratios(times)
         )
+
+    def _prompt(self, batch: int) -> dict[str, Any]:
+        if batch not in self._inputs:
+            self._inputs = {batch: shapes.prompt(self.shape, batch, self.device, self.dtype)}
+        return self._inputs[batch]
+
+    def _head(self, method: str, batch: int, inputs: Mapping[str, Any]) -> Row:
+        return {
+            "model": self.shape.name,
+            "method": method,
+            "batch": batch,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": "sdpa",
+            "sequence": inputs["input_ids"].shape[1],
+            "visual_tokens": self.shape.visual,
+        }
 
     @contextmanager
     def _as(self, variant: str, options: Mapping[str, Any]) -> Iterator[None]:
@@ -91,82 +139,76 @@ class Bench:
     def _prefill(self, inputs: Mapping[str, Any]) -> Any:
         return self.model(**inputs, use_cache=True, logits_to_keep=1)
 
-    def _facts(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-        """Lengths and cache bytes, both ways."""
-        layers = self._prefill(inputs).past_key_values.layers
-        tensors = (x for layer in layers for x in (layer.keys, layer.values))
-        whole = sum(x.numel() * x.element_size() for x in tensors)
-        with self._as("compressed", options):
-            self._prefill(inputs)
-            report = compression_report(self.model)
+    def _peak(self, inputs: Mapping[str, Any]) -> tuple[Any, int | None]:
+        """A prefill and its peak bytes beyond weights and inputs (None on a CPU)."""
+        if self.device.type != "cuda":
+            return self._prefill(inputs), None
+        synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        out = self._prefill(inputs)
+        synchronize(self.device)
+        return out, torch.cuda.max_memory_allocated(self.device) - before
+
+    def _facts(self, inputs: Mapping[str, Any], report: CompressionReport) -> dict[str, Any]:
+        """Lengths and cache bytes."""
         length, visual = inputs["input_ids"].shape[1], self.shape.visual
         kept = round(report.mean_keep_ratio * visual)
         return {
-            "sequence": length,
-            "visual_tokens": visual,
             "kept_at_last_layer": next(i.num_kept for s in report.samples for i in s.images),
             "mean_keep_ratio": report.mean_keep_ratio,
             "just_that_length": length - visual + kept,
             "kv_bytes": report.kv_bytes,
-            "uncompressed_kv_bytes": whole,
             "notes": list(report.notes),
         }
 
-    def _memory(self, variants: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, int]:
-        """Peak bytes of a prefill beyond weights and inputs (nothing on a CPU)."""
-        found = {}
-        for name, inputs in variants.items():
-            if self.device.type != "cuda":
-                break
-            with self._as(name, options):
-                synchronize(self.device)
-                before = torch.cuda.memory_allocated(self.device)
-                torch.cuda.reset_peak_memory_stats(self.device)
-                self._prefill(inputs)
-                found[name] = torch.cuda.max_memory_allocated(self.device) - before
-        return found
-
     def _round(
         self, variants: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> dict[str, tuple[float, float]]:
-        """`(TTFT, prefill)` of each variant, once; the prefill starts where the encoder ends."""
+    ) -> dict[str, dict[str, float]]:
+        """Milliseconds of each variant, once; the prefill starts where the encoder ends.
+
+        Those of the host end where the call returns, with nothing waited for; near those of the
+        device, the host is what limits.
+        """
         found = {}
         for name, inputs in variants.items():
             with self._as(name, options):
                 synchronize(self.device)
-                start = self._watch.mark()
+                start, start_s = self._watch.mark(), time.perf_counter()
                 self._prefill(inputs)
-                end = self._watch.mark()
-                whole = self._watch.between(start, end)
-                found[name] = (whole, self._watch.between(self._entered, end))
+                end_s, end = time.perf_counter(), self._watch.mark()
+                found[name] = {
+                    "ttft_ms": self._watch.between(start, end),
+                    "prefill_ms": self._watch.between(self._entered, end),
+                    "host_ms": 1e3 * (end_s - start_s),
+                    "host_prefill_ms": 1e3 * (end_s - self._entered_s),
+                }
         return found
 
-    def _times(
-        self, variants: Mapping[str, Any], options: Mapping[str, Any], rounds: int
-    ) -> dict[str, Spreads]:
-        done = [self._round(variants, options) for _ in range(rounds)]
+    def _times(self, variants: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Spreads]:
+        least, most = ROUNDS
+        done: list[dict[str, dict[str, float]]] = []
+        start = time.perf_counter()
+        while len(done) < least or (len(done) < most and time.perf_counter() - start < LIMIT_S):
+            done.append(self._round(variants, options))
         return {
-            "ttft_ms": {name: quantiles([r[name][0] for r in done]) for name in variants},
-            "prefill_ms": {name: quantiles([r[name][1] for r in done]) for name in variants},
+            kind: {name: quantiles([r[name][kind] for r in done]) for name in variants}
+            for kind in next(iter(done[0].values()))
         }
 
-    def _decode(self, variants: Mapping[str, Any], options: Mapping[str, Any]) -> Spreads:
+    def _decode(self, inputs: Mapping[str, Any]) -> dict[str, float]:
         """Milliseconds between generated tokens, the first step (warm-up) left out."""
-        found = {}
-        for name, inputs in variants.items():
-            with self._as(name, options):
-                marks = _Marks(self._watch)
-                self.model.generate(
-                    **inputs,
-                    max_new_tokens=NEW_TOKENS,
-                    min_new_tokens=NEW_TOKENS,
-                    do_sample=False,
-                    stopping_criteria=StoppingCriteriaList([marks]),
-                )
-            synchronize(self.device)
-            steps = zip(marks.marks[1:-1], marks.marks[2:], strict=True)
-            found[name] = quantiles([self._watch.between(a, b) for a, b in steps])
-        return found
+        marks = _Marks(self._watch)
+        self.model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([marks]),
+        )
+        synchronize(self.device)
+        steps = zip(marks.marks[1:-1], marks.marks[2:], strict=True)
+        return quantiles([self._watch.between(a, b) for a, b in steps])
 
 
 def _ratios(times: Mapping[str, Spreads]) -> dict[str, float]:

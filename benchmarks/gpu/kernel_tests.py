@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import ROOT, Deadline, Part, Row, Settings, read_json
+from benchmarks.gpu.shards import workers_for
 
 OPS = (
     "gather_tokens",
@@ -27,7 +28,7 @@ OPS = (
 )
 FILES = (*OPS, "backend")
 """Test files that run; `compile` needs no GPU and runs in CI."""
-WORKERS = 8
+WORKERS = 14
 
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:
@@ -60,7 +61,7 @@ def _run_tests(settings: Settings, deadline: Deadline) -> tuple[list[Row], dict[
     files = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.tally"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *files]
-    workers = min(WORKERS, os.cpu_count() or 1)
+    workers = workers_for(WORKERS)
     if not settings.dry and workers > 1 and find_spec("xdist") is not None:
         command += ["-n", str(workers)]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,12 +3,12 @@
 The tests of `tests/laws` run in fp64 on a CPU; here the same oracle judges other dtypes, kernels
 that are launched, and tensors of the device. In fp32 the tolerance on logits of scale 20 is 1e-3.
 In bf16 the compressed model may err twice as much against the fp32 oracle (same weights, same kept
-tokens) as the bf16 oracle does.
+tokens) as the bf16 oracle does. A shard, a family in one dtype, is a process of its own.
 """
 
 import copy
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ from tests.tiny import Sample, Text, build, make_inputs
 from tests.tiny_models import IMAGE_ID, VIDEO_ID
 from torch import Tensor
 
-from benchmarks.gpu.record import Deadline, Part, Row, Settings
+from benchmarks.gpu.budgets import by_importance
+from benchmarks.gpu.record import Deadline, Part, Row, Settings, measured
+from benchmarks.gpu.shards import run_shards, workers_for
 from vispress import compressed, compression_report
 
 FP32_TOLERANCE = 1e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DRY = {"families": ("llava", "qwen2_5_vl"), "methods": ("divprune", "fastv", "visionzip")}
+DRY = {"families": ("llava", "qwen2_5_vl"), "methods": ("fastv", "visionzip")}
+WORKERS = 14
 Check = Callable[["_Bed", str], Row]
 
 
@@ -44,6 +47,39 @@ class _Bed:
         """Arguments of `compress_model`."""
         return {"method": method} | cases.settings(self.family, method, **more)
 
+    # what methods share; none of it is compressed
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """Logits of the batch."""
+        return cases.logits_of(self.model, self.inputs)
+
+    @cached_property
+    def hooks(self) -> int:
+        """Hooks of the model, behind its first forward (transformers leaves some of its own)."""
+        return _hooks(self.model) if self.plain is not None else 0
+
+    @cached_property
+    def text(self) -> tuple[dict[str, Any], Tensor]:
+        """A prompt without images, and its logits."""
+        only = self.to(make_inputs(self.family, [Sample([Text(9)])], dtype=self.dtype))
+        return only, cases.logits_of(self.model, only)
+
+    @cached_property
+    def singles(self) -> list[dict[str, Any]]:
+        """Each sample of the batch alone."""
+        made = (
+            make_inputs(self.family, cases.SAMPLES, only=index, dtype=self.dtype)
+            for index in range(len(cases.SAMPLES))
+        )
+        return [cases.real_positions(self.family, self.to(inputs)) for inputs in made]
+
+    @cached_property
+    def wide(self) -> tuple[Any, dict[str, Any]]:
+        """Model and inputs in fp32, of the same weights."""
+        inputs = {k: v.float() if v.is_floating_point() else v for k, v in self.inputs.items()}
+        return copy.deepcopy(self.model).float(), inputs
+
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:
     """A row for each law, dtype, family and method; `ok` says whether it held."""
@@ -51,28 +87,64 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     if part.complete:
         return part
     families = DRY["families"] if settings.dry else cases.FAMILIES
-    methods = DRY["methods"] if settings.dry else cases.METHODS
-    for kind, dtype in DTYPES.items():
-        for family in families:
-            bed = cache(partial(_Bed, family, dtype, settings.device))
-            for law, check in LAWS.items():
-                for method in methods:
-                    if (law == "law2" and method == "no_image") or (
-                        law == "law4" and kind == "bf16"  # near ties may fall either way
-                    ):
-                        continue
-                    name = f"{law}/{kind}/{family}/{method}"
-                    part.row(name, partial(_held, check, bed, method))
-    counts = {name: [0, 0] for name in LAWS}
-    for row in part.rows:
-        counts[row["name"].split("/")[0]][0 if row.get("ok") else 1] += 1
-    part.extra = {"held_and_broken": counts}
+    names = {f"{k}/{f}": _names(k, f, dry=settings.dry) for k in DTYPES for f in families}
+    workers = 1 if settings.dry else workers_for(WORKERS)
+    if workers == 1:
+        for shard, rows in names.items():
+            for name, check in _checks(shard, rows, settings.device):
+                part.row(name, check)
+    else:
+        run_shards(part, names, partial(_work, settings.device.type), workers)
+    part.extra = {"held_and_broken": _counts(part.rows), "workers": workers}
     part.finish()
     return part
 
 
-def _held(check: Check, bed: Callable[[], _Bed], method: str) -> Row:
-    return check(bed(), method)
+def _names(kind: str, family: str, *, dry: bool) -> list[str]:
+    """Rows of a shard, method by method, so that every law is touched early."""
+    fitting = [method for own, method in cases.CASES if own == family]
+    return [
+        f"{law}/{kind}/{family}/{method}"
+        for method in by_importance(fitting)
+        if not dry or method in DRY["methods"]
+        for law in LAWS
+        if not (law == "law2" and method in cases.NO_BUDGET)
+        and not (law == "law4" and kind == "bf16")  # near ties may fall either way
+    ]
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, list[int]]:
+    counts = {name: [0, 0] for name in LAWS}
+    for row in rows:
+        counts[row["name"].split("/")[0]][0 if row.get("ok") else 1] += 1
+    return counts
+
+
+def _checks(
+    shard: str, names: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Names and what measures them; the model is built with the first."""
+    kind, family = shard.split("/")
+    made: list[_Bed] = []
+
+    def held(law: str, method: str) -> Row:
+        if not made:
+            made.append(_Bed(family, DTYPES[kind], device))
+        return LAWS[law](made[0], method)
+
+    for name in names:
+        law, *_, method = name.split("/")
+        yield name, partial(held, law, method)
+
+
+def _work(device: str, shard: str, names: Sequence[str]) -> Iterator[Row]:
+    """A shard in a process of its own."""
+    torch.set_num_threads(1)
+    for name, check in _checks(shard, names, torch.device(device)):
+        row = measured(name, check)
+        yield row
+        if any(sign in row.get("error", "") for sign in ("CUDA error", "illegal")):
+            return  # the process can no longer use the device
 
 
 def prune_equals_mask(bed: _Bed, method: str) -> Row:
@@ -92,8 +164,7 @@ def prune_equals_mask(bed: _Bed, method: str) -> Row:
     worst = float((got - same).abs().max())
     if bed.dtype == torch.float32:
         return {"ok": worst < FP32_TOLERANCE, "max_difference": worst}
-    wide = {k: v.float() if v.is_floating_point() else v for k, v in bed.inputs.items()}
-    exact = oracle(copy.deepcopy(bed.model).float(), wide)
+    exact = oracle(*bed.wide)
     mine = float((got - exact).norm() / exact.norm())
     allowed = 2 * float((same - exact).norm() / exact.norm())
     return {
@@ -106,16 +177,15 @@ def prune_equals_mask(bed: _Bed, method: str) -> Row:
 
 def whole_is_identity(bed: _Bed, method: str) -> Row:
     """Law 2: keep_ratio=1 is bit-equal."""
-    plain = cases.logits_of(bed.model, bed.inputs)
+    plain, inputs = bed.plain, bed.inputs
     with compressed(bed.model, **bed.options(method, keep_ratio=1.0)):
-        same = torch.equal(cases.logits_of(bed.model, bed.inputs), plain)
+        same = torch.equal(cases.logits_of(bed.model, inputs), plain)
     return {"ok": same}
 
 
 def removal_leaves_nothing(bed: _Bed, method: str) -> Row:
     """Law 3: outputs bit-equal, no hook left."""
-    plain = cases.logits_of(bed.model, bed.inputs)
-    hooks = _hooks(bed.model)
+    plain, hooks = bed.plain, bed.hooks
     with compressed(bed.model, **bed.options(method)):
         changed = not torch.equal(cases.logits_of(bed.model, bed.inputs), plain)
     same = torch.equal(cases.logits_of(bed.model, bed.inputs), plain)
@@ -128,9 +198,7 @@ def batched_equals_alone(bed: _Bed, method: str) -> Row:
     with compressed(bed.model, **options):
         together = cases.logits_of(bed.model, cases.real_positions(bed.family, bed.inputs))
         kept = [_kept(s) for s in compression_report(bed.model).samples]
-        for index in range(len(cases.SAMPLES)):
-            single = make_inputs(bed.family, cases.SAMPLES, only=index, dtype=bed.dtype)
-            single = cases.real_positions(bed.family, bed.to(single))
+        for index, single in enumerate(bed.singles):
             alone = cases.logits_of(bed.model, single)[0]
             if kept[index]:  # a text-only prompt leaves no report of its own
                 same &= kept[index] == _kept(compression_report(bed.model).samples[0])
@@ -141,8 +209,7 @@ def batched_equals_alone(bed: _Bed, method: str) -> Row:
 
 def text_survives(bed: _Bed, method: str) -> Row:
     """Law 5: no text token is dropped; text-only input is bit-equal."""
-    only = bed.to(make_inputs(bed.family, [Sample([Text(9)])], dtype=bed.dtype))
-    plain = cases.logits_of(bed.model, only)
+    only, plain = bed.text
     ids = bed.inputs["input_ids"]
     text = (bed.real & (ids != IMAGE_ID) & (ids != VIDEO_ID)).cpu()
     with compressed(bed.model, **bed.options(method)):

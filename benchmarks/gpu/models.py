@@ -2,11 +2,12 @@
 
 import gc
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from benchmarks.gpu.budgets import fitting
+from benchmarks.gpu.budgets import IMPORTANT, by_importance, fitting
 from benchmarks.gpu.forwards import Bench
 from benchmarks.gpu.record import Deadline, Part, Row, Settings
 from benchmarks.gpu.shapes import SHAPES, TINY_SHAPES, Shape
@@ -17,27 +18,41 @@ LARGE_BATCH: dict[str, dict[int, tuple[str, ...]]] = {
     "qwen2_5_vl_7b": {8: ("fastv", "divprune")},
 }
 """Methods beyond batch 1, where every method runs; chosen to fit nine minutes."""
-DRY_METHODS = ("divprune", "fastv", "visionzip")
+DRY_METHODS = ("fastv", "visionzip")
+UNTOUCHED = "uncompressed"
+"""The row of a model and batch that those of the methods refer to."""
+ROOM = 30 * 2**30
+"""Bytes that should be free before a model is built (17 GB) and measured."""
+
+
+@dataclass
+class _Subject:
+    """A shape and its model, which is built when a row needs it."""
+
+    shape: Shape
+    bench: list[Bench] = field(default_factory=list)
 
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:
-    """One model at a time; each gets an equal share of the time that is left."""
+    """Important methods of all models first; each model gets an equal share of the time left."""
     part = Part("models", settings, deadline)
     if part.complete:
         return part
     _release(settings.device)
-    shapes = list((TINY_SHAPES if settings.dry else SHAPES).values())
-    for number, shape in enumerate(shapes):
-        share = Deadline(deadline.left / (len(shapes) - number))
-        made: list[Bench] = []
-        for batch, method in _plan(shape, settings):
-            name = f"{shape.name}/b{batch}/{method}"
-            if share.passed and part.find(name) is None:
-                part.not_reached.append(name)
-                continue
-            part.row(name, partial(_row, shape, method, batch, made, settings))
-        made.clear()
-        _release(settings.device)
+    shapes = (TINY_SHAPES if settings.dry else SHAPES).values()
+    subjects = [_Subject(shape) for shape in shapes]
+    for important in (True, False):
+        for number, subject in enumerate(subjects):
+            share = Deadline(deadline.left / (len(subjects) - number))
+            for batch, method in _plan(subject.shape, settings, important=important):
+                name = f"{subject.shape.name}/b{batch}/{method}"
+                if part.find(name) is None and share.passed:
+                    part.not_reached.append(name)
+                    continue
+                part.row(name, partial(_row, part, subjects, subject, method, batch))
+            if not important:
+                subject.bench.clear()
+                _release(settings.device)
     part.finish()
     return part
 
@@ -48,18 +63,35 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _plan(shape: Shape, settings: Settings) -> Iterator[tuple[int, str]]:
+def _plan(shape: Shape, settings: Settings, *, important: bool) -> Iterator[tuple[int, str]]:
+    """Batches and methods, each batch's uncompressed row before its others."""
     if settings.dry:
-        yield from ((1, method) for method in DRY_METHODS)
+        yield from ((1, name) for name in (UNTOUCHED, *DRY_METHODS) if important)
         return
-    yield from ((1, method) for method in fitting(shape.crops))
-    for batch, methods in LARGE_BATCH[shape.name].items():
-        yield from ((batch, method) for method in methods)
+    if important:
+        yield 1, UNTOUCHED
+    else:
+        for batch, methods in LARGE_BATCH[shape.name].items():
+            yield from ((batch, method) for method in (UNTOUCHED, *methods))
+    for method in by_importance(fitting(shape.crops)):
+        if (method in IMPORTANT) == important:
+            yield 1, method
 
 
-def _row(shape: Shape, method: str, batch: int, made: list[Bench], settings: Settings) -> Row:
+def _row(part: Part, subjects: list[_Subject], own: _Subject, method: str, batch: int) -> Row:
     """One method on one batch; the first row of a model builds it."""
-    if not made:
-        dtype = torch.float32 if settings.device.type == "cpu" else torch.bfloat16
-        made.append(Bench(shape, settings.device, dtype))
-    return made[0].measure(method, batch, 3 if settings.dry else 8)
+    device = part.settings.device
+    if not own.bench:
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < ROOM:
+            for subject in subjects:
+                subject.bench.clear()
+            _release(device)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        own.bench.append(Bench(own.shape, device, dtype))
+    bench = own.bench[0]
+    if method == UNTOUCHED:
+        return bench.uncompressed(batch)
+    base = part.find(f"{own.shape.name}/b{batch}/{UNTOUCHED}")
+    if base is None or "error" in base:
+        return {"error": (base or {}).get("error", "the uncompressed row was not reached")}
+    return bench.measure(method, batch, base)

@@ -107,19 +107,16 @@ class Part:
         if self.deadline.passed:
             self.not_reached.append(name)
             return None
-        start = time.perf_counter()
-        try:
-            found = measure()
-        except torch.OutOfMemoryError:
-            found = {"error": "out of memory"}
-        except Exception as error:  # one broken measurement must not cost the others
-            found = {"error": f"{type(error).__name__}: {error}"[:600]}
-        row = {"name": name, **found, "took_s": round(time.perf_counter() - start, 3)}
+        row = measured(name, measure)
+        self.add(row)
+        return row
+
+    def add(self, row: Row) -> None:
+        """Keep a row that was measured elsewhere, too."""
         self.rows.append(row)
         # many quick rows are not written one by one
         if len(self.rows) < 50 or time.perf_counter() - self._saved > 1:
             self.save()
-        return row
 
     def find(self, name: str) -> Row | None:
         """A row by its name, or None."""
@@ -145,6 +142,18 @@ class Part:
         }
         write_json(self.path, data)
         self._saved = time.perf_counter()
+
+
+def measured(name: str, measure: Callable[[], Row]) -> Row:
+    """A row by its name; an error becomes the row."""
+    start = time.perf_counter()
+    try:
+        found = measure()
+    except torch.OutOfMemoryError:
+        found = {"error": "out of memory"}
+    except Exception as error:  # one broken measurement must not cost the others
+        found = {"error": f"{type(error).__name__}: {error}"[:600]}
+    return {"name": name, **found, "took_s": round(time.perf_counter() - start, 3)}
 
 
 def _unfinished(row: Row) -> bool:

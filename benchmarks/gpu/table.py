@@ -73,12 +73,20 @@ def _bandwidth(part: Part) -> list[list[str]]:
 
 
 def _models(part: Part) -> list[list[str]]:
+    """A row a method; what is uncompressed comes from its row of the batch, or its own rounds."""
     head = ["model/batch/method", "prefill ms", "plain", "x", "x of that length", "overhead %"]
-    rows = [[*head, "TTFT x", "decode ms", "plain", "KV MiB", "plain"]]
+    head += ["host ms", "plain", "text", "TTFT x", "decode ms", "plain", "KV MiB", "plain"]
+    rows = [head]
     for row in part.rows:
-        if "prefill_ms" not in row:
+        if row.get("launch_bound"):
+            host, prefill = (
+                _median(row[k], row["method"]) for k in ("host_prefill_ms", "prefill_ms")
+            )
+            print(f"  {row['name']}: launch-bound, host {host} ms of a prefill of {prefill} ms")
+        if "prefill_speedup" not in row:
             continue
-        prefill, decode = row["prefill_ms"], row["decode_ms_per_token"]
+        prefill, host = row["prefill_ms"], row["host_ms"]
+        base = part.find(row["against"]) or {}
         rows.append(
             [
                 row["name"],
@@ -87,9 +95,10 @@ def _models(part: Part) -> list[list[str]]:
                 _number(row["prefill_speedup"]),
                 _number(row["share_of_just_that_length"]),
                 _number(100 * row["overhead_share"], 2),
+                *(_median(host, name) for name in ("compressed", "uncompressed", "text")),
                 _number(row["ttft_speedup"]),
-                _median(decode, "compressed"),
-                _median(decode, "uncompressed"),
+                _median(row["decode_ms_per_token"], "compressed"),
+                _median(base.get("decode_ms_per_token", {}), "uncompressed"),
                 _number(row["kv_bytes"] / 2**20),
                 _number(row["uncompressed_kv_bytes"] / 2**20),
             ]

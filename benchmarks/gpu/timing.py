@@ -66,19 +66,22 @@ def in_turns(
         device: Where they work.
         repeats: Rounds at most.
         warmup: Rounds before, not counted; the last one says how many rounds fit.
-        limit_s: Seconds that the counted rounds may take, of which there are at least three.
+        limit_s: Seconds that the counted rounds may take; there are at least three, two where a
+            round takes a second. The second round of warming up is the last if it takes longer.
         flush: As in `Stopwatch`.
     """
     watch = Stopwatch(device, flush=flush)
     one_round = 0.0
-    for _ in range(max(1, warmup)):
+    for number in range(max(1, warmup)):
+        if number > 1 and one_round > limit_s:
+            break
         synchronize(device)
         start = time.perf_counter()
         for call in calls.values():
             call()
         synchronize(device)
         one_round = time.perf_counter() - start
-    rounds = max(3, min(repeats, int(limit_s / max(one_round, 1e-6))))
+    rounds = max(3 if one_round < 1 else 2, min(repeats, int(limit_s / max(one_round, 1e-6))))
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
     for _ in range(min(rounds, repeats)):
         for name, call in calls.items():

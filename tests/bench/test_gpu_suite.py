@@ -11,10 +11,13 @@ import pytest
 import torch
 from benchmarks import gpu_suite
 from benchmarks.gpu import shapes
-from benchmarks.gpu.budgets import fitting, published
+from benchmarks.gpu.budgets import IMPORTANT, by_importance, fitting, published
 from benchmarks.gpu.forwards import Bench
 from benchmarks.gpu.kernel_tests import _finishes, count
 from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
+from benchmarks.gpu.targets import TARGETS
+
+from vispress import compression_report, list_methods
 
 CPU = torch.device("cpu")
 
@@ -207,6 +210,28 @@ def test_a_part_that_breaks_does_not_cost_the_others(
     assert "== sweep" in captured.out
 
 
+# --- what comes first, and what was missed
+
+
+def test_important_methods_are_registered_and_come_first() -> None:
+    assert set(IMPORTANT) <= set(list_methods())
+    assert by_importance(["adsc", "dart", "avg_pool", "fastv"]) == [
+        *("fastv", "dart", "adsc", "avg_pool")
+    ]
+
+
+def test_laws_run_where_a_method_fits_and_every_law_early() -> None:
+    from benchmarks.gpu.laws import LAWS, _names
+    from tests.laws.cases import NO_BUDGET
+
+    names = _names("fp32", "llava", dry=False)
+    methods = {law: {n.split("/")[-1] for n in names if n.startswith(law)} for law in LAWS}
+    assert [name.split("/")[0] for name in names[:5]] == list(LAWS)
+    assert not {"dycoke", "globalcom2"} & methods["law1"]  # llava refuses them
+    assert methods["law1"] - methods["law2"] == NO_BUDGET
+    assert not [name for name in _names("bf16", "llava", dry=False) if name.startswith("law4")]
+
+
 # --- the models
 
 
@@ -254,11 +279,15 @@ def test_every_method_runs_at_its_published_budget(name: str) -> None:
     shape = narrow(name, 8)
     bench = Bench(shape, CPU, torch.float32)
     inputs = shapes.prompt(shape, 1, CPU, torch.float32)
+    layers = bench._prefill(inputs).past_key_values.layers
+    whole = sum(x.numel() * x.element_size() for a in layers for x in (a.keys, a.values))
     for method in fitting(shape.crops):
         options = published(method, shape.visual, has_cls=bench.has_cls)
-        facts = bench._facts(inputs, options)
+        with bench._as("compressed", options):
+            bench._prefill(inputs)
+            facts = bench._facts(inputs, compression_report(bench.model))
         assert 0 <= facts["kept_at_last_layer"] < shape.visual, method
-        assert facts["kv_bytes"] < facts["uncompressed_kv_bytes"], method
+        assert facts["kv_bytes"] < whole, method
 
 
 # --- the dry run
@@ -273,6 +302,11 @@ def test_a_dry_run_writes_every_part_and_a_second_measures_nothing(
     command = ["--all", "--dry-run", "--out", str(tmp_path)]
     assert gpu_suite.main(command) == 0, capsys.readouterr().out
     parts = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    summary = parts.pop("summary")
+    assert [entry["target"] for entry in summary["targets"]] == [t.name for t in TARGETS]
+    assert {name: state["errors"] for name, state in summary["parts"].items()} == dict.fromkeys(
+        gpu_suite.BUDGETS, 0
+    )
     assert set(parts) == set(gpu_suite.BUDGETS)
     for name, data in parts.items():
         assert data["part"] == name
@@ -294,13 +328,28 @@ def check_shapes(parts: dict[str, Any]) -> None:
         assert row["floor_ms"] > 0
         speedups = [key for key in row if key.startswith("speedup")]
         assert bool(speedups) == row["green"]  # nothing is claimed for an op that was not tested
-    for row in parts["models"]["rows"]:
-        for times in ("ttft_ms", "prefill_ms", "decode_ms_per_token"):
-            assert set(row[times]) == {"uncompressed", "compressed", "text"}
-        assert 0 < row["kv_bytes"] < row["uncompressed_kv_bytes"]
-        assert row["just_that_length"] < row["sequence"]
+    check_models(parts["models"]["rows"])
     assert all(row["ok"] for row in parts["laws"]["rows"])
     assert set(parts["laws"]["extra"]["held_and_broken"]) == {f"law{n}" for n in range(1, 6)}
     for row in parts["sweep"]["rows"]:
         assert set(row["default_ms"]) == spread
         assert all("rule" in tried for tried in row["tried"])
+
+
+def check_models(rows: list[dict[str, Any]]) -> None:
+    """A row uncompressed, and those of the methods, which refer to it."""
+    whole = {row["name"]: row for row in rows if row["method"] == "uncompressed"}
+    assert len(whole) == 2
+    for row in whole.values():
+        assert isinstance(row["launch_bound"], bool)
+        assert set(row["decode_ms_per_token"]) == {"uncompressed"}
+    for row in rows:
+        if row["name"] in whole:
+            continue
+        assert row["uncompressed_kv_bytes"] == whole[row["against"]]["uncompressed_kv_bytes"]
+        for times in ("ttft_ms", "prefill_ms", "host_ms", "host_prefill_ms"):
+            assert set(row[times]) == {"uncompressed", "compressed", "text"}
+            assert all(spread["n"] >= 5 for spread in row[times].values())
+        assert set(row["decode_ms_per_token"]) == {"compressed"}
+        assert 0 < row["kv_bytes"] < row["uncompressed_kv_bytes"]
+        assert row["just_that_length"] < row["sequence"]
