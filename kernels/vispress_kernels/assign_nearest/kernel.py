@@ -125,16 +125,16 @@ def assign_nearest_kernel(
             dot = tl.dot(x, t, dot, input_precision="tf32x3")
             p_x += step_x
             p_t += step_t
-        # places within the block, in 32 bits: every element of `dot` needs one
         left = (M - first).to(tl.int32)
-        t_inv = tl.load(inv_ptr + N + first + lane, mask=lane < left, other=0.0)
+        # a NaN is never the best, so that no mask is needed for targets past the end
+        t_inv = tl.load(inv_ptr + N + first + lane, mask=lane < left, other=float("nan"))
         cosine = dot * (x_inv[:, None] * t_inv[None, :])  # symmetric, as the pairs are
-        usable = (lane < left)[None, :] & (cosine == cosine)
+        usable = cosine == cosine
         if EXCLUDE_SELF:
             usable = usable & (lane[None, :] != (o_n - first).to(tl.int32)[:, None])
         cosine = tl.where(usable, cosine, float("-inf"))
-        top = tl.max(cosine, axis=1)
         # the lowest index among equals, here and (by >) among blocks
+        top = tl.max(cosine, axis=1)
         top_m = tl.min(tl.where(cosine == top[:, None], lane[None, :], BLOCK_M), axis=1)
         better = top > best
         best = tl.where(better, top, best)
@@ -217,13 +217,12 @@ def assign_nearest_triton(x: Tensor, targets: Tensor, exclude_self: bool) -> tup
     inverse = torch.empty(B, N + M, dtype=torch.float32, device=x.device)
     cosine = torch.empty(B, N, dtype=torch.float32, device=x.device)
     index = torch.empty(B, N, dtype=torch.int64, device=x.device)
-    found = cosine, index
+    found: tuple[Tensor, ...] = cosine, index
     if splits > 1:
-        found = cosine.new_empty(B, N, splits), index.new_empty(B, N, splits, dtype=torch.int32)
+        shape, best = (B, N, splits), (torch.float32, torch.int32)
+        found = tuple(torch.empty(shape, dtype=dtype, device=x.device) for dtype in best)
     norms = B * (N + M) if N else 0
-    launch(
-        inverse_norms_kernel, norms, x, targets, inverse, *sides, EPS=EPS, **norm_rule(D), on=x
-    )
+    launch(inverse_norms_kernel, norms, x, targets, inverse, *sides, EPS=EPS, **norm_rule(D), on=x)
     launch(
         assign_nearest_kernel,
         B * ceil_div(N, rule["BLOCK_N"]) * splits,

@@ -47,17 +47,25 @@ def scales(moves: Tensor) -> Tensor:
 
 
 def change_norms(
-    hidden: Tensor, move: Tensor, scale: Tensor, w2: Tensor, activation: Activation
+    hidden: Tensor,
+    move: Tensor,
+    scale: Tensor,
+    w2: Tensor,
+    dtype: torch.dtype,
+    activation: Activation,
 ) -> Tensor:
-    """`|W2 (act(hidden + move) - act(hidden - move))|` of one move, its change rounded as W2 is."""
+    """`|W2 (act(hidden + move) - act(hidden - move))|` of one move; W2 as wide as `hidden`.
+
+    The change is rounded to `dtype`, W2's own, where that is fp16 or bf16 and `hidden` fp32.
+    """
     approximate = approximation(activation)
     change = gelu(hidden + move, approximate=approximate)
     change = change - gelu(hidden - move, approximate=approximate)
-    if w2.dtype in HALVES and hidden.dtype == torch.float32:
+    if dtype in HALVES and hidden.dtype == torch.float32:
         exact = change.detach()
-        nearest = (exact / scale).to(w2.dtype).to(exact.dtype) * scale
+        nearest = (exact / scale).to(dtype).to(exact.dtype) * scale
         change = change + (nearest - exact)  # `nearest`, with the gradient of `change`
-    norm: Tensor = torch.linalg.vector_norm(linear(change, w2.to(hidden.dtype)), dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(linear(change, w2), dim=-1)
     return norm
 
 
@@ -68,11 +76,11 @@ def perturbation_scores_reference(
 
     The difference is taken before the second product, which is linear: one product a direction. It
     is rounded to W2's dtype where that is fp16 or bf16 and the rest fp32 (by a scale of the move's,
-    so that fp16 holds it); the product is summed in fp32. Gradients pass the rounding unchanged.
+    so that fp16 holds it); the product is summed in fp32. Gradients pass the rounding as they are.
     """
-    total = hidden.new_zeros(hidden.shape[:-1])
+    total, wide = hidden.new_zeros(hidden.shape[:-1]), w2.to(hidden.dtype)
     for move, scale in zip(moves.unbind(), scales(moves).unbind(), strict=True):
-        total = total + change_norms(hidden, move, scale, w2, activation)
+        total = total + change_norms(hidden, move, scale, wide, w2.dtype, activation)
     return total / len(moves)
 
 
