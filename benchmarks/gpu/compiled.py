@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
 
 from vispress_kernels.assign_nearest.reference import unit_rows
 from vispress_kernels.dpp_select.reference import dpp_start
 from vispress_kernels.maxmin_select.reference import first_of_best
-from vispress_kernels.perturbation_scores.reference import first_products
+from vispress_kernels.perturbation_scores.reference import change_norms, first_products, scales
 
 Call = Callable[[], Any]
 
@@ -50,10 +49,8 @@ def perturbation_scores(
 ) -> Call:
     """One direction a step."""
 
-    def step(hidden: Tensor, move: Tensor, w2: Tensor) -> Tensor:
-        change = gelu(hidden + move) - gelu(hidden - move)
-        norm: Tensor = torch.linalg.vector_norm(linear(change, w2), dim=-1)
-        return norm
+    def step(hidden: Tensor, move: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return change_norms(hidden, move, scale, weight, w2.dtype, "gelu")
 
     fast, nudge = _compile(step, backend), 0.01
 
@@ -61,8 +58,8 @@ def perturbation_scores(
         hidden, moves = first_products(x, w1, b1, directions, nudge)
         weight = w2.to(hidden.dtype)
         total = hidden.new_zeros(hidden.shape[:-1])
-        for move in moves.unbind():
-            total += fast(hidden, move, weight)
+        for move, scale in zip(moves.unbind(), scales(moves).unbind(), strict=True):
+            total += fast(hidden, move, scale, weight)
         return total / len(moves) / (2 * nudge)
 
     return run

@@ -121,13 +121,7 @@ def _attention() -> list[Variant]:
 
 def _selections() -> list[Variant]:
     found = []
-    for dtype, exclude in product(DTYPES, FLAGS):
-        types = {"x_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "index_ptr": "*i64"}
-        types |= _fp32("x_inv_ptr", "t_inv_ptr", "cosine_ptr")
-        constants = {"EXCLUDE_SELF": exclude, **assign.launch_rule(DTYPES[dtype])}
-        units = ("stride_xd", "stride_td")
-        kernel = assign.assign_nearest_kernel
-        found.append(Variant(kernel, types, constants, units, dtype != "fp16"))
+    found += _nearest()
     bests = {"value_ptr": "*fp32", "index_ptr": "*i32", "order_ptr": "*i64"}
     for dtype, N, D, weighted in product(DTYPES, (576, 131072), (64, 4096), FLAGS):
         types = {**bests, "x_ptr": f"*{dtype}"}
@@ -158,10 +152,52 @@ def _arithmetic() -> list[Variant]:
         types = {"x_ptr": x, "out_ptr": x, "rows_ptr": "*fp32", "columns_ptr": "*fp32"}
         kernel = dct.dct_lowpass_kernel
         found.append(Variant(kernel, types, dct.launch_rule(), ("stride_c",), default))
-        for tanh in FLAGS:
-            types = _fp32("hidden_ptr", "move_ptr", "norm_ptr") | {"w2_ptr": x}
-            constants = {"TANH": tanh, **perturbation.launch_rule()}
+    return [*found, *_perturbation()]
+
+
+def _nearest() -> list[Variant]:
+    found = []
+    units = ("stride_xd", "stride_td")
+    for dtype in DTYPES:
+        types = {"x_ptr": f"*{dtype}", "t_ptr": f"*{dtype}"}
+        rules = {tuple(assign.launch_rule(N, M, DTYPES[dtype]).items()) for N, M in assign_sizes()}
+        for D in (64, 4096):
+            constants = {"EPS": assign.EPS, **assign.norm_rule(D)}
+            default = D == 4096 and dtype != "fp16"
+            more = _fp32("out_ptr")
+            kernel = assign.inverse_norms_kernel
+            found.append(Variant(kernel, types | more, constants, units, default))
+        types |= _fp32("inv_ptr", "cosine_ptr")
+        for exclude, even, rule, index in product(FLAGS, FLAGS, sorted(rules), ("i32", "i64")):
+            constants = {"EXCLUDE_SELF": exclude, "EVEN": even, **dict(rule)}
+            default = dtype != "fp16" and even and not exclude and index == "i32"
+            kernel = assign.assign_nearest_kernel
+            index_type = {"index_ptr": f"*{index}"}
+            found.append(Variant(kernel, types | index_type, constants, units, default))
+    types = _fp32("cosine_ptr", "out_cosine_ptr") | {"index_ptr": "*i32", "out_index_ptr": "*i64"}
+    for splits in (2, 32, 1024):
+        constants = assign.split_rule(splits)
+        found.append(Variant(assign.best_split_kernel, types, constants, (), splits == 32))
+    return found
+
+
+def assign_sizes() -> Iterable[tuple[int, int]]:
+    """Rows and targets that reach every rule."""
+    return ((1, 1), (1300, 330), (2000, 600), (3000, 800))
+
+
+def _perturbation() -> list[Variant]:
+    found = []
+    for dtype, tanh, even in product(DTYPES, FLAGS, FLAGS):
+        default = dtype != "fp16"
+        if even:
+            types = _fp32("hidden_ptr", "move_ptr", "scale_ptr") | {"out_ptr": f"*{dtype}"}
+            constants = {"TANH": tanh, **perturbation.change_rule()}
+            kernel = perturbation.activation_change_kernel
+            found.append(Variant(kernel, types, constants, (), default and not tanh))
+        if tanh:
+            types = _fp32("squares_ptr") | {"change_ptr": f"*{dtype}", "w2_ptr": f"*{dtype}"}
+            constants = {"EVEN": even, **perturbation.launch_rule(DTYPES[dtype])}
             kernel = perturbation.perturbation_scores_kernel
-            quick = default and not tanh
-            found.append(Variant(kernel, types, constants, ("stride_wk",), quick))
+            found.append(Variant(kernel, types, constants, ("stride_wk",), default and even))
     return found

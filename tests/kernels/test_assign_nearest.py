@@ -32,11 +32,15 @@ def test_ties_go_to_the_lowest_index_across_blocks(device, backend):
     assert index[0, :6].tolist() == [4, 5, 6, 7, 0, 1]
 
 
-def test_ties_within_a_program_of_several_blocks(device, monkeypatch):
-    monkeypatch.setattr("vispress_kernels.assign_nearest.kernel.PROGRAMS", 1)
+@pytest.mark.parametrize("columns", [1, 100], ids=["a program a block", "one for all blocks"])
+def test_ties_within_and_across_programs(device, monkeypatch, columns):
+    monkeypatch.setattr("vispress_kernels.assign_nearest.kernel.COLUMNS", columns)
     targets = torch.eye(4, device=device)[None].repeat(1, 50, 1)
-    index, _ = assign_nearest(targets[:, :4], targets, backend="triton")
+    index, cosine = assign_nearest(targets[:, :4], targets, backend="triton")
     assert index.tolist() == [[0, 1, 2, 3]]
+    assert cosine.tolist() == [[1.0] * 4]
+    index, _ = assign_nearest(targets, targets, exclude_self=True, backend="triton")
+    assert index[0, :6].tolist() == [4, 5, 6, 7, 0, 1]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

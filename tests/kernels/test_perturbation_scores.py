@@ -43,6 +43,53 @@ def test_is_the_projector_run_on_both_sides(randn, activation):
     torch.testing.assert_close(out, torch.stack(norms).mean(0))
 
 
+@pytest.mark.parametrize("directions", [1, 2, 5])
+def test_chunks_of_directions_do_not_matter(randn, monkeypatch, directions):
+    args = make(randn, 2, 9, 20, 48, 36, 5)
+    whole = perturbation_scores(*args, backend="torch")
+    monkeypatch.setattr("vispress_kernels.perturbation_scores.kernel.ROWS", directions * 18)
+    torch.testing.assert_close(perturbation_scores(*args, backend="triton"), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_weights_take_changes_rounded_after_the_difference(randn, backend, dtype):
+    x, w1, b1, w2, u = make(randn, 1, 9, 20, 48, 36, 3)
+    w2 = w2.to(dtype)
+    change = torch.nn.functional.gelu
+    hidden, moves = x @ w1.T + b1, 0.01 * u @ w1.T
+    total = 0.0
+    for move in moves:
+        scale = 2.0 ** float(move.norm().log2().floor() + 1)
+        rounded = ((change(hidden + move) - change(hidden - move)) / scale).to(dtype).float()
+        total = total + (rounded @ w2.float().T).norm(dim=-1) * scale
+    out = perturbation_scores(x, w1, b1, w2, u, backend=backend)
+    # a change on the border of two roundings may fall to either
+    torch.testing.assert_close(out, total / (3 * 0.02), rtol=5e-4, atol=0)
+    exact = perturbation_scores(*(a.double() for a in (x, w1, b1, w2, u)))
+    error = ((out - exact) / exact).abs().max()
+    assert 2e-5 < error < 2e-3  # rounded, and by less than a unit of bf16
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("step", [1e-7, 1e4])
+def test_fp16_holds_the_changes_of_any_step(randn, backend, step):
+    x, w1, b1, w2, u = make(randn, 1, 9, 20, 48, 36, 3)
+    out = perturbation_scores(x, w1, b1, w2.half(), u, step=step, backend=backend)
+    wide = perturbation_scores(x, w1, b1, w2.half().float(), u, step=step, backend=backend)
+    torch.testing.assert_close(out, wide, rtol=2e-3, atol=0)
+
+
+def test_gradients_pass_the_rounding(randn):
+    args = make(randn, 1, 5, 8, 12, 10, 3)
+    grads = []
+    for w2 in (args[3].bfloat16(), args[3].bfloat16().float()):
+        x = args[0].clone().requires_grad_()
+        perturbation_scores(x, args[1], args[2], w2, args[4]).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_factor_of_w2_gives_the_same_scores(randn, backend):
     x, w1, _, w2, u = make(randn, 1, 7, 8, 12, 30, 2)

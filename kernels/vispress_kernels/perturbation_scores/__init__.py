@@ -34,8 +34,10 @@ def perturbation_scores(
     The score is the mean over directions u of `|P(x + step u) - P(x - step u)| / (2 step)`, in fp32
     whatever the dtype (in fp16 the step would drown). `W1 x` and `W1 u` are computed once, b2
     cancels, the difference is taken before the second product (one product a direction, not two),
-    and nothing of size `m x N x D` is stored. Bound by the tensor cores: `2 m N Dh D` FLOPs. The
-    kernel has no backward (`"auto"` runs the reference where one is needed).
+    and nothing of size `m x N x D` is stored. Where W2 is fp16 or bf16 (and x not fp64), the
+    difference is rounded to its dtype for the tensor cores, which sum in fp32; the rounding is
+    relative to the difference, not to the activations it is taken from. Bound by the tensor cores:
+    `2 m N Dh D` FLOPs. The kernel has no backward (`"auto"` then runs the reference).
 
     Args:
         x: Projector inputs `[B, N, Dv]`, fp16, bf16, fp32 or fp64.

@@ -8,7 +8,8 @@ Follows the code where its docstrings disagree: sensitivity is the *mean* over d
 diversity is measured on *projected* tokens; sub-images and frames are selected on their own.
 Differs: the exact projector in at least fp32 (the code's fp16 step of 0.01 loses most of its bits,
 and it may use a rank-128 copy of the projector); one second-layer product a direction where the
-projector is a two-layer MLP, as the difference can be taken before it; seeded directions; a spread
+projector is a two-layer MLP, as the difference can be taken before it (and rounded after it to the
+dtype of fp16 and bf16 weights); seeded directions; a spread
 of sensitivities within rounding (1e-6 of the largest) counts as constant; unequal sub-images have
 shares in proportion. `average="rms"` is ours: nearly the same scores at a sixtieth of the work.
 """
