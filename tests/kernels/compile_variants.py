@@ -85,14 +85,14 @@ def _copies() -> list[Variant]:
         types = {"assign_ptr": "*i64", "order_ptr": "*i32", "start_ptr": "*i32"}
         constants = merge.order_rule(1, places)
         found.append(Variant(merge.order_tokens_kernel, types, constants, ("stride_n",)))
-    # how it was ordered; the widths and ratios that the rule tells apart
-    rules = product((("i32", 1, 4096), ("i64", 4, 3584), ("i32", 4, 64)), range(1, 4))
-    for (order, base, D), ratio in rules:
+    # how it was ordered; the ratios and widths that the rule tells apart
+    rules = product(("i32", "i64"), (1, 4), (64, 256, 4096))
+    for order, ratio, D in rules:
         for dtype, weighted, mean in product(DTYPES, FLAGS, FLAGS):
             types = {"order_ptr": f"*{order}", "start_ptr": "*i32", "weight_ptr": "*fp32"}
             types |= {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
             constants = {"HAS_WEIGHT": weighted, "MEAN": mean}
-            constants |= merge.launch_rule(base * ratio * 64, 64, D)
+            constants |= merge.launch_rule(ratio * 64, 64, D, DTYPES[dtype])
             default = weighted and dtype != "fp16" and mean == (order == "i32")
             kernel = merge.merge_tokens_kernel
             found.append(Variant(kernel, types, constants, ("stride_d",), default))

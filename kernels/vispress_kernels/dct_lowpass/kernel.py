@@ -138,18 +138,22 @@ def dct_lowpass_kernel(
 def launch_rule(H: int, P: int, Q: int, element_size: int) -> Rule:
     """The new grid in one tile of up to 32 x 32, the height of the old one in one block if it fits.
 
-    A block's channels are the 32 bytes that memory moves at least.
+    A block's channels are the 32 bytes that memory moves at least, but for heights that leave no
+    registers for them.
     """
-    small = max(P, Q) <= 16
-    height = next_power_of_2(H)
+    height = max(16, next_power_of_2(H))
     tall = height > (64 if element_size == 4 else 128)
+    if max(P, Q) <= 16:
+        num_warps = 8 if not tall and height * element_size > 128 else 4
+    else:
+        num_warps = 16 if height == 64 and element_size == 2 else 8
     return {
         "BLOCK_P": 16 if P <= 16 else 32,
         "BLOCK_Q": 16 if Q <= 16 else 32,
-        "BLOCK_H": 32 if tall else max(16, height),
+        "BLOCK_H": 32 if tall else height,
         "BLOCK_W": 16,
-        "BLOCK_C": 32 // element_size,
-        "num_warps": 4 if small and not tall and height < 128 else 8 if element_size == 4 else 16,
+        "BLOCK_C": 8 if height == 128 else 32 // element_size,
+        "num_warps": num_warps,
         # as many as 99 KB hold
         "num_stages": 3 if height <= 64 and element_size == 2 else 2,
     }

@@ -90,6 +90,7 @@ def merge_tokens_kernel(
     p_order = order_ptr + i_b * N
     p_x = x_ptr + i_b * stride_b + o_d * stride_d
     mass = (end - begin).to(tl.float32)
+    share = 1.0 / mass  # of each token without weights; not used where there are none
     if HAS_WEIGHT and MEAN:
         mass = 0.0
         for j in range(begin, end):
@@ -110,19 +111,18 @@ def merge_tokens_kernel(
                     weight = tl.where(mass == 0.0, 0.0, weight / tl.where(mass == 0.0, 1.0, mass))
                 total = tl.fma(row, tl.zeros_like(row) + weight, total)
             elif MEAN:
-                total = tl.fma(row, tl.zeros_like(row) + 1.0 / mass, total)
+                total = tl.fma(row, tl.zeros_like(row) + share, total)
             else:
                 total += row
     tl.store(out_ptr + (i_b * K + i_k) * D + o_d, total.to(out_ptr.dtype.element_ty), mask=m_d)
 
 
-def launch_rule(N: int, K: int, D: int) -> Rule:
-    """As many rows in flight as the mean group has, up to 4; whole rows of up to 2048 columns."""
-    mean = ceil_div(N, K)
+def launch_rule(N: int, K: int, D: int, element_size: int) -> Rule:
+    """Four rows in flight where groups have several; a thread reads 16 bytes of each."""
     return {
-        "BLOCK_N": 1 if mean <= 1 else 2 if mean <= 2 else 4,
+        "BLOCK_N": 1 if N <= K else 4,
         "BLOCK_D": min(1024, max(128, next_power_of_2(D))),
-        "num_warps": 4 if D > 512 else 1,
+        "num_warps": 2 * element_size if D > 512 else 1,
     }
 
 
@@ -180,7 +180,7 @@ def _launch_merge(
     out = torch.empty(B, num_keep, D, dtype=store_dtype(x.dtype), device=x.device)
     if out.numel():
         order, start = order_tokens(assign, num_keep)
-        rule = launch_rule(N, num_keep, D)
+        rule = launch_rule(N, num_keep, D, x.element_size())
         launch(
             merge_tokens_kernel,
             B * num_keep * ceil_div(D, rule["BLOCK_D"]),
