@@ -84,9 +84,9 @@ def gather_tokens_kernel(
 def launch_rule(K: int, D: int) -> tuple[int, int]:
     """`(BLOCK_K, BLOCK_D)` for K rows of D elements: as wide as leaves few lanes without work."""
     tile = TILE if K * D > FEW else TILE // 4
-    block_d = min(1024, next_power_of_2(D))
+    block_d = min(1024, tile, next_power_of_2(D))
     if D > 512 and D % 1024 > 0 and D % 512 == 0:
-        block_d = 512
+        block_d = min(512, block_d)
     return tile // block_d, block_d
 
 

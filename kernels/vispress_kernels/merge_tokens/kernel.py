@@ -90,7 +90,7 @@ def merge_tokens_kernel(
     p_order = order_ptr + i_b * N
     p_x = x_ptr + i_b * stride_b + o_d * stride_d
     mass = (end - begin).to(tl.float32)
-    share = 1.0 / mass  # of each token without weights; not used where there are none
+    share = 1.0 / tl.maximum(mass, 1.0)  # of each token, without weights
     if HAS_WEIGHT and MEAN:
         mass = 0.0
         for j in range(begin, end):
