@@ -63,7 +63,7 @@ def _fp32(*names: str) -> dict[str, str]:
 
 def _copies() -> list[Variant]:
     found = []
-    rules = sorted({gather.launch_rule(D) for D in range(1, 5000)})
+    rules = sorted({gather.launch_rule(K, D) for D in range(1, 5000) for K in (1, 2**20)})
     # three tensors a launch, as hidden states, a rotary table and position ids are
     launches = [tuple(rules[i::4]) for i in range(4)]
     for dtype, blocks in product(("u8", "bf16", "fp32", "i64"), launches):
@@ -81,12 +81,21 @@ def _copies() -> list[Variant]:
         found.append(
             Variant(gather.gather_tokens_kernel, types, {"BLOCKS": blocks}, (), default, ones)
         )
-    for dtype, weighted, ratio in product(DTYPES, FLAGS, range(1, 33)):
-        types = {"order_ptr": "*i64", "start_ptr": "*i64", "weight_ptr": "*fp32"}
-        types |= {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-        constants = {"HAS_WEIGHT": weighted, **merge.launch_rule(ratio * 64, 64)}
-        default = weighted and dtype != "fp16"
-        found.append(Variant(merge.merge_tokens_kernel, types, constants, ("stride_d",), default))
+    for places in (2**10, 2**20):
+        types = {"assign_ptr": "*i64", "order_ptr": "*i32", "start_ptr": "*i32"}
+        constants = merge.order_rule(1, places)
+        found.append(Variant(merge.order_tokens_kernel, types, constants, ("stride_n",)))
+    # how it was ordered; the ratios and widths that the rule tells apart
+    rules = product(("i32", "i64"), (1, 4), (64, 256, 4096))
+    for order, ratio, D in rules:
+        for dtype, weighted, mean in product(DTYPES, FLAGS, FLAGS):
+            types = {"order_ptr": f"*{order}", "start_ptr": "*i32", "weight_ptr": "*fp32"}
+            types |= {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+            constants = {"HAS_WEIGHT": weighted, "MEAN": mean}
+            constants |= merge.launch_rule(ratio * 64, 64, D, DTYPES[dtype])
+            default = weighted and dtype != "fp16" and mean == (order == "i32")
+            kernel = merge.merge_tokens_kernel
+            found.append(Variant(kernel, types, constants, ("stride_d",), default))
     return found
 
 
@@ -150,8 +159,12 @@ def _arithmetic() -> list[Variant]:
             kernel = transition.transition_scores_kernel
             found.append(Variant(kernel, types, constants, units, default))
         types = {"x_ptr": x, "out_ptr": x, "rows_ptr": "*fp32", "columns_ptr": "*fp32"}
-        kernel = dct.dct_lowpass_kernel
-        found.append(Variant(kernel, types, dct.launch_rule(), ("stride_c",), default))
+        sizes = product((16, 24, 32, 64, 128, 256), (12, 32))
+        for H, new in sizes:
+            constants = dct.launch_rule(H, new, new, DTYPES[dtype])
+            constants |= {"ONE_H": constants["BLOCK_H"] >= H, "SPLIT": DTYPES[dtype] == 2}
+            kernel = dct.dct_lowpass_kernel
+            found.append(Variant(kernel, types, constants, ("stride_c",), default))
     return [*found, *_perturbation()]
 
 

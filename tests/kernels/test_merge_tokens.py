@@ -7,6 +7,8 @@ from vispress_kernels.merge_tokens import merge_tokens
 
 pytest.importorskip("triton")
 
+from vispress_kernels.merge_tokens import kernel as kernels
+
 # one token; odd; one group of all; more groups than tokens; empty batch and no group
 SHAPES = [
     (1, 1, 1, 1),
@@ -67,6 +69,36 @@ def test_runs_agree_bit_for_bit_and_strides_do_not_matter(randn, device):
     out = merge_tokens(x, assign, 4, backend="triton")
     assert torch.equal(out, merge_tokens(x, assign, 4, backend="triton"))
     assert torch.equal(out, merge_tokens(x.contiguous(), assign, 4, backend="triton"))
+
+
+@pytest.mark.parametrize(("B", "N", "K", "D"), SHAPES[:5])
+def test_counting_orders_tokens_as_a_stable_sort(device, B, N, K, D):
+    assign = make_assign(B, N, K, device)
+    assign[:, ::7] = 2**40  # no number of 32 bits may take it into a group
+    order, start = kernels._order_by_counting(assign, K)
+    sorted_order, sorted_start = kernels._order_by_sort(assign, K)
+    # tokens of no group are behind the groups here, before or behind them there
+    assert torch.equal(start, sorted_start - sorted_start[:, :1])
+    for b in range(B):
+        inside = slice(int(start[b, 0]), int(start[b, -1]))
+        assert sorted(order[b].tolist()) == list(range(N))
+        sorted_inside = slice(int(sorted_start[b, 0]), int(sorted_start[b, -1]))
+        assert order[b, inside].tolist() == sorted_order[b, sorted_inside].tolist()
+
+
+def test_large_inputs_are_sorted(monkeypatch, randn, device):
+    x, assign = randn(2, 37, 24), make_assign(2, 37, 5, device)
+    small = merge_tokens(x, assign, 5, backend="triton")
+    monkeypatch.setattr(kernels, "MOST_COMPARED", 0)
+    assert torch.equal(merge_tokens(x, assign, 5, backend="triton"), small)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_group_without_weight_is_zero(randn, device, backend):
+    x, assign = randn(1, 4, 3), torch.tensor([[0, 0, 1, 1]], device=device)
+    weight = torch.tensor([[0.0, 0.0, 3.0, 0.0]], device=device)
+    mean = merge_tokens(x, assign, 2, weight=weight, reduce="mean", backend=backend)
+    assert torch.equal(mean[0], torch.stack([torch.zeros_like(x[0, 0]), x[0, 2]]))
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])

@@ -1,7 +1,5 @@
 """A smaller grid of tokens that holds the low frequencies of a larger one."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,9 @@ def dct_lowpass(
 ) -> Tensor:
     """Shrink a grid of tokens: 2-D DCT, keep the lowest frequencies, inverse DCT at the new size.
 
-    Written as two matrix products for each channel, in fp32. Differentiable with either backend.
-    Bound by memory.
+    Written as two matrix products for each channel, accurate to fp32 (for 16-bit tokens to 16 bits,
+    summed in fp32). Differentiable with either backend. Bound by memory. The bases of a size are
+    brought to the device by its first call, which therefore cannot be captured in a CUDA graph.
 
     Args:
         x: Tokens `[B, H * W, C]` in raster order, fp16, bf16, fp32 or fp64, any strides.
@@ -51,10 +50,9 @@ def dct_lowpass(
     check_count("new width", Q, 1, W)
     check_shape(x=(x, (None, H * W, None)))
     check_floating(x=x)
-    gain = math.sqrt(H * W / (P * Q)) if rescale else 1.0
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = basis_on(H, P, gain, x.device, dtype)
-    columns = basis_on(W, Q, 1.0, x.device, dtype)
+    rows = basis_on(H, P, rescale, x.device, dtype)
+    columns = basis_on(W, Q, rescale, x.device, dtype)
     if resolve_backend(backend, x) == "torch":
         return dct_lowpass_reference(x, rows, columns)
     from vispress_kernels.dct_lowpass.kernel import dct_lowpass_triton

@@ -1,7 +1,7 @@
 """What `dct_lowpass` means, in plain torch."""
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ def lowpass_basis(n: int, m: int) -> Tensor:
     return _dct(m).T @ _dct(n)[:m]
 
 
-@lru_cache(maxsize=64)
-def basis_on(n: int, m: int, gain: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`lowpass_basis(n, m) / gain` on a device, made once; not to be written to."""
+@cache
+def basis_on(n: int, m: int, rescale: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`lowpass_basis(n, m)`, over its gain if `rescale`, on a device; not to be written to.
+
+    Made once and kept for good, because a captured graph goes on reading it.
+    """
+    gain = math.sqrt(n / m) if rescale else 1.0
     with torch.inference_mode(False):  # kept: a later call may need gradients
         return (lowpass_basis(n, m) / gain).to(device, dtype)
 

@@ -56,11 +56,10 @@ def merge_tokens(
     check_count("num_keep", num_keep, 0, 2**31 - 1)
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce must be 'sum' or 'mean', got {reduce!r}")
-    chosen = resolve_backend(backend, x, weight)
-    if reduce == "mean":
-        weight = group_weights(assign, weight, num_keep)
-    if chosen == "torch":
+    if resolve_backend(backend, x, weight) == "torch":
+        if reduce == "mean":
+            weight = group_weights(assign, weight, num_keep)
         return merge_tokens_reference(x, assign, weight, num_keep)
     from vispress_kernels.merge_tokens.kernel import merge_tokens_triton
 
-    return merge_tokens_triton(x, assign, weight, num_keep)
+    return merge_tokens_triton(x, assign, weight, num_keep, reduce)
