@@ -23,6 +23,30 @@ def load_keys(p_k, stride_d, m_n, Dh, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_part(
+    p_rows,
+    stride_d,
+    m_rows,
+    HEAD: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr,  # all rows are there
+):
+    """Elements FIRST to FIRST + BLOCK_D of each head of HEAD, `[rows, BLOCK_D]`."""
+    o_d = FIRST + tl.arange(0, BLOCK_D).to(tl.int64)
+    p = p_rows[:, None] + o_d[None, :] * stride_d
+    if FULL and FIRST + BLOCK_D <= HEAD:
+        part = tl.load(p)
+    elif FULL:
+        part = tl.load(p, mask=(o_d < HEAD)[None, :], other=0.0)
+    elif FIRST + BLOCK_D <= HEAD:
+        part = tl.load(p, mask=m_rows[:, None], other=0.0)
+    else:
+        part = tl.load(p, mask=m_rows[:, None] & (o_d < HEAD)[None, :], other=0.0)
+    return part
+
+
+@triton.jit
 def dot_in_chunks(
     p_q,
     p_k,
