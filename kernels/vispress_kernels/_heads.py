@@ -70,6 +70,37 @@ def dot_in_chunks(
     return dot
 
 
+@triton.jit
+def dot_heads(
+    a,
+    a_rest,
+    p_a,
+    p_b,
+    stride_ad,
+    stride_bd,
+    m_a,
+    m_b,
+    HEAD: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """`[BLOCK_M, BLOCK_N]` products of heads that were loaded (a, in one or two parts) with others."""
+    if CHUNKED:
+        dot = dot_in_chunks(
+            p_a, p_b, stride_ad, stride_bd, m_a, m_b, HEAD, BLOCK_M, BLOCK_N, BLOCK_D
+        )
+    else:
+        dot = tl.dot(a, load_part(p_b, stride_bd, m_b, HEAD, 0, BLOCK_D, FULL).T)
+        if REST:
+            b_rest = load_part(p_b, stride_bd, m_b, HEAD, BLOCK_D, REST, FULL)
+            dot = tl.dot(a_rest, b_rest.T, dot)
+    return dot
+
+
 def head_rule(Dh: int, itemsize: int) -> Rule:
     """Blocks for heads of Dh: whole where they fit, fp32 in chunks (it would spill)."""
     if itemsize == 4:

@@ -46,7 +46,8 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Everything the launch rules can choose, once; and each default again for odd strides."""
-    found = {v.name: v for v in (*_copies(), *_attention(), *_columns(), *_selections(), *_arithmetic())}
+    parts = (_copies(), _attention(), _columns(), _selections(), _arithmetic())
+    found = {v.name: v for part in parts for v in part}
     return [*found.values(), *_odd(found.values())]
 
 
@@ -92,8 +93,8 @@ def _copies() -> list[Variant]:
 
 def _attention() -> list[Variant]:
     found = []
-    for mean, splits in product(FLAGS, (1, 16, query.MAX_SPLITS)):
-        constants = {"MEAN": mean, **query.weights_rule(28, 16384, splits, mean)}
+    for mean, N, splits in product(FLAGS, (576, 16384, 131072), (1, 16, query.MAX_SPLITS)):
+        constants = {"MEAN": mean, **query.weights_rule(28, N, splits, mean)}
         types = _fp32("logits_ptr", "stats_ptr", "out_ptr")
         found.append(Variant(query.weights_kernel, types, constants))
     units = ("stride_qd", "stride_kd")

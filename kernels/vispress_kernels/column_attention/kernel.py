@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vispress_kernels._heads import dot_in_chunks, head_rule, load_part
+from vispress_kernels._heads import dot_heads, head_rule, load_part
 from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
 from vispress_kernels.column_attention.reference import query_counts
 
@@ -21,88 +21,49 @@ FEW_PROGRAMS = 264  # two for each multiprocessor of a large device
 
 
 @triton.jit
-def _span(
-    bounds_ptr,
+def _reach(
+    o_m,
+    m_m,
     first,
-    last,
     S,
+    bounds_ptr,
     CAUSAL: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What rows `first` to `last` meet: `begin`, `end`, and where blocks that need no mask end."""
+    """Whom rows meet: each `low` to `high`, their block `begin` to `end`, unmasked to `full`.
+
+    Rows are queries that meet keys or keys that meet queries; causality is left to the caller.
+    """
+    low = tl.zeros((BLOCK_M,), tl.int32)
+    high = low + S
     begin = tl.zeros((), tl.int64)
     end = begin + S
     full = end // BLOCK_N * BLOCK_N
     if HAS_BOUNDS:
+        low = tl.load(bounds_ptr + o_m, mask=m_m, other=0).to(tl.int32)
+        high = tl.load(bounds_ptr + S + o_m, mask=m_m, other=1).to(tl.int32)
+        last = tl.minimum(first + BLOCK_M, S) - 1
         begin = tl.load(bounds_ptr + first)
-        end = tl.load(bounds_ptr + S + last - 1)
+        end = tl.load(bounds_ptr + S + last)
         # the same segment from the first row to the last
-        alone = begin == tl.load(bounds_ptr + last - 1)
+        alone = begin == tl.load(bounds_ptr + last)
         full = tl.where(alone, begin + (end - begin) // BLOCK_N * BLOCK_N, begin)
     if CAUSAL or HAS_VALID:
         full = begin
-    return begin, full, end
+    return low, high, begin, full, end
 
 
 @triton.jit
-def _dot(
-    a,
-    a_rest,
-    p_a,
-    p_b,
-    stride_ad,
-    stride_bd,
-    m_a,
-    m_b,
-    HEAD: tl.constexpr,
-    CHUNKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    REST: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """Products `[BLOCK_M, BLOCK_N]` of the heads that are kept with those that are walked."""
-    if CHUNKED:
-        dot = dot_in_chunks(
-            p_a, p_b, stride_ad, stride_bd, m_a, m_b, HEAD, BLOCK_M, BLOCK_N, BLOCK_D
-        )
-    else:
-        dot = tl.dot(a, load_part(p_b, stride_bd, m_b, HEAD, 0, BLOCK_D, FULL).T)
-        if REST:
-            b_rest = load_part(p_b, stride_bd, m_b, HEAD, BLOCK_D, REST, FULL)
-            dot = tl.dot(a_rest, b_rest.T, dot)
-    return dot
-
-
-@triton.jit
-def _masked(
-    logits,  # [queries, keys], or the other way round
-    o_q,  # places of the queries, of the logits' rank
-    o_k,
-    S,
-    bounds_ptr,
-    valid_ptr,
-    CAUSAL: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-):
-    """Logits of one block, -inf where a query may not see a key."""
-    m_q = o_q < S
-    m_k = o_k < S
-    allowed = m_q & m_k
-    if CAUSAL:
-        allowed = allowed & (o_k <= o_q)
-    if HAS_BOUNDS:  # positions of one segment share its start
-        start_q = tl.load(bounds_ptr + o_q, mask=m_q, other=-1)
-        start_k = tl.load(bounds_ptr + o_k, mask=m_k, other=-1)
-        allowed = allowed & (start_q == start_k)
+def _masked(logits, low, high, start, p_valid, S, HAS_VALID: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Logits of one block, -inf outside `low` to `high` of each row and in invalid columns."""
+    o_n = (start + tl.arange(0, BLOCK_N)).to(tl.int32)
+    allowed = (o_n[None, :] >= low[:, None]) & (o_n[None, :] < high[:, None])
     if HAS_VALID:
-        valid_q = tl.load(valid_ptr + o_q, mask=m_q, other=0) != 0
-        valid_k = tl.load(valid_ptr + o_k, mask=m_k, other=0) != 0
-        allowed = allowed & valid_q & valid_k
+        valid = tl.load(p_valid + o_n, mask=o_n < S, other=0) != 0
+        allowed = allowed & valid[None, :]
     return tl.where(allowed, logits, float("-inf"))
 
 
@@ -156,14 +117,18 @@ def row_lse_kernel(
         q = load_part(p_m, stride_qd, m_m, HEAD, 0, BLOCK_D, False)
         if REST:
             q_rest = load_part(p_m, stride_qd, m_m, HEAD, BLOCK_D, REST, False)
-    last = tl.minimum(first + BLOCK_M, S)
-    begin, full, end = _span(bounds_ptr, first, last, S, CAUSAL, HAS_BOUNDS, HAS_VALID, BLOCK_N)
+    low, high, begin, full, end = _reach(
+        o_m, m_m, first, S, bounds_ptr, CAUSAL, HAS_BOUNDS, HAS_VALID, BLOCK_M, BLOCK_N
+    )
     if CAUSAL:
-        end = tl.minimum(end, last)
+        high = tl.minimum(high, o_m.to(tl.int32) + 1)
+        end = tl.minimum(end, first + BLOCK_M)
+    if HAS_VALID:  # an invalid row meets nobody
+        high = tl.where(tl.load(p_valid + o_m, mask=m_m, other=0) != 0, high, low)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(begin, full, BLOCK_N):
-        dot = _dot(
+        dot = dot_heads(
             q, q_rest, p_m, p_n + start * stride_ks, stride_qd, stride_kd, m_m, steps < S,
             HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, True,
         )  # fmt: skip
@@ -172,15 +137,11 @@ def row_lse_kernel(
         total = total * tl.exp2(peak - new_peak) + tl.sum(shares, axis=1)
         peak = new_peak
     for start in range(full, end, BLOCK_N):
-        o_n = start + steps
-        dot = _dot(
-            q, q_rest, p_m, p_n + start * stride_ks, stride_qd, stride_kd, m_m, o_n < S,
+        dot = dot_heads(
+            q, q_rest, p_m, p_n + start * stride_ks, stride_qd, stride_kd, m_m, start + steps < S,
             HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, False,
         )  # fmt: skip
-        logits = _masked(
-            dot * scale, o_m[:, None], o_n[None, :], S, bounds_ptr, p_valid,
-            CAUSAL, HAS_BOUNDS, HAS_VALID,
-        )  # fmt: skip
+        logits = _masked(dot * scale, low, high, start, p_valid, S, HAS_VALID, BLOCK_N)
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         # -inf - -inf is nan: a row that has seen no key yet is shifted by 0
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -248,40 +209,36 @@ def column_mean_kernel(
         k = load_part(p_m, stride_kd, m_m, HEAD, 0, BLOCK_D, False)
         if REST:
             k_rest = load_part(p_m, stride_kd, m_m, HEAD, BLOCK_D, REST, False)
-    last = tl.minimum(first + BLOCK_M, S)
-    begin, full, end = _span(bounds_ptr, first, last, S, CAUSAL, HAS_BOUNDS, HAS_VALID, BLOCK_N)
+    low, high, begin, full, end = _reach(
+        o_m, m_m, first, S, bounds_ptr, CAUSAL, HAS_BOUNDS, HAS_VALID, BLOCK_M, BLOCK_N
+    )
+    count = tl.maximum(high - low, 1)
     if CAUSAL:
+        low = tl.maximum(low, o_m.to(tl.int32))
         full = tl.maximum(begin, first)
+    if HAS_VALID:  # an invalid row meets nobody
+        high = tl.where(tl.load(p_valid + o_m, mask=m_m, other=0) != 0, high, low)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if not CAUSAL:
         for start in range(begin, full, BLOCK_N):
-            dot = _dot(
+            lse = tl.load(p_lse + start)  # ahead of the product, which hides it
+            dot = dot_heads(
                 k, k_rest, p_m, p_n + start * stride_qs, stride_kd, stride_qd, m_m, steps < S,
                 HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, True,
             )  # fmt: skip
-            lse = tl.load(p_lse + start)
             total += tl.sum(tl.exp2(dot * scale - lse[None, :]), axis=1)
     for start in range(full, end, BLOCK_N):
-        o_n = start + steps
-        dot = _dot(
-            k, k_rest, p_m, p_n + start * stride_qs, stride_kd, stride_qd, m_m, o_n < S,
+        lse = tl.load(p_lse + start, mask=start + steps < S, other=float("inf"))
+        dot = dot_heads(
+            k, k_rest, p_m, p_n + start * stride_qs, stride_kd, stride_qd, m_m, start + steps < S,
             HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, False,
         )  # fmt: skip
-        logits = _masked(
-            dot * scale, o_n[None, :], o_m[:, None], S, bounds_ptr, p_valid,
-            CAUSAL, HAS_BOUNDS, HAS_VALID,
-        )  # fmt: skip
-        lse = tl.load(p_lse + start, mask=o_n < S, other=float("inf"))
+        logits = _masked(dot * scale, low, high, start, p_valid, S, HAS_VALID, BLOCK_N)
         total += tl.sum(tl.exp2(logits - lse[None, :]), axis=1)
     if HAS_VALID:
         count = tl.load(count_ptr + i_b * stride_cb + o_m * stride_cs, mask=m_m, other=1)
-        total = total / tl.maximum(count, 1).to(tl.float32)
-    elif HAS_BOUNDS:
-        start_m = tl.load(bounds_ptr + o_m, mask=m_m, other=0)
-        end_m = tl.load(bounds_ptr + S + o_m, mask=m_m, other=1)
-        total = total / (end_m - start_m).to(tl.float32)
-    else:
-        total = total / S
+        count = tl.maximum(count, 1)
+    total = total / count.to(tl.float32)
     tl.store(out_ptr + i_bh * S + o_m, total, mask=m_m)
 
 
@@ -335,11 +292,11 @@ def column_attention_triton(
     }
     programs = B * H * ceil_div(S, rule["BLOCK_M"])
     strides = (*q.stride(), *k.stride())
-    places = (0, 0) if counts is None else counts.stride()
+    count_strides = (0, 0) if counts is None else counts.stride()
     sizes = (scale * math.log2(math.e), H, S, H // k.shape[1])
     launch(row_lse_kernel, programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
     launch(
         column_mean_kernel, programs, q, k, bounds, valid, lse, counts, out,
-        *strides, *places, *sizes, **options,
+        *strides, *count_strides, *sizes, **options,
     )  # fmt: skip
     return out

@@ -86,20 +86,18 @@ def logits_kernel(
             )
         else:
             logits = tl.dot(q, load_part(p_kn, stride_kd, m_n, HEAD, 0, BLOCK_D, False).T)
-        logits = logits * scale
         allowed = m_m[:, None] & m_n[None, :]
-        p_logits = logits_ptr + o_row[:, None] * N + o_n[None, :]
+        seen = allowed
         if PER_QUERY:
             p_valid = valid_ptr + i_b * stride_vb + o_q[:, None] * stride_vq + o_n[None, :]
-            valid = tl.load(p_valid, mask=allowed, other=0)
-            logits = tl.where(valid != 0, logits, float("-inf"))
+            seen = tl.load(p_valid, mask=allowed, other=0) != 0
         elif HAS_VALID:
             valid = tl.load(valid_ptr + i_b * stride_vb + o_n, mask=m_n, other=0)
-            logits = tl.where((valid != 0)[None, :], logits, float("-inf"))
+            seen = seen & (valid != 0)[None, :]
         if HAS_ROWS:
-            logits = tl.where(o_n[None, :] <= last[:, None], logits, float("-inf"))
-        tl.store(p_logits, logits, mask=allowed)
-        logits = tl.where(allowed, logits, float("-inf"))
+            seen = seen & (o_n[None, :] <= last[:, None])
+        logits = tl.where(seen, logits * scale, float("-inf"))
+        tl.store(logits_ptr + o_row[:, None] * N + o_n[None, :], logits, mask=allowed)
         new_peak = tl.maximum(peak, logits)
         # -inf - -inf is nan: a place that has seen no key yet is shifted by 0
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -123,15 +121,16 @@ def weights_kernel(
     Q,
     N,
     splits,
-    tiles,  # blocks of keys a program has
     MEAN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    parts = tl.cdiv(N, BLOCK_N * tiles)
-    i_row = pid // parts
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    o_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    i_row = pid // blocks_n
     if MEAN:  # one program for all heads of (b, q)
         i_b = (i_row // Q).to(tl.int64)
         i_q = (i_row % Q).to(tl.int64)
@@ -144,26 +143,23 @@ def weights_kernel(
         p_out = out_ptr + first * N
     o_h = tl.arange(0, BLOCK_H)
     o_s = tl.arange(0, BLOCK_S)
-    for i in range(tiles):
-        o_n = ((pid % parts) * tiles + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < N
-        mean = tl.zeros((BLOCK_N,), tl.float32)
-        for begin in range(0, heads, BLOCK_H):
-            m_h = begin + o_h < heads
-            o_row = first + (begin + o_h).to(tl.int64) * Q
-            p_logits = logits_ptr + o_row[:, None] * N + o_n[None, :]
-            logits = tl.load(p_logits, mask=m_h[:, None] & m_n[None, :], other=float("-inf"))
-            m_s = m_h[:, None] & (o_s < splits)[None, :]
-            p_stats = stats_ptr + o_row[:, None] * 2 * splits + o_s[None, :]
-            peaks = tl.load(p_stats, mask=m_s, other=float("-inf"))
-            sums = tl.load(p_stats + splits, mask=m_s, other=0.0)
-            peak = tl.max(peaks, axis=1)
-            shift = tl.where(peak == float("-inf"), 0.0, peak)
-            total = tl.sum(sums * tl.exp(peaks - shift[:, None]), axis=1)
-            # a query without keys has no distribution: 0, as in the reference
-            share = 1.0 / (tl.where(total == 0.0, 1.0, total) * heads)
-            mean += tl.sum(tl.exp(logits - shift[:, None]) * share[:, None], axis=0)
-        tl.store(p_out + o_n, mean, mask=m_n)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    for begin in range(0, heads, BLOCK_H):
+        m_h = begin + o_h < heads
+        o_row = first + (begin + o_h).to(tl.int64) * Q
+        p_logits = logits_ptr + o_row[:, None] * N + o_n[None, :]
+        logits = tl.load(p_logits, mask=m_h[:, None] & m_n[None, :], other=float("-inf"))
+        m_s = m_h[:, None] & (o_s < splits)[None, :]
+        p_stats = stats_ptr + o_row[:, None] * 2 * splits + o_s[None, :]
+        peaks = tl.load(p_stats, mask=m_s, other=float("-inf"))
+        sums = tl.load(p_stats + splits, mask=m_s, other=0.0)
+        peak = tl.max(peaks, axis=1)
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.sum(sums * tl.exp(peaks - shift[:, None]), axis=1)
+        # a query without keys has no distribution: 0, as in the reference
+        share = 1.0 / (tl.where(total == 0.0, 1.0, total) * heads)
+        mean += tl.sum(tl.exp(logits - shift[:, None]) * share[:, None], axis=0)
+    tl.store(p_out + o_n, mean, mask=m_n)
 
 
 def launch_rule(rows: int, Dh: int, itemsize: int) -> Rule:
@@ -183,12 +179,13 @@ def split_rule(N: int, row_blocks: int, block_n: int) -> tuple[int, int]:
 
 def weights_rule(H: int, N: int, splits: int, mean_heads: bool) -> Rule:
     """Blocks of the second launch: all heads at once for a mean, one row otherwise."""
-    return {
-        "BLOCK_H": min(MAX_ROWS, next_power_of_2(H)) if mean_heads else 1,
-        "BLOCK_S": next_power_of_2(splits),
-        "BLOCK_N": 128 if mean_heads else 512,
-        "num_warps": 4,
-    }
+    rule = {"BLOCK_H": 1, "BLOCK_S": next_power_of_2(splits), "BLOCK_N": 512, "num_warps": 4}
+    if mean_heads:
+        rule["BLOCK_H"] = min(MAX_ROWS, next_power_of_2(H))
+        # every program reads the splits of all heads: fewer programs where keys are many
+        rule["BLOCK_N"] = 64 if N <= 4096 else 256 if N > 65_536 and splits > 32 else 128
+        rule["num_warps"] = 8 if N > 4096 else 4
+    return rule
 
 
 def query_attention_triton(
@@ -275,13 +272,9 @@ def _launch_chunk(
         on=q,
     )
     rule = weights_rule(H, N, splits, mean_heads)
-    distributions = Q if mean_heads else H * Q
-    blocks = ceil_div(N, rule["BLOCK_N"])
-    tiles = ceil_div(blocks * distributions, 2 * PROGRAMS) if mean_heads else 1
-    tiles = min(tiles, blocks)
     launch(
         weights_kernel,
-        B * distributions * ceil_div(blocks, tiles),
+        B * (Q if mean_heads else H * Q) * ceil_div(N, rule["BLOCK_N"]),
         logits,
         stats,
         out,
@@ -290,7 +283,6 @@ def _launch_chunk(
         Q,
         N,
         splits,
-        tiles,
         MEAN=mean_heads,
         **rule,
         on=q,
