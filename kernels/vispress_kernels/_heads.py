@@ -88,7 +88,7 @@ def dot_heads(
     REST: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """`[BLOCK_M, BLOCK_N]` products of heads that were loaded (a, in one or two parts) with others."""
+    """`[BLOCK_M, BLOCK_N]` products of heads already loaded, in one or two parts, with others."""
     if CHUNKED:
         dot = dot_in_chunks(
             p_a, p_b, stride_ad, stride_bd, m_a, m_b, HEAD, BLOCK_M, BLOCK_N, BLOCK_D

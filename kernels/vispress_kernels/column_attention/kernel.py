@@ -33,10 +33,7 @@ def _reach(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Whom rows meet: each `low` to `high`, their block `begin` to `end`, unmasked to `full`.
-
-    Rows are queries that meet keys or keys that meet queries; causality is left to the caller.
-    """
+    """Whom rows meet: each `low` to `high`, their block `begin` to `end`, unmasked to `full`."""
     low = tl.zeros((BLOCK_M,), tl.int32)
     high = low + S
     begin = tl.zeros((), tl.int64)
@@ -111,8 +108,7 @@ def row_lse_kernel(
     p_valid = valid_ptr
     if HAS_VALID:
         p_valid += i_b * S
-    q = 0
-    q_rest = 0
+    q, q_rest = 0, 0
     if not CHUNKED:
         q = load_part(p_m, stride_qd, m_m, HEAD, 0, BLOCK_D, False)
         if REST:
@@ -133,8 +129,8 @@ def row_lse_kernel(
             HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, True,
         )  # fmt: skip
         new_peak = tl.maximum(peak, tl.max(dot, axis=1) * scale)
-        shares = tl.exp2(dot * scale - new_peak[:, None])
-        total = total * tl.exp2(peak - new_peak) + tl.sum(shares, axis=1)
+        total *= tl.exp2(peak - new_peak)
+        total += tl.sum(tl.exp2(dot * scale - new_peak[:, None]), axis=1)
         peak = new_peak
     for start in range(full, end, BLOCK_N):
         dot = dot_heads(
@@ -145,8 +141,8 @@ def row_lse_kernel(
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         # -inf - -inf is nan: a row that has seen no key yet is shifted by 0
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shares = tl.exp2(logits - shift[:, None])
-        total = total * tl.exp2(peak - shift) + tl.sum(shares, axis=1)
+        total *= tl.exp2(peak - shift)
+        total += tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
         peak = new_peak
     # a row without keys: exp2(logit - inf) is 0 in every column
     blind = total == 0.0
@@ -203,8 +199,7 @@ def column_mean_kernel(
     p_valid = valid_ptr
     if HAS_VALID:
         p_valid += i_b * S
-    k = 0
-    k_rest = 0
+    k, k_rest = 0, 0
     if not CHUNKED:
         k = load_part(p_m, stride_kd, m_m, HEAD, 0, BLOCK_D, False)
         if REST:
