@@ -17,9 +17,6 @@ from benchmarks.gpu.timing import ceilings, graph_ms, in_turns
 ORDER = ("video", "llava15", "qwen_16384", "llava_next", "qwen_1296")
 """Sizes by how much they matter, should the time not suffice."""
 
-COPIES_FROM_HOST = ("column_attention",)
-"""Ops whose public face brings small tables from the host, which a graph cannot record."""
-
 COMPILE_S = 8.0
 """Seconds a `torch.compile` row may take; loops of 512 steps may need more, and go without."""
 AGAIN_S = 2.0
@@ -112,7 +109,7 @@ def _compare(
     found |= {"green": green, "max_difference": error}
     found |= {f"{name}_ms": spread for name, spread in times.items()}
     kernel = times["kernel"]["median"]
-    graphed = case.op not in COPIES_FROM_HOST and kernel <= GRAPH_MS
+    graphed = kernel <= GRAPH_MS
     graph = graph_ms(case.kernel, settings.device) if graphed else None
     found["graph_ms"] = graph
     best = graph["median"] if isinstance(graph, dict) else kernel

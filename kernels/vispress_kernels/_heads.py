@@ -23,6 +23,30 @@ def load_keys(p_k, stride_d, m_n, Dh, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_part(
+    p_rows,
+    stride_d,
+    m_rows,
+    HEAD: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FULL: tl.constexpr,  # all rows are there
+):
+    """Elements FIRST to FIRST + BLOCK_D of each head of HEAD, `[rows, BLOCK_D]`."""
+    o_d = FIRST + tl.arange(0, BLOCK_D).to(tl.int64)
+    p = p_rows[:, None] + o_d[None, :] * stride_d
+    if FULL and FIRST + BLOCK_D <= HEAD:
+        part = tl.load(p)
+    elif FULL:
+        part = tl.load(p, mask=(o_d < HEAD)[None, :], other=0.0)
+    elif FIRST + BLOCK_D <= HEAD:
+        part = tl.load(p, mask=m_rows[:, None], other=0.0)
+    else:
+        part = tl.load(p, mask=m_rows[:, None] & (o_d < HEAD)[None, :], other=0.0)
+    return part
+
+
+@triton.jit
 def dot_in_chunks(
     p_q,
     p_k,
@@ -43,6 +67,37 @@ def dot_in_chunks(
         k = load_keys(p_k + o_start * stride_kd, stride_kd, m_n, Dh - start, BLOCK_D)
         dot = tl.dot(q, k, dot, input_precision="tf32x3")
         o_start += BLOCK_D
+    return dot
+
+
+@triton.jit
+def dot_heads(
+    a,
+    a_rest,
+    p_a,
+    p_b,
+    stride_ad,
+    stride_bd,
+    m_a,
+    m_b,
+    HEAD: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """`[BLOCK_M, BLOCK_N]` products of heads already loaded, in one or two parts, with others."""
+    if CHUNKED:
+        dot = dot_in_chunks(
+            p_a, p_b, stride_ad, stride_bd, m_a, m_b, HEAD, BLOCK_M, BLOCK_N, BLOCK_D
+        )
+    else:
+        dot = tl.dot(a, load_part(p_b, stride_bd, m_b, HEAD, 0, BLOCK_D, FULL).T)
+        if REST:
+            b_rest = load_part(p_b, stride_bd, m_b, HEAD, BLOCK_D, REST, FULL)
+            dot = tl.dot(a_rest, b_rest.T, dot)
     return dot
 
 

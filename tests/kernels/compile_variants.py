@@ -46,7 +46,8 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Everything the launch rules can choose, once; and each default again for odd strides."""
-    found = {v.name: v for v in (*_copies(), *_attention(), *_selections(), *_arithmetic())}
+    parts = (_copies(), _attention(), _columns(), _selections(), _arithmetic())
+    found = {v.name: v for part in parts for v in part}
     return [*found.values(), *_odd(found.values())]
 
 
@@ -101,9 +102,9 @@ def _copies() -> list[Variant]:
 
 def _attention() -> list[Variant]:
     found = []
-    for mean in FLAGS:
-        constants = {"MEAN": mean, "BLOCK_S": query.MAX_SPLITS, "BLOCK_N": 128, "num_warps": 4}
-        types = _fp32("logits_ptr", "max_ptr", "sum_ptr", "out_ptr")
+    for mean, N, splits in product(FLAGS, (576, 16384, 131072), (1, 16, query.MAX_SPLITS)):
+        constants = {"MEAN": mean, **query.weights_rule(28, N, splits, mean)}
+        types = _fp32("logits_ptr", "stats_ptr", "out_ptr")
         found.append(Variant(query.weights_kernel, types, constants))
     units = ("stride_qd", "stride_kd")
     masks = (("none", False, False), ("keys", True, False), ("queries", True, True))
@@ -112,19 +113,32 @@ def _attention() -> list[Variant]:
         common = dtype != "fp16" and head != 256
         qk = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "scale": "fp32", "valid_ptr": "*u8"}
         for rows, (mask, valid, own), count in product(FLAGS, masks, (16, 64)):
-            types = qk | _fp32("logits_ptr", "max_ptr", "sum_ptr") | {"rows_ptr": "*i64"}
-            constants = {"HAS_ROWS": rows, "HAS_VALID": valid, "PER_QUERY": own}
+            types = qk | _fp32("logits_ptr", "stats_ptr") | {"rows_ptr": "*i64"}
+            constants = {"HAS_ROWS": rows, "HAS_VALID": valid, "PER_QUERY": own, "HEAD": head}
             constants |= query.launch_rule(count, head, DTYPES[dtype])
-            default = common and (rows, mask) in {(True, "keys"), (False, "queries")}
+            usual = {(True, "keys"), (False, "queries"), (False, "none")}
+            default = common and (rows, mask) in usual
             found.append(Variant(query.logits_kernel, types, constants, units, default))
+    return found
+
+
+def _columns() -> list[Variant]:
+    found = []
+    units = ("stride_qd", "stride_kd")
+    # CLIP, Qwen's encoder (in two parts), the widest in one block, the widest; few rows and many
+    for dtype, head, blocks in product(DTYPES, (64, 80, 128, 256), (1, column.FEW_PROGRAMS)):
+        common = dtype != "fp16" and head in (64, 80)
+        types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "scale": "fp32", "valid_ptr": "*u8"}
+        types |= {"bounds_ptr": "*i64", "lse_ptr": "*fp32"}
         for causal, bounds, valid in product(FLAGS, FLAGS, FLAGS):
-            constants = {"CAUSAL": causal, "HAS_BOUNDS": bounds, "HAS_VALID": valid}
-            constants |= column.launch_rule(head, DTYPES[dtype])
-            types = qk | {"bounds_ptr": "*i64", "lse_ptr": "*fp32"}
-            default = common and causal == bounds == valid
+            constants = {"CAUSAL": causal, "HAS_BOUNDS": bounds, "HAS_VALID": valid, "HEAD": head}
+            constants |= column.launch_rule(head, DTYPES[dtype], blocks)
+            # as an encoder's images are: alone, or packed
+            default = common and not causal and not valid
             found.append(Variant(column.row_lse_kernel, types, constants, units, default))
-            types = types | {"count_ptr": "*i64", "out_ptr": "*fp32"}
-            found.append(Variant(column.column_mean_kernel, types, constants, units, default))
+            more = {"count_ptr": "*i64", "out_ptr": "*fp32"}
+            kernel = column.column_mean_kernel
+            found.append(Variant(kernel, types | more, constants, units, default))
     return found
 
 

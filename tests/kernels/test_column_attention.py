@@ -72,6 +72,27 @@ def test_packed_segments_are_as_alone(randn, device, backend):
     torch.testing.assert_close(packed, torch.cat(alone, -1))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("few", [1, 1000])
+def test_blocks_inside_a_segment_and_across(
+    randn, device, assert_accurate, monkeypatch, few, causal
+):
+    # blocks of 128 and of 64 rows, some of which meet one segment only and need no mask
+    monkeypatch.setattr("vispress_kernels.column_attention.kernel.FEW_PROGRAMS", few)
+    q, k = randn(1, 1, 460, 80, dtype=torch.float16), randn(1, 1, 460, 80, dtype=torch.float16)
+    bounds = torch.tensor([0, 300, 300, 331, 460], device=device)
+    assert_accurate(*run(q, k, cu_seqlens=bounds, causal=causal))
+    assert_accurate(*run(q, k, causal=causal))
+
+
+@pytest.mark.parametrize("scale", [-8.0, 0.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_scale_that_turns_the_order_or_none(randn, device, assert_accurate, padded, scale):
+    q, k = randn(1, 2, 70, 16), randn(1, 2, 70, 16)
+    valid = torch.arange(70, device=device)[None] > 40 if padded else None
+    assert_accurate(*run(q, k, scale=scale, valid=valid))
+
+
 @pytest.mark.refusal
 def test_bad_input_is_refused():
     q = torch.ones(1, 2, 5, 8)

@@ -7,12 +7,14 @@ from vispress_kernels.query_attention import query_attention
 
 pytest.importorskip("triton")
 
-# B, H, Hk, Q, N, Dh: one key; odd and grouped; [CLS] row at 577; wide query block; SigLIP heads
+# B, H, Hk, Q, N, Dh: one key; odd and grouped; [CLS] row at 577; wide query block; SigLIP heads;
+# more heads than are added up at a time
 SHAPES = [
     (1, 1, 1, 1, 1, 16),
     (2, 4, 2, 3, 77, 40),
     (1, 1, 1, 1, 577, 64),
     (1, 4, 1, 19, 70, 72),
+    (1, 40, 2, 2, 90, 16),
     (0, 2, 2, 1, 5, 16),
     (2, 2, 1, 0, 5, 16),
 ]

@@ -11,8 +11,9 @@ def segment_bounds(cu_seqlens: Tensor, S: int) -> Tensor:
     """First position and end of each position's segment, `[2, S]` int64, without a sync."""
     places = torch.arange(S, device=cu_seqlens.device)
     ends = cu_seqlens.to(torch.int64)
-    segment = torch.searchsorted(ends, places, right=True)
-    return torch.stack([ends[segment - 1], ends[segment.clamp(max=len(ends) - 1)]])
+    # without the outer two: every position has a segment
+    segment = torch.searchsorted(ends[1:-1], places, right=True)
+    return ends.unfold(0, 2, 1).T[:, segment].contiguous()
 
 
 def query_counts(bounds: Tensor | None, valid: Tensor | None, q: Tensor) -> Tensor:
