@@ -253,7 +253,7 @@ def launch_rule(Dh: int, itemsize: int, programs: int = FEW_PROGRAMS) -> Rule:
     wide = programs >= FEW_PROGRAMS and main + rest <= 128
     # blocks of 128 keys take twice the registers, which leaves one program a multiprocessor
     rule |= {"BLOCK_M": 128 if wide else 64, "BLOCK_D": main, "REST": rest}
-    rule |= {"num_warps": 8 if wide else 4, "num_stages": 3 if main + rest <= 128 else 2}
+    rule |= {"num_warps": 4, "num_stages": 3 if main + rest <= 128 else 2}
     return rule
 
 

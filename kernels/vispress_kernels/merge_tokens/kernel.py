@@ -118,11 +118,12 @@ def merge_tokens_kernel(
 
 
 def launch_rule(N: int, K: int, D: int, element_size: int) -> Rule:
-    """Four rows in flight where groups have several; a thread reads 16 bytes of each."""
+    """Four rows in flight where groups have several; blocks that leave no lanes idle."""
+    block_d = 1024 if D % 1024 == 0 else min(512, max(128, next_power_of_2(D)))
     return {
         "BLOCK_N": 1 if N <= K else 4,
-        "BLOCK_D": min(1024, max(128, next_power_of_2(D))),
-        "num_warps": 2 * element_size if D > 512 else 1,
+        "BLOCK_D": block_d,
+        "num_warps": max(1, block_d * element_size // 1024),
     }
 
 

@@ -119,7 +119,7 @@ def launch_rule(itemsize: int) -> Rule:
         tile = {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     else:
         tile = {"BLOCK_N": 128, "BLOCK_D": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    return {"GROUP": 8, **tile}
+    return {"GROUP": 16, **tile}
 
 
 def perturbation_scores_triton(

@@ -14,7 +14,7 @@ from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_p
 from vispress_kernels.query_attention.reference import query_chunk
 
 MAX_SPLITS = 128
-PROGRAMS = 512  # about what a large device runs at once, a sample
+PROGRAMS = 256  # about what a large device runs at once, a sample
 MAX_ROWS = 32  # heads of one query that are added up at a time
 
 

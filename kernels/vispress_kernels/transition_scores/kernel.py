@@ -58,9 +58,10 @@ def transition_scores_kernel(
 
 
 def launch_rule(D: int) -> Rule:
-    """2048 elements of each tensor at a time: more rows where they are short."""
-    block_d = 1024 if D > 512 else 128
-    return {"BLOCK_N": 2048 // block_d, "BLOCK_D": block_d, "num_warps": 4}
+    """A row a program, 16 bytes of it a thread at a time; several rows where they are short."""
+    if D > 512:
+        return {"BLOCK_N": 1, "BLOCK_D": 512, "num_warps": 2}
+    return {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4}
 
 
 def transition_scores_triton(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
