@@ -8,7 +8,16 @@ from tests.methods.helpers import make_tokens, only, take, with_scores
 
 from vispress.config import from_mapping, make_compressor, to_mapping
 from vispress.errors import BudgetError, ConfigError
-from vispress.methods import Debias, DivPrune, FastV, PyramidDrop, SparseVLM, TransPrune, VScan
+from vispress.methods import (
+    Debias,
+    DivPrune,
+    FastV,
+    PyramidDrop,
+    RandomMix,
+    SparseVLM,
+    TransPrune,
+    VScan,
+)
 from vispress.methods.trend import FASTV_CURVE, trend_weight
 from vispress.types import Signal
 
@@ -145,6 +154,8 @@ def test_the_budget_is_one_wherever_it_is_given():
         ({"curve": ()}, "non-empty tuple"),
         ({"threshold": 1.1}, "threshold must be a number in"),
         ({"shrink": True, "inner": SparseVLM()}, "shrink: sparsevlm merges"),
+        ({"inner": Debias()}, "fastv is corrected by a debias inside"),
+        ({"inner": RandomMix(inner=Debias())}, "fastv is corrected by a debias inside"),
     ],
     ids=str,
 )

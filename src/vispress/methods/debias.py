@@ -45,7 +45,8 @@ class Debias(Wrapper):
         shrink: Keep fewer than asked of images that have fewer tokens beside padding.
 
     Raises:
-        ConfigError: `inner` reads no attention of the LLM, or there is no trend for it.
+        ConfigError: `inner` reads no attention of the LLM, or is corrected already, or there is no
+            trend for it.
     """
 
     summary: ClassVar[str] = "what another method keeps, corrected for position and padding"
@@ -69,6 +70,11 @@ class Debias(Wrapper):
         name = self.root.name
         if Signal.QUERY_ATTENTION not in self.wrapped.signals():
             raise ConfigError(f"inner: {name} reads no attention of the LLM; wrap fastv or another")
+        if any(isinstance(method, Debias) for method in self.nested()):
+            raise ConfigError(
+                f"inner: {name} is corrected by a debias inside, twice would divide a trend out "
+                "twice; leave one of the two out"
+            )
         _ = self.trend  # raises where there is none
         if self.shrink and (self.merges or super().adaptive):
             raise ConfigError(f"shrink: {name} merges or decides its own counts; leave it out")

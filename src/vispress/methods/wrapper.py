@@ -60,6 +60,11 @@ class Wrapper(Compressor):
         """The innermost compressor."""
         return self.wrapped.root if isinstance(self.wrapped, Wrapper) else self.wrapped
 
+    def nested(self) -> tuple[Compressor, ...]:
+        """The inner compressor, the one inside it, and so on."""
+        deeper = self.wrapped.nested() if isinstance(self.wrapped, Wrapper) else ()
+        return (self.wrapped, *deeper)
+
     @property
     def adaptive(self) -> bool:
         """Whether the image decides the count."""
