@@ -86,6 +86,8 @@ def _where(cls: type[Compressor]) -> str:
             continue
         if placements[0].stage is Stage.ENCODER:
             return "in the encoder"
+        if (probe := placements[0].probe) is not None:
+            return f"before the LLM, after a probe of layers 0 to {probe}"
         if placements[0].layer == 0:
             return "before the LLM"
         layers = ", ".join(str(placement.layer) for placement in placements)

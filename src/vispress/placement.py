@@ -26,6 +26,8 @@ class Placement:
         adaptive: The method decides how much it keeps; `budget` is the most.
         images: Which images of a prompt it acts on; the others pass.
         until: Rows outside bypass the layers up to this one, where they come back as they were.
+        probe: PRE_LLM: attention is that of this decoder layer, in a pass of its own through the
+            layers up to it, on what is there; it costs their time and leaves nothing behind.
     """
 
     stage: Stage
@@ -38,3 +40,4 @@ class Placement:
     adaptive: bool = False
     images: Literal["all", "earlier", "last"] = "all"
     until: int | None = None
+    probe: int | None = None

@@ -20,6 +20,7 @@ from vispress.runtime.call import CALLS, LATEST, Call, brings_images
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
 from vispress.runtime.encoder_hooks import Merging
 from vispress.runtime.encoder_step import EncoderStep
+from vispress.runtime.probe import STATE
 from vispress.runtime.rows import living
 from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
@@ -28,7 +29,6 @@ from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
 from vispress_kernels import Backend
 
-STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
 
 
@@ -279,7 +279,7 @@ class Attachment:
         self, number: int, part: int, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         state = current_sink()
-        if isinstance(state, ForwardState) and state.attachment is self and not state.peeking:
+        if isinstance(state, ForwardState) and state.attachment is self and state.mode == "run":
             x = args[0] if args else kwargs["hidden_states"]
             prefill.measure(
                 state, number, part, x, output[0] if isinstance(output, tuple) else output

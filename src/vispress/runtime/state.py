@@ -15,7 +15,7 @@ from vispress.runtime.cache import layer_at, physical_length, upgrade
 from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
-from vispress.runtime.seen import EnoughSeen, Seen, Wanted
+from vispress.runtime.seen import EnoughSeen, Mode, Seen, Wanted
 from vispress.runtime.slots import Compressed, Slots
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class ForwardState:
         mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
         position_ids: `[B or 1, Q]`, for compact positions.
         images: Images of this call, in order.
+        mode: Whether this is the call itself, a look at a layer ahead, or a probe.
         rotary: Tables that the running layer was handed.
     """
 
@@ -55,7 +56,7 @@ class ForwardState:
     transitions: dict[int, Seen] = field(default_factory=dict)
     text_embeddings: list[Tensor] | None = None
     input_embeddings: Tensor | None = None
-    peeking: bool = False
+    mode: Mode = "run"
     rotary: tuple[Tensor, Tensor] | None = None
     spans: list[Bypass] = field(default_factory=list)
     sink: Token[Any] | None = None
@@ -272,16 +273,16 @@ class ForwardState:
         kwargs: dict[str, Any],
     ) -> None:
         """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
-        scaling = float(kwargs["scaling"])
+        scaling, peeking = float(kwargs["scaling"]), self.mode == "peek"
         for want in self.wanted:
-            if want.layer == module.layer_idx and want.peek == self.peeking and not want.seen:
-                rows = self.rows_at(want.layer) if not self.peeking else self.last
+            if want.layer == module.layer_idx and want.mode == self.mode and not want.seen:
+                rows = self.last if peeking else self.rows_at(want.layer)
                 want.offset = self._offset(want.layer, rows)
-                if self.peeking and want.offset:  # its update did not run: the past is still apart
+                if peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
                 want.read(rows, query, key, mask, scaling, self.rotary, self.attachment.backend)
-        if self.peeking:
+        if peeking or (self.mode == "probe" and all(want.seen for want in self.wanted)):
             raise EnoughSeen
 
     def _offset(self, layer: int, rows: Rows) -> int:
@@ -290,5 +291,5 @@ class ForwardState:
             return 0
         held = self._held(layer)
         if isinstance(held, Compressed):
-            return held.physical - (0 if self.peeking else rows.size)
+            return held.physical - (0 if self.mode == "peek" else rows.size)
         return self.past
