@@ -6,7 +6,7 @@ from tests.methods.helpers import make_tokens, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import DyCoke
-from vispress.methods.dycoke import frame_shares, references
+from vispress.methods.frame_windows import frame_shares, references
 from vispress.types import CropLayout
 
 

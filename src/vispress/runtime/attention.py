@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _PREFIX = "vispress_watching_"
+READER = "vispress_reader"
+"""Keyword argument of a decoder layer: called with q, k, mask and scaling of its attention."""
 
 
 class Sink(Protocol):
@@ -128,6 +130,8 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if (reader := kwargs.pop(READER, None)) is not None:
+        reader(query, key, attention_mask, kwargs["scaling"])
     sink = current_sink()
     if sink is not None:
         sink.observe(module, query, key, attention_mask, kwargs)
