@@ -52,10 +52,7 @@ class DyCoke(CachedSelector, Compressor):
         reference_quirks: Steps that stay see everything, as in the code.
     """
 
-    summary: ClassVar[str] = (
-        "of videos: some whole frames, of others what is least like them; while decoding, deeper "
-        "layers see the most attended"
-    )
+    summary: ClassVar[str] = "of videos: some whole frames, of others what is least like them"
     paper: ClassVar[str] = "Tao et al., CVPR 2025, arXiv:2411.15024"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY
@@ -69,11 +66,10 @@ class DyCoke(CachedSelector, Compressor):
     reference_quirks: bool = False
 
     def validate(self) -> None:
-        check_number("pruned", self.pruned, low=0.0, high=1.0)
-        check_number("decode_pruned", self.decode_pruned, low=0.0, high=1.0)
-        check_number("similarity", self.similarity, low=-1.0, high=1.0)
-        check_flag("dynamic", self.dynamic)
-        check_flag("reference_quirks", self.reference_quirks)
+        for name in ("pruned", "decode_pruned", "similarity"):
+            check_number(name, getattr(self, name), low=0.0, high=1.0)
+        for name in ("dynamic", "reference_quirks"):
+            check_flag(name, getattr(self, name))
         if self.decode_layer is not None:
             check_integer("decode_layer", self.decode_layer, low=0)
 
@@ -111,9 +107,8 @@ class DyCoke(CachedSelector, Compressor):
         layer = self.decode_layer
         layer = min(scaled_layer(3, num_layers), num_layers - 2) if layer is None else layer
         check_layer("decode_layer", layer, num_layers - 1, low=0)
-        budget = Budget(num_tokens=0)
-        if self.decode_pruned < 1:
-            budget = Budget(keep_ratio=1 - self.decode_pruned, rounding="floor")
+        share = 1 - self.decode_pruned
+        budget = Budget(keep_ratio=share, rounding="floor") if share else Budget(num_tokens=0)
         return Placement(stage=Stage.DECODE, budget=budget, layer=layer + 1, queries=Queries.LAST)
 
     @torch.no_grad()
