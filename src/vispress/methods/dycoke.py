@@ -6,8 +6,8 @@ Source: the authors' code, read through a specification; no official vectors exi
 Follows the code: temporal token merging, which prunes. In windows of four frames the second and
 fourth keep the three tenths that are least like (cosine) the first and third, and the third what is
 least like the first; the third of the last window stays whole. Without a budget the count is that.
-The dynamic cache: at each decoding step, where the attention of one layer to the video is not like
-that of the step before, what deeper layers see of it is chosen anew; all stays cached (`dynamic`).
+At a decoding step whose attention to the video, in one layer, is unlike that of the step before,
+what deeper layers see of it is chosen anew; all stays cached (`dynamic`).
 Differs: a step that is like the one before keeps the choice, where the code shows everything
 (`reference_quirks`). The fraction dropped there is the paper's 0.7 (the code's default is 0.8), at
 least one token is chosen, several videos of a prompt are ranked together. A budget (ours) is met by
@@ -39,12 +39,12 @@ from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, V
 @register_method("dycoke")
 @dataclass(frozen=True, kw_only=True)
 class DyCoke(CachedSelector, Compressor):
-    """Prune videos before the LLM by similarity of frames, and hide some from steps of decoding.
+    """Prune videos before the LLM by similarity of frames, and hide more while decoding.
 
     Args:
         pruned: Without a budget: fraction dropped of each frame that is pruned, in `[0, 1]`.
-        dynamic: Whether deeper layers see a part of the cached video while decoding. It acts on a
-            KV cache: with `use_cache=False` every step is a prefill, which sees all.
+        dynamic: Whether deeper layers see a part of the cached video while decoding. Without a KV
+            cache (`use_cache=False`) every step is a prefill, which sees all.
         decode_layer: Decoder layer (0-based) whose attention is read then; those behind it see the
             part. None for the published 3 of 32, scaled by depth.
         decode_pruned: Fraction hidden from them, in `[0, 1]`.
@@ -83,7 +83,7 @@ class DyCoke(CachedSelector, Compressor):
 
     def shares(self, whole: list[bool], size: int, num_keep: int) -> list[int]:
         """Tokens kept of each frame."""
-        if self.adaptive:
+        if self.unbudgeted:
             few = int((1 - self.pruned) * size)
             num_keep = min(num_keep, sum(size if stays else few for stays in whole))
         return frame_shares(whole, size, num_keep)
@@ -104,14 +104,13 @@ class DyCoke(CachedSelector, Compressor):
     def decode_placement(self, num_layers: int) -> Placement | None:
         if not self.dynamic or 1.0 in (self.keep_ratio, self.mean_keep_ratio):
             return None
-        layer = self.decode_layer
-        layer = min(scaled_layer(3, num_layers), num_layers - 2) if layer is None else layer
+        if (layer := self.decode_layer) is None:
+            layer = min(scaled_layer(3, num_layers), num_layers - 2)
         check_layer("decode_layer", layer, num_layers - 1, low=0)
         share = 1 - self.decode_pruned
         budget = Budget(keep_ratio=share, rounding="floor") if share else Budget(num_tokens=0)
         return Placement(stage=Stage.DECODE, budget=budget, layer=layer + 1, queries=Queries.LAST)
 
-    @torch.no_grad()
     def select_cached(
         self, attention: Float[Tensor, "B V"], before: Selection
     ) -> Bool[Tensor, "B V"]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 _PREFIX = "vispress_watching_"
 READER = "vispress_reader"
-"""Keyword argument of a decoder layer: called with q, k, mask and scaling of its attention."""
+"""Keyword argument of a decoder layer: an object whose `read` is shown its attention's q, k, mask
+and scaling; unlike a sink it is found inside a compiled graph, too."""
 
 
 class Sink(Protocol):
@@ -131,7 +132,7 @@ def _watched_attention(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if (reader := kwargs.pop(READER, None)) is not None:
-        reader(query, key, attention_mask, kwargs["scaling"])
+        reader.read(query, key, attention_mask, kwargs["scaling"])
     sink = current_sink()
     if sink is not None:
         sink.observe(module, query, key, attention_mask, kwargs)

@@ -7,7 +7,6 @@ or videos is a prefill: it sees the whole cache, and the next step is again the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,8 +65,10 @@ def find_decode_step(
     found: DecodeStep | None = None
     for method in methods:
         selector = method.cached_selector()
-        placement = selector and selector.decode_placement(len(adapter.decoder_layers))
-        if selector is None or placement is None:
+        if selector is None:
+            continue
+        placement = selector.decode_placement(len(adapter.decoder_layers))
+        if placement is None:
             continue
         if found is not None:
             raise ConfigError(
@@ -172,15 +173,18 @@ class Decoding:
                     "that are fed at once, and FlashAttention has one mask for all; use 'sdpa', "
                     "feed them one by one, or compress with dynamic=False"
                 )
-            return kwargs | {READER: partial(self._read, held)}
+            return kwargs | {READER: self}
         mask = kwargs.get("attention_mask")
         return kwargs | {"attention_mask": self._narrowed(held.coming(), mask, hidden)}
 
-    @torch.no_grad()
-    def _read(
-        self, held: Compressed, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-    ) -> None:
-        """Choose, by what the layer's attention is called with."""
+    def read(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+        """Choose, by what the attention of the layer that is read is called with."""
+        with torch.no_grad():  # no decorator: a graph would break at it
+            self._choose(query, key, mask, scaling)
+
+    def _choose(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+        held = self.cache.layers[self.step.reads]
+        assert isinstance(held, Compressed)
         state = held.selection
         assert state is not None
         positions, valid = held.stored()

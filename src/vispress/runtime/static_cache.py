@@ -5,7 +5,6 @@ device sync, no new Python objects, so a compiled step is traced once.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -124,8 +123,9 @@ class CompressedStaticLayer(Compressed, StaticLayer):
             if not torch.compiler.is_compiling():
                 each(self.selection, _in_place)
             return
-        for field in fields(Selection):
-            getattr(self.selection, field.name).copy_(getattr(states[-1], field.name))
+        self.selection.attention.copy_(states[-1].attention)
+        self.selection.selected.copy_(states[-1].selected)
+        self.selection.begun.copy_(states[-1].begun)
 
     def _allocate(self, slots: Slots) -> None:
         batch, device = slots.positions.shape[0], slots.positions.device
