@@ -6,14 +6,14 @@ Source: the authors' code, read through a specification; no official vectors exi
 Follows the code: temporal token merging, which prunes. In windows of four frames the second and
 fourth keep the three tenths that are least like (cosine) the first and third, and the third what is
 least like the first; the third of the last window stays whole. Without a budget the count is that.
-At a decoding step whose attention to the video, in one layer, is unlike that of the step before,
-what deeper layers see of it is chosen anew; all stays cached (`dynamic`).
+A decoding step whose attention in one layer is unlike the last step's chooses what deeper layers
+see of the video; all stays cached (`dynamic`).
 Differs: a step that is like the one before keeps the choice, where the code shows everything
-(`reference_quirks`). The fraction dropped there is the paper's 0.7 (the code's default is 0.8), at
-least one token is chosen, several videos of a prompt are ranked together. A budget (ours) is met by
-what pruned frames keep; one that whole frames alone exceed is shared out over these, by change
-since the whole frame before (the first: until the next frame); one of everything turns the dynamic
-cache off. Raster order (the code's is its ranking's). Newlines stay if they fit. Images pass whole.
+(`reference_quirks`); 0.7 is hidden (paper; the code's default is 0.8), at least one token chosen,
+several videos ranked together. A budget (ours) is met by what pruned frames keep; one that whole
+frames alone exceed is shared out over these, by change since the whole frame before (the first:
+until the next); one of everything turns the dynamic cache off. Raster order (the code's is its
+ranking's). Newlines stay if they fit. Images pass whole.
 """
 
 from dataclasses import dataclass
@@ -111,9 +111,7 @@ class DyCoke(CachedSelector, Compressor):
         budget = Budget(keep_ratio=share, rounding="floor") if share else Budget(num_tokens=0)
         return Placement(stage=Stage.DECODE, budget=budget, layer=layer + 1, queries=Queries.LAST)
 
-    def select_cached(
-        self, attention: Float[Tensor, "B V"], before: Selection
-    ) -> Bool[Tensor, "B V"]:
+    def select_cached(self, attention: Tensor, before: Selection) -> Bool[Tensor, "B V"]:
         like = F.cosine_similarity(attention, before.attention, dim=1) >= self.similarity
         rank = descending(attention.masked_fill(~before.visual, -1.0)).argsort(dim=1)
         fresh = before.visual & (rank < before.num_keep[:, None])

@@ -192,9 +192,8 @@ class Decoding:
         if mask is not None:
             mask = mask[:, None, None, :S].bool() if mask.ndim == 2 else mask[..., :S]
         rows = attention_rows(query, key, mask, scaling).mean(dim=1)  # [B, Q, S]
-        places = positions.clamp(max=V)  # text behind the last prefill goes to a spare column
-        places = places if valid is None else places.masked_fill(~valid, V)
-        places = F.pad(places, (0, S - places.shape[1]), value=V)
+        places = positions if valid is None else positions + (~valid).long() * V
+        places = _padded(places, S, V)  # text behind the last prefill goes to a spare column
         index = places[:, None].expand(-1, rows.shape[1], -1)
         spread = rows.new_zeros(*rows.shape[:2], V + 1).scatter(2, index, rows)[..., :V]
         spread = spread * state.visual[:, None]
@@ -229,7 +228,7 @@ class Decoding:
         assert self.hidden is not None
         V, device = self.hidden.shape[2], hidden.device
         S = positions.shape[1] if mask is None else mask.shape[-1]
-        places = F.pad(positions.to(device).clamp(max=V), (0, S - positions.shape[1]), value=V)
+        places = _padded(positions.to(device), S, V)
         index = places[:, None].expand(-1, self.hidden.shape[1], -1)
         seen = ~F.pad(self.hidden.to(device), (0, 1)).gather(2, index)  # [B, Q, S]
         if self.kind == "flash":
@@ -239,3 +238,11 @@ class Decoding:
         if mask.dtype == torch.bool:
             return mask & seen[:, None]
         return mask.masked_fill(~seen[:, None], torch.finfo(mask.dtype).min)
+
+
+def _padded(positions: Tensor, size: int, last: int) -> Tensor:
+    """`[B, size]`: positions, none behind `last`, and `last` for slots behind those in use."""
+    spare = size - positions.shape[1]
+    if spare:  # a fill value would be a constant of a compiled graph
+        positions = F.pad(positions, (0, spare), value=last)
+    return positions.clamp(max=last)
