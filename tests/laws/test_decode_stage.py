@@ -85,7 +85,7 @@ def test_every_step_equals_the_masked_model(family: str, options: str) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "greedy"])
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
 def test_mode_equals_the_masked_model(family: str, mode: str) -> None:
-    model, inputs, method = model_of(family), batch(family), DyCoke(similarity=0.97)
+    model, inputs, method = model_of(family), batch(family), DyCoke(similarity=0.5)
     with oracle(family, method, inputs):
         plain = {k: v for k, v in MODES[mode].items() if k != "cache_implementation"}
         expected = generate(model, inputs, **plain)
