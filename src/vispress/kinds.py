@@ -14,6 +14,7 @@ class Stage(StrEnum):
     ENCODER = "encoder"
     PRE_LLM = "pre_llm"
     IN_LLM = "in_llm"
+    DECODE = "decode"
 
 
 class Signal(StrEnum):

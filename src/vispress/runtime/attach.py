@@ -15,9 +15,10 @@ from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
-from vispress.runtime.bypass import enter, leave
-from vispress.runtime.call import CALLS, LATEST, Call, brings_images
+from vispress.runtime.bypass import leave
+from vispress.runtime.call import CALLS, LATEST, Call, brings_images, capture_of
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
+from vispress.runtime.decode_stage import DecodeStep
 from vispress.runtime.encoder_hooks import Merging
 from vispress.runtime.encoder_step import EncoderStep
 from vispress.runtime.probe import STATE
@@ -42,6 +43,7 @@ class Attachment:
         notes: Remarks for reports.
         backend: Kernel backend.
         encoder_step: The placement in the encoder, if there is one.
+        decode_step: The placement in decoding, likewise.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class Attachment:
         notes: Sequence[str],
         backend: Backend,
         encoder_step: EncoderStep | None = None,
+        decode_step: DecodeStep | None = None,
     ) -> None:
         self.backend: Backend = backend
         self.adapter, self.methods, self.steps, self.notes = adapter, methods, steps, tuple(notes)
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
+        self.decode_step = decode_step
         self.encoder_step, self.merging = encoder_step, Merging(adapter, encoder_step, backend)
         self.readers = [one for method in methods for one in method.views() or (method,)]
         wanted = frozenset().union(*(method.signals() for method in methods))
@@ -118,7 +122,8 @@ class Attachment:
                 # before transformers' own hook, which collects hidden states
                 self._hook(layer.register_forward_hook(leave, always_call=True, prepend=True))
         placements = [step.placement for step in self.steps]
-        for number in {layer for one in placements for layer in attention_layers(one)}:
+        read = {layer for one in placements for layer in attention_layers(one)}
+        for number in read | ({self.decode_step.reads} if self.decode_step else set()):
             self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
         for number in {layer for one in placements for layer in one.transitions}:
             self._measure(number)
@@ -177,25 +182,8 @@ class Attachment:
         call = Call(self, bound.arguments | bound.arguments.get("kwargs", {}))
         for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
             if output is not None:
-                call.captures[modality] = self._capture_of(modality, output)
+                call.captures[modality] = capture_of(self, modality, output)
         CALLS.set((*CALLS.get(), call))
-
-    def _capture_of(self, modality: Modality, output: Any) -> Capture:
-        """What was seen when these features were computed (by `generate`, ahead of the forward)."""
-        capture: Capture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
-        if capture is None:  # accelerate rebuilds containers on their way to a device
-            seen = LATEST.get().get((id(self), modality))
-            latest = None if seen is None else seen()
-            if latest is not None and latest.gave(self.adapter.features(modality, output)):
-                capture = latest
-        if capture is None:
-            raise CompressionStateError(
-                f"{modality} features were computed apart from this forward (chunked prefill with "
-                "prefill_chunk_size, or before compress_model): the signals that compression "
-                "reads are "
-                "missing. Pass pixel values, or let generate encode them"
-            )
-        return capture
 
     def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -267,11 +255,7 @@ class Attachment:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(state, StaticStep):
             return (hidden, *args[1:]), state.layer_kwargs(number, hidden, kwargs)
-        hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
-        hidden = enter(module, state.span_at(number), hidden, self.backend)
-        if state.short(number):
-            kwargs = state.layer_kwargs(number, hidden, kwargs)
-        state.rotary = kwargs.get("position_embeddings")
+        hidden, kwargs = prefill.enter_layer(state, number, module, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
     @torch.no_grad()

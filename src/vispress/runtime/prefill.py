@@ -10,9 +10,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from vispress.adapters.base import Modality
 from vispress.runtime import locate, masks
+from vispress.runtime.bypass import enter
 from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
 from vispress.runtime.cache_name import CACHE, cache_of, renamed
 from vispress.runtime.capture import Capture, projector_function
+from vispress.runtime.decode_stage import Decoding, open_selection
 from vispress.runtime.probe import probe
 from vispress.runtime.record import Record
 from vispress.runtime.rows import Rows, all_rows, gather_rows
@@ -64,10 +66,16 @@ def begin(
     if cache is not None:
         check_cache(cache)
     state = _make_state(attachment, arguments, given, cache, embeds)
+    step = attachment.decode_step
+    if not captures:
+        implementation = attachment.adapter.language_model.config._attn_implementation
+        state.decoding = Decoding.of(step, cache, implementation, state.chunk_valid)
     if captures:
         locate.find(attachment, state, arguments, captures, embeds)
         given["inputs_embeds"] = _before_llm(attachment, state, module, given, embeds)
         given["input_ids"] = None
+        if step is not None and any(map(step.covers, state.images)):
+            state.held_from = step.reads
         if not attachment.reads_encoder_late:
             for capture in captures.values():
                 capture.release()
@@ -164,6 +172,23 @@ def _before_llm(
 
 
 def enter_layer(
+    state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """What decoder layer `number` is called with: hidden states, and keyword arguments for them."""
+    hidden = _drop_rows(state, number, module, hidden, kwargs)
+    hidden = enter(module, state.span_at(number), hidden, state.attachment.backend)
+    if state.short(number):
+        kwargs = state.layer_kwargs(number, hidden, kwargs)
+    step = state.attachment.decode_step
+    if state.decoding is not None:
+        kwargs = state.decoding.layer_kwargs(number, hidden, kwargs)
+    elif step is not None and number == step.reads and state.images and state.cache is not None:
+        open_selection(step, state)
+    state.rotary = kwargs.get("position_embeddings")
+    return hidden, kwargs
+
+
+def _drop_rows(
     state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     """Hidden states that enter decoder layer `number`: rows are dropped here."""

@@ -1,12 +1,14 @@
 """What the physical slots of a short cache layer hold, and what all short layers share."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from vispress.errors import CompressionStateError
+from vispress.methods.cached_selector import Selection
 
 
 @dataclass
@@ -42,9 +44,25 @@ class Slots:
         return self.select(rows.repeat_interleave(repeats))
 
 
+def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:
+    """The selection with every tensor changed."""
+    return replace(
+        selection, **{f.name: change(getattr(selection, f.name)) for f in fields(selection)}
+    )
+
+
+def rows_of(selection: Selection, index: Tensor) -> Selection:
+    """Rows of the batch by index."""
+    return each(selection, lambda tensor: tensor[index])
+
+
 class Compressed(CacheLayerMixin):
     """The part that both kinds share."""
 
+    selection: Selection | None = None
+    """What deeper layers see while decoding; kept by the layer whose attention is read."""
+    trail: Sequence[Selection] = ()
+    """The same before each token of the last call, so that these can be taken back."""
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None
@@ -67,6 +85,25 @@ class Compressed(CacheLayerMixin):
     def expect(self, slots: Slots) -> None:
         """Say what the layer holds once the coming chunk is stored."""
         self.pending = slots
+
+    def coming(self) -> Tensor:
+        """`[B, P]` logical positions of the slots, those of the chunk to be stored included."""
+        return (self.slots if self.pending is None else self.pending).positions
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """`[B, P]` logical positions of the slots as they are, and which are valid."""
+        return self.slots.positions, self.slots.valid
+
+    def selected(self, states: Sequence[Selection]) -> None:
+        """Note the state before each token of a call, and (the last) behind it."""
+        *self.trail, self.selection = states
+
+    def map_selection(self, index: Tensor) -> None:
+        """Rows of the batch by index."""
+        if self.selection is not None:
+            index = index.to(self.selection.begun.device)
+            self.selection = rows_of(self.selection, index)
+            self.trail = [rows_of(one, index) for one in self.trail]
 
     def buffer(self, slots: Slots, new_rows: int) -> int:
         """Length of the key tensor that `update` will return once `slots` are stored."""
@@ -98,3 +135,4 @@ class Compressed(CacheLayerMixin):
             self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
             self.values = self.values.index_select(0, beam_idx.to(self.values.device))
             self.slots = self.slots.select(beam_idx)
+            self.map_selection(beam_idx)

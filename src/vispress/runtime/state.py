@@ -20,6 +20,7 @@ from vispress.runtime.slots import Compressed, Slots
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
+    from vispress.runtime.decode_stage import Decoding
     from vispress.runtime.select import Decision
 
 
@@ -60,6 +61,8 @@ class ForwardState:
     rotary: tuple[Tensor, Tensor] | None = None
     spans: list[Bypass] = field(default_factory=list)
     sink: Token[Any] | None = None
+    decoding: "Decoding | None" = None
+    held_from: int | None = None  # layers whose cache says what it holds, short or not
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
     _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -111,6 +114,8 @@ class ForwardState:
     def short(self, layer: int) -> bool:
         """Whether a layer needs anything else than what transformers made for the full sequence."""
         if len(self.rows) > 1 and layer >= self.rows[1][0]:
+            return True
+        if self.cache is not None and self.held_from is not None and layer >= self.held_from:
             return True
         return self.cache is not None and isinstance(self._held(layer), Compressed)
 
