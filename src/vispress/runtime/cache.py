@@ -37,6 +37,9 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens; the layer stays usable with a compressed model."""
+        # `update` appends to them; transformers 5.17 would zero them and keep their length
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         device = self.slots.positions.device
         batch = self.slots.positions.shape[0]

@@ -16,7 +16,7 @@ from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
 from vispress.runtime.seen import EnoughSeen, Mode, Seen, Wanted
-from vispress.runtime.slots import Compressed, Slots
+from vispress.runtime.slots import Compressed, Slots, joined
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
@@ -190,21 +190,8 @@ class ForwardState:
         return slots, offset, held.buffer(slots, rows.size)
 
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
-        """What a layer holds once the chunk's rows are behind what it held."""
-        positions, shift = rows.index + self.past, rows.total_shift
         padded = rows.whole and self.chunk_valid is not None
-        valid = self.row_validity(rows) if padded else rows.valid
-        if before is not None and before.positions.shape[1]:
-            old = before.valid
-            if old is not None or valid is not None:
-                old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
-                new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
-                valid = torch.cat([old.to(new.device), new], dim=1)
-            positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
-        if before is not None and before.shift is not None:
-            old_shift = before.shift.to(positions.device)
-            shift = old_shift if shift is None else shift + old_shift
-        return Slots(positions, valid, shift, self.past + rows.length)
+        return joined(before, rows, self.row_validity(rows) if padded else rows.valid, self.past)
 
     def _mask(
         self,
@@ -220,29 +207,10 @@ class ForwardState:
         kind = masks.check_implementation(implementation)
         key = (id(rows), id(slots), offset, buffer, kind, hidden.device, id(given))
         if key not in self._masks:
-            self._masks[key] = self._make_mask(rows, slots, offset, buffer, kind, given, hidden)
+            self._masks[key] = masks.make_mask(
+                kind, rows, slots, self.past, offset, buffer, given, hidden
+            )
         return self._masks[key]
-
-    def _make_mask(
-        self,
-        rows: Rows,
-        slots: Slots,
-        offset: int,
-        buffer: int,
-        kind: str,
-        given: Tensor | None,
-        hidden: Tensor,
-    ) -> Tensor | None:
-        if kind == "flash":
-            return slots.valid
-        plain = slots.valid is None and buffer == slots.positions.shape[1]
-        if given is None and kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
-            return None
-        valid = None if slots.valid is None else slots.valid[:, offset : offset + rows.size]
-        allow = masks.allowed_keys(rows.index + self.past, valid, slots, buffer, offset)
-        if given is not None:
-            return masks.cut_mask(given.to(hidden.device), rows.index, slots, allow)
-        return masks.as_kind(allow, kind, hidden.dtype)
 
     def _position_embeddings(
         self, layer: int, rows: Rows, kwargs: dict[str, Any], hidden: Tensor
