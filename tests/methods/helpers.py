@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 
 from vispress.context import Context
+from vispress.methods import FastV
 from vispress.types import CropLayout, TokenPlan, Transition, TwoLayer, VisualTokens, full_index
+
+
+def like_fastv(**says):
+    """A FastV whose class says something else about itself."""
+    return type("LikeFastV", (FastV,), says)()
+
+
+def adaptive_placements(method, num_layers):
+    """FastV's placements, where the method decides the count."""
+    return tuple(replace(p, adaptive=True) for p in FastV.placements(method, num_layers))
+
+
+NOT_TO_A_BUDGET = {"adaptive": True, "exact": False, "takes_budget": False}
 
 
 class TinyProjector:
