@@ -5,19 +5,19 @@ added.
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vispress.budget import Budget
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor, Evidence, ScorePruner
 from vispress.methods.checks import check_choice, check_number
 from vispress.methods.fastervlm import FasterVLM
 from vispress.methods.max_norm import MaxNorm
+from vispress.methods.one_place import check_one_place
 from vispress.methods.scales import Normalise, normalised
 from vispress.methods.segments import GEOMETRY
 from vispress.registry import get_method, register_method
@@ -26,11 +26,6 @@ from vispress.types import Placement, Signal, VisualTokens
 
 def _default() -> tuple[Compressor, ...]:
     return FasterVLM(scores="column_mean"), MaxNorm()
-
-
-def _place(placement: Placement) -> Placement:
-    """A placement without what parts may differ in: counts, and what is measured on the way."""
-    return replace(placement, budget=Budget(keep_ratio=1.0), adaptive=False, transitions=())
 
 
 @final
@@ -95,19 +90,7 @@ class Ensemble(ScorePruner):
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         found = [replace(part, keep_ratio=0.5).placements(num_layers) for part in self.members()]
-        places = {_place(placement) for own in found for placement in own}
-        if len(places) > 1 or any(len(own) > 1 for own in found):
-            names = ", ".join(
-                f"{part.name} before layer {', '.join(str(p.layer) for p in own)}"
-                for part, own in zip(self.members(), found, strict=True)
-            )
-            differ = [
-                f.name for f in fields(Placement) if len({getattr(p, f.name) for p in places}) > 1
-            ]
-            raise ConfigError(
-                "parts of an ensemble act once, at one place, and are shown the same attention; "
-                f"got {names}" + (f" (they differ in {', '.join(differ)})" if differ else "")
-            )
+        check_one_place([part.name for part in self.members()], found)
         first = found[0][0]
         measured = sorted({done for own in found for done in own[0].transitions})
         budget = self.budget(num_layers, first.layer)
