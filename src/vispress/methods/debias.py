@@ -1,7 +1,7 @@
 """Debiasing: take the positional trend and padding out of the LLM's attention before it prunes.
 
 Attention debiasing, 2025 (the paper's number is not known here; followed is its code).
-Source: https://github.com/intcomp/attention-bias at e75ebe7 (patches), read through a specification.
+Source: https://github.com/intcomp/attention-bias at e75ebe7 (patches); through a specification.
 Follows the code: the attention that the wrapped method ranks by is multiplied by f(first) / f(i),
 and is 0 on padding; at its first pruning stage only. `variant="code"` has the FastV patch's curve,
 a cubic; `"paper"` an exponential for every method. Thresholds are the patches'.
@@ -69,9 +69,7 @@ class Debias(Wrapper):
         if Signal.QUERY_ATTENTION not in self.wrapped.signals():
             raise ConfigError(f"inner: {name} reads no attention of the LLM; wrap fastv or another")
         if any(isinstance(method, Debias) for method in self.nested()):
-            raise ConfigError(
-                f"inner: {name} is corrected by a debias inside; leave one of them out"
-            )
+            raise ConfigError(f"inner: {name} is corrected by a debias inside; leave one out")
         _ = self.trend  # raises where there is none
         if self.shrink and (self.merges or super().adaptive):
             raise ConfigError(f"shrink: {name} merges or decides its own counts; leave it out")
