@@ -12,6 +12,7 @@ one after the other; ratios are taken within a round. Two estimates of a method'
   expand) over the uncompressed prefill;
 * `beyond_random_share`: prefill beyond that of `random`, which scores nothing, over the same.
 
+Methods that score by a probe pass (`Placement.probe`) may take more than the limit, by definition.
 Methods that prune inside the LLM keep more than `random` before the LLM does, so only the first
 estimate holds for them; `beyond_random_share` is left out there.
 """
@@ -156,7 +157,9 @@ def _measure(
     }
     if all(place.layer == 0 for place in subject.placements(24)):
         found["beyond_random_share"] = shares("compressed", "control")
-    cheap = found["overhead_share"]["median"] <= LIMIT
+    # a probe runs decoder layers on the whole prompt: its overhead is shown, not judged
+    found["probe"] = any(place.probe is not None for place in subject.placements(24))
+    cheap = found["probe"] or found["overhead_share"]["median"] <= LIMIT
     return found | {"ok": cheap and found["prefill_ratio"]["median"] < 1.0}
 
 

@@ -3,7 +3,7 @@
 Section numbers are those of the project's method specifications (`T`: methods usable without
 training, `L`: trained methods). Here is every FLOPs and cache cell of their shared sections (T 0.8,
 T 1.7, T 1.8), and every figure of a method's own section whose counts a layer are stated. Left out,
-because no counts are stated: PruneVid (they depend on the video), gamma-MoD, VoCo's TFLOPs, p-MoD
+because no counts are stated: gamma-MoD, VoCo's TFLOPs, p-MoD
 on LLaVA-NeXT, YOPO on Qwen2-VL and InternVL, TransPrune's row for SparseVLM, the FLOPs of the XAI
 compressor; and the extra cost of ZOO-Prune, which lies in the projector.
 """
@@ -29,8 +29,11 @@ from vispress.methods.fastervlm import FasterVLM
 from vispress.methods.fastv import FastV
 from vispress.methods.fourier import Fourier
 from vispress.methods.pyramiddrop import PyramidDrop
+from vispress.methods.sparsevlm import PRESETS as LISTS
+from vispress.methods.sparsevlm_plus import PRESETS as LISTS_PLUS
 from vispress.methods.transprune import TransPrune
 from vispress.methods.visionzip import VisionZip
+from vispress.methods.vscan import VScan
 
 HIGH, LOW, PYRAMID = TransPrune(preset="high"), TransPrune(preset="low"), PyramidDrop()
 HALF = FastV(keep_ratio=0.5, layer=2)
@@ -183,6 +186,16 @@ METHODS = [
         spans((576, 2), (288, 3), (144, 4), (72, 23))), 132.75),
     Cell("L 1, ADSC", "average for 64", average_tokens(
         spans((576, 1), (288, 1), (144, 1), (72, 3), (36, 26))), 67.5),
+    *(
+        Cell("T 3.3, SparseVLM", f"2 full layers, average for {n}",
+             average_tokens(sparsevlm(LISTS[n])), n)
+        for n in (128, 96)
+    ),
+    *(
+        Cell("T 3.3, SparseVLM+", f"2 full layers, average for {n}",
+             average_tokens(sparsevlm(counts)), n)
+        for n, counts in LISTS_PLUS.items()
+    ),
     Cell("T 3.4, PyramidDrop on LLaVA-NeXT", "FLOPs cut, %", 100 - share(left(PYRAMID, 2880), 2880),
          55),
     Cell("T 3.9 and L 7, DART K=2, R=.75", "KV on Qwen2-VL, % of full", 100
@@ -211,7 +224,26 @@ METHODS = [
 
 MATCHING = [*FORMULAS, *TABLES, *METHODS]
 
+NOMINAL = "lists are named by round numbers"
+OF_VIDEO = (
+    "counts depend on the video, and whether tokens are those before or behind layer 10 is open"
+)
+
 DIFFERENT = [
+    Cell("T 2.10, LVLM_CSP", "FLOPs cut, %",
+         100 - share(spans((72, 8), (576, 8), (72, 16)), 576), 65,
+         "the stages are a reconstruction of the abstract's figure"),
+    Cell("T 3.3, SparseVLM", "2 full layers, average for 64",
+         average_tokens(sparsevlm(LISTS[64])), 64, NOMINAL),
+    Cell("T 3.10, VScan on LLaVA-NeXT", "mean of 320, FLOPs of full over its own",
+         100 / share(left(VScan(keep_ratio=1 / 9), 2880), 2880), 10,
+         "budget and convention are not stated, and 10 is rounded; 10.1 in fastv2"),
+    Cell("T 3.14, DyCoke", "3098 of 6272, 0.3 of them behind layer 3, %",
+         100 * 0.3 * 3098 / 6272, 14.25, "how frames without a pair were counted is not stated"),
+    Cell("T 3.15, PruneVid", "PLLaVA, 16.2 % of 2304 in every layer, %",
+         share(whole(373), 2304, "fastv2"), 23, OF_VIDEO),
+    Cell("T 3.15, PruneVid", "LLaVA-OneVision, 17.0 % of 6272 in every layer, %",
+         share(whole(1066, QWEN2_7B), 6272, "fastv2", QWEN2_7B), 20, OF_VIDEO),
     Cell("T 1.8, CDPruner", "PyramidDrop, mean of 320",
          tera(left(PyramidDrop(mean_keep_ratio=1 / 9, layers=(2, 8, 16)), 2880), "flop3"), 4.5,
          "comparisons shift layers and ratios and do not say how; 4.3 to 4.6 are possible"),

@@ -81,6 +81,11 @@ def test_the_budget_of_one_part_is_its_mean_keep_ratio():
         ([FastV(layer=16)], 0.4, r"cannot be reached by fastv: the least is 0.500"),
         ([PyramidDrop()], 0.2, r"cannot be reached by pyramiddrop: the least is 0.25"),
         ([DivPrune(keep_ratio=0.3), FastV()], 0.4, "the parts with a budget alone leave 0.300"),
+        (
+            [PyramidDrop(keep_ratio=0.01), DivPrune()],
+            0.4,
+            "a mean of 0.01 over 32 layers cannot be reached",
+        ),
     ],
     ids=str,
 )

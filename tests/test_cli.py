@@ -34,7 +34,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_methods_lists_every_method():
-    output = CliRunner().invoke(cli.app, ["methods"]).output
+    output = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": "200"}).output
     for name in registry.list_methods():
         assert f" {name} " in output
     assert "with [CLS]; others" in output

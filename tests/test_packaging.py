@@ -107,6 +107,25 @@ def test_the_sdist_can_build_and_test_itself(distributions: dict[str, set[str]])
     assert needed <= distributions["sdist"]
 
 
+def test_no_test_is_skipped_for_a_package_that_make_installs_not() -> None:
+    import tomllib
+
+    skipped = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r'(?:importorskip|find_spec)\("(\w+)"\)', path.read_text("utf-8"))
+    }
+    assert {"torchao", "triton"} <= skipped
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    wanted = re.findall(r"-e \"\.\[([\w,]+)\]", (ROOT / "Makefile").read_text())
+    brought = {
+        re.split(r"[^\w-]", need)[0] for extra in wanted[0].split(",") for need in extras[extra]
+    }
+    assert skipped <= brought
+
+
 def test_the_folder_kernels_is_no_package() -> None:
     """As a package it would shadow Hugging Face's `kernels`, which transformers imports."""
     assert (ROOT / "kernels" / "vispress_kernels" / "__init__.py").exists()

@@ -80,6 +80,7 @@ def compress_model(
     adapter = find_adapter(model)
 
     from vispress.runtime.attach import ATTRIBUTE, Attachment
+    from vispress.runtime.decode_stage import find_decode_step
     from vispress.runtime.encoder_step import find_encoder_step
     from vispress.runtime.masks import check_implementation
     from vispress.runtime.steps import make_steps
@@ -99,7 +100,9 @@ def compress_model(
     inside = find_encoder_step(methods, adapter)
     steps, remarks = make_steps(methods, adapter, positions)
     notes += remarks
-    Attachment(adapter, methods, steps, notes, backend, inside).attach()
+    decoding, remarks = find_decode_step(methods, steps, adapter)
+    notes += remarks
+    Attachment(adapter, methods, steps, notes, backend, inside, decoding).attach()
     return model
 
 

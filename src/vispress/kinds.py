@@ -14,6 +14,7 @@ class Stage(StrEnum):
     ENCODER = "encoder"
     PRE_LLM = "pre_llm"
     IN_LLM = "in_llm"
+    DECODE = "decode"
 
 
 class Signal(StrEnum):
@@ -30,6 +31,7 @@ class Signal(StrEnum):
     TEXT_EMBEDDINGS = "text_embeddings"
     INPUT_EMBEDDINGS = "input_embeddings"
     QUERY_ATTENTION = "query_attention"
+    MEAN_ATTENTION = "mean_attention"
     KEY_NORMS = "key_norms"
     ROTARY_PRIOR = "rotary_prior"
     TEXT_STATES = "text_states"
@@ -62,3 +64,7 @@ class Queries(StrEnum):
     """The last valid token of the sequence: Q = 1."""
     TEXT_AFTER = "text_after"
     """All valid non-visual tokens behind the image's last token: Q = their count."""
+    AFTER = "after"
+    """All valid tokens behind the image's last token, other images too, and that token itself where
+    there are none; for `mean_attention` alone, as they are many.
+    """

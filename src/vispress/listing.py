@@ -14,7 +14,7 @@ from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.registry import get_method, list_methods
-from vispress.types import CLS_SIGNALS, Stage
+from vispress.types import CLS_SIGNALS, Placement, Stage
 
 _DEPTH = PUBLISHED_DEPTH
 
@@ -81,16 +81,29 @@ def _where(cls: type[Compressor]) -> str:
     """Stage and published layers, from the placements in a 32-layer LLM."""
     for ratio in (None, 0.5):
         try:
-            placements = cls(keep_ratio=ratio).placements(_DEPTH)
+            method = cls(keep_ratio=ratio)
+            placements = method.placements(_DEPTH)
         except (BudgetError, ConfigError):
             continue
-        if placements[0].stage is Stage.ENCODER:
-            return "in the encoder"
-        if placements[0].layer == 0:
-            return "before the LLM"
-        layers = ", ".join(str(placement.layer) for placement in placements)
-        return f"before layer {layers} of {_DEPTH}"
+        selector = method.cached_selector()
+        decode = None if selector is None else selector.decode_placement(_DEPTH)
+        where = _prefill(placements)
+        if decode is None:
+            return where
+        return f"{where}; while decoding, from layer {decode.layer} of {_DEPTH}"
     return "as configured"
+
+
+def _prefill(placements: Sequence[Placement]) -> str:
+    first = placements[0]
+    if first.stage is Stage.ENCODER:
+        return "in the encoder"
+    if first.probe is not None:
+        return f"before the LLM, after a probe of layers 0 to {first.probe}"
+    if first.layer == 0:
+        return "before the LLM"
+    layers = ", ".join(str(placement.layer) for placement in placements)
+    return f"before layer {layers} of {_DEPTH}"
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

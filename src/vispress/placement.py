@@ -13,7 +13,8 @@ class Placement:
 
     Args:
         stage: ENCODER merges in the vision encoder (see `EncoderMerger`) and hides nothing from the
-            LLM; PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`.
+            LLM; PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`; DECODE hides
+            cached tokens from `layer` and those behind it, step by step (see `CachedSelector`).
         budget: What is kept of the tokens that reached the compressor's first placement; in the
             encoder, of the tokens of an image.
         layer: Decoder layer (0-based) before which rows are dropped; 0 for ENCODER and PRE_LLM.
@@ -26,6 +27,8 @@ class Placement:
         adaptive: The method decides how much it keeps; `budget` is the most.
         images: Which images of a prompt it acts on; the others pass.
         until: Rows outside bypass the layers up to this one, where they come back as they were.
+        probe: PRE_LLM: attention is that of this decoder layer, in a pass of its own through the
+            layers up to it, on what is there; it costs their time and leaves nothing behind.
     """
 
     stage: Stage
@@ -38,3 +41,4 @@ class Placement:
     adaptive: bool = False
     images: Literal["all", "earlier", "last"] = "all"
     until: int | None = None
+    probe: int | None = None

@@ -43,11 +43,13 @@ class CropLayout:
             frame) of each original token, -1 for newline tokens.
         row: `[N0]` int64; row inside the sub-image, -1 for newline tokens.
         col: `[N0]` int64; column inside the sub-image, -1 for newline tokens.
+        thumbnail: Whether sub-image 0 shows what the others show, in little.
     """
 
     segment: Int[Tensor, "N0"]
     row: Int[Tensor, "N0"]
     col: Int[Tensor, "N0"]
+    thumbnail: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,8 @@ class VisualTokens:
         text_after: How many of them stand behind the image: the last ones; 0 when not read.
         query_attention: `[B, H, Q, N]` fp32, rows as `Placement.queries` says; or `[B, E, H, Q,
             N]`, earliest layer first, for an `attention_depth` of E > 1.
+        mean_attention: `[B, N]` fp32; mean of `query_attention` over heads and rows, which are
+            never held together.
         key_norms: `[B, N + S]` fp32; L1 norm over all heads of the (post-RoPE) keys of the layer
             whose attention the placement reads: visual tokens, then the text behind the image.
         rotary_prior: `[B, Q, N]` fp32; scaled logits that queries and keys of ones would have in
@@ -164,6 +168,7 @@ class VisualTokens:
     text_after: int = 0
     input_embeddings: Float[Tensor, "B N0 D"] | None = None
     query_attention: Float[Tensor, "B *LH Q N"] | None = None
+    mean_attention: Float[Tensor, "B N"] | None = None
     key_norms: Float[Tensor, "B NT"] | None = None
     rotary_prior: Float[Tensor, "B Q N"] | None = None
     text_states: Float[Tensor, "B S D"] | None = None

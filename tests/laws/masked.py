@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tests.laws.decoding import Stepping, noting_attention
 from tests.laws.oracle import bypassing, language_model
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ def masked_model(
     alive: Sequence[Tensor],
     positions: str = "original",
     values: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    steps: Stepping | None = None,
 ) -> Iterator[None]:
     """Inside, `model` attends to alive positions only.
 
@@ -30,6 +32,7 @@ def masked_model(
         alive: `[B, L]` a decoder layer, for the prompt; later positions are alive.
         positions: `"compact"` renumbers in each layer.
         values: As in `oracle_forward`, for the prompt.
+        steps: What layers see less of while decoding.
     """
     stack = language_model(model)
     seen: dict[str, Any] = {}
@@ -59,6 +62,10 @@ def masked_model(
             allow = (torch.arange(total) <= at[:, None]) & live[:, None]
             own = torch.arange(total) == at[:, None]
             allow = (allow | (own & ~live[:, past:, None]))[:, None]
+            if steps is not None:
+                if index == 0:
+                    steps.start(hidden.shape[0], past)
+                allow = steps.narrow(index, allow)
             kwargs = kwargs | {"attention_mask": allow}
             if positions == "compact":
                 dropped = (valid & ~live).long().cumsum(1)[:, past:]
@@ -90,7 +97,8 @@ def masked_model(
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
         handles.append(layer.register_forward_hook(bypass_of(i)))
     try:
-        yield
+        with noting_attention(model, steps):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import settings
-from tests.tiny import Image, Part, Sample, Text, build, make_inputs
+from tests.tiny import Image, Part, Sample, Text, Video, build, make_inputs
 from transformers import CompileConfig, StaticCache
 
 from vispress import compress_model, remove_compression
@@ -20,15 +20,15 @@ def count_graphs(module: Any, example_inputs: Any) -> Any:
     return module.forward
 
 
-def prompt(family: str, number: int) -> dict[str, Any]:
-    """One to three images, another length each time."""
+def prompt(family: str, number: int, video: bool) -> dict[str, Any]:
+    """One to three images (or videos), another length each time."""
     parts: list[Part] = [Text(3 + number)]
     for i in range(1 + number % 3):
-        parts += [Image(), Text(2 + i)]
+        parts += [Video(3) if video else Image(), Text(2 + i)]
     return make_inputs(family, [Sample(parts)], seed=number, dtype=torch.float32)
 
 
-def compiled_graphs(model: Any, family: str) -> list[int]:
+def compiled_graphs(model: Any, family: str, video: bool) -> list[int]:
     """Graphs made after each of seven prompts; tokens must equal those of a dynamic cache."""
     torch._dynamo.reset()
     model.__dict__.pop("_compiled_call", None)
@@ -36,7 +36,7 @@ def compiled_graphs(model: Any, family: str) -> list[int]:
     config = CompileConfig(backend=count_graphs, fullgraph=False, dynamic=None, mode=None)
     made = []
     for number in range(7):
-        inputs = prompt(family, number)
+        inputs = prompt(family, number, video)
         greedy: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         expected = model.generate(**inputs, **greedy)
         got = model.generate(
@@ -49,7 +49,13 @@ def compiled_graphs(model: Any, family: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "method"), [("llava", "fastv"), ("llava", "divprune"), ("qwen2_5_vl", "fastv")]
+    ("family", "method"),
+    [
+        ("llava", "fastv"),
+        ("llava", "divprune"),
+        ("qwen2_5_vl", "fastv"),
+        ("llava_onevision", "dycoke"),
+    ],
 )
 def test_no_recompiles_after_the_second_prompt(family: str, method: str) -> None:
     model = build(family, dtype=torch.float32)
@@ -59,10 +65,10 @@ def test_no_recompiles_after_the_second_prompt(family: str, method: str) -> None
         return type(cache_of(kwargs)) is StaticCache
 
     model._valid_auto_compile_criteria = compiles
-    plain = compiled_graphs(model, family)
+    plain = compiled_graphs(model, family, method == "dycoke")
     compress_model(model, method, **settings(family, method))
     try:
-        compressed = compiled_graphs(model, family)
+        compressed = compiled_graphs(model, family, method == "dycoke")
     finally:
         remove_compression(model)
     assert plain[0] >= 1, "nothing was compiled"

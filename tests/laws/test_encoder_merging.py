@@ -20,6 +20,7 @@ from vispress.adapters.base import find_adapter
 from vispress.budget import allocate
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
 from vispress.methods import DivPrune, FasterVLM, FastV, ToMe
+from vispress.runtime.capture import _pure_groups
 
 EXACT = 1e-5
 
@@ -410,3 +411,18 @@ def test_a_compiled_encoder_merges_or_is_an_error() -> None:
     # transformers breaks the graph before the layers
     images = [image for s in compression_report(model).samples for image in s.images]
     assert all(i.encoder and i.encoder.num_left < i.encoder.num_tokens for i in images)
+
+
+@pytest.mark.parametrize(
+    ("name", "square", "group"),
+    [
+        (3.0, 9.0, 3),
+        (3.0, 9.0005, 3),  # rounding
+        (3.002, 9.014, -1),  # 0.998 of 3 and 0.002 of 4: a spread of 0.002
+        (3.5, 12.5, -1),
+        (0.0, 0.0, -1),  # no token of the encoder, such as a newline
+    ],
+)
+def test_a_group_is_pure_only_without_spread(name: float, square: float, group: int) -> None:
+    both = torch.tensor([[name, square]], dtype=torch.float64)
+    assert _pure_groups(both).tolist() == [group]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import VIDEO_ONLY, greedy, logits_of, make, model_of, run, settings
+from tests.laws.decoding import stepping
 from tests.laws.masked import masked_model
 from tests.laws.test_law01_prune_equals_mask import assert_equals_oracle
 from tests.laws.test_law03_removal import Snapshot
@@ -110,7 +111,8 @@ def test_law_9_generation_equals_the_masked_model(
 ) -> None:
     model, inputs = model_of(family), inputs_of(family)
     result = run(model, inputs, make(family, method))
-    with masked_model(model, oracle_of(result, inputs), result.positions, result.values):
+    steps = stepping(model, make(family, method), result.report)
+    with masked_model(model, oracle_of(result, inputs), result.positions, result.values, steps):
         expected = generate(model, inputs, **options)
     with compressed(model, make(family, method)):
         got = generate(model, inputs, **options)

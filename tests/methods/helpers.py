@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 
 from vispress.context import Context
+from vispress.methods import FastV
 from vispress.types import CropLayout, TokenPlan, Transition, TwoLayer, VisualTokens, full_index
+
+
+def like_fastv(**says):
+    """A FastV whose class says something else about itself."""
+    return type("LikeFastV", (FastV,), says)()
+
+
+def adaptive_placements(method, num_layers):
+    """FastV's placements, where the method decides the count."""
+    return tuple(replace(p, adaptive=True) for p in FastV.placements(method, num_layers))
+
+
+NOT_TO_A_BUDGET = {"adaptive": True, "exact": False, "takes_budget": False}
 
 
 class TinyProjector:
@@ -53,7 +67,7 @@ def anyres(side=4, rows=2, cols=2, *, top=0, left=0, newlines=True):
         if newlines:
             places.append((-1, -1, -1))
     segment, row, col = torch.tensor(places).T
-    return CropLayout(segment=segment, row=row, col=col)
+    return CropLayout(segment=segment, row=row, col=col, thumbnail=True)
 
 
 def make_tokens(
@@ -130,6 +144,7 @@ def make_tokens(
         text_after=queries,
         input_embeddings=normal(B, N, dim).to(dtype),
         query_attention=attention(B, heads, queries),
+        mean_attention=torch.rand(B, N, generator=torch.Generator().manual_seed(seed)) / N,
         key_norms=torch.rand(B, N + queries, generator=g),
         text_states=normal(B, queries, dim).to(dtype),
         final_norm=TinyNorm(normal(dim)),
@@ -193,7 +208,8 @@ def all_tensors(tokens):
     """Every tensor in the bucket, geometry included."""
     found = []
     map_tensors(tokens, lambda t: found.append(t) or t)
-    return found + ([] if tokens.crops is None else list(vars_of(tokens.crops).values()))
+    layout = () if tokens.crops is None else vars_of(tokens.crops).values()
+    return found + [part for part in layout if isinstance(part, Tensor)]
 
 
 def single(tokens, b):
@@ -217,6 +233,7 @@ def take(tokens, keep):
         padding=tokens.padding[rows, keep],
         encoder_groups=tokens.encoder_groups[rows, keep],
         query_attention=None,
+        mean_attention=tokens.mean_attention[rows, keep],  # a probe runs on what is left
         rotary_prior=None,
         transition=None,
     )

@@ -338,6 +338,10 @@ def test_placements_fit_the_depth(name, num_layers):
         read = cls.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS}
         # CATP's last placement compares hidden states alone
         reads_none = not read or p.stage is Stage.PRE_LLM or p.images == "last"
+        if p.probe is not None:
+            assert p.queries is not None
+            assert 0 <= p.probe < num_layers
+            continue
         assert (p.queries is None) == reads_none
         assert p.layer >= p.attention_depth or p.queries is None
     for size in (1, 2, 37, 576):

@@ -4,11 +4,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.methods.helpers import make_tokens, only, take, with_scores
+from tests.methods.helpers import (
+    adaptive_placements,
+    like_fastv,
+    make_tokens,
+    only,
+    take,
+    with_scores,
+)
 
 from vispress.config import from_mapping, make_compressor, to_mapping
 from vispress.errors import BudgetError, ConfigError
-from vispress.methods import Debias, DivPrune, FastV, PyramidDrop, SparseVLM, TransPrune, VScan
+from vispress.methods import (
+    Debias,
+    DivPrune,
+    FastV,
+    PyramidDrop,
+    RandomMix,
+    SparseVLM,
+    TransPrune,
+    VScan,
+)
 from vispress.methods.trend import FASTV_CURVE, trend_weight
 from vispress.types import Signal
 
@@ -105,6 +121,14 @@ def test_it_acts_where_the_inner_method_acts():
     assert Debias(inner=SparseVLM()).signals() == SparseVLM().signals() | {Signal.PADDING}
     assert Debias(suppress_padding=False).signals() == FastV().signals()
     assert Debias(shrink=True, num_tokens=9).placements(32)[0].adaptive
+    assert not Debias(num_tokens=9).placements(32)[0].adaptive
+    counts = like_fastv(adaptive=True, placements=adaptive_placements)
+    assert Debias(inner=counts, num_tokens=9).placements(32)[0].adaptive
+    assert [Debias(**one).adaptive for one in ({}, {"shrink": True}, {"inner": counts})] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_yaml_and_back():
@@ -145,6 +169,12 @@ def test_the_budget_is_one_wherever_it_is_given():
         ({"curve": ()}, "non-empty tuple"),
         ({"threshold": 1.1}, "threshold must be a number in"),
         ({"shrink": True, "inner": SparseVLM()}, "shrink: sparsevlm merges"),
+        ({"shrink": True, "inner": like_fastv(adaptive=True)}, "shrink: fastv merges or decides"),
+        ({"shrink": 1}, "shrink must be true or false"),
+        ({"suppress_padding": "no"}, "suppress_padding must be true or false"),
+        ({"variant": "patch"}, "variant must be one of 'code', 'paper'"),
+        ({"inner": Debias()}, "fastv is corrected by a debias inside"),
+        ({"inner": RandomMix(inner=Debias())}, "fastv is corrected by a debias inside"),
     ],
     ids=str,
 )

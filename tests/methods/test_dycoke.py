@@ -6,8 +6,9 @@ from tests.methods.helpers import make_tokens, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import DyCoke
-from vispress.methods.dycoke import frame_shares, references
-from vispress.types import CropLayout
+from vispress.methods.cached_selector import Selection
+from vispress.methods.frame_windows import frame_shares, references
+from vispress.types import CropLayout, Stage
 
 
 def counts(kept, size, number):
@@ -81,11 +82,70 @@ def test_the_newline_is_kept_where_there_is_room():
 
 @pytest.mark.refusal
 def test_what_cannot_be_done_is_refused():
-    with pytest.raises(UnsupportedMethodError, match=r"dynamic=True .* at prefill only; leave"):
-        DyCoke(dynamic=True)
+    with pytest.raises(ConfigError, match=r"decode_layer must be an integer in \[0, 31\), got 31"):
+        DyCoke(decode_layer=31).decode_placement(32)
     with pytest.raises(ConfigError, match="pruned"):
         DyCoke(pruned=1.5)
     tokens = make_tokens(2, grid=(3, 2, 2))
     left = take(tokens, torch.tensor([[0, 1, 2, 5], [0, 4, 5, 6]]))
     with pytest.raises(UnsupportedMethodError, match="put it first"):
         DyCoke().plan(left, 2)
+
+
+def state(attention, keep=(2, 1), begun=True):
+    """Two samples; the last place of the second holds no visual token."""
+    visual = torch.tensor([[True] * 4, [True, True, True, False]])
+    return Selection(
+        visual=visual,
+        num_keep=torch.tensor(keep),
+        attention=torch.tensor(attention),
+        selected=torch.tensor([[True, False, False, True], [False, False, True, False]]),
+        begun=torch.tensor([begun] * 2),
+    )
+
+
+LAST = [[0.4, 0.1, 0.1, 0.2], [0.1, 0.2, 0.3, 0.0]]
+
+
+def test_the_published_layer_and_share():
+    placement = DyCoke().decode_placement(32)
+    assert (placement.stage, placement.layer) == (Stage.DECODE, 4)  # layer 3 is read
+    for number in (10, 196, 3098, 99, 7):
+        assert placement.budget.resolve(number) == int(number * (1 - 0.7))
+    assert [DyCoke().decode_placement(n).layer for n in (2, 4, 28, 80)] == [1, 2, 4, 9]
+    assert DyCoke(decode_pruned=1.0).decode_placement(32).budget.resolve(9) == 0
+    assert DyCoke(decode_pruned=0.0).decode_placement(32).budget.resolve(9) == 9
+    for off in ({"dynamic": False}, {"keep_ratio": 1.0}, {"mean_keep_ratio": 1.0}):
+        assert DyCoke(**off).decode_placement(32) is None
+
+
+def test_the_first_step_chooses_the_most_attended_and_the_earlier_of_equals():
+    now = torch.tensor([[0.1, 0.3, 0.1, 0.2], [0.2, 0.2, 0.1, 0.0]])
+    fresh = [[False, True, False, True], [True, False, False, False]]
+    assert DyCoke().select_cached(now, state(LAST, begun=False)).tolist() == fresh
+    # were it a later one, attention that is the same would have kept the choice
+    same = torch.tensor(LAST)
+    first = DyCoke().select_cached(same, state(LAST, begun=False))
+    assert first.tolist() == [[True, False, False, True], [False, False, True, False]]
+    equal = torch.full((2, 4), 0.25)
+    ties = DyCoke(similarity=1.0).select_cached(equal * torch.tensor([[1], [0]]), state(LAST))
+    assert ties.tolist() == [[True, True, False, False], [True, False, False, False]]
+
+
+def test_each_sample_keeps_or_chooses_by_its_own_cosine():
+    now = torch.tensor([[0.1, 0.4, 0.3, 0.1], [0.1, 0.2, 0.35, 0.0]])
+    cosine = torch.nn.functional.cosine_similarity(now, torch.tensor(LAST))
+    assert cosine[0] < 0.9 <= cosine[1]
+    chosen = DyCoke().select_cached(now, state(LAST))
+    assert chosen.tolist() == [[False, True, True, False], [False, False, True, False]]
+    # from the threshold on the choice stays
+    at = DyCoke(similarity=float(cosine[1])).select_cached(now, state(LAST))
+    over = DyCoke(similarity=float(cosine[1]) + 1e-5).select_cached(now, state(LAST, keep=(2, 2)))
+    assert at[1].tolist() == [False, False, True, False]
+    assert over[1].tolist() == [False, True, True, False]
+
+
+def test_the_code_shows_everything_on_steps_that_stay():
+    now = torch.tensor([[0.1, 0.4, 0.3, 0.1], [0.1, 0.2, 0.35, 0.0]])
+    chosen = DyCoke(reference_quirks=True).select_cached(now, state(LAST))
+    assert chosen.tolist() == [[False, True, True, False], [True, True, True, False]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.methods.helpers import anyres, make_tokens, only
 
+from vispress.budget import Budget
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import (
@@ -140,6 +141,56 @@ def test_bad_settings_are_refused(options, words):
 def test_parts_at_different_places_are_refused(parts):
     with pytest.raises(ConfigError, match="parts of an ensemble act once, at one place"):
         Ensemble(parts=parts, keep_ratio=0.5).placements(32)
+
+
+def like_max_norm(places=None, **says):
+    """A MaxNorm with other placements, given as changes to its own, or another class's word."""
+    if places is not None:
+        own = MaxNorm.placements
+        says["placements"] = lambda part, num_layers: tuple(
+            replace(own(part, num_layers)[0], **change) for change in places
+        )
+    return type("LikeMaxNorm", (MaxNorm,), says)()
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ([{}, {}], "max_norm before layer 0, 0$"),
+        ([{"attention_of": "next"}], "differ in attention_of"),
+        ([{"attention_depth": 2}], "differ in attention_depth"),
+        ([{"probe": 1}], "differ in probe"),
+        ([{"queries": Queries.LAST}], "differ in queries"),
+        ([{"images": "last"}], "differ in images"),
+        ([{"until": 3}], "differ in until"),
+    ],
+    ids=str,
+)
+def test_parts_that_need_something_else_shown_are_refused(places, words):
+    with pytest.raises(ConfigError, match=words):
+        Ensemble(parts=(MaxNorm(), like_max_norm(places)), keep_ratio=0.5).placements(32)
+
+
+def test_what_parts_count_and_measure_may_differ():
+    part = like_max_norm([{"budget": Budget(num_tokens=3), "adaptive": True, "transitions": (1,)}])
+    (placement,) = Ensemble(parts=(MaxNorm(), part), num_tokens=9).placements(32)
+    assert (placement.budget.num_tokens, placement.transitions) == (9, (1,))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+@pytest.mark.parametrize(("says", "value"), [("needs", "video"), ("per_segment", True)], ids=str)
+def test_what_one_part_needs_all_need(says, value, turn):
+    plain = like_max_norm(needs=None, per_segment=False)
+    parts = (plain, like_max_norm(**({"per_segment": False} | {says: value})))[::turn]
+    assert getattr(Ensemble(parts=parts), says) == value
+    assert not getattr(Ensemble(parts=(plain, plain)), says)
+
+
+def test_positions_are_the_first_parts():
+    two = like_max_norm(default_positions="original"), like_max_norm(default_positions="compact")
+    assert Ensemble(parts=two).default_positions == "original"
+    assert Ensemble(parts=two[::-1]).default_positions == "compact"
 
 
 def test_random_parts_add_noise():

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.methods.helpers import make_tokens, single
+from tests.methods.helpers import (
+    NOT_TO_A_BUDGET,
+    adaptive_placements,
+    like_fastv,
+    make_tokens,
+    single,
+)
 
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import ConfigError
@@ -32,6 +38,12 @@ def test_equal_factors_of_1_are_the_method_itself():
     tokens = make_tokens(grid=(1, 4, 6))
     plain = PerImage(inner=SparseVLM())
     assert not plain.adaptive
+    assert PerImage(factors=(0.5,)).adaptive
+    counts = like_fastv(adaptive=True, placements=adaptive_placements)
+    own = PerImage(inner=counts, keep_ratio=0.5)  # allowed without factors, and said
+    assert own.adaptive
+    assert own.placements(32)[0].adaptive
+    assert not PerImage(keep_ratio=0.5).placements(32)[0].adaptive
     assert plain.signals() == SparseVLM().signals()
     assert PerImage().plan(tokens, 9).keep.equal(FastV().plan(tokens, 9).keep)
 
@@ -57,6 +69,20 @@ def test_rows_of_a_bucket_hold_what_each_image_has():
 def test_what_merges_or_counts_for_itself_is_refused(inner):
     with pytest.raises(ConfigError, match=f"inner: {inner.name} merges, or does not keep"):
         PerImage(inner=inner, factors=(0.5, 1.0))
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(("says", "value"), [("merges", True), *NOT_TO_A_BUDGET.items()], ids=str)
+def test_each_reason_alone_is_refused(says, value):
+    with pytest.raises(ConfigError, match="inner: fastv merges, or does not keep exactly"):
+        PerImage(inner=like_fastv(**{says: value}), factors=(0.5, 1.0))
+
+
+@pytest.mark.refusal
+def test_placements_that_count_for_themselves_are_refused():
+    counts = like_fastv(placements=adaptive_placements)
+    with pytest.raises(ConfigError, match="inner: fastv decides its own counts; give it a budget"):
+        PerImage(inner=counts, factors=(0.5, 1.0), keep_ratio=0.5).placements(32)
 
 
 @pytest.mark.refusal

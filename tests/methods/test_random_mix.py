@@ -1,7 +1,14 @@
 """Random mix: how many tokens are drawn, from where, and what cannot be mixed."""
 
 import pytest
-from tests.methods.helpers import make_tokens, single, with_scores
+from tests.methods.helpers import (
+    NOT_TO_A_BUDGET,
+    adaptive_placements,
+    like_fastv,
+    make_tokens,
+    single,
+    with_scores,
+)
 
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import ConfigError
@@ -76,6 +83,20 @@ def test_it_acts_where_the_inner_method_acts():
 def test_what_merges_or_counts_for_itself_is_refused(inner):
     with pytest.raises(ConfigError, match=f"inner: {inner.name}"):
         RandomMix(inner=inner)
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize(("says", "value"), [("merges", True), *NOT_TO_A_BUDGET.items()], ids=str)
+def test_each_reason_alone_is_refused(says, value):
+    with pytest.raises(ConfigError, match="inner: fastv merges, or does not keep exactly"):
+        RandomMix(inner=like_fastv(**{says: value}))
+
+
+@pytest.mark.refusal
+def test_placements_that_count_for_themselves_are_refused():
+    counts = like_fastv(placements=adaptive_placements)
+    with pytest.raises(ConfigError, match="inner: fastv decides its own counts; give it a budget"):
+        RandomMix(inner=counts, keep_ratio=0.5).placements(32)
 
 
 @pytest.mark.refusal

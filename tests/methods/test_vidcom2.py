@@ -78,6 +78,25 @@ def test_the_newline_is_kept_where_there_is_room():
     assert VidCom2().plan(tokens, 2).keep[0, -1] < 6
 
 
+def test_frames_share_what_newlines_leave():
+    """Ratios are of the tokens beside newlines: one more would give another frame another count."""
+    place = torch.arange(4).repeat_interleave(4)
+    segment = torch.cat([place, torch.full((6,), -1)])
+    layout = CropLayout(segment=segment, row=segment.clamp(max=0), col=segment.clamp(max=0))
+    differs = 0
+    for seed in range(8):
+        features = torch.rand(1, 22, 6, generator=torch.Generator().manual_seed(seed))
+        own = features[:, :16].view(1, 4, 4, 6)
+        token, frame = scores(steady_channels(own))
+        expected, wrong = (
+            spread(token, frame_ratios(frame, count / 16, 0.01), 8) for count in (8, 14)
+        )
+        kept = VidCom2().plan(only(features=features, crops=layout), 14).keep
+        assert kept.tolist() == [[*expected[0].tolist(), *range(16, 22)]]
+        differs += not torch.equal(expected, wrong)
+    assert differs
+
+
 def test_a_large_temperature_treats_frames_alike():
     tokens = make_tokens(2, grid=(3, 4, 4))
     kept = VidCom2(temperature=1e6).plan(tokens, 12).keep

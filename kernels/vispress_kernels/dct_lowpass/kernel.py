@@ -144,17 +144,14 @@ def launch_rule(H: int, P: int, Q: int, element_size: int) -> Rule:
     """
     height = max(16, next_power_of_2(H))
     tall = height > (64 if element_size == 4 else 128)
-    if max(P, Q) <= 16:
-        num_warps = 8 if not tall and height * element_size > 128 else 4
-    else:
-        num_warps = 8
+    small = max(P, Q) <= 16 and (tall or height * element_size <= 128)
     return {
         "BLOCK_P": 16 if P <= 16 else 32,
         "BLOCK_Q": 16 if Q <= 16 else 32,
         "BLOCK_H": 32 if tall else height,
         "BLOCK_W": 16,
         "BLOCK_C": 8 if height == 128 else 32 // element_size,
-        "num_warps": num_warps,
+        "num_warps": 4 if small else 8,
         # as many as 99 KB hold
         "num_stages": 3 if height <= 64 and element_size == 2 else 2,
     }

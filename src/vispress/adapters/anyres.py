@@ -73,7 +73,7 @@ class AnyResAdapter(TowerAdapter):
         segment = torch.where(newline, -1, place // size)
         row = torch.where(newline, -1, place % size // self._side)
         col = torch.where(newline, -1, place % self._side)
-        return CropLayout(segment=segment, row=row, col=col)
+        return CropLayout(segment=segment, row=row, col=col, thumbnail=True)
 
     def _resized(self, place: Tensor, visual: Tensor) -> CropLayout:
         """Layout of a thumbnail and a resized grid, from the places before resizing.
@@ -95,7 +95,7 @@ class AnyResAdapter(TowerAdapter):
             newlines = torch.full((len(after), 1), -1)
             broken = torch.cat([values.view(after.shape), newlines], dim=1)
             parts.append(torch.cat([first, broken.flatten()]))
-        return CropLayout(segment=parts[0], row=parts[1], col=parts[2])
+        return CropLayout(segment=parts[0], row=parts[1], col=parts[2], thumbnail=True)
 
 
 def _unbroken(values: Tensor, visual: Tensor) -> Tensor:

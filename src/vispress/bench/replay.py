@@ -6,6 +6,7 @@ from itertools import cycle
 from typing import final
 
 from vispress.methods.base import Compressor
+from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
@@ -38,6 +39,10 @@ class _StandIn(Compressor):
     def encoder_merger(self) -> EncoderMerger | None:
         """The other one's: what merges in the encoder is no choice made for the LLM."""
         return self.method.encoder_merger()
+
+    def cached_selector(self) -> CachedSelector | None:
+        """The other one's: what is chosen while decoding is no choice of the prefill."""
+        return self.method.cached_selector()
 
 
 @final

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
 from vispress.errors import BudgetError, ConfigError
+from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 
@@ -119,6 +120,10 @@ class Compressor(ABC):
     def encoder_merger(self) -> EncoderMerger | None:
         """What acts at a placement in the encoder; None where the method has no such placement."""
         return self if isinstance(self, EncoderMerger) else None
+
+    def cached_selector(self) -> CachedSelector | None:
+        """What chooses among cached tokens while decoding; None where the method does not."""
+        return self if isinstance(self, CachedSelector) else None
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.

@@ -1,8 +1,7 @@
 """Debiasing: take the positional trend and padding out of the LLM's attention before it prunes.
 
 Attention debiasing, 2025 (the paper's number is not known here; followed is its code).
-Source: https://github.com/intcomp/attention-bias at e75ebe7, patches for other repositories; read
-through a specification.
+Source: https://github.com/intcomp/attention-bias at e75ebe7 (patches); through a specification.
 Follows the code: the attention that the wrapped method ranks by is multiplied by f(first) / f(i),
 and is 0 on padding; at its first pruning stage only. `variant="code"` has the FastV patch's curve,
 a cubic; `"paper"` an exponential for every method. Thresholds are the patches'.
@@ -45,7 +44,7 @@ class Debias(Wrapper):
         shrink: Keep fewer than asked of images that have fewer tokens beside padding.
 
     Raises:
-        ConfigError: `inner` reads no attention of the LLM, or there is no trend for it.
+        ConfigError: `inner` reads no attention of the LLM, is corrected already, or has no trend.
     """
 
     summary: ClassVar[str] = "what another method keeps, corrected for position and padding"
@@ -69,6 +68,8 @@ class Debias(Wrapper):
         name = self.root.name
         if Signal.QUERY_ATTENTION not in self.wrapped.signals():
             raise ConfigError(f"inner: {name} reads no attention of the LLM; wrap fastv or another")
+        if any(isinstance(method, Debias) for method in self.nested()):
+            raise ConfigError(f"inner: {name} is corrected by a debias inside; leave one out")
         _ = self.trend  # raises where there is none
         if self.shrink and (self.merges or super().adaptive):
             raise ConfigError(f"shrink: {name} merges or decides its own counts; leave it out")
@@ -89,8 +90,7 @@ class Debias(Wrapper):
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         first, *later = super().placements(num_layers)
         if first.queries is None:
-            name = self.root.name
-            raise ConfigError(f"inner: {name} reads no attention at its first stage, to correct")
+            raise ConfigError(f"inner: {self.root.name} reads no attention at its first stage")
         return (replace(first, adaptive=first.adaptive or self.shrink), *later)
 
     def weight(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:

@@ -6,66 +6,50 @@ Source: the authors' code, read through a specification; no official vectors exi
 Follows the code: temporal token merging, which prunes. In windows of four frames the second and
 fourth keep the three tenths that are least like (cosine) the first and third, and the third what is
 least like the first; the third of the last window stays whole. Without a budget the count is that.
-Differs: the other half of DyCoke, which picks again at every decoding step what deeper layers see
-of the cache, is not here: the runtime picks at prefill only, and `dynamic` is refused. A budget
-(ours) is met by what pruned frames keep; one that whole frames alone exceed is shared out over
-these, by change since the whole frame before (the first: until the next frame). Raster order (the
-code leaves the order of its ranking). Newlines are kept within the budget. Images pass whole.
+A decoding step whose attention in one layer is unlike the last step's chooses what deeper layers
+see of the video; all stays cached (`dynamic`).
+Differs: a step that is like the one before keeps the choice, where the code shows everything
+(`reference_quirks`); 0.7 is hidden (paper; the code's default is 0.8), at least one token chosen,
+several videos ranked together. A budget (ours) is met by what pruned frames keep; one that whole
+frames alone exceed is shared out over these, by change since the whole frame before (the first:
+until the next); one of everything turns the dynamic cache off. Raster order (the code's is its
+ranking's). Newlines stay if they fit. Images pass whole.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vispress.budget import allocate
-from vispress.errors import UnsupportedMethodError
-from vispress.methods.base import Compressor, Evidence, descending, upcast
-from vispress.methods.checks import check_flag, check_number
+from vispress.budget import Budget, scaled_layer
+from vispress.methods.base import Compressor, Evidence, check_layer, descending, upcast
+from vispress.methods.cached_selector import CachedSelector, Selection
+from vispress.methods.checks import check_flag, check_integer, check_number
+from vispress.methods.frame_windows import frame_shares, references
 from vispress.methods.segments import GEOMETRY
 from vispress.methods.videos import frames
 from vispress.registry import register_method
-from vispress.types import Need, Placement, Signal, TokenPlan, VisualTokens
-
-
-def references(number: int) -> tuple[list[int], list[bool]]:
-    """For each frame, the one it is compared with, and whether it is one of those that stay whole.
-
-    Args:
-        number: Frames of the video.
-    """
-    thirds = {i + 2 for i in range(0, number - 4, 4)}
-    whole = [f % 2 == 0 and f not in thirds for f in range(number)]
-    reference = [min(1, number - 1)]
-    for frame in range(1, number):
-        if frame % 2:
-            reference.append(frame - 1)
-        elif frame in thirds:
-            reference.append(frame - 2)
-        else:
-            reference.append(max(f for f in range(frame) if whole[f]))
-    return reference, whole
-
-
-def frame_shares(whole: list[bool], size: int, num_keep: int) -> list[int]:
-    """How many of `size` tokens each frame keeps: whole frames first, the others alike."""
-    main = allocate(num_keep, [size if stays else 0 for stays in whole])
-    rest = allocate(num_keep - sum(main), [0 if stays else size for stays in whole])
-    return [a + b for a, b in zip(main, rest, strict=True)]
+from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 
 
 @final
 @register_method("dycoke")
 @dataclass(frozen=True, kw_only=True)
-class DyCoke(Compressor):
-    """Prune videos before the LLM, by similarity to frames that stay whole.
+class DyCoke(CachedSelector, Compressor):
+    """Prune videos before the LLM by similarity of frames, and hide more while decoding.
 
     Args:
         pruned: Without a budget: fraction dropped of each frame that is pruned, in `[0, 1]`.
-        dynamic: The code's selection at every decoding step; refused, as nothing here does it.
+        dynamic: Whether deeper layers see a part of the cached video while decoding. Without a KV
+            cache (`use_cache=False`) every step is a prefill, which sees all.
+        decode_layer: Decoder layer (0-based) whose attention is read then; those behind it see the
+            part. None for the published 3 of 32, scaled by depth.
+        decode_pruned: Fraction hidden from them, in `[0, 1]`.
+        similarity: Cosine of a step's attention with the last one's from which the choice stays.
+        reference_quirks: Steps that stay see everything, as in the code.
     """
 
     summary: ClassVar[str] = "of videos: some whole frames, of others what is least like them"
@@ -75,17 +59,19 @@ class DyCoke(Compressor):
     needs: ClassVar[Need | None] = "video"
 
     pruned: float = 0.7
-    dynamic: bool = False
+    dynamic: bool = True
+    decode_layer: int | None = None
+    decode_pruned: float = 0.7
+    similarity: float = 0.9
+    reference_quirks: bool = False
 
     def validate(self) -> None:
-        check_number("pruned", self.pruned, low=0.0, high=1.0)
-        check_flag("dynamic", self.dynamic)
-        if self.dynamic:
-            raise UnsupportedMethodError(
-                "dynamic=True (dycoke's new choice of cached tokens at every decoding step) is not "
-                "supported: tokens are chosen at prefill only; leave it out, or chain dycoke with "
-                "an in-LLM method (fastv, say) to shorten the cache of deeper layers"
-            )
+        for name in ("pruned", "decode_pruned", "similarity"):
+            check_number(name, getattr(self, name), low=0.0, high=1.0)
+        for name in ("dynamic", "reference_quirks"):
+            check_flag(name, getattr(self, name))
+        if self.decode_layer is not None:
+            check_integer("decode_layer", self.decode_layer, low=0)
 
     @property
     def adaptive(self) -> bool:
@@ -97,7 +83,7 @@ class DyCoke(Compressor):
 
     def shares(self, whole: list[bool], size: int, num_keep: int) -> list[int]:
         """Tokens kept of each frame."""
-        if self.adaptive:
+        if self.unbudgeted:
             few = int((1 - self.pruned) * size)
             num_keep = min(num_keep, sum(size if stays else few for stays in whole))
         return frame_shares(whole, size, num_keep)
@@ -114,3 +100,20 @@ class DyCoke(Compressor):
         stays = rank < torch.tensor(shares, device=rank.device)[:, None]
         order = (~stays).flatten(1).to(torch.int8).argsort(dim=1, stable=True)
         return TokenPlan(keep=video.with_newlines(order[:, : sum(shares)], newlines))
+
+    def decode_placement(self, num_layers: int) -> Placement | None:
+        if not self.dynamic or 1.0 in (self.keep_ratio, self.mean_keep_ratio):
+            return None
+        if (layer := self.decode_layer) is None:
+            layer = min(scaled_layer(3, num_layers), num_layers - 2)
+        check_layer("decode_layer", layer, num_layers - 1, low=0)
+        share = 1 - self.decode_pruned
+        budget = Budget(keep_ratio=share, rounding="floor") if share else Budget(num_tokens=0)
+        return Placement(stage=Stage.DECODE, budget=budget, layer=layer + 1, queries=Queries.LAST)
+
+    def select_cached(self, attention: Tensor, before: Selection) -> Bool[Tensor, "B V"]:
+        like = F.cosine_similarity(attention, before.attention, dim=1) >= self.similarity
+        rank = descending(attention.masked_fill(~before.visual, -1.0)).argsort(dim=1)
+        fresh = before.visual & (rank < before.num_keep[:, None])
+        last = before.visual if self.reference_quirks else before.selected
+        return torch.where((like & before.begun)[:, None], last, fresh)

@@ -17,6 +17,7 @@ from vispress.methods.base import Compressor, Evidence, ScorePruner
 from vispress.methods.checks import check_choice, check_number
 from vispress.methods.fastervlm import FasterVLM
 from vispress.methods.max_norm import MaxNorm
+from vispress.methods.one_place import check_one_place
 from vispress.methods.scales import Normalise, normalised
 from vispress.methods.segments import GEOMETRY
 from vispress.registry import get_method, register_method
@@ -89,15 +90,7 @@ class Ensemble(ScorePruner):
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         found = [replace(part, keep_ratio=0.5).placements(num_layers) for part in self.members()]
-        places = {(p.stage, p.layer, p.queries, p.attention_of) for own in found for p in own}
-        if len(places) > 1 or any(len(own) > 1 for own in found):
-            names = ", ".join(
-                f"{part.name} before layer {', '.join(str(p.layer) for p in own)}"
-                for part, own in zip(self.members(), found, strict=True)
-            )
-            raise ConfigError(
-                f"parts of an ensemble act once, at one place, on the same queries; got {names}"
-            )
+        check_one_place([part.name for part in self.members()], found)
         first = found[0][0]
         measured = sorted({done for own in found for done in own[0].transitions})
         budget = self.budget(num_layers, first.layer)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
+from vispress.methods.cached_selector import CachedSelector
 from vispress.registry import get_method
 from vispress.types import Placement, Signal
 
@@ -60,6 +61,11 @@ class Wrapper(Compressor):
         """The innermost compressor."""
         return self.wrapped.root if isinstance(self.wrapped, Wrapper) else self.wrapped
 
+    def nested(self) -> tuple[Compressor, ...]:
+        """The inner compressor, the one inside it, and so on."""
+        deeper = self.wrapped.nested() if isinstance(self.wrapped, Wrapper) else ()
+        return (self.wrapped, *deeper)
+
     @property
     def adaptive(self) -> bool:
         """Whether the image decides the count."""
@@ -82,3 +88,7 @@ class Wrapper(Compressor):
             return self.acting.placements(num_layers)
         except BudgetError as error:
             raise BudgetError(f"{self.name}: {error}") from error
+
+    def cached_selector(self) -> CachedSelector | None:
+        """The inner compressor's: what decoding sees is no matter of budgets or signals."""
+        return self.acting.cached_selector()

@@ -14,11 +14,20 @@ from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
-from vispress.runtime.bypass import enter, leave
-from vispress.runtime.call import CALLS, LATEST, Call, brings_images, by_name
+from vispress.runtime.bypass import leave
+from vispress.runtime.call import (
+    CALLS,
+    LATEST,
+    Call,
+    brings_images,
+    by_name,
+    capture_of,
+)
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
+from vispress.runtime.decode_stage import DecodeStep
 from vispress.runtime.encoder_hooks import Merging
 from vispress.runtime.encoder_step import EncoderStep
+from vispress.runtime.probe import STATE
 from vispress.runtime.rows import living
 from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
@@ -27,7 +36,6 @@ from vispress.runtime.state import ForwardState
 from vispress.runtime.step import StaticStep
 from vispress_kernels import Backend
 
-STATE = "vispress_state"
 ATTRIBUTE = "_vispress_attachment"
 
 
@@ -41,6 +49,7 @@ class Attachment:
         notes: Remarks for reports.
         backend: Kernel backend.
         encoder_step: The placement in the encoder, if there is one.
+        decode_step: The placement in decoding, likewise.
     """
 
     def __init__(
@@ -51,11 +60,13 @@ class Attachment:
         notes: Sequence[str],
         backend: Backend,
         encoder_step: EncoderStep | None = None,
+        decode_step: DecodeStep | None = None,
     ) -> None:
         self.backend: Backend = backend
         self.adapter, self.methods, self.steps, self.notes = adapter, methods, steps, tuple(notes)
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
+        self.decode_step = decode_step
         self.encoder_step, self.merging = encoder_step, Merging(adapter, encoder_step, backend)
         self.readers = [one for method in methods for one in method.views() or (method,)]
         wanted = frozenset().union(*(method.signals() for method in methods))
@@ -117,7 +128,8 @@ class Attachment:
                 # before transformers' own hook, which collects hidden states
                 self._hook(layer.register_forward_hook(leave, always_call=True, prepend=True))
         placements = [step.placement for step in self.steps]
-        for number in {layer for one in placements for layer in attention_layers(one)}:
+        read = {layer for one in placements for layer in attention_layers(one)}
+        for number in read | ({self.decode_step.reads} if self.decode_step else set()):
             self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
         for number in {layer for one in placements for layer in one.transitions}:
             self._measure(number)
@@ -177,25 +189,8 @@ class Attachment:
             call.fetch()
         for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
             if output is not None:
-                call.captures[modality] = self._capture_of(modality, output)
+                call.captures[modality] = capture_of(self, modality, output)
         CALLS.set((*CALLS.get(), call))
-
-    def _capture_of(self, modality: Modality, output: Any) -> Capture:
-        """What was seen when these features were computed (by `generate`, ahead of the forward)."""
-        capture: Capture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
-        if capture is None:  # accelerate rebuilds containers on their way to a device
-            seen = LATEST.get().get((id(self), modality))
-            latest = None if seen is None else seen()
-            if latest is not None and latest.gave(self.adapter.features(modality, output)):
-                capture = latest
-        if capture is None:
-            raise CompressionStateError(
-                f"{modality} features were computed apart from this forward (chunked prefill with "
-                "prefill_chunk_size, or before compress_model): the signals that compression "
-                "reads are "
-                "missing. Pass pixel values, or let generate encode them"
-            )
-        return capture
 
     def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -266,11 +261,7 @@ class Attachment:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(state, StaticStep):
             return (hidden, *args[1:]), state.layer_kwargs(number, hidden, kwargs)
-        hidden = prefill.enter_layer(state, number, module, hidden, kwargs)
-        hidden = enter(module, state.span_at(number), hidden, self.backend)
-        if state.short(number):
-            kwargs = state.layer_kwargs(number, hidden, kwargs)
-        state.rotary = kwargs.get("position_embeddings")
+        hidden, kwargs = prefill.enter_layer(state, number, module, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
     @torch.no_grad()
@@ -278,7 +269,7 @@ class Attachment:
         self, number: int, part: int, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         state = current_sink()
-        if isinstance(state, ForwardState) and state.attachment is self and not state.peeking:
+        if isinstance(state, ForwardState) and state.attachment is self and state.mode == "run":
             x = args[0] if args else kwargs["hidden_states"]
             prefill.measure(
                 state, number, part, x, output[0] if isinstance(output, tuple) else output

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 _PREFIX = "vispress_watching_"
+READER = "vispress_reader"
+"""Keyword argument of a decoder layer: an object whose `read` is shown its attention's q, k, mask
+and scaling; unlike a sink it is found inside a compiled graph, too."""
 
 
 class Sink(Protocol):
@@ -128,6 +131,8 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if (reader := kwargs.pop(READER, None)) is not None:
+        reader.read(query, key, attention_mask, kwargs["scaling"])
     sink = current_sink()
     if sink is not None:
         sink.observe(module, query, key, attention_mask, kwargs)

@@ -37,11 +37,15 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens; the layer stays usable with a compressed model."""
+        # `update` appends to them; transformers 5.17 would zero them and keep their length
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         device = self.slots.positions.device
         batch = self.slots.positions.shape[0]
         empty = torch.zeros(batch, 0, dtype=torch.long, device=device)
         self.slots, self.pending = Slots(empty, None, None, 0), None
+        self.selection, self.trail = None, ()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens (assisted decoding); only tokens behind the last image.
@@ -60,6 +64,7 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
                 "from which "
                 "visual tokens were dropped"
             )
+        self._take_back(count)
         assert self.keys is not None
         assert self.values is not None
         self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
@@ -71,15 +76,31 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
             slots.logical - count,
         )
 
+    def _take_back(self, count: int) -> None:
+        """What deeper layers saw before the last tokens; known for those of the last call."""
+        if self.selection is None:
+            return
+        if count > len(self.trail):
+            raise CompressionStateError(
+                f"cannot crop {count} tokens from this cache: which cached tokens deeper layers "
+                f"see while decoding is known before the last {len(self.trail)} only; crop what "
+                "the last call added, or compress with dynamic=False"
+            )
+        *self.trail, self.selection = list(self.trail)[: len(self.trail) - count + 1]
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence (contrastive and beam decoding)."""
         super().batch_repeat_interleave(repeats)
         self.slots = self.slots.repeat(repeats)
+        if self.selection is not None:
+            rows = torch.arange(len(self.selection.begun), device=self.selection.begun.device)
+            self.map_selection(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences of the batch."""
         super().batch_select_indices(indices)
         self.slots = self.slots.select(indices)
+        self.map_selection(indices)
 
 
 def crop_count(tokens_to_remove: int, logical: int) -> int:

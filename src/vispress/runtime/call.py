@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vispress.adapters.base import Modality
-from vispress.runtime.capture import Capture
+from vispress.errors import CompressionStateError
+from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
@@ -54,6 +55,24 @@ def brings_images(kwargs: Mapping[str, Any]) -> bool:
     """Whether a base model is called with something to look at."""
     names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
     return any(kwargs.get(name) is not None for name in names)
+
+
+def capture_of(attachment: "Attachment", modality: Modality, output: Any) -> Capture:
+    """What was seen when these features were computed (by `generate`, ahead of the forward)."""
+    capture: Capture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
+    if capture is None:  # accelerate rebuilds containers on their way to a device
+        seen = LATEST.get().get((id(attachment), modality))
+        latest = None if seen is None else seen()
+        if latest is not None and latest.gave(attachment.adapter.features(modality, output)):
+            capture = latest
+    if capture is None:
+        raise CompressionStateError(
+            f"{modality} features were computed apart from this forward (chunked prefill with "
+            "prefill_chunk_size, or before compress_model): the signals that compression "
+            "reads are "
+            "missing. Pass pixel values, or let generate encode them"
+        )
+    return capture
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vispress.adapters.base import Modality
 from vispress.runtime.call import Call
 from vispress.runtime.images import Image, find_images, make_buckets
-from vispress.runtime.seen import Wanted, attention_layers
+from vispress.runtime.seen import Wanted, attention_layers, mode_of
 from vispress.runtime.state import ForwardState
 from vispress.runtime.surroundings import note_surroundings
 from vispress.types import Placement, Queries, Signal
@@ -61,21 +61,26 @@ def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) ->
             known = next((w for w in wanted if w.serves(placement, layer)), None)
             if known is None:
                 assert placement.queries is not None
-                known = _want(placement, layer, _query_positions(placement.queries, images, valid))
+                rows = _query_positions(placement.queries, images, valid)
+                known = _want(placement, layer, rows, images)
                 wanted.append(known)
             known.reads |= reads
             known.until = placement.layer
     return wanted
 
 
-def _want(placement: Placement, layer: int, rows: list[list[int]]) -> Wanted:
+def _want(
+    placement: Placement, layer: int, rows: list[list[int]], images: Sequence[Image]
+) -> Wanted:
     """What is read of a layer for a placement (and others like it): rows of each sample."""
     assert placement.queries is not None
     width = max(map(len, rows))
     padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
     positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
-    peek, lengths = placement.attention_of == "next", [len(row) for row in rows]
-    return Wanted(layer, placement.queries, peek, positions, lengths, set(), placement.layer)
+    mode, lengths = mode_of(placement), [len(row) for row in rows]
+    return Wanted(
+        layer, placement.queries, mode, positions, lengths, images, set(), placement.layer
+    )
 
 
 def _placeholder_mask(attachment: "Attachment", call: Call, token: int) -> Tensor:
@@ -95,5 +100,9 @@ def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -
         return [row.nonzero()[-1].tolist() for row in valid]
     rows: list[list[int]] = [[] for _ in range(valid.shape[0])]
     for image in images:  # the first image of a sample has the longest list
-        rows[image.sample] = max(rows[image.sample], image.text_after.tolist(), key=len)
+        behind = image.text_after.tolist()
+        if queries is Queries.AFTER:
+            whole = valid[image.sample].nonzero()[:, 0]
+            behind = whole[whole > image.positions[-1]].tolist() or whole[-1:].tolist()
+        rows[image.sample] = max(rows[image.sample], behind, key=len)
     return rows

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vispress.errors import UnsupportedModelError
+from vispress.runtime.rows import Rows
 from vispress.runtime.slots import Slots
 
 
@@ -22,6 +23,43 @@ def check_implementation(name: str | None) -> str:
         f"attention implementation {name!r} is not supported under compression; "
         "use 'sdpa', 'flash_attention_2' or 'eager'"
     )
+
+
+def make_mask(
+    kind: str,
+    rows: Rows,
+    slots: Slots,
+    past: int,
+    offset: int,
+    buffer: int,
+    given: Tensor | None,
+    hidden: Tensor,
+) -> Tensor | None:
+    """The mask of a short layer, in the form that an attention implementation takes.
+
+    Args:
+        kind: As from `check_implementation`.
+        rows: Rows that the layer runs on.
+        slots: The layer's slots with the chunk stored.
+        past: Logical length before the chunk.
+        offset: Slot of the first row.
+        buffer: Length of the key tensor.
+        given: A user's 4-D mask over the logical sequence.
+        hidden: Whose device and dtype the mask has.
+
+    Returns:
+        None where the implementation needs no mask.
+    """
+    if kind == "flash":
+        return slots.valid
+    plain = slots.valid is None and buffer == slots.positions.shape[1]
+    if given is None and kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
+        return None
+    valid = None if slots.valid is None else slots.valid[:, offset : offset + rows.size]
+    allow = allowed_keys(rows.index + past, valid, slots, buffer, offset)
+    if given is not None:
+        return cut_mask(given.to(hidden.device), rows.index, slots, allow)
+    return as_kind(allow, kind, hidden.dtype)
 
 
 def allowed_keys(

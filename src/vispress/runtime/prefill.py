@@ -8,14 +8,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vispress.runtime import locate, masks
+from vispress.runtime.bypass import enter
 from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
 from vispress.runtime.cache_name import CACHE, cache_of, renamed
 from vispress.runtime.call import Call, by_name
 from vispress.runtime.capture import projector_function
+from vispress.runtime.decode_stage import Decoding, open_selection
+from vispress.runtime.probe import probe
 from vispress.runtime.record import Record
 from vispress.runtime.rows import Rows, all_rows, gather_rows
 from vispress.runtime.seen import EnoughSeen, Seen
-from vispress.runtime.select import apply, decide, write_values
+from vispress.runtime.select import apply, asks, decide, write_values
 from vispress.runtime.state import ForwardState
 from vispress_kernels import Backend
 from vispress_kernels.transition_scores import transition_scores
@@ -61,9 +64,16 @@ def begin(
     if cache is not None:
         check_cache(cache)
     state = _make_state(attachment, call, given, cache, embeds)
+    step = attachment.decode_step
+    if not captures:
+        implementation = attachment.adapter.language_model.config._attn_implementation
+        state.decoding = Decoding.of(step, cache, implementation, state.chunk_valid)
     if captures:
         locate.find(attachment, state, call, embeds)
-        given["inputs_embeds"], given["input_ids"] = _before_llm(attachment, state, embeds), None
+        given["inputs_embeds"] = _before_llm(attachment, state, module, given, embeds)
+        given["input_ids"] = None
+        if step is not None and any(map(step.covers, state.images)):
+            state.held_from = step.reads
         if not attachment.reads_encoder_late:
             for capture in captures.values():
                 capture.release()
@@ -140,14 +150,25 @@ def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
     return torch.cat([seen[:, -1, :past], own], dim=1).expand(batch, -1)
 
 
-def _before_llm(attachment: "Attachment", state: ForwardState, embeds: Tensor) -> Tensor:
+def _before_llm(
+    attachment: "Attachment",
+    state: ForwardState,
+    module: Any,
+    given: Mapping[str, Any],
+    embeds: Tensor,
+) -> Tensor:
     """Take the placements before the LLM; new values go into the full-length embeddings."""
     project = projector_function(attachment.adapter)
     whole, hidden = state.last, embeds
     for step in attachment.steps:
         if step.placement.layer > 0:
             break
+        if step.placement.probe is not None and asks(state, step):
+            probe(state, step.placement, module, given, embeds)
         decision = decide(state, step, hidden)
+        for want in state.wanted:
+            if want.mode == "probe":
+                want.forget()
         if decision is not None:
             embeds = write_values(decision, whole, hidden, embeds, project)
             state.take(0, decision)
@@ -156,6 +177,23 @@ def _before_llm(attachment: "Attachment", state: ForwardState, embeds: Tensor) -
 
 
 def enter_layer(
+    state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """What decoder layer `number` is called with: hidden states, and keyword arguments for them."""
+    hidden = _drop_rows(state, number, module, hidden, kwargs)
+    hidden = enter(module, state.span_at(number), hidden, state.attachment.backend)
+    if state.short(number):
+        kwargs = state.layer_kwargs(number, hidden, kwargs)
+    step = state.attachment.decode_step
+    if state.decoding is not None:
+        kwargs = state.decoding.layer_kwargs(number, hidden, kwargs)
+    elif step is not None and number == step.reads and state.images and state.cache is not None:
+        open_selection(step, state)
+    state.rotary = kwargs.get("position_embeddings")
+    return hidden, kwargs
+
+
+def _drop_rows(
     state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     """Hidden states that enter decoder layer `number`: rows are dropped here."""
@@ -176,7 +214,7 @@ def enter_layer(
             continue
         if step.placement.queries is not None and step.placement.attention_of == "next":
             for want in state.wanted:  # a step before at this layer may have dropped rows
-                want.seen = want.seen and not (want.peek and want.layer == number)
+                want.seen = want.seen and not (want.mode == "peek" and want.layer == number)
             _peek(state, number, module, hidden, kwargs)
         # a checkpoint that wraps this hook must not count the tensors that deciding saves,
         # because its second run does not decide
@@ -202,7 +240,7 @@ def _peek(
 ) -> None:
     """Read attention rows of a layer that has not run, on the rows that are still there."""
     arguments = state.peek_kwargs(number, hidden, kwargs)
-    state.peeking, state.rotary = True, arguments["position_embeddings"]
+    state.mode, state.rotary = "peek", arguments["position_embeddings"]
     # dropout inside projections (LoRA) must not move the generators of the real run
     devices = [hidden.device] if hidden.is_cuda and layer.training else []
     try:
@@ -211,7 +249,7 @@ def _peek(
     except EnoughSeen:
         pass
     finally:
-        state.peeking = False
+        state.mode = "run"
 
 
 def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:

@@ -1,30 +1,44 @@
 """What was seen while decoder layers ran: attention rows and module transitions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vispress.methods.base import upcast
 from vispress.runtime.attention import attention_rows
-from vispress.runtime.images import Image
+from vispress.runtime.images import Image, numbered
 from vispress.runtime.rows import Rows
 from vispress.types import Placement, Queries, Signal
 from vispress_kernels import Backend
 from vispress_kernels.query_attention import query_attention
+
+Mode = Literal["run", "peek", "probe"]
+"""When rows are read: while a layer runs, ahead of it on the rows still there, or in a probe."""
+
+
+def mode_of(placement: Placement) -> Mode:
+    """When the rows of a placement are read."""
+    if placement.probe is not None:
+        return "probe"
+    return "peek" if placement.attention_of == "next" else "run"
 
 
 def attention_layers(placement: Placement) -> tuple[int, ...]:
     """Decoder layers whose rows a placement reads, ascending."""
     if placement.queries is None:
         return ()
+    if placement.probe is not None:
+        return (placement.probe,)
     last = placement.layer - (0 if placement.attention_of == "next" else 1)
     return tuple(range(last - placement.attention_depth + 1, last + 1))
 
 
 class EnoughSeen(Exception):  # noqa: N818  (control flow, not an error)
-    """Ends a peek at a layer's attention once its rows are read."""
+    """Ends a peek at a layer's attention, or a probe, once its rows are read."""
 
 
 @dataclass(eq=False)
@@ -34,22 +48,25 @@ class Wanted:
     Args:
         layer: Decoder layer that computes them.
         queries: Whose rows.
-        peek: Read ahead of the layer, on the rows before its placement; else while it runs.
+        mode: When they are read.
         positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
             one).
         lengths: Real rows of each sample, on the host.
-        reads: Which of attention rows and key norms are wanted.
+        images: Images of the call.
+        reads: Which of attention rows, their means and key norms are wanted.
         until: Decoder layer of the last placement that reads them.
     """
 
     layer: int
     queries: Queries
-    peek: bool
+    mode: Mode
     positions: Tensor
     lengths: Sequence[int]
+    images: Sequence[Image]
     reads: set[Signal]
     until: int
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
+    means: Tensor | None = None  # [B, M, S], fp32, for the images of each sample in order
     key_norms: Tensor | None = None  # [B, S], fp32
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [B or 1, P, D]
     scaling: float = 1.0
@@ -59,17 +76,23 @@ class Wanted:
 
     def serves(self, placement: Placement, layer: int) -> bool:
         """Whether these are the rows that a placement reads of a layer."""
-        peek = placement.attention_of == "next"
-        return (self.layer, self.peek, self.queries) == (layer, peek, placement.queries)
+        asked = (layer, mode_of(placement), placement.queries)
+        return (self.layer, self.mode, self.queries) == asked
 
     def forget(self) -> None:
         """Let go of what was read, once it is used: many queries are large."""
-        self.rows = self.key_norms = self.rotary = self.seen_on = None
+        self.rows = self.means = self.key_norms = self.rotary = self.seen_on = None
 
     def tail(self, image: Image) -> list[int]:
-        """Rows that stand behind an image: the last ones of its sample."""
+        """Rows that ask about an image: of those behind one, the last ones of its sample."""
         length = self.lengths[image.sample]
-        return list(range(length - len(image.text_after), length))
+        count = length
+        if self.queries is Queries.TEXT_AFTER:
+            count = len(image.text_after)
+        elif self.queries is Queries.AFTER:
+            own = self.positions[image.sample, :length]
+            count = max(1, int((own > image.positions[-1]).sum()))
+        return list(range(length - count, length))
 
     @torch.no_grad()
     def read(
@@ -98,25 +121,65 @@ class Wanted:
             self.key_norms = upcast(key).abs().sum(dim=(1, 3))
         if Signal.ROTARY_PRIOR in self.reads:
             self.rotary, self.scaling = rotary, scaling
-        if Signal.QUERY_ATTENTION not in self.reads:
-            return
         local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
-        heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-        query, S = query.gather(2, heads), key.shape[2]
-        places: Tensor | None = local + self.offset
-        if mask is not None and mask.ndim == 4:  # causality is in the mask
-            mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
-            index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
-            mask, places = mask.gather(2, index), None
-            if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
-                self.rows = attention_rows(query, key, mask, scaling)
-                return
-            mask = mask[:, 0]
-        elif mask is not None:
-            mask = mask[:, :S].bool()
-        self.rows = query_attention(
-            query, key, rows=places, key_valid=mask, scale=scaling, backend=backend
-        )
+        ask = partial(_attend, query, key, mask, self.offset, scaling, backend)
+        if Signal.QUERY_ATTENTION in self.reads:
+            self.rows = ask(local)
+        if Signal.MEAN_ATTENTION in self.reads:
+            # as many scores at a time as the keys have elements
+            self.means = self._means(ask, local, max(1, key[0, :, 0].numel() // query.shape[1]))
+
+    def _means(self, ask: Callable[..., Tensor], local: Tensor, size: int) -> Tensor:
+        """`[B, M, S]`: mean over heads and over the rows that ask about each image of a sample."""
+        places, counts = numbered(self.images)
+        asks = torch.zeros(len(local), max(counts.values()), local.shape[1])
+        for image, place in places.items():
+            asks[image.sample, place, self.tail(image)] = 1.0
+        asks = asks.to(local.device)
+        total: Tensor | None = None
+        for start in range(0, local.shape[1], size):
+            part = slice(start, start + size)
+            rows = ask(local[:, part], mean_heads=True)
+            found = asks[:, :, part].to(rows) @ rows
+            total = found if total is None else total + found
+        assert total is not None
+        return total / asks.sum(dim=2, keepdim=True).clamp(min=1.0)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    offset: int,
+    scaling: float,
+    backend: Backend,
+    local: Tensor,
+    *,
+    mean_heads: bool = False,
+) -> Tensor:
+    """Attention of the rows `local [B, R]` of a call: `[B, H, R, S]`, or `[B, R, S]`."""
+    heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    query, S = query.gather(2, heads), key.shape[2]
+    places: Tensor | None = local + offset
+    if mask is not None and mask.ndim == 4:  # causality is in the mask
+        mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
+        index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
+        mask, places = mask.gather(2, index), None
+        if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
+            found = attention_rows(query, key, mask, scaling)
+            return found.mean(dim=1) if mean_heads else found
+        mask = mask[:, 0]
+    elif mask is not None:
+        mask = mask[:, :S].bool()
+    return query_attention(
+        query,
+        key,
+        rows=places,
+        key_valid=mask,
+        scale=scaling,
+        mean_heads=mean_heads,
+        backend=backend,
+    )
 
 
 @dataclass(eq=False)

@@ -182,17 +182,31 @@ def _members(assign: Tensor, slots: int) -> Tensor:
     return counts.scatter_add(1, target, torch.ones_like(assign))[:, :slots]
 
 
+def asks(state: ForwardState, step: Step) -> bool:
+    """Whether a placement has a bucket to decide about."""
+    return any(not _passes(step, bucket) for bucket in state.buckets)
+
+
+def _passes(step: Step, bucket: Bucket) -> bool:
+    """Whether all tokens of a bucket stay, without a look at them."""
+    placement, first = step.placement, bucket.images[0]
+    if step.method.needs == "video" and first.modality != "video":
+        return True
+    if placement.images == ("earlier" if first.last else "last"):
+        return True
+    entered = bucket.entered.get(step.compressor, bucket.num_visual)
+    return placement.budget.resolve(entered) >= bucket.num_visual and not placement.adaptive
+
+
 def _plans(
     state: ForwardState, step: Step, bucket: Bucket, rows: Rows, hidden: Tensor
 ) -> Iterator[tuple[Bucket, TokenPlan | None]]:
     """The bucket and its plan; a ragged plan comes image by image. No plan: all tokens stay."""
     placement, method = step.placement, step.method
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
-    entered, first = bucket.entered[step.compressor], bucket.images[0]
+    entered = bucket.entered[step.compressor]
     num_keep = placement.budget.resolve(entered)
-    whole = method.needs == "video" and first.modality != "video"
-    whole = whole or placement.images == ("earlier" if first.last else "last")
-    if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
+    if _passes(step, bucket):
         yield bucket, None
         return
     if num_keep == 0:

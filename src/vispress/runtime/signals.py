@@ -45,6 +45,8 @@ def visual_tokens(
     signals = _encoder_signals(state, method, bucket, reads)
     if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket)
+    if placement.queries is not None and Signal.MEAN_ATTENTION in reads:
+        signals["mean_attention"] = _mean_attention(state, placement, bucket)
     if placement.queries is not None and Signal.ROTARY_PRIOR in reads:
         signals["rotary_prior"] = _rotary_prior(state, placement, bucket)
     if Signal.KEY_NORMS in reads:
@@ -147,6 +149,18 @@ def _rows_of(want: Wanted, placement: Placement, bucket: Bucket, backend: Backen
     if (picks := _tails(want, placement, bucket)) is not None:
         probs = _pick(probs, 2, picks, backend)
     return _pick(probs, 3, local + want.offset, backend)
+
+
+def _mean_attention(state: ForwardState, placement: Placement, bucket: Bucket) -> Tensor:
+    """`[Bk, N]` of the layer that the placement names."""
+    (layer,) = attention_layers(placement)
+    want = _wanted(state, placement, layer)
+    assert want.means is not None
+    assert want.seen_on is not None
+    device, places = bucket.index.device, numbered(state.images)[0]
+    number = torch.tensor([places[image] for image in bucket.images], device=device)
+    local = want.seen_on.to(device).place[bucket.sample.unsqueeze(1), bucket.positions]
+    return want.means.to(device)[bucket.sample, number].gather(1, local + want.offset)
 
 
 def _tails(want: Wanted, placement: Placement, bucket: Bucket) -> Tensor | None:

@@ -1,12 +1,15 @@
 """What the physical slots of a short cache layer hold, and what all short layers share."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from vispress.errors import CompressionStateError
+from vispress.methods.cached_selector import Selection
+from vispress.runtime.rows import Rows
 
 
 @dataclass
@@ -42,9 +45,48 @@ class Slots:
         return self.select(rows.repeat_interleave(repeats))
 
 
+def joined(before: Slots | None, rows: Rows, valid: Tensor | None, past: int) -> Slots:
+    """What a layer holds once a chunk's rows are behind what it held.
+
+    Args:
+        before: What it held, or None for nothing.
+        rows: Rows of the chunk.
+        valid: `[B, P]` bool, which of them are real tokens; None for all.
+        past: Logical length before the chunk.
+    """
+    positions, shift = rows.index + past, rows.total_shift
+    if before is not None and before.positions.shape[1]:
+        old = before.valid
+        if old is not None or valid is not None:
+            old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
+            new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
+            valid = torch.cat([old.to(new.device), new], dim=1)
+        positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
+    if before is not None and before.shift is not None:
+        old_shift = before.shift.to(positions.device)
+        shift = old_shift if shift is None else shift + old_shift
+    return Slots(positions, valid, shift, past + rows.length)
+
+
+def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:
+    """The selection with every tensor changed."""
+    return replace(
+        selection, **{f.name: change(getattr(selection, f.name)) for f in fields(selection)}
+    )
+
+
+def rows_of(selection: Selection, index: Tensor) -> Selection:
+    """Rows of the batch by index."""
+    return each(selection, lambda tensor: tensor[index])
+
+
 class Compressed(CacheLayerMixin):
     """The part that both kinds share."""
 
+    selection: Selection | None = None
+    """What deeper layers see while decoding; kept by the layer whose attention is read."""
+    trail: Sequence[Selection] = ()
+    """The same before each token of the last call, so that these can be taken back."""
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None
@@ -67,6 +109,25 @@ class Compressed(CacheLayerMixin):
     def expect(self, slots: Slots) -> None:
         """Say what the layer holds once the coming chunk is stored."""
         self.pending = slots
+
+    def coming(self) -> Tensor:
+        """`[B, P]` logical positions of the slots, those of the chunk to be stored included."""
+        return (self.slots if self.pending is None else self.pending).positions
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """`[B, P]` logical positions of the slots as they are, and which are valid."""
+        return self.slots.positions, self.slots.valid
+
+    def selected(self, states: Sequence[Selection]) -> None:
+        """Note the state before each token of a call, and (the last) behind it."""
+        *self.trail, self.selection = states
+
+    def map_selection(self, index: Tensor) -> None:
+        """Rows of the batch by index."""
+        if self.selection is not None:
+            index = index.to(self.selection.begun.device)
+            self.selection = rows_of(self.selection, index)
+            self.trail = [rows_of(one, index) for one in self.trail]
 
     def buffer(self, slots: Slots, new_rows: int) -> int:
         """Length of the key tensor that `update` will return once `slots` are stored."""
@@ -98,3 +159,4 @@ class Compressed(CacheLayerMixin):
             self.keys = self.keys.index_select(0, beam_idx.to(self.keys.device))
             self.values = self.values.index_select(0, beam_idx.to(self.values.device))
             self.slots = self.slots.select(beam_idx)
+            self.map_selection(beam_idx)

@@ -15,11 +15,12 @@ from vispress.runtime.cache import layer_at, physical_length, upgrade
 from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
-from vispress.runtime.seen import EnoughSeen, Seen, Wanted
-from vispress.runtime.slots import Compressed, Slots
+from vispress.runtime.seen import EnoughSeen, Mode, Seen, Wanted
+from vispress.runtime.slots import Compressed, Slots, joined
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
+    from vispress.runtime.decode_stage import Decoding
     from vispress.runtime.select import Decision
 
 
@@ -38,6 +39,7 @@ class ForwardState:
         mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
         position_ids: `[B or 1, Q]`, for compact positions.
         images: Images of this call, in order.
+        mode: Whether this is the call itself, a look at a layer ahead, or a probe.
         rotary: Tables that the running layer was handed.
     """
 
@@ -57,10 +59,12 @@ class ForwardState:
     transitions: dict[int, Seen] = field(default_factory=dict)
     text_embeddings: list[Tensor] | None = None
     input_embeddings: Tensor | None = None
-    peeking: bool = False
+    mode: Mode = "run"
     rotary: tuple[Tensor, Tensor] | None = None
     spans: list[Bypass] = field(default_factory=list)
     sink: Token[Any] | None = None
+    decoding: "Decoding | None" = None
+    held_from: int | None = None  # layers whose cache says what it holds, short or not
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
     _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -114,6 +118,8 @@ class ForwardState:
     def short(self, layer: int) -> bool:
         """Whether a layer needs anything else than what transformers made for the full sequence."""
         if len(self.rows) > 1 and layer >= self.rows[1][0]:
+            return True
+        if self.cache is not None and self.held_from is not None and layer >= self.held_from:
             return True
         return self.cache is not None and isinstance(self._held(layer), Compressed)
 
@@ -188,21 +194,8 @@ class ForwardState:
         return slots, offset, held.buffer(slots, rows.size)
 
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
-        """What a layer holds once the chunk's rows are behind what it held."""
-        positions, shift = rows.index + self.past, rows.total_shift
         padded = rows.whole and self.chunk_valid is not None
-        valid = self.row_validity(rows) if padded else rows.valid
-        if before is not None and before.positions.shape[1]:
-            old = before.valid
-            if old is not None or valid is not None:
-                old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
-                new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
-                valid = torch.cat([old.to(new.device), new], dim=1)
-            positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
-        if before is not None and before.shift is not None:
-            old_shift = before.shift.to(positions.device)
-            shift = old_shift if shift is None else shift + old_shift
-        return Slots(positions, valid, shift, self.past + rows.length)
+        return joined(before, rows, self.row_validity(rows) if padded else rows.valid, self.past)
 
     def _mask(
         self,
@@ -220,29 +213,10 @@ class ForwardState:
         kind = self._kind
         key = (id(rows), id(slots), offset, buffer, kind, hidden.device, id(given))
         if key not in self._masks:
-            self._masks[key] = self._make_mask(rows, slots, offset, buffer, kind, given, hidden)
+            self._masks[key] = masks.make_mask(
+                kind, rows, slots, self.past, offset, buffer, given, hidden
+            )
         return self._masks[key]
-
-    def _make_mask(
-        self,
-        rows: Rows,
-        slots: Slots,
-        offset: int,
-        buffer: int,
-        kind: str,
-        given: Tensor | None,
-        hidden: Tensor,
-    ) -> Tensor | None:
-        if kind == "flash":
-            return slots.valid
-        plain = slots.valid is None and buffer == slots.positions.shape[1]
-        if given is None and kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
-            return None
-        valid = None if slots.valid is None else slots.valid[:, offset : offset + rows.size]
-        allow = masks.allowed_keys(rows.index + self.past, valid, slots, buffer, offset)
-        if given is not None:
-            return masks.cut_mask(given.to(hidden.device), rows.index, slots, allow)
-        return masks.as_kind(allow, kind, hidden.dtype)
 
     def _position_embeddings(
         self, layer: int, rows: Rows, kwargs: dict[str, Any], hidden: Tensor
@@ -278,16 +252,16 @@ class ForwardState:
         kwargs: dict[str, Any],
     ) -> None:
         """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
-        scaling = float(kwargs["scaling"])
+        scaling, peeking = float(kwargs["scaling"]), self.mode == "peek"
         for want in self.wanted:
-            if want.layer == module.layer_idx and want.peek == self.peeking and not want.seen:
-                rows = self.rows_at(want.layer) if not self.peeking else self.last
+            if want.layer == module.layer_idx and want.mode == self.mode and not want.seen:
+                rows = self.last if peeking else self.rows_at(want.layer)
                 want.offset = self._offset(want.layer, rows)
-                if self.peeking and want.offset:  # its update did not run: the past is still apart
+                if peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
                 want.read(rows, query, key, mask, scaling, self.rotary, self.attachment.backend)
-        if self.peeking:
+        if peeking or (self.mode == "probe" and all(want.seen for want in self.wanted)):
             raise EnoughSeen
 
     def _offset(self, layer: int, rows: Rows) -> int:
@@ -296,5 +270,5 @@ class ForwardState:
             return 0
         held = self._held(layer)
         if isinstance(held, Compressed):
-            return held.physical - (0 if self.peeking else rows.size)
+            return held.physical - (0 if self.mode == "peek" else rows.size)
         return self.past

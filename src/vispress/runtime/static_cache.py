@@ -4,6 +4,7 @@ The prefill goes the general way. A step of one token changes tensors in place a
 device sync, no new Python objects, so a compiled step is traced once.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from vispress.errors import CompressionStateError
-from vispress.runtime.slots import Compressed, Slots
+from vispress.methods.cached_selector import Selection
+from vispress.runtime.slots import Compressed, Slots, each
+
+
+def _in_place(tensor: Tensor) -> Tensor:
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
 
 
 class CompressedStaticLayer(Compressed, StaticLayer):
@@ -101,6 +108,25 @@ class CompressedStaticLayer(Compressed, StaticLayer):
         self.stepping = True
         return self.slot_valid
 
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """`[B, C]` positions of all slots, and which of them hold something."""
+        return self.slot_positions, self.slot_valid
+
+    def coming(self) -> Tensor:
+        """`[B, C]` positions of all slots (a step's are in), or of those a chunk will fill."""
+        return self.slot_positions if self.pending is None else self.pending.positions
+
+    def selected(self, states: Sequence[Selection]) -> None:
+        """Write the state behind a call in place, where a compiled step finds it again."""
+        if self.selection is None:
+            self.selection = states[-1]
+            if not torch.compiler.is_compiling():
+                each(self.selection, _in_place)
+            return
+        self.selection.attention.copy_(states[-1].attention)
+        self.selection.selected.copy_(states[-1].selected)
+        self.selection.begun.copy_(states[-1].begun)
+
     def _allocate(self, slots: Slots) -> None:
         batch, device = slots.positions.shape[0], slots.positions.device
         self.slot_positions = torch.zeros(
@@ -145,6 +171,7 @@ class CompressedStaticLayer(Compressed, StaticLayer):
         self.keys, self.values = self.keys[index], self.values[index]
         self.slot_positions, self.slot_valid = self.slot_positions[index], self.slot_valid[index]
         self._slots = self._slots.select(beam_idx)
+        self.map_selection(beam_idx)
 
     def reset(self) -> None:
         """Forget all tokens and free the short buffer: the next prefill may keep another number."""

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from vispress.runtime import masks
 from vispress.runtime.cache_name import cache_of
+from vispress.runtime.decode_stage import Decoding
 from vispress.runtime.static_cache import CompressedStaticLayer
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ class StaticStep:
 
     def __init__(self, attachment: "Attachment", cache: Cache, position_ids: Tensor | None) -> None:
         self.attachment, self.cache, self.position_ids = attachment, cache, position_ids
+        implementation = attachment.adapter.language_model.config._attn_implementation
+        self.decoding = Decoding.of(attachment.decode_step, cache, implementation)
 
     @classmethod
     def of(cls, attachment: "Attachment", kwargs: Mapping[str, Any]) -> "StaticStep | None":
@@ -45,11 +48,14 @@ class StaticStep:
             return kwargs
         position = held.logical_length.clone()
         valid = held.step()
-        return kwargs | {
+        kwargs = kwargs | {
             "attention_mask": self._mask(held, valid, kwargs.get("attention_mask"), hidden),
             "position_embeddings": self._rotary(held, position, hidden, kwargs),
             "position_ids": None,
         }
+        if self.decoding is not None:
+            kwargs = self.decoding.layer_kwargs(number, hidden, kwargs)
+        return kwargs
 
     def _mask(
         self, held: CompressedStaticLayer, valid: Tensor, given: Tensor | None, hidden: Tensor

@@ -7,7 +7,7 @@ from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
-from vispress.types import Placement, Positions, Signal, Stage
+from vispress.types import Placement, Positions, Queries, Signal, Stage
 
 
 def make_steps(
@@ -56,6 +56,8 @@ def make_steps(
 def _check_spans(steps: Sequence[Step]) -> None:
     """Refuse attention of layers that some of the asked tokens bypass."""
     for step in steps:
+        if step.placement.probe is not None:  # it is over before any span begins
+            continue
         for layer in attention_layers(step.placement):
             for span in (s.placement for s in steps if s.placement.until is not None):
                 if span.layer <= layer < (span.until or 0):
@@ -74,6 +76,18 @@ def _check(method: Compressor, placement: Placement, layers: int) -> None:
             f"{method.name}: layer must be in [{low}, {high}) for a model of {layers} decoder "
             "layers, "
             f"got {placement.layer}"
+        )
+    many = method.signals() & {Signal.QUERY_ATTENTION, Signal.ROTARY_PRIOR}
+    if many and placement.queries is Queries.AFTER:
+        raise ConfigError(
+            f"{method.name}: rows of all tokens behind an image are read as their mean alone; "
+            f"read {Signal.MEAN_ATTENTION.value} in place of {', '.join(sorted(many))}"
+        )
+    probe = placement.probe
+    if probe is not None and (placement.stage is not Stage.PRE_LLM or not 0 <= probe < layers):
+        raise ConfigError(
+            f"{method.name}: a probe comes before the LLM and reads a decoder layer in "
+            f"[0, {layers}), got probe={probe} at stage {placement.stage.value!r}"
         )
 
 
@@ -102,6 +116,11 @@ def _notes(
     if layers != 32 and not explicit and any(p.layer for p in placements):
         notes.append(
             f"{method.name}: published layers of a 32-layer LLM, scaled to {layers} layers: {where}"
+        )
+    for probe in (p.probe for p in placements if p.probe is not None):
+        notes.append(
+            f"{method.name}: decoder layers 0 to {probe} run once more on the whole prompt before "
+            "the LLM, to score; FLOPs leave that out"
         )
     if any(own.get("scores") == "column_mean" for own in given):
         notes.append(

@@ -1,0 +1,164 @@
+"""The decode stage and its cache: several tokens at once, what is taken back, turns, new videos."""
+
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.cases import model_of, real_positions
+from tests.laws.test_decode_stage import SAMPLES, assert_same, batch, generate, oracle
+from tests.laws.test_flash import flash as flash
+from tests.tiny import Sample, Text, Video, build, make_inputs
+from transformers import DynamicCache
+
+from vispress import compressed
+from vispress.errors import UnsupportedModelError
+from vispress.methods import DyCoke
+from vispress.runtime.cache_name import CACHE
+
+
+def tokens_of(count: int) -> torch.Tensor:
+    return torch.randint(3, 100, (3, count), generator=torch.Generator().manual_seed(3))
+
+
+def positions(model: Any, mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Position ids of the last tokens; M-RoPE models cannot go on by themselves."""
+    ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
+    return ids.expand(3, -1, -1) if hasattr(model.model, "rope_deltas") else ids
+
+
+def feed(model: Any, inputs: dict[str, Any], cache: Any, fed: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of chunks of text behind a prefill."""
+    mask, found = inputs["attention_mask"], []
+    for chunk in fed:
+        mask = torch.cat([mask, torch.ones_like(chunk)], dim=1)
+        ids = positions(model, mask, chunk.shape[1])
+        given = {"attention_mask": mask, "position_ids": ids, CACHE: cache}
+        with torch.no_grad():
+            found.append(model(input_ids=chunk, **given).logits)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_several_tokens_at_once_are_as_many_steps_and_can_be_taken_back(family: str) -> None:
+    model, inputs, more = model_of(family), batch(family), tokens_of(6)
+    with compressed(model, DyCoke(similarity=0.97)), torch.no_grad():
+        caches = [DynamicCache() for _ in range(3)]
+        for cache in caches:
+            model(**inputs, **{CACHE: cache})
+        one_by_one = feed(model, inputs, caches[0], list(more.split(1, dim=1)))
+        at_once = feed(model, inputs, caches[1], [more[:, :2], more[:, 2:]])
+        assert (one_by_one - at_once).abs().max() < 1e-9
+        # rejected candidates leave no trace
+        wrong = torch.cat([more[:, :2], tokens_of(9)[:, 6:]], dim=1)
+        feed(model, inputs, caches[2], [wrong])
+        caches[2].crop(-3)
+        longer = inputs | {
+            "attention_mask": torch.cat(
+                [inputs["attention_mask"], torch.ones_like(more[:, :2])], dim=1
+            )
+        }
+        again = feed(model, longer, caches[2], [more[:, 2:]])
+        assert (again - one_by_one[:, 2:]).abs().max() < 1e-9
+        with pytest.raises(RuntimeError, match="known before the last 4 only"):
+            caches[2].crop(-5)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_prompt_lookup_decoding_equals_greedy(family: str) -> None:
+    model, inputs = model_of(family), make_inputs(family, SAMPLES[:1])
+    with compressed(model, DyCoke(similarity=0.97)):
+        greedy = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        lookup = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3
+        )
+    assert torch.equal(greedy, lookup)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_a_second_turn_of_text_goes_on_choosing(family: str) -> None:
+    model, inputs, more = model_of(family), batch(family), tokens_of(5)
+    method = DyCoke(similarity=0.97)
+
+    def two_turns() -> torch.Tensor:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(**real_positions(family, inputs), **{CACHE: cache})
+        return feed(model, inputs, cache, [more])
+
+    with oracle(family, method, inputs):
+        expected = two_turns()
+    with compressed(model, method):
+        assert (two_turns() - expected).abs().max() < 1e-5
+
+
+def test_a_new_video_is_a_prefill_that_sees_all_and_joins_the_choice() -> None:
+    family = "llava_onevision"
+    model = model_of(family)
+    first = make_inputs(family, [Sample([Text(4), Video(3), Text(5)])])
+    second = make_inputs(family, [Sample([Text(3), Video(2), Text(6)])], seed=5)
+    step = torch.full((1, 1), 9)
+    one = torch.ones_like(first["input_ids"])
+    two = torch.cat([one, torch.ones_like(step), torch.ones_like(second["input_ids"])], dim=1)
+
+    def turns(method: DyCoke) -> tuple[Any, torch.Tensor]:
+        cache = DynamicCache()
+        with compressed(model, method) as report, torch.no_grad():
+            model(**first, **{CACHE: cache})
+            model(input_ids=step, attention_mask=two[:, : one.shape[1] + 1], **{CACHE: cache})
+            logits = model(**(second | {"attention_mask": two}), **{CACHE: cache}).logits
+            held = cache.layers[1].selection
+            if held is not None:
+                assert not held.begun.any()
+                kept = [len(image.kept) for s in report.samples for image in s.images]
+                before = int(held.visual[:, : one.shape[1]].sum())
+                assert int(held.visual.sum()) == before + sum(kept)
+                assert int(held.num_keep) == int(before * (1 - 0.7)) + int(sum(kept) * (1 - 0.7))
+                more = torch.cat([two, torch.ones_like(step)], dim=1)
+                model(input_ids=step, attention_mask=more, **{CACHE: cache})
+                held = cache.layers[1].selection
+                assert held.begun.all()
+                assert int(held.selected.sum()) == int(held.num_keep)
+        return held, logits
+
+    held, logits = turns(DyCoke(decode_pruned=0.7))
+    assert held is not None
+    none, plain = turns(DyCoke(dynamic=False))
+    assert none is None
+    assert logits.shape == plain.shape
+
+
+def test_nothing_is_removed_from_the_cache() -> None:
+    model, inputs = model_of("llava_onevision"), batch("llava_onevision")
+    shapes = []
+    for dynamic in (True, False):
+        cache = DynamicCache()
+        with compressed(model, DyCoke(dynamic=dynamic)) as report:
+            generate(model, inputs, **{CACHE: cache})
+            shapes.append(([layer.keys.shape for layer in cache.layers], report.kv_bytes))
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.usefixtures("flash")
+def test_flash_masks_give_what_sdpa_gives() -> None:
+    model, inputs = build("llava_onevision"), batch("llava_onevision", dtype=torch.float32)
+    config, found = model.model.language_model.config, []
+    with compressed(model, DyCoke()):
+        for implementation in ("sdpa", "flash_emulated"):
+            config._attn_implementation = implementation
+            found.append(generate(model, inputs))
+        assert torch.equal(found[0].sequences, found[1].sequences)
+        cache, step = DynamicCache(), tokens_of(2)
+        with torch.no_grad():
+            model(**inputs, **{CACHE: cache})
+        with pytest.raises(UnsupportedModelError, match="FlashAttention has one mask for all"):
+            feed(model, inputs, cache, [step])
+
+
+def test_a_reset_cache_starts_anew() -> None:
+    model, inputs = model_of("llava_onevision"), batch("llava_onevision")
+    with compressed(model, DyCoke()):
+        fresh = generate(model, inputs)
+        cache = DynamicCache()
+        generate(model, inputs, **{CACHE: cache})
+        cache.reset()
+        assert_same(generate(model, inputs, **{CACHE: cache}), fresh)
