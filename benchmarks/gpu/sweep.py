@@ -26,17 +26,19 @@ def _grid(**axes: tuple[Any, ...]) -> list[Rule]:
 
 
 GRIDS: dict[str, list[Rule]] = {
-    "merge_tokens": _grid(BLOCK_N=(1, 4, 8), BLOCK_D=(512, 1024), num_warps=(4, 8)),
-    "dct_lowpass": _grid(BLOCK_W=(16, 32, 64), BLOCK_C=(32, 64), num_warps=(4, 8)),
+    "merge_tokens": _grid(BLOCK_N=(2, 4, 8), BLOCK_D=(512, 1024), num_warps=(1, 2, 4)),
+    "dct_lowpass": _grid(BLOCK_C=(8, 16, 32), num_warps=(4, 8, 16), num_stages=(2, 3)),
     "assign_nearest": _grid(BLOCK_N=(64, 128), BLOCK_M=(64, 128), num_warps=(4, 8)),
     "query_attention": _grid(BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8)),
-    "transition_scores": _grid(BLOCK_N=(1, 2, 4), BLOCK_D=(512, 1024, 2048), num_warps=(4, 8)),
-    "maxmin_select": _grid(BLOCK_N=(4, 8, 16), BLOCK_D=(256, 512), num_warps=(4, 8)),
+    "transition_scores": _grid(BLOCK_N=(1, 2), BLOCK_D=(512, 1024, 2048), num_warps=(1, 2, 4)),
+    "maxmin_select": _grid(BLOCK_N=(1, 2, 4), BLOCK_D=(1024, 2048, 4096), num_warps=(4, 8)),
     "gather_tokens": _grid(TILE=(512, 1024, 2048, 4096)),
 }
 """What is tried for each op; keys that are left out stay as the rule has them. What has most to
 gain comes first.
 """
+RULES = {"maxmin_select": "whole_rule"}
+"""Rules of other names than `launch_rule`."""
 LIKELY: dict[str, tuple[str, ...]] = dict.fromkeys(GRIDS, ("llava_next", "video"))
 LIKELY |= {"assign_nearest": ("llava_next",), "maxmin_select": ("llava_next",)}
 
@@ -122,7 +124,7 @@ def _agree(expected: list[Any], got: list[Any]) -> bool:
 def replaced(op: str, rule: Rule) -> Iterator[None]:
     """The op's launch rule with these entries in place of its own."""
     module = import_module(f"vispress_kernels.{op}.kernel")
-    name = "TILE" if "TILE" in rule else "launch_rule"
+    name = "TILE" if "TILE" in rule else RULES.get(op, "launch_rule")
     before = getattr(module, name)
     if name == "TILE":
         value: Any = rule["TILE"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from vispress_kernels import _greedy as greedy
 from vispress_kernels.assign_nearest import kernel as assign
 from vispress_kernels.column_attention import kernel as column
 from vispress_kernels.dct_lowpass import kernel as dct
@@ -145,20 +146,46 @@ def _columns() -> list[Variant]:
 def _selections() -> list[Variant]:
     found = []
     found += _nearest()
-    bests = {"value_ptr": "*fp32", "index_ptr": "*i32", "order_ptr": "*i64"}
     for dtype, N, D, weighted in product(DTYPES, (576, 131072), (64, 4096), FLAGS):
-        types = {**bests, "x_ptr": f"*{dtype}"}
-        rule = {"BLOCK_P": maxmin.MAX_BESTS, **maxmin.launch_rule(N, D)}
         default = D == 4096 and (N == 576 or dtype == "bf16") and dtype != "fp16"
-        more = _fp32("inv_ptr", "weight_ptr", "nearest_ptr")
-        constants = {"ZERO": maxmin.ZERO, "LOWEST": maxmin.LOWEST, "HAS_WEIGHT": weighted, **rule}
-        kernel = maxmin.maxmin_step_kernel
-        found.append(Variant(kernel, types | more, constants, ("stride_d",), default))
-        if weighted:
-            more = _fp32("inv_ptr", "relevance_ptr", "gain_ptr", "floor_ptr", "factor_ptr")
-            kernel = dpp.dpp_step_kernel
-            found.append(Variant(kernel, types | more, rule, ("stride_d",), default))
+        rule = {"BLOCK_P": greedy.MAX_BESTS, **greedy.launch_rule(N, D)}
+        kernels = maxmin.maxmin_step_kernel, dpp.dpp_step_kernel
+        found += _greedy(*kernels, dtype, rule, {}, default, weighted)
+    for dtype, D, P, weighted in product(DTYPES, (64, 256, 4096), (1, 128, 1024), FLAGS):
+        default = D == 4096 and P == 128 and dtype != "fp16"
+        rule = {"BLOCK_P": P, **greedy.whole_rule(D, DTYPES[dtype])}
+        more = {"first_ptr": "*i64", "given_ptr": "*fp32", "count_ptr": "*i32"}
+        kernels = maxmin.maxmin_kernel, dpp.dpp_kernel
+        found += _greedy(*kernels, dtype, rule, more, default, weighted)
     return found
+
+
+def _greedy(
+    distances: Any,
+    gains: Any,
+    dtype: str,
+    rule: dict[str, int],
+    more: dict[str, str],
+    default: bool,
+    weighted: bool,
+) -> list[Variant]:
+    """One variant of each selection, in a launch a step or in one launch."""
+    constants = {"ZERO": maxmin.ZERO, "LOWEST": maxmin.LOWEST, "HAS_WEIGHT": weighted, **rule}
+    types = {"value_ptr": "*fp32", "index_ptr": "*i32", "order_ptr": "*i64", "x_ptr": f"*{dtype}"}
+    names = ("inv_ptr", "weight_ptr", "nearest_ptr", "relevance_ptr", "gain_ptr", "floor_ptr")
+    types |= _fp32(*names, "factor_ptr") | more
+    again = {"BLOCK_S": dpp.BLOCK_S, **rule}
+    if more:
+        constants["EPS"] = again["EPS"] = maxmin.EPS
+        again["NOISE"] = dpp.NOISE
+    found = [Variant(distances, _own(distances, types), constants, ("stride_d",), default)]
+    if weighted:
+        found.append(Variant(gains, _own(gains, types), again, ("stride_d",), default))
+    return found
+
+
+def _own(kernel: Any, types: dict[str, str]) -> dict[str, str]:
+    return {name: kind for name, kind in types.items() if name in kernel.arg_names}
 
 
 def _arithmetic() -> list[Variant]:

@@ -81,9 +81,10 @@ def test_auto_is_triton_on_cuda_but_not_for_fp64_or_gradients():
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs triton")
-def test_triton_is_chosen_when_asked_but_not_for_fp64():
-    assert resolve_backend("triton", torch.ones(1)) == "triton"
-    assert resolve_backend("triton", torch.ones(1), torch.ones(1).double()) == "torch"
+def test_triton_is_chosen_when_asked_but_not_for_fp64(device):
+    x = torch.ones(1, device=device)
+    assert resolve_backend("triton", x) == "triton"
+    assert resolve_backend("triton", x, x.double()) == "torch"
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs triton")
