@@ -48,6 +48,11 @@ def launch(kernel: Any, programs: int, *args: Any, on: Tensor, **options: Any) -
     One grid axis carries everything, because the other two end at 65,535. Triton launches on the
     current device, which is not where the tensors are when a model is spread over several.
     """
-    if programs:
-        with torch.cuda.device(on.get_device()):  # -1, for the CPU, is no device
-            kernel[(programs,)](*args, **options, enable_fp_fusion=True)
+    if not programs:
+        return
+    device = on.get_device()  # -1 for the CPU
+    if device < 0 or device == torch.cuda.current_device():  # entering a device takes time
+        kernel[(programs,)](*args, **options, enable_fp_fusion=True)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](*args, **options, enable_fp_fusion=True)
