@@ -156,7 +156,8 @@ def prune_equals_mask(bed: _Bed, method: str) -> Row:
     values = {k: (m.to(bed.device), v.to(bed.device)) for k, (m, v) in result.values.items()}
 
     def oracle(model: Any, inputs: dict[str, Any]) -> Tensor:
-        with torch.no_grad():
+        # where the method merges in the encoder, the masked model sees what that encoder gave
+        with cases.encoding_as(model, result.encoded), torch.no_grad():
             masked = oracle_forward(model, inputs, alive, positions, values)
         return oracle_expand(masked, alive[-1])[bed.real].double()
 
