@@ -1,6 +1,5 @@
 """Attach compressors to a model instance: hooks in, hooks out, nothing left behind."""
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.bypass import leave
-from vispress.runtime.call import CALLS, LATEST, Call, brings_images, capture_of
+from vispress.runtime.call import CALLS, LATEST, Call, brings_images, by_name, capture_of
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
 from vispress.runtime.decode_stage import DecodeStep
 from vispress.runtime.encoder_hooks import Merging
@@ -178,8 +177,9 @@ class Attachment:
                 "decoder layers were exchanged after compress_model: nothing would be compressed; "
                 "call remove_compression(model) and compress again"
             )
-        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
-        call = Call(self, bound.arguments | bound.arguments.get("kwargs", {}))
+        call = Call(self, by_name(type(module).forward, (module, *args), kwargs))
+        if brings_images(call.arguments):
+            call.fetch()
         for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
             if output is not None:
                 call.captures[modality] = capture_of(self, modality, output)
@@ -207,8 +207,7 @@ class Attachment:
             self.key_layers(),
             self.backend,
         )
-        bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
-        arguments = bound.arguments | bound.arguments.get("kwargs", {})
+        arguments = by_name(original.function, args, kwargs)
         with watching(sink), self.merging.call(modality, arguments) as merge:
             output = original(*args, **kwargs)
         features = self.adapter.features(modality, output)
@@ -230,7 +229,7 @@ class Attachment:
         if not args and (step := StaticStep.of(self, kwargs)) is not None:
             return args, kwargs | {STATE: step}
         call = self._current() or Call(self, {})
-        state, kwargs = prefill.begin(self, call.arguments, call.captures, module, args, kwargs)
+        state, kwargs = prefill.begin(self, call, module, args, kwargs)
         if state is None:
             return None
         state.sink = _SINK.set(state)

@@ -1,11 +1,16 @@
 """What a base model's forward was called with: one entry a running call, in the calling context."""
 
+import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from functools import lru_cache
+from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
@@ -22,6 +27,22 @@ class Call:
     attachment: "Attachment"
     arguments: Mapping[str, Any]
     captures: dict[Modality, Capture] = field(default_factory=dict)
+    _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def fetch(self) -> None:
+        """Copy ids and mask to the host before the encoder is launched: no work is waited for."""
+        found = (self.arguments.get(name) for name in ("input_ids", "attention_mask"))
+        given = [t for t in found if isinstance(t, Tensor) and t.ndim == 2]
+        if len({(t.shape, t.device) for t in given}) == 1:  # one copy for both
+            copies = torch.stack([t.long() for t in given]).cpu().unbind()
+        else:
+            copies = tuple(t.cpu() for t in given)
+        self._fetched = list(zip(given, copies, strict=True))
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Its copy on the host (int64 where it was fetched ahead; else work is waited for)."""
+        known = next((copy for given, copy in self._fetched if given is tensor), None)
+        return tensor.cpu() if known is None else known
 
 
 LATEST: ContextVar[Mapping[tuple[int, Modality], "weakref.ref[Capture]"]] = ContextVar(
@@ -52,3 +73,20 @@ def capture_of(attachment: "Attachment", modality: Modality, output: Any) -> Cap
             "missing. Pass pixel values, or let generate encode them"
         )
     return capture
+
+
+@lru_cache(maxsize=64)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def by_name(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, those of its `**kwargs` among them (defaults left out)."""
+    # a bound method would keep its model alive in the cache
+    plain = isinstance(function, FunctionType)
+    signature = _signature(function) if plain else inspect.signature(function)
+    bound: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
+    more: dict[str, Any] = bound.get("kwargs", {})
+    return {name: value for name, value in bound.items() if name != "kwargs"} | more

@@ -136,8 +136,11 @@ def make_buckets(images: Sequence[Image], device: torch.device, *, by_text: bool
         groups.setdefault(image.likeness(by_text=by_text), []).append(image)
     buckets = []
     for group in groups.values():
-        positions = torch.stack([image.positions for image in group]).to(device)
-        sample = torch.tensor([image.sample for image in group], device=device)
+        sample = torch.tensor([image.sample for image in group])
+        positions = torch.stack([image.positions for image in group])
+        # one copy to the device for both
+        both = torch.cat([sample[:, None], positions], dim=1).to(device)
+        sample, positions = both[:, 0], both[:, 1:]
         index = torch.arange(positions.shape[1], device=device).expand(positions.shape)
         buckets.append(Bucket(group, sample, positions, index))
     return buckets

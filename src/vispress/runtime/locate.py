@@ -1,13 +1,13 @@
 """Set up a prefill: where the images stand, and what must be read from attention."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vispress.adapters.base import Modality
-from vispress.runtime.capture import Capture
+from vispress.runtime.call import Call
 from vispress.runtime.images import Image, find_images, make_buckets
 from vispress.runtime.seen import Wanted, attention_layers, mode_of
 from vispress.runtime.state import ForwardState
@@ -23,36 +23,33 @@ _CODES: dict[Modality, int] = {"image": 1, "video": 2}
 def find(
     attachment: "Attachment",
     state: ForwardState,
-    arguments: Mapping[str, Any],
-    captures: Mapping[Modality, Capture],
+    call: Call,
     embeds: Tensor,
 ) -> None:
     """Locate the images and set up what must be read from attention."""
-    placeholders = attachment.adapter.placeholders()
-    marks = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    placeholders, captures = attachment.adapter.placeholders(), call.captures
+    marks = torch.zeros(embeds.shape[:2], dtype=torch.long)
     for modality, token in placeholders.items():
-        marks = marks.masked_fill(
-            _placeholder_mask(attachment, arguments, token, embeds), _CODES[modality]
-        )
-    valid = (
-        torch.ones_like(marks) if state.chunk_valid is None else state.chunk_valid.to(marks.device)
-    )
-    host_marks, host_valid = torch.stack([marks, valid.long()]).cpu()  # the one sync of a prefill
+        here = _placeholder_mask(attachment, call, token)
+        marks = marks.masked_fill(here, _CODES[modality])
+    valid = state.host_valid
+    valid = torch.ones(marks.shape, dtype=torch.bool) if valid is None else valid
+    text = valid & (marks == 0)
     ordered = [captures[modality] for modality in placeholders if modality in captures]
-    images = find_images(host_marks, host_valid.bool(), ordered, _CODES)
+    images = find_images(marks, valid, ordered, _CODES)
     state.images = images
     apart = any(step.placement.images != "all" for step in attachment.steps)
     if apart or any(Signal.CONTEXT in method.signals() for method in attachment.methods):
-        note_surroundings(images, host_valid.bool() & (host_marks == 0), embeds)
+        note_surroundings(images, text, embeds)
     if attachment.reads_input:
         state.input_embeddings = embeds.detach()
     if attachment.reads_text:
-        text = (host_valid.bool() & (host_marks == 0)).to(embeds.device)
+        text = text.to(embeds.device)
         state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]
     queries = {step.placement.queries for step in attachment.steps} - {None}
     by_text = attachment.reads_text or Queries.TEXT_AFTER in queries
     state.buckets = make_buckets(images, embeds.device, by_text=by_text)
-    state.wanted = _wanted(attachment, images, host_valid.bool())
+    state.wanted = _wanted(attachment, images, valid)
 
 
 def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) -> list[Wanted]:
@@ -86,16 +83,15 @@ def _want(
     )
 
 
-def _placeholder_mask(
-    attachment: "Attachment", arguments: Mapping[str, Any], token: int, embeds: Tensor
-) -> Tensor:
-    input_ids = arguments.get("input_ids")
+def _placeholder_mask(attachment: "Attachment", call: Call, token: int) -> Tensor:
+    """`[B, Q]` bool on the host."""
+    input_ids = call.arguments.get("input_ids")
     if isinstance(input_ids, Tensor):
-        return torch.eq(input_ids, token).to(embeds.device)
-    given: Tensor = arguments["inputs_embeds"]
+        return torch.eq(call.on_host(input_ids), token)
+    given: Tensor = call.arguments["inputs_embeds"]
     table = attachment.adapter.base.get_input_embeddings()
     own: Tensor = table(torch.tensor(token, device=given.device))
-    return torch.eq(given, own).all(-1).to(embeds.device)
+    return torch.eq(given, own).all(-1).cpu()
 
 
 def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:

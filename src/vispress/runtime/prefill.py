@@ -1,6 +1,5 @@
 """The course of one language-model call: begin, enter each layer, finish."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from vispress.adapters.base import Modality
 from vispress.runtime import locate, masks
 from vispress.runtime.bypass import enter
 from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
 from vispress.runtime.cache_name import CACHE, cache_of, renamed
-from vispress.runtime.capture import Capture, projector_function
+from vispress.runtime.call import Call, by_name
+from vispress.runtime.capture import projector_function
 from vispress.runtime.decode_stage import Decoding, open_selection
 from vispress.runtime.probe import probe
 from vispress.runtime.record import Record
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
 
 def begin(
     attachment: "Attachment",
-    arguments: Mapping[str, Any],
-    captures: Mapping[Modality, Capture],
+    call: Call,
     module: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -40,8 +38,8 @@ def begin(
 
     Args:
         attachment: The compressed model.
-        arguments: What the base model was called with.
-        captures: What its vision encoder gave in (or before) this call.
+        call: What the base model was called with, and what its vision encoder gave in (or before)
+            this call.
         module: The language model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
@@ -49,9 +47,9 @@ def begin(
     Returns:
         The state (None when the call is untouched), and keyword arguments that hold all arguments.
     """
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
-    given = renamed(given | bound.get("kwargs", {}))
+    given = by_name(type(module).forward, (module, *args), kwargs)
+    del given["self"]
+    given, captures = renamed(given), call.captures
     cache = cache_of(given)
     if not captures and not is_compressed(cache):
         return None, given
@@ -65,13 +63,13 @@ def begin(
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
         check_cache(cache)
-    state = _make_state(attachment, arguments, given, cache, embeds)
+    state = _make_state(attachment, call, given, cache, embeds)
     step = attachment.decode_step
     if not captures:
         implementation = attachment.adapter.language_model.config._attn_implementation
         state.decoding = Decoding.of(step, cache, implementation, state.chunk_valid)
     if captures:
-        locate.find(attachment, state, arguments, captures, embeds)
+        locate.find(attachment, state, call, embeds)
         given["inputs_embeds"] = _before_llm(attachment, state, module, given, embeds)
         given["input_ids"] = None
         if step is not None and any(map(step.covers, state.images)):
@@ -92,7 +90,7 @@ def _caches(module: Any, given: Mapping[str, Any]) -> bool:
 
 def _make_state(
     attachment: "Attachment",
-    arguments: Mapping[str, Any],
+    call: Call,
     given: Mapping[str, Any],
     cache: Cache | None,
     embeds: Tensor,
@@ -103,25 +101,31 @@ def _make_state(
     mask_2d = next(
         (
             m
-            for m in (mask, arguments.get("attention_mask"))
+            for m in (mask, call.arguments.get("attention_mask"))
             if isinstance(m, Tensor) and m.ndim == 2
         ),
         None,
     )
     mask_4d = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    # decode steps read one flag, prefills read rows: what was fetched ahead is not waited for
+    read = mask_2d if mask_2d is None or not call.captures else call.on_host(mask_2d)
     if mask_2d is None and mask_4d:
-        mask_2d = _mask_2d(mask, past, B)
+        read = mask_2d = _mask_2d(mask, past, B)
     elif mask_2d is not None:
         mask_2d = mask_2d.bool()
     position_ids = given.get("position_ids")
     if position_ids is None:
         position_ids = torch.arange(past, past + Q, device=embeds.device).unsqueeze(0)
-    chunk = None if mask_2d is None else mask_2d[:, past : past + Q]
-    if chunk is not None and (Q == 1 or bool(chunk.all())):
-        chunk = None
-        if past == 0 or bool(mask_2d.all()):  # type: ignore[union-attr]
+    valid = None if read is None else read[:, past : past + Q].bool()
+    if valid is not None and (Q == 1 or bool(valid.all())):
+        valid = None
+        if past == 0 or bool(read.all()):  # type: ignore[union-attr]
             mask_2d = None
-    counts = (Q,) * B if chunk is None else tuple(chunk.sum(1).tolist())
+    counts = (Q,) * B if valid is None else tuple(valid.sum(1).tolist())
+    chunk = None
+    if valid is not None:
+        assert mask_2d is not None
+        chunk = mask_2d[:, past : past + Q]
     return ForwardState(
         attachment=attachment,
         rows=[(0, all_rows(B, Q, counts, embeds.device))],
@@ -129,6 +133,7 @@ def _make_state(
         cache=cache,
         mask_2d=mask_2d,
         chunk_valid=chunk,
+        host_valid=None if valid is None else valid.cpu(),
         mask_4d=mask_4d,
         position_ids=position_ids if position_ids.ndim == 2 else None,
     )

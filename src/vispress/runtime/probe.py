@@ -53,6 +53,7 @@ def probe(
         cache=cache,
         mask_2d=state.mask_2d,
         chunk_valid=state.chunk_valid,
+        host_valid=state.host_valid,
         mask_4d=state.mask_4d,
         position_ids=state.position_ids,
         images=state.images,

@@ -57,10 +57,13 @@ class Rows:
         """
         if self.whole:
             return self.index
+        number = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        if self.valid is None:  # rows of all samples begin at the left
+            return number
         first = torch.tensor(
             [self.size - count for count in self.counts], device=self.index.device
         ).unsqueeze(1)
-        return first + (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        return first + number
 
     @cached_property
     def shift(self) -> Tensor | None:

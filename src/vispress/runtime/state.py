@@ -35,6 +35,7 @@ class ForwardState:
         cache: The cache, or None.
         mask_2d: `[B, past + Q]` bool, or None for no padding at all.
         chunk_valid: `[B, Q]` bool, or None when the chunk has no padding.
+        host_valid: The same on the host.
         mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
         position_ids: `[B or 1, Q]`, for compact positions.
         images: Images of this call, in order.
@@ -48,6 +49,7 @@ class ForwardState:
     cache: Cache | None
     mask_2d: Tensor | None
     chunk_valid: Tensor | None
+    host_valid: Tensor | None
     mask_4d: bool
     position_ids: Tensor | None
     images: Sequence[Image] = ()
@@ -67,6 +69,8 @@ class ForwardState:
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
     _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _plain_past: Slots | None = None
+    _empty: Slots | None = None
+    _kind: str | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> "ForwardState":
         """Itself: accelerate's hooks move keyword arguments between devices."""
@@ -183,7 +187,7 @@ class ForwardState:
         slots = self._slots[key][1]
         held = layer_at(self.cache, layer)
         if not isinstance(held, Compressed):
-            empty = Slots(rows.index[:, :0], None, None, 0)
+            empty = self._empty = self._empty or Slots(rows.index[:, :0], None, None, 0)
             held = upgrade(self.cache, layer, empty if before is None else before)
         offset = physical_length(held)
         held.expect(slots)
@@ -216,8 +220,10 @@ class ForwardState:
         hidden: Tensor,
     ) -> Tensor | None:
         given = kwargs.get("attention_mask") if self.mask_4d else None
-        implementation = self.attachment.adapter.language_model.config._attn_implementation
-        kind = masks.check_implementation(implementation)
+        if self._kind is None:
+            config = self.attachment.adapter.language_model.config
+            self._kind = masks.check_implementation(config._attn_implementation)
+        kind = self._kind
         key = (id(rows), id(slots), offset, buffer, kind, hidden.device, id(given))
         if key not in self._masks:
             self._masks[key] = self._make_mask(rows, slots, offset, buffer, kind, given, hidden)
