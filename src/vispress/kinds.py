@@ -41,6 +41,7 @@ class Signal(StrEnum):
     IMAGE_NUMBER = "image_number"
     PADDING = "padding"
     CONTEXT = "context"
+    DEPTH = "depth"
 
 
 CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
@@ -62,3 +63,5 @@ class Queries(StrEnum):
     """The last valid token of the sequence: Q = 1."""
     TEXT_AFTER = "text_after"
     """All valid non-visual tokens behind the image's last token: Q = their count."""
+    ALL = "all"
+    """The mean over all valid tokens that the layer runs on, visual ones included: Q = 1."""

@@ -1,17 +1,18 @@
 """What was seen while decoder layers ran: attention rows and module transitions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vispress.methods.base import upcast
 from vispress.runtime.attention import attention_rows
-from vispress.runtime.images import Image
+from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows
-from vispress.types import Placement, Queries, Signal
+from vispress.types import Need, Placement, Queries, Signal
 from vispress_kernels import Backend
+from vispress_kernels.column_attention import column_attention
 from vispress_kernels.query_attention import query_attention
 
 
@@ -36,10 +37,11 @@ class Wanted:
         queries: Whose rows.
         peek: Read ahead of the layer, on the rows before its placement; else while it runs.
         positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
-            one).
+            one); R = 0 for the mean over all.
         lengths: Real rows of each sample, on the host.
         reads: Which of attention rows and key norms are wanted.
         until: Decoder layer of the last placement that reads them.
+        readers: What each compressor that reads them is made for, by its number in the chain.
     """
 
     layer: int
@@ -49,6 +51,7 @@ class Wanted:
     lengths: Sequence[int]
     reads: set[Signal]
     until: int
+    readers: dict[int, Need | None] = field(default_factory=dict)
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
     key_norms: Tensor | None = None  # [B, S], fp32
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [B or 1, P, D]
@@ -61,6 +64,14 @@ class Wanted:
         """Whether these are the rows that a placement reads of a layer."""
         peek = placement.attention_of == "next"
         return (self.layer, self.peek, self.queries) == (layer, peek, placement.queries)
+
+    def needed(self, buckets: Sequence[Bucket]) -> bool:
+        """Whether a compressor reads them for any of these images."""
+        return any(
+            not bucket.passes(needs) and bucket.reads_attention(number)
+            for bucket in buckets
+            for number, needs in self.readers.items()
+        )
 
     def forget(self) -> None:
         """Let go of what was read, once it is used: many queries are large."""
@@ -78,6 +89,8 @@ class Wanted:
         query: Tensor,
         key: Tensor,
         mask: Tensor | None,
+        valid: Tensor | None,
+        plain: bool,
         scaling: float,
         rotary: tuple[Tensor, Tensor] | None,
         backend: Backend,
@@ -89,6 +102,8 @@ class Wanted:
             query: `[B, H, P, D]`, post-RoPE.
             key: `[B, Hkv, S, D]`, the past included.
             mask: 4-D, `[B, S]` (FlashAttention), or None.
+            valid: `[B, P]` bool, queries that are no padding; None for all.
+            plain: There are no keys but the queries' own, and no mask but causality and padding.
             scaling: Factor on the logits.
             rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
@@ -100,7 +115,51 @@ class Wanted:
             self.rotary, self.scaling = rotary, scaling
         if Signal.QUERY_ATTENTION not in self.reads:
             return
-        local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
+        if self.queries is Queries.ALL and plain:
+            key = key[:, :, : query.shape[2]]  # a static buffer is longer
+            mean = column_attention(
+                query, key, valid=valid, causal=True, scale=scaling, backend=backend
+            )
+            self.rows = mean.unsqueeze(2)
+        elif self.queries is Queries.ALL:
+            self.rows = self._mean(query, key, mask, valid, scaling, backend)
+        else:
+            local = rows.to(query.device).place.gather(1, self.positions.to(query.device))
+            self.rows = self._rows(local, query, key, mask, scaling, backend)
+
+    def _mean(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        scaling: float,
+        backend: Backend,
+    ) -> Tensor:
+        """`[B, H, 1, S]`, a block of queries at a time: as many scores as the keys have numbers."""
+        B, H, P, D = query.shape
+        every = torch.arange(P, device=query.device).expand(B, P)
+        real = torch.ones_like(every) if valid is None else valid.to(query.device).long()
+        total: Tensor | None = None
+        step = max(1, D * key.shape[1] // H)
+        for begin in range(0, P, step):
+            block = slice(begin, begin + step)
+            rows = self._rows(every[:, block], query, key, mask, scaling, backend)
+            part = (rows * real[:, None, block, None]).sum(dim=2, keepdim=True)
+            total = part if total is None else total + part
+        assert total is not None
+        return total / real.sum(dim=1).clamp(min=1)[:, None, None, None]
+
+    def _rows(
+        self,
+        local: Tensor,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        backend: Backend,
+    ) -> Tensor:
+        """`[B, H, R, S]` of the queries at `local [B, R]`."""
         heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         query, S = query.gather(2, heads), key.shape[2]
         places: Tensor | None = local + self.offset
@@ -109,12 +168,11 @@ class Wanted:
             index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
             mask, places = mask.gather(2, index), None
             if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
-                self.rows = attention_rows(query, key, mask, scaling)
-                return
+                return attention_rows(query, key, mask, scaling)
             mask = mask[:, 0]
         elif mask is not None:
             mask = mask[:, :S].bool()
-        self.rows = query_attention(
+        return query_attention(
             query, key, rows=places, key_valid=mask, scale=scaling, backend=backend
         )
 

@@ -3,7 +3,7 @@ values.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,6 +88,8 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
             if plan is not None:
                 assert isinstance(plan.keep, Tensor)
                 kept = part.kept(plan.keep)
+                if plan.memory:
+                    kept.memory = kept.memory | {step.compressor: plan.memory}
                 gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(
                     1, plan.keep, False
                 )
@@ -97,7 +99,8 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
             for number, image in enumerate(part.images):
                 drop_counts[image.sample] += part.num_visual - kept.num_visual
                 image.trace.append(Trace(step.number, kept.index[number]))
-            after.append(kept if step.placement.until is None else part)
+            back = step.placement.until is not None
+            after.append(replace(part, memory=kept.memory) if back else kept)
     state.buckets = after
     if not any(drop_counts) and not changes:
         return None
@@ -190,7 +193,7 @@ def _plans(
     bucket.entered.setdefault(step.compressor, bucket.num_visual)
     entered, first = bucket.entered[step.compressor], bucket.images[0]
     num_keep = placement.budget.resolve(entered)
-    whole = method.needs == "video" and first.modality != "video"
+    whole = bucket.passes(method.needs) or bucket.over(step.compressor)
     whole = whole or placement.images == ("earlier" if first.last else "last")
     if whole or (num_keep >= bucket.num_visual and not placement.adaptive):
         yield bucket, None
@@ -199,7 +202,7 @@ def _plans(
         empty = bucket.index.new_empty(len(bucket.images), 0)
         yield bucket, TokenPlan(keep=empty)
         return
-    tokens = visual_tokens(state, method, placement, bucket, rows, hidden, entered)
+    tokens = visual_tokens(state, step.compressor, method, placement, bucket, rows, hidden)
     plan = method.plan(tokens, num_keep)
     plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if isinstance(plan.keep, Tensor):
@@ -215,5 +218,6 @@ def _plans(
                 weight=None if plan.weight is None else plan.weight[one],
                 merge_on=plan.merge_on,
                 features=None if plan.features is None else plan.features[one, : len(keep)],
+                memory=plan.memory[one],
             ),
         )

@@ -99,11 +99,14 @@ class ForwardState:
 
     def row_validity(self, rows: Rows) -> Tensor:
         """`[B, P]` bool: real tokens among rows of a stage."""
+        valid = self._valid(rows)
+        return torch.ones_like(rows.index, dtype=torch.bool) if valid is None else valid
+
+    def _valid(self, rows: Rows) -> Tensor | None:
+        """As `row_validity`, or None when every row is a real token."""
         if rows.whole and self.chunk_valid is not None:
             return self.chunk_valid.to(rows.index.device)
-        if rows.valid is not None:
-            return rows.valid
-        return torch.ones_like(rows.index, dtype=torch.bool)
+        return rows.valid
 
     # --- what a layer is handed
 
@@ -186,8 +189,7 @@ class ForwardState:
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
         """What a layer holds once the chunk's rows are behind what it held."""
         positions, shift = rows.index + self.past, rows.total_shift
-        padded = rows.whole and self.chunk_valid is not None
-        valid = self.row_validity(rows) if padded else rows.valid
+        valid = self._valid(rows)
         if before is not None and before.positions.shape[1]:
             old = before.valid
             if old is not None or valid is not None:
@@ -274,13 +276,16 @@ class ForwardState:
         """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
         scaling = float(kwargs["scaling"])
         for want in self.wanted:
-            if want.layer == module.layer_idx and want.peek == self.peeking and not want.seen:
+            here = want.layer == module.layer_idx and want.peek == self.peeking
+            if here and not want.seen and want.needed(self.buckets):
                 rows = self.rows_at(want.layer) if not self.peeking else self.last
                 want.offset = self._offset(want.layer, rows)
                 if self.peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                want.read(rows, query, key, mask, scaling, self.rotary, self.attachment.backend)
+                valid, plain = self._valid(rows), self.past == 0 and not self.mask_4d
+                backend = self.attachment.backend
+                want.read(rows, query, key, mask, valid, plain, scaling, self.rotary, backend)
         if self.peeking:
             raise EnoughSeen
 
