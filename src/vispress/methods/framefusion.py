@@ -84,7 +84,7 @@ class FrameFusion(Compressor):
         last = last_layer(self.mean, num_layers)
         inside = replace(first, stage=Stage.IN_LLM, queries=Queries.ALL)
         middle = (replace(inside, layer=layer) for layer in range(1, last))
-        return first, *middle, replace(inside, layer=last, budget=end, adaptive=False)
+        return first, *middle, replace(inside, layer=last, budget=end)
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
@@ -93,10 +93,11 @@ class FrameFusion(Compressor):
         assert tokens.depth is not None  # declared in `reads`
         video, x = frames(tokens, self.name, pruned=bool(tokens.memory)), upcast(tokens.features)
         place, count = video.place_of(tokens.index), tokens.num_visual
-        entered, depth = tokens.num_entered or tokens.num_original, tokens.depth[1]
+        entered, (layer, depth) = tokens.num_entered or tokens.num_original, tokens.depth
+        last = last_layer(self.mean, depth)
         goal = self.num_tokens or course.goal(self.mean, depth, entered)
         goal = min(goal, num_keep, count)
-        if num_keep < count or not course.merging:
+        if layer == last or num_keep < count or not course.merging:
             assert tokens.query_attention is not None
             score: Float[Tensor, "B N"] = upcast(tokens.query_attention).mean(dim=(1, 2))
             stay = len(video.split(goal)[1]) > 0
@@ -108,7 +109,6 @@ class FrameFusion(Compressor):
             found = (alike >= self.threshold).sum(dim=1).tolist()  # waits once for the device
             left = [max(goal, count - merges) for merges in found]
             owner = run_starts(alike, place, [count - own for own in left])
-        last = last_layer(self.mean, depth)
         memory = tuple(
             course.after(own, entered, self.least).memory(last, over=own == goal) for own in left
         )
