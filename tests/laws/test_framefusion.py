@@ -9,7 +9,7 @@ from tests.laws.cases import logits_of, make, model_of, real_positions, run
 from tests.laws.test_law01_prune_equals_mask import assert_equals_oracle
 from tests.laws.test_law04_batched_equals_alone import assert_each_as_alone
 from tests.laws.test_law10_training import backward, checkpointing, loss_of, training
-from tests.tiny import FAMILIES, VIDEO, Image, Sample, Text, Video, build, make_inputs
+from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -20,11 +20,17 @@ from vispress.runtime.cache_name import CACHE
 from vispress.runtime.seen import Wanted
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens, full_index
 
-SAMPLES = [
-    Sample([Text(3), Video(3, 4, 4), Text(6)]),
-    Sample([Text(2), Video(4, 4, 6), Text(3), Image(4, 4), Text(2)]),
-    Sample([Text(4), Video(3, 4, 4), Text(5)]),
-]
+
+def samples(family: str) -> list[Sample]:
+    """Videos of different lengths, where the family takes such in one batch."""
+    longer = Video(4 if family in QWEN else 3, 4, 6)
+    return [
+        Sample([Text(3), Video(3, 4, 4), Text(6)]),
+        Sample([Text(2), longer, Text(3), Image(4, 4), Text(2)]),
+        Sample([Text(4), Video(3, 4, 4), Text(5)]),
+    ]
+
+
 # so that random tokens are merged in every layer
 MERGING: dict[str, Any] = {"keep_ratio": 0.6, "threshold": 0.3, "least": 0.0}
 
@@ -35,7 +41,7 @@ def merging(family: str) -> Compressor:
 
 @pytest.mark.parametrize("family", VIDEO)
 def test_merging_in_several_layers_equals_the_masked_model(family: str) -> None:
-    model, inputs = model_of(family), make_inputs(family, SAMPLES, padding="left")
+    model, inputs = model_of(family), make_inputs(family, samples(family), padding="left")
     result = run(model, inputs, merging(family))
     assert_equals_oracle(model, inputs, result)
     report = result.report
@@ -51,15 +57,15 @@ def test_merging_in_several_layers_equals_the_masked_model(family: str) -> None:
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", VIDEO)
 def test_videos_of_different_lengths_are_what_they_are_alone(family: str, padding: str) -> None:
-    singles = [make_inputs(family, SAMPLES, only=i) for i in range(3)]
-    batch = make_inputs(family, SAMPLES, padding=padding)
+    singles = [make_inputs(family, samples(family), only=i) for i in range(3)]
+    batch = make_inputs(family, samples(family), padding=padding)
     assert_each_as_alone(family, {"method": merging(family)}, batch, singles)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", VIDEO)
 def test_checkpointing_repeats_what_was_decided(family: str, reentrant: bool) -> None:
-    model, inputs = build(family), make_inputs(family, SAMPLES, padding="left")
+    model, inputs = build(family), make_inputs(family, samples(family), padding="left")
     with training(model), compressed(model, merging(family)):
         expected = backward(model, loss_of(model, inputs))
         with checkpointing(model, reentrant=reentrant):
@@ -81,7 +87,7 @@ def test_attention_is_read_of_the_layer_before_the_prune_alone(
 
     monkeypatch.setattr(Wanted, "read", noted)
     model = model_of(family)
-    videos = make_inputs(family, SAMPLES[:1])
+    videos = make_inputs(family, samples(family)[:1])
     images = make_inputs(family, [Sample([Text(3), Image(4, 4), Text(6)])])
     with compressed(model, make(family, "framefusion", keep_ratio=0.6, threshold=1.0)):
         logits_of(model, videos)
@@ -145,8 +151,8 @@ def assert_same(reader: Reader, report: Any, expected: Tensor) -> None:
 def test_the_mean_over_all_queries_is_that_of_the_whole_map(
     family: str, padding: str, attn: str
 ) -> None:
-    samples = [Sample([Text(5), Image(4, 4), Text(7)]), Sample([Text(2), Image(4, 6), Text(3)])]
-    inputs = make_inputs(family, samples, padding=padding, dtype=torch.float32)
+    prompts = [Sample([Text(5), Image(4, 4), Text(7)]), Sample([Text(2), Image(4, 6), Text(3)])]
+    inputs = make_inputs(family, prompts, padding=padding, dtype=torch.float32)
     inputs = real_positions(family, inputs)
     reader = Reader()
     model = model_of(family, torch.float32, attn)
