@@ -24,6 +24,44 @@ def check_implementation(name: str | None) -> str:
     )
 
 
+def make_mask(
+    queries: Tensor,
+    past: int,
+    slots: Slots,
+    offset: int,
+    buffer: int,
+    kind: str,
+    given: Tensor | None,
+    hidden: Tensor,
+) -> Tensor | None:
+    """The mask of a short layer.
+
+    Args:
+        queries: `[B, P]` rows that the layer runs on, counted within the chunk.
+        past: Logical length before the chunk.
+        slots: The layer's slots with the chunk stored.
+        offset: Slot of the first query row.
+        buffer: Length of the key tensor.
+        kind: As `check_implementation` says.
+        given: A user's 4-D mask over logical positions, or None.
+        hidden: Whose dtype and device the mask has.
+
+    Returns:
+        In the form that `kind` takes; None where causality says all.
+    """
+    P = queries.shape[1]
+    if kind == "flash":
+        return slots.valid
+    plain = slots.valid is None and buffer == slots.positions.shape[1]
+    if given is None and kind == "sdpa" and plain and (P == 1 or offset == 0):
+        return None
+    valid = None if slots.valid is None else slots.valid[:, offset : offset + P]
+    allow = allowed_keys(queries + past, valid, slots, buffer, offset)
+    if given is not None:
+        return cut_mask(given.to(hidden.device), queries, slots, allow)
+    return as_kind(allow, kind, hidden.dtype)
+
+
 def allowed_keys(
     queries: Tensor, query_valid: Tensor | None, slots: Slots, buffer: int, offset: int
 ) -> Tensor:

@@ -28,6 +28,23 @@ class Slots:
     shift: Tensor | None
     logical: int
 
+    def behind(self, before: "Slots | None") -> "Slots":
+        """These slots of a chunk, stored behind what the layer held."""
+        if before is None:
+            return self
+        positions, valid, shift = self.positions, self.valid, self.shift
+        if before.positions.shape[1]:
+            old = before.valid
+            if old is not None or valid is not None:
+                old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
+                new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
+                valid = torch.cat([old.to(new.device), new], dim=1)
+            positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
+        if before.shift is not None:
+            old_shift = before.shift.to(positions.device)
+            shift = old_shift if shift is None else shift + old_shift
+        return Slots(positions, valid, shift, self.logical)
+
     def select(self, index: Tensor) -> "Slots":
         """Rows of the batch by index."""
         index = index.to(self.positions.device)

@@ -107,11 +107,14 @@ class ForwardState:
 
     def row_validity(self, rows: Rows) -> Tensor:
         """`[B, P]` bool: real tokens among rows of a stage."""
+        valid = self._valid(rows)
+        return torch.ones_like(rows.index, dtype=torch.bool) if valid is None else valid
+
+    def _valid(self, rows: Rows) -> Tensor | None:
+        """As `row_validity`, or None when every row is a real token."""
         if rows.whole and self.chunk_valid is not None:
             return self.chunk_valid.to(rows.index.device)
-        if rows.valid is not None:
-            return rows.valid
-        return torch.ones_like(rows.index, dtype=torch.bool)
+        return rows.valid
 
     # --- what a layer is handed
 
@@ -195,20 +198,8 @@ class ForwardState:
 
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
         """What a layer holds once the chunk's rows are behind what it held."""
-        positions, shift = rows.index + self.past, rows.total_shift
-        padded = rows.whole and self.chunk_valid is not None
-        valid = self.row_validity(rows) if padded else rows.valid
-        if before is not None and before.positions.shape[1]:
-            old = before.valid
-            if old is not None or valid is not None:
-                old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
-                new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
-                valid = torch.cat([old.to(new.device), new], dim=1)
-            positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
-        if before is not None and before.shift is not None:
-            old_shift = before.shift.to(positions.device)
-            shift = old_shift if shift is None else shift + old_shift
-        return Slots(positions, valid, shift, self.past + rows.length)
+        positions, logical = rows.index + self.past, self.past + rows.length
+        return Slots(positions, self._valid(rows), rows.total_shift, logical).behind(before)
 
     def _mask(
         self,
@@ -226,29 +217,10 @@ class ForwardState:
         kind = self._kind
         key = (id(rows), id(slots), offset, buffer, kind, hidden.device, id(given))
         if key not in self._masks:
-            self._masks[key] = self._make_mask(rows, slots, offset, buffer, kind, given, hidden)
+            self._masks[key] = masks.make_mask(
+                rows.index, self.past, slots, offset, buffer, kind, given, hidden
+            )
         return self._masks[key]
-
-    def _make_mask(
-        self,
-        rows: Rows,
-        slots: Slots,
-        offset: int,
-        buffer: int,
-        kind: str,
-        given: Tensor | None,
-        hidden: Tensor,
-    ) -> Tensor | None:
-        if kind == "flash":
-            return slots.valid
-        plain = slots.valid is None and buffer == slots.positions.shape[1]
-        if given is None and kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
-            return None
-        valid = None if slots.valid is None else slots.valid[:, offset : offset + rows.size]
-        allow = masks.allowed_keys(rows.index + self.past, valid, slots, buffer, offset)
-        if given is not None:
-            return masks.cut_mask(given.to(hidden.device), rows.index, slots, allow)
-        return masks.as_kind(allow, kind, hidden.dtype)
 
     def _position_embeddings(
         self, layer: int, rows: Rows, kwargs: dict[str, Any], hidden: Tensor
@@ -286,13 +258,16 @@ class ForwardState:
         """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
         scaling, peeking = float(kwargs["scaling"]), self.mode == "peek"
         for want in self.wanted:
-            if want.layer == module.layer_idx and want.mode == self.mode and not want.seen:
+            here = want.layer == module.layer_idx and want.mode == self.mode
+            if here and not want.seen and want.needed(self.buckets):
                 rows = self.last if peeking else self.rows_at(want.layer)
                 want.offset = self._offset(want.layer, rows)
                 if peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                want.read(rows, query, key, mask, scaling, self.rotary, self.attachment.backend)
+                valid, plain = self._valid(rows), self.past == 0 and not self.mask_4d
+                backend = self.attachment.backend
+                want.read(rows, query, key, mask, valid, plain, scaling, self.rotary, backend)
         if peeking or (self.mode == "probe" and all(want.seen for want in self.wanted)):
             raise EnoughSeen
 
