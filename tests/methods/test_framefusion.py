@@ -97,6 +97,7 @@ EVERY = {
     "vision_keys": torch.zeros(1, 1, 12, 1),
     "vision_features": torch.zeros(1, 12, 1),
     "padding": torch.zeros(1, 12),
+    "mean_attention": torch.zeros(1, 12),
     "encoder_groups": torch.zeros(1, 12, dtype=torch.int64),
 }
 
@@ -130,7 +131,8 @@ def test_newlines_are_not_merged_and_stay_within_the_budget():
 def test_the_mean_over_layers_is_met_whatever_the_video(mean, num_layers):
     g = torch.Generator().manual_seed(0)
     for case in range(40):
-        method = FrameFusion(keep_ratio=mean, least=0.0 if case % 2 else 0.1)
+        budget = {"mean_keep_ratio" if case % 4 < 2 else "keep_ratio": mean}
+        method = FrameFusion(**budget, least=0.0 if case % 2 else 0.1)
         places = {p.layer: p for p in method.placements(num_layers)}
         change = torch.rand((), generator=g) * 2
         x = torch.randn(1, 1, 10, 4, generator=g) + change * torch.randn(1, 8, 10, 4, generator=g)

@@ -13,8 +13,10 @@ from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, Video, build,
 from torch import Tensor
 from transformers import DynamicCache
 
-from vispress import compressed
+from vispress import compress_model, compressed
 from vispress.budget import Budget
+from vispress.errors import ConfigError
+from vispress.methods import FastV, FrameFusion
 from vispress.methods.base import Compressor
 from vispress.runtime.cache_name import CACHE
 from vispress.runtime.seen import Wanted
@@ -96,6 +98,16 @@ def test_attention_is_read_of_the_layer_before_the_prune_alone(
     assert read == [0]
 
 
+def test_the_report_does_not_say_that_its_layers_are_published() -> None:
+    model = model_of("llava_onevision")
+    inputs = make_inputs("llava_onevision", samples("llava_onevision")[:1])
+    for method, says in ((FrameFusion(keep_ratio=0.6), False), (FastV(keep_ratio=0.6), True)):
+        with compressed(model, method) as view:
+            logits_of(model, inputs)
+            notes = view.report.notes
+        assert any("published layers" in note for note in notes) == says, notes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader(Compressor):
     """Keeps everything, and notes what it reads."""
@@ -143,6 +155,19 @@ def assert_same(reader: Reader, report: Any, expected: Tensor) -> None:
             and torch.allclose(row[:, 0], own, rtol=0, atol=1e-6)
         ]  # fmt: skip
         assert near, image
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsksForTheWrongMean(Reader):
+    """As `Reader`, for a signal that is not read of all queries."""
+
+    reads: ClassVar[frozenset[Signal]] = frozenset({Signal.MEAN_ATTENTION})
+
+
+@pytest.mark.refusal
+def test_another_signal_of_all_queries_is_refused() -> None:
+    with pytest.raises(ConfigError, match="read query_attention in place of mean_attention"):
+        compress_model(model_of("llava"), AsksForTheWrongMean())
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
