@@ -20,6 +20,7 @@ FLOORS: dict[str, int] = {
     "vispress.budget": 1,
     "vispress.placement": 1,
     "vispress.context": 1,
+    "vispress.memory": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,
     "vispress.versions": 1,

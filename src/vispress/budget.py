@@ -116,6 +116,20 @@ def scaled_layers(published: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def ratio_left(mean_keep_ratio: float, shares: Sequence[float], num_layers: int) -> float:
+    """The ratio that, from layer `len(shares)` on, gives this mean over decoder layers.
+
+    Args:
+        mean_keep_ratio: In `(0, 1]`.
+        shares: Fraction of the tokens that each decoder layer so far has seen.
+        num_layers: Depth, more than there are shares.
+
+    Returns:
+        At most 0 where the layers so far have used up the mean; above 1 where all may stay.
+    """
+    return (mean_keep_ratio * num_layers - math.fsum(shares)) / (num_layers - len(shares))
+
+
 def ratio_for_mean(mean_keep_ratio: float, layer: int, num_layers: int) -> float:
     """The ratio that, applied once before `layer`, gives this mean over decoder layers.
 
@@ -123,7 +137,7 @@ def ratio_for_mean(mean_keep_ratio: float, layer: int, num_layers: int) -> float
         BudgetError: The layers before the placement alone hold more than the mean allows.
     """
     check_ratio("mean_keep_ratio", mean_keep_ratio)
-    ratio = (mean_keep_ratio * num_layers - layer) / (num_layers - layer)
+    ratio = ratio_left(mean_keep_ratio, (1.0,) * layer, num_layers)
     if ratio <= 0.0:
         raise BudgetError(
             f"mean_keep_ratio={mean_keep_ratio} cannot be reached by pruning before layer "

@@ -43,6 +43,7 @@ class Signal(StrEnum):
     IMAGE_NUMBER = "image_number"
     PADDING = "padding"
     CONTEXT = "context"
+    DEPTH = "depth"
 
 
 CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
@@ -68,3 +69,5 @@ class Queries(StrEnum):
     """All valid tokens behind the image's last token, other images too, and that token itself where
     there are none; for `mean_attention` alone, as they are many.
     """
+    ALL = "all"
+    """The mean over all valid tokens that the layer runs on, visual ones included: Q = 1."""

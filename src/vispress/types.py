@@ -11,6 +11,7 @@ from torch import Tensor
 from vispress.context import Context
 from vispress.errors import BudgetError
 from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
+from vispress.memory import Memory
 from vispress.placement import Placement
 from vispress_kernels import Backend
 
@@ -18,6 +19,7 @@ __all__ = [
     "ATTENTION_SIGNALS",
     "CLS_SIGNALS",
     "CropLayout",
+    "Memory",
     "Need",
     "Placement",
     "Positions",
@@ -148,6 +150,8 @@ class VisualTokens:
         num_entered: Tokens that reached the compressor's first placement; None: all N0. Fewer are
             left only at its later placements.
         context: Means of what surrounds each image in its prompt.
+        depth: Decoder layer that the placement acts before, and how many the LLM has.
+        memory: What the compressor's placement before left for each row; empty at its first one.
         views: The bucket as each of `Compressor.views` sees it; then signals are there alone.
         backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
@@ -181,6 +185,8 @@ class VisualTokens:
     padding: Float[Tensor, "B N"] | None = None
     num_entered: int | None = None
     context: Context | None = None
+    depth: tuple[int, int] | None = None
+    memory: tuple[Memory, ...] = ()
     views: tuple["VisualTokens", ...] = ()
     backend: Backend = "auto"
 
@@ -227,6 +233,8 @@ class TokenPlan:
         merge_on: What is merged: the tokens themselves, or the projector's input (then projected;
             a slot of one token keeps it as it is).
         features: `[B, K, D]`; values that take the kept places (in place of merging).
+        memory: One for each image, handed back at the method's next placement; none: what was left
+            before stays.
     """
 
     keep: Int[Tensor, "B K"] | tuple[Int[Tensor, "_"], ...]
@@ -234,6 +242,7 @@ class TokenPlan:
     weight: Float[Tensor, "B N"] | None = None
     merge_on: Literal["features", "vision_features"] = "features"
     features: Float[Tensor, "B K D"] | None = None
+    memory: tuple[Memory, ...] = ()
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -266,6 +275,8 @@ class TokenPlan:
             raise ValueError(f"assign has shape {tuple(self.assign.shape)}, expected {shape}")
         if self.features is not None and self.assign is not None:
             raise ValueError("a plan has either features or assign and weight")
+        if len(self.memory) not in (0, tokens.batch):
+            raise ValueError(f"plan remembers {len(self.memory)} of {tokens.batch} images")
 
     def check_values(self, tokens: VisualTokens) -> None:
         """Compare the plan's values with the contract (synchronises; for tests and debugging).

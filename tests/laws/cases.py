@@ -114,7 +114,8 @@ class Spy:
                 # the first of equal budgets: a later one keeps all and asks for no plan
                 size = tokens.num_original
                 stages = (p.layer for p in placements if p.budget.resolve(size) == num_keep)
-                layers.append(next(stages, placements[0].layer))
+                told = placements[0].layer if tokens.depth is None else tokens.depth[0]
+                layers.append(told if tokens.depth else next(stages, told))
                 return plan
 
         Watched.__name__ = type(method).__name__
@@ -271,13 +272,14 @@ def changed_rows(
             for b, image in _bucket_images(report, tokens)
             if (b, image.positions[0]) not in seen.setdefault(layer, set())
         ]
+        if tokens.memory:  # rows part at earlier placements, and some ask for no plan any more
+            bucket = [one for one in bucket if _left(one[1], layer) == _rasters(tokens, plan)[0]]
         if len(bucket) > tokens.batch:  # texts are read: equally long ones are a bucket
             length = _texts(report, *bucket[0])
             bucket = [one for one in bucket if _texts(report, *one) == length]
         seen[layer] |= {(b, image.positions[0]) for b, image in bucket}
         for bucket_row, (b, image) in enumerate(bucket):
-            raster = tokens.index[bucket_row, plan.keep[bucket_row]].tolist()
-            for slot, place in enumerate(raster):
+            for slot, place in enumerate(_rasters(tokens, plan)[bucket_row]):
                 rows[b, image.positions[place]] = _new_value(tokens, plan, bucket_row, slot)
     out = {}
     for layer, rows in found.items():
@@ -300,6 +302,17 @@ def _bucket_images(report: CompressionReport, tokens: VisualTokens) -> list[tupl
         if (image.num_visual, image.grid) == (tokens.num_original, tokens.grid)
         and (text is None or _texts(report, b, image) == (text.shape[1], tokens.text_after))
     ]
+
+
+def _rasters(tokens: VisualTokens, plan: TokenPlan) -> list[list[int]]:
+    """Raster indices of what a plan keeps of each image."""
+    pairs = zip(tokens.index, plan.keep, strict=True)
+    return [index[keep].tolist() for index, keep in pairs]
+
+
+def _left(image: Any, layer: int) -> list[int]:
+    """Raster indices of what a report's image has left behind its placement before `layer`."""
+    return next(list(p.kept) for p in image.placements if p.layer == layer)
 
 
 def _texts(report: CompressionReport, b: int, image: Any) -> tuple[int, int]:

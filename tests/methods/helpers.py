@@ -155,6 +155,7 @@ def make_tokens(
         rotary_prior=1 + torch.rand(B, queries, N, generator=g),
         image_number=torch.arange(B),
         padding=torch.rand(B, N, generator=g),
+        depth=(1, 8),
         context=Context(paired_text=normal(B, dim), query=normal(B, dim), earlier=normal(B, dim)),
     )
 

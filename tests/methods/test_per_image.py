@@ -16,6 +16,7 @@ from vispress.config import from_mapping, to_mapping
 from vispress.errors import ConfigError
 from vispress.methods import AvgPool, DivPrune, FastV, PerImage, PyramidDrop, SparseVLM, TransPrune
 from vispress.methods.rows import rows_of
+from vispress.types import Memory
 
 
 @pytest.mark.parametrize("inner", [FastV(), DivPrune(), TransPrune()], ids=lambda m: m.name)
@@ -57,7 +58,9 @@ def test_it_acts_where_the_inner_method_acts():
 
 def test_rows_of_a_bucket_hold_what_each_image_has():
     tokens = make_tokens(3, grid=(1, 4, 6))
-    picked = rows_of(replace(tokens, views=(tokens,)), [2, 0])
+    memory = tuple(Memory(value=number) for number in range(3))
+    picked = rows_of(replace(tokens, views=(tokens,), memory=memory), [2, 0])
+    assert picked.memory == (memory[2], memory[0])
     assert picked.features.equal(tokens.features[[2, 0]])
     assert picked.views[0].index.shape == (2, 24)
     assert picked.transition[1].cosine.equal(tokens.transition[1].cosine[[2, 0]])

@@ -15,6 +15,7 @@ from vispress.methods.fastv import FastV as FastV
 from vispress.methods.fastvid import FastVID as FastVID
 from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
+from vispress.methods.framefusion import FrameFusion as FrameFusion
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holitom import HoliTom as HoliTom
 from vispress.methods.holov import HoloV as HoloV

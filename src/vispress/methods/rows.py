@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispress.types import Transition, VisualTokens
+from vispress.types import Memory, Transition, VisualTokens
 
 _SHARED = ("crops", "two_layer", "projector", "final_norm")
 """What is the same for all images of a bucket, though it holds tensors."""
@@ -19,6 +19,8 @@ def rows_of(tokens: VisualTokens, rows: Sequence[int]) -> VisualTokens:
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[torch.tensor(rows, device=value.device)]
+        if isinstance(value, tuple) and value and isinstance(value[0], Memory):
+            return tuple(value[row] for row in rows)
         if isinstance(value, tuple):
             return tuple(map(pick, value))
         if isinstance(value, Transition | VisualTokens):

@@ -31,6 +31,7 @@ from vispress.methods.bipartite import fold, match, schedule
 from vispress.methods.checks import check_flag, check_number
 from vispress.methods.encoder_merger import EncoderMerger, EncoderTokens
 from vispress.methods.groups import owners
+from vispress.methods.runs import mean_plan
 from vispress.methods.segments import GEOMETRY, split
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
@@ -99,11 +100,4 @@ class ToMe(Compressor, EncoderMerger):
             else:
                 into = owners(part.of(x), group, part.share, tokens.backend)
             owner[part.rows, part.places] = part.places[into]
-        survives = owner == torch.arange(shape[1], device=device)
-        keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
-        into = owner.clamp(min=0)
-        assign = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
-        one = (owner >= 0).to(x.dtype)
-        size = torch.zeros_like(one).scatter_add(1, into, one).gather(1, into)
-        weight = 1 / size.clamp(min=1)
-        return TokenPlan(keep=keep, assign=assign, weight=weight)
+        return mean_plan(owner, [num_keep], x.dtype)

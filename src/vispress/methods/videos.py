@@ -35,6 +35,13 @@ class Frames:
         """Values of the tokens, frame by frame."""
         return values[:, self.places]
 
+    def place_of(self, index: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+        """Place in its frame of each token of the whole video; -1 for newlines."""
+        total, size = self.places.numel() + len(self.newlines), self.places.shape[1]
+        table = torch.full((total,), -1, device=index.device)
+        table[self.places] = torch.arange(size, device=index.device)
+        return table[index]
+
     def with_newlines(
         self, picked: Int[Tensor, "B n"], newlines: Int[Tensor, "m"]
     ) -> Int[Tensor, "B K"]:

@@ -15,14 +15,7 @@ from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.bypass import leave
-from vispress.runtime.call import (
-    CALLS,
-    LATEST,
-    Call,
-    brings_images,
-    by_name,
-    capture_of,
-)
+from vispress.runtime.call import CALLS, LATEST, Call, brings_images, by_name, capture_of
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
 from vispress.runtime.decode_stage import DecodeStep
 from vispress.runtime.encoder_hooks import Merging

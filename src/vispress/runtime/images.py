@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
-from vispress.types import CropLayout
+from vispress.types import CropLayout, Memory, Need
 
 if TYPE_CHECKING:
     from vispress.runtime.capture import Capture
@@ -94,6 +94,8 @@ class Bucket:
     index: Tensor
     entered: dict[int, int] = field(default_factory=dict)
     """N at the first placement of each compressor, by its number."""
+    memory: dict[int, tuple[Memory, ...]] = field(default_factory=dict)
+    """What each compressor left for each row, by its number."""
 
     @property
     def num_visual(self) -> int:
@@ -115,7 +117,22 @@ class Bucket:
             sample=self.sample[one],
             positions=self.positions[one],
             index=self.index[one],
+            memory={by: own[one] for by, own in self.memory.items()},
         )
+
+    def passes(self, needs: Need | None) -> bool:
+        """Whether a method that is made for `needs` leaves these images whole."""
+        return needs == "video" and self.images[0].modality != "video"
+
+    def over(self, compressor: int) -> bool:
+        """Whether a compressor is done with all rows."""
+        own = self.memory.get(compressor, ())
+        return bool(own) and all(each.over for each in own)
+
+    def reads_attention(self, compressor: int) -> bool:
+        """Whether a compressor's next placement reads attention of the LLM for any row."""
+        own = self.memory.get(compressor, ())
+        return not own or any(each.attention and not each.over for each in own)
 
     def to(self, device: torch.device) -> "Bucket":
         """The same bucket on another device."""

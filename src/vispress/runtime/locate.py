@@ -65,6 +65,7 @@ def _wanted(attachment: "Attachment", images: Sequence[Image], valid: Tensor) ->
                 known = _want(placement, layer, rows, images)
                 wanted.append(known)
             known.reads |= reads
+            known.readers[step.compressor] = step.method.needs
             known.until = placement.layer
     return wanted
 
@@ -96,6 +97,8 @@ def _placeholder_mask(attachment: "Attachment", call: Call, token: int) -> Tenso
 
 def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:
     """Chunk positions of the wanted rows of each sample."""
+    if queries is Queries.ALL:
+        return [[] for _ in valid]
     if queries is Queries.LAST:
         return [row.nonzero()[-1].tolist() for row in valid]
     rows: list[list[int]] = [[] for _ in range(valid.shape[0])]

@@ -57,6 +57,7 @@ def probe(
         mask_4d=state.mask_4d,
         position_ids=state.position_ids,
         images=state.images,
+        buckets=state.buckets,
         decided={number: [] for number in range(1, layer + 1)},  # no placement acts
         wanted=wanted,
         mode="probe",

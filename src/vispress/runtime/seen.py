@@ -1,7 +1,7 @@
 """What was seen while decoder layers ran: attention rows and module transitions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vispress.methods.base import upcast
 from vispress.runtime.attention import attention_rows
-from vispress.runtime.images import Image, numbered
+from vispress.runtime.images import Bucket, Image, numbered
 from vispress.runtime.rows import Rows
-from vispress.types import Placement, Queries, Signal
+from vispress.types import Need, Placement, Queries, Signal
 from vispress_kernels import Backend
+from vispress_kernels.column_attention import column_attention
 from vispress_kernels.query_attention import query_attention
 
 Mode = Literal["run", "peek", "probe"]
@@ -50,11 +51,12 @@ class Wanted:
         queries: Whose rows.
         mode: When they are read.
         positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
-            one).
+            one); R = 0 for the mean over all.
         lengths: Real rows of each sample, on the host.
         images: Images of the call.
         reads: Which of attention rows, their means and key norms are wanted.
         until: Decoder layer of the last placement that reads them.
+        readers: What each compressor that reads them is made for, by its number in the chain.
     """
 
     layer: int
@@ -65,6 +67,7 @@ class Wanted:
     images: Sequence[Image]
     reads: set[Signal]
     until: int
+    readers: dict[int, Need | None] = field(default_factory=dict)
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
     means: Tensor | None = None  # [B, M, S], fp32, for the images of each sample in order
     key_norms: Tensor | None = None  # [B, S], fp32
@@ -78,6 +81,14 @@ class Wanted:
         """Whether these are the rows that a placement reads of a layer."""
         asked = (layer, mode_of(placement), placement.queries)
         return (self.layer, self.mode, self.queries) == asked
+
+    def needed(self, buckets: Sequence[Bucket]) -> bool:
+        """Whether a compressor reads them for any of these images."""
+        return any(
+            not bucket.passes(needs) and bucket.reads_attention(number)
+            for bucket in buckets
+            for number, needs in self.readers.items()
+        )
 
     def forget(self) -> None:
         """Let go of what was read, once it is used: many queries are large."""
@@ -101,6 +112,8 @@ class Wanted:
         query: Tensor,
         key: Tensor,
         mask: Tensor | None,
+        valid: Tensor | None,
+        plain: bool,
         scaling: float,
         rotary: tuple[Tensor, Tensor] | None,
         backend: Backend,
@@ -112,6 +125,8 @@ class Wanted:
             query: `[B, H, P, D]`, post-RoPE.
             key: `[B, Hkv, S, D]`, the past included.
             mask: 4-D, `[B, S]` (FlashAttention), or None.
+            valid: `[B, P]` bool, queries that are no padding; None for all.
+            plain: There are no keys but the queries' own, and no mask but causality and padding.
             scaling: Factor on the logits.
             rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
@@ -121,13 +136,22 @@ class Wanted:
             self.key_norms = upcast(key).abs().sum(dim=(1, 3))
         if Signal.ROTARY_PRIOR in self.reads:
             self.rotary, self.scaling = rotary, scaling
-        local = rows.to(query.device).place.gather(1, self.positions.to(query.device))  # [B, R]
         ask = partial(_attend, query, key, mask, self.offset, scaling, backend)
-        if Signal.QUERY_ATTENTION in self.reads:
-            self.rows = ask(local)
-        if Signal.MEAN_ATTENTION in self.reads:
-            # as many scores at a time as the keys have elements
-            self.means = self._means(ask, local, max(1, key[0, :, 0].numel() // query.shape[1]))
+        # as many scores at a time as the keys have elements
+        size = max(1, key[0, :, 0].numel() // query.shape[1])
+        if self.queries is not Queries.ALL:
+            local = rows.to(query.device).place.gather(1, self.positions.to(query.device))
+            if Signal.QUERY_ATTENTION in self.reads:
+                self.rows = ask(local)
+            if Signal.MEAN_ATTENTION in self.reads:
+                self.means = self._means(ask, local, size)
+        elif Signal.QUERY_ATTENTION in self.reads and plain:
+            key = key[:, :, : query.shape[2]]  # a static buffer is longer
+            self.rows = column_attention(
+                query, key, valid=valid, causal=True, scale=scaling, backend=backend
+            ).unsqueeze(2)
+        elif Signal.QUERY_ATTENTION in self.reads:
+            self.rows = _mean_of_all(ask, query, valid, size)
 
     def _means(self, ask: Callable[..., Tensor], local: Tensor, size: int) -> Tensor:
         """`[B, M, S]`: mean over heads and over the rows that ask about each image of a sample."""
@@ -144,6 +168,22 @@ class Wanted:
             total = found if total is None else total + found
         assert total is not None
         return total / asks.sum(dim=2, keepdim=True).clamp(min=1.0)
+
+
+def _mean_of_all(
+    ask: Callable[..., Tensor], query: Tensor, valid: Tensor | None, size: int
+) -> Tensor:
+    """`[B, H, 1, S]`: mean over real queries, `size` of them at a time."""
+    B, _, P, _ = query.shape
+    every = torch.arange(P, device=query.device).expand(B, P)
+    real = torch.ones_like(every) if valid is None else valid.to(every)
+    total: Tensor | None = None
+    for start in range(0, P, size):
+        part = slice(start, start + size)
+        found = (ask(every[:, part]) * real[:, None, part, None]).sum(dim=2, keepdim=True)
+        total = found if total is None else total + found
+    assert total is not None
+    return total / real.sum(dim=1).clamp(min=1)[:, None, None, None]
 
 
 def _attend(

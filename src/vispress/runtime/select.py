@@ -3,7 +3,7 @@ values.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,6 +88,8 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
             if plan is not None:
                 assert isinstance(plan.keep, Tensor)
                 kept = part.kept(plan.keep)
+                if plan.memory:
+                    kept.memory = kept.memory | {step.compressor: plan.memory}
                 gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(
                     1, plan.keep, False
                 )
@@ -97,7 +99,8 @@ def decide(state: ForwardState, step: Step, hidden: Tensor) -> Decision | None:
             for number, image in enumerate(part.images):
                 drop_counts[image.sample] += part.num_visual - kept.num_visual
                 image.trace.append(Trace(step.number, kept.index[number]))
-            after.append(kept if step.placement.until is None else part)
+            back = step.placement.until is not None
+            after.append(replace(part, memory=kept.memory) if back else kept)
     state.buckets = after
     if not any(drop_counts) and not changes:
         return None
@@ -183,14 +186,17 @@ def _members(assign: Tensor, slots: int) -> Tensor:
 
 
 def asks(state: ForwardState, step: Step) -> bool:
-    """Whether a placement has a bucket to decide about."""
-    return any(not _passes(step, bucket) for bucket in state.buckets)
+    """Whether a placement reads attention to decide about any bucket."""
+    return any(
+        not _passes(step, bucket) and bucket.reads_attention(step.compressor)
+        for bucket in state.buckets
+    )
 
 
 def _passes(step: Step, bucket: Bucket) -> bool:
     """Whether all tokens of a bucket stay, without a look at them."""
     placement, first = step.placement, bucket.images[0]
-    if step.method.needs == "video" and first.modality != "video":
+    if bucket.passes(step.method.needs) or bucket.over(step.compressor):
         return True
     if placement.images == ("earlier" if first.last else "last"):
         return True
@@ -213,7 +219,7 @@ def _plans(
         empty = bucket.index.new_empty(len(bucket.images), 0)
         yield bucket, TokenPlan(keep=empty)
         return
-    tokens = visual_tokens(state, method, placement, bucket, rows, hidden, entered)
+    tokens = visual_tokens(state, step.compressor, method, placement, bucket, rows, hidden)
     plan = method.plan(tokens, num_keep)
     plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if isinstance(plan.keep, Tensor):
@@ -229,5 +235,6 @@ def _plans(
                 weight=None if plan.weight is None else plan.weight[one],
                 merge_on=plan.merge_on,
                 features=None if plan.features is None else plan.features[one, : len(keep)],
+                memory=plan.memory[one],
             ),
         )

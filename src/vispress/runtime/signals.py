@@ -19,23 +19,23 @@ from vispress_kernels.gather_tokens import gather_tokens
 
 def visual_tokens(
     state: ForwardState,
+    compressor: int,
     method: Compressor,
     placement: Placement,
     bucket: Bucket,
     rows: Rows,
     hidden: Tensor,
-    entered: int,
 ) -> VisualTokens:
     """The bucket as a method sees it.
 
     Args:
         state: The call.
-        method: Whose signals to fill.
+        compressor: Number of the compressor in the chain.
+        method: Whose signals to fill: the compressor, or one of its views.
         placement: Where the method acts.
         bucket: Images with equal N.
         rows: Rows that enter the placement's layer.
         hidden: `[B, P, D]`, their hidden states.
-        entered: Tokens of each image that reached the method's first placement.
     """
     parts = method.views()
     reads = frozenset() if parts else method.signals()
@@ -43,13 +43,14 @@ def visual_tokens(
     local = rows.place[sample, bucket.positions]
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
-    if placement.queries is not None and Signal.QUERY_ATTENTION in reads:
+    asked = placement.queries is not None and bucket.reads_attention(compressor)
+    if asked and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, bucket)
-    if placement.queries is not None and Signal.MEAN_ATTENTION in reads:
+    if asked and Signal.MEAN_ATTENTION in reads:
         signals["mean_attention"] = _mean_attention(state, placement, bucket)
-    if placement.queries is not None and Signal.ROTARY_PRIOR in reads:
+    if asked and Signal.ROTARY_PRIOR in reads:
         signals["rotary_prior"] = _rotary_prior(state, placement, bucket)
-    if Signal.KEY_NORMS in reads:
+    if asked and Signal.KEY_NORMS in reads:
         signals["key_norms"] = _key_norms(state, placement, bucket)
     if Signal.TEXT_STATES in reads:
         behind = torch.stack([image.text_after for image in bucket.images]).to(hidden.device)
@@ -66,6 +67,9 @@ def visual_tokens(
     if Signal.CONTEXT in reads:
         inside = placement.layer > 0
         signals["context"] = context_of(state, bucket, rows, hidden, inside=inside)
+    if Signal.DEPTH in reads:
+        depth = len(state.attachment.adapter.decoder_layers)
+        signals["depth"] = (placement.layer, depth)
     numbers, counts = numbered(state.images)
     if Signal.IMAGE_COUNT in reads:
         signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
@@ -77,9 +81,10 @@ def visual_tokens(
         num_original=first.num_visual,
         grid=first.grid,
         crops=first.crops,
-        num_entered=entered,
+        num_entered=bucket.entered[compressor],
+        memory=bucket.memory.get(compressor, ()),
         views=tuple(
-            visual_tokens(state, one, placement, bucket, rows, hidden, entered) for one in parts
+            visual_tokens(state, compressor, one, placement, bucket, rows, hidden) for one in parts
         ),
         backend=state.attachment.backend,
         **signals,

@@ -9,7 +9,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vispress.errors import CompressionStateError
 from vispress.methods.cached_selector import Selection
-from vispress.runtime.rows import Rows
 
 
 @dataclass
@@ -29,6 +28,23 @@ class Slots:
     shift: Tensor | None
     logical: int
 
+    def behind(self, before: "Slots | None") -> "Slots":
+        """These slots of a chunk, stored behind what the layer held."""
+        if before is None:
+            return self
+        positions, valid, shift = self.positions, self.valid, self.shift
+        if before.positions.shape[1]:
+            old = before.valid
+            if old is not None or valid is not None:
+                old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
+                new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
+                valid = torch.cat([old.to(new.device), new], dim=1)
+            positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
+        if before.shift is not None:
+            old_shift = before.shift.to(positions.device)
+            shift = old_shift if shift is None else shift + old_shift
+        return Slots(positions, valid, shift, self.logical)
+
     def select(self, index: Tensor) -> "Slots":
         """Rows of the batch by index."""
         index = index.to(self.positions.device)
@@ -43,29 +59,6 @@ class Slots:
         """Each row of the batch `repeats` times."""
         rows = torch.arange(self.positions.shape[0], device=self.positions.device)
         return self.select(rows.repeat_interleave(repeats))
-
-
-def joined(before: Slots | None, rows: Rows, valid: Tensor | None, past: int) -> Slots:
-    """What a layer holds once a chunk's rows are behind what it held.
-
-    Args:
-        before: What it held, or None for nothing.
-        rows: Rows of the chunk.
-        valid: `[B, P]` bool, which of them are real tokens; None for all.
-        past: Logical length before the chunk.
-    """
-    positions, shift = rows.index + past, rows.total_shift
-    if before is not None and before.positions.shape[1]:
-        old = before.valid
-        if old is not None or valid is not None:
-            old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
-            new = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
-            valid = torch.cat([old.to(new.device), new], dim=1)
-        positions = torch.cat([before.positions.to(positions.device), positions], dim=1)
-    if before is not None and before.shift is not None:
-        old_shift = before.shift.to(positions.device)
-        shift = old_shift if shift is None else shift + old_shift
-    return Slots(positions, valid, shift, past + rows.length)
 
 
 def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:

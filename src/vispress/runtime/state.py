@@ -16,7 +16,7 @@ from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
 from vispress.runtime.seen import EnoughSeen, Mode, Seen, Wanted
-from vispress.runtime.slots import Compressed, Slots, joined
+from vispress.runtime.slots import Compressed, Slots
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
@@ -107,11 +107,14 @@ class ForwardState:
 
     def row_validity(self, rows: Rows) -> Tensor:
         """`[B, P]` bool: real tokens among rows of a stage."""
+        valid = self._valid(rows)
+        return torch.ones_like(rows.index, dtype=torch.bool) if valid is None else valid
+
+    def _valid(self, rows: Rows) -> Tensor | None:
+        """As `row_validity`, or None when every row is a real token."""
         if rows.whole and self.chunk_valid is not None:
             return self.chunk_valid.to(rows.index.device)
-        if rows.valid is not None:
-            return rows.valid
-        return torch.ones_like(rows.index, dtype=torch.bool)
+        return rows.valid
 
     # --- what a layer is handed
 
@@ -194,8 +197,9 @@ class ForwardState:
         return slots, offset, held.buffer(slots, rows.size)
 
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
-        padded = rows.whole and self.chunk_valid is not None
-        return joined(before, rows, self.row_validity(rows) if padded else rows.valid, self.past)
+        """What a layer holds once the chunk's rows are behind what it held."""
+        positions, logical = rows.index + self.past, self.past + rows.length
+        return Slots(positions, self._valid(rows), rows.total_shift, logical).behind(before)
 
     def _mask(
         self,
@@ -254,13 +258,16 @@ class ForwardState:
         """Read the wanted rows of a watched decoder layer (see `attention.Sink`)."""
         scaling, peeking = float(kwargs["scaling"]), self.mode == "peek"
         for want in self.wanted:
-            if want.layer == module.layer_idx and want.mode == self.mode and not want.seen:
+            here = want.layer == module.layer_idx and want.mode == self.mode
+            if here and not want.seen and want.needed(self.buckets):
                 rows = self.last if peeking else self.rows_at(want.layer)
                 want.offset = self._offset(want.layer, rows)
                 if peeking and want.offset:  # its update did not run: the past is still apart
                     past = self._held(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                want.read(rows, query, key, mask, scaling, self.rotary, self.attachment.backend)
+                valid, plain = self._valid(rows), self.past == 0 and not self.mask_4d
+                backend = self.attachment.backend
+                want.read(rows, query, key, mask, valid, plain, scaling, self.rotary, backend)
         if peeking or (self.mode == "probe" and all(want.seen for want in self.wanted)):
             raise EnoughSeen
 

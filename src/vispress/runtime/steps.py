@@ -9,6 +9,10 @@ from vispress.runtime.seen import attention_layers
 from vispress.runtime.select import Step
 from vispress.types import Placement, Positions, Queries, Signal, Stage
 
+_BY_ROW = frozenset({Signal.QUERY_ATTENTION, Signal.MEAN_ATTENTION, Signal.ROTARY_PRIOR})
+_MEANS = {Queries.AFTER: Signal.MEAN_ATTENTION, Queries.ALL: Signal.QUERY_ATTENTION}
+"""Queries too many to hold a row of each, and the signal that has their mean."""
+
 
 def make_steps(
     methods: Sequence[Compressor], adapter: ModelAdapter, positions: Positions | None
@@ -77,11 +81,12 @@ def _check(method: Compressor, placement: Placement, layers: int) -> None:
             "layers, "
             f"got {placement.layer}"
         )
-    many = method.signals() & {Signal.QUERY_ATTENTION, Signal.ROTARY_PRIOR}
-    if many and placement.queries is Queries.AFTER:
+    mean = _MEANS.get(placement.queries) if placement.queries else None
+    other = method.signals() & (_BY_ROW - {mean})
+    if mean is not None and other:
         raise ConfigError(
-            f"{method.name}: rows of all tokens behind an image are read as their mean alone; "
-            f"read {Signal.MEAN_ATTENTION.value} in place of {', '.join(sorted(many))}"
+            f"{method.name}: rows of queries={placement.queries!s} are read as their mean alone; "
+            f"read {mean.value} in place of {', '.join(sorted(other))}"
         )
     probe = placement.probe
     if probe is not None and (placement.stage is not Stage.PRE_LLM or not 0 <= probe < layers):
@@ -111,9 +116,10 @@ def _notes(
     """What a reader of the report must know about choices made here."""
     notes = []
     given = [one.hyperparameters() for one in (method, *method.members())]
-    explicit = any(own.get(name) is not None for own in given for name in ("layer", "layers"))
+    asked_layers = [own[name] for own in given for name in ("layer", "layers") if name in own]
+    published = bool(asked_layers) and all(value is None for value in asked_layers)
     where = ", ".join(str(p.layer) for p in placements)
-    if layers != 32 and not explicit and any(p.layer for p in placements):
+    if layers != 32 and published and any(p.layer for p in placements):
         notes.append(
             f"{method.name}: published layers of a 32-layer LLM, scaled to {layers} layers: {where}"
         )

@@ -1,0 +1,118 @@
+"""FrameFusion: merge what stays the same from frame to frame, layer by layer, then prune once.
+
+Fu et al., "FrameFusion: Combining Similarity and Importance for Video Token Reduction on Large
+Vision Language Models", ICCV 2025, arXiv:2501.01986.
+Source: the authors' code, read through a specification; no official vectors exist.
+Follows the code: at the LLM's input and then layer by layer, hidden states that have a cosine of at
+least 0.6 to the one before at their place are merged into it, and runs of them become the mean in
+the run's first token. Where a layer merges less than a tenth of what is left, or as much as the
+budget asks for, merging ends: then the tokens that receive most attention (of all queries and
+heads) in the layer before stay, as many as make the mean over decoder layers the budget.
+Differs: the code merges and prunes between a layer's attention and its MLP, here that happens
+before the next layer. A survivor stands for its run: what follows it is the next survivor of its
+place (our reading). Merging ends in any case where the budget could else be overspent: before layer
+8 of 28 for 0.3. `num_tokens` (ours) is what is left in the end. Newlines are never merged, and kept
+within the budget. Images pass whole.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vispress.budget import Budget, ratio_for_mean
+from vispress.kinds import Need, Positions, Queries, Signal, Stage
+from vispress.methods.base import Compressor, Evidence, top_indices, upcast
+from vispress.methods.checks import check_number
+from vispress.methods.course import Course, last_layer
+from vispress.methods.runs import likeness, mean_plan, run_starts
+from vispress.methods.segments import GEOMETRY
+from vispress.methods.videos import frames
+from vispress.registry import register_method
+from vispress.types import Placement, TokenPlan, VisualTokens, full_index
+
+PUBLISHED_MEAN = 0.3
+
+
+@final
+@register_method("framefusion")
+@dataclass(frozen=True, kw_only=True)
+class FrameFusion(Compressor):
+    """Merge videos in the LLM's first layers, then prune them; without a budget to a mean of 0.3.
+
+    `keep_ratio` is the mean over decoder layers, as `mean_keep_ratio`: that is met, what is left
+    where the video decides. `num_tokens` is what is left in the end.
+
+    Args:
+        threshold: Cosine from which a token is merged into the one before it, in `[-1, 1]`.
+        least: Merging ends where it takes less than this share of what is left, in `[0, 1]`.
+    """
+
+    summary: ClassVar[str] = "of videos: means of what stays the same, then the most attended"
+    paper: ClassVar[str] = "Fu et al., ICCV 2025, arXiv:2501.01986"
+    evidence: ClassVar[Evidence] = "reconstructed"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.QUERY_ATTENTION, Signal.DEPTH}
+    needs: ClassVar[Need | None] = "video"
+    merges: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+    default_positions: ClassVar[Positions] = "original"
+
+    threshold: float = 0.6
+    least: float = 0.1
+
+    def validate(self) -> None:
+        check_number("threshold", self.threshold, low=-1.0, high=1.0)
+        check_number("least", self.least, low=0.0, high=1.0)
+
+    @property
+    def mean(self) -> float:
+        """Of visual tokens, over decoder layers."""
+        given = self.mean_keep_ratio if self.keep_ratio is None else self.keep_ratio
+        return PUBLISHED_MEAN if given is None else given
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        first = Placement(stage=Stage.PRE_LLM, budget=Budget(keep_ratio=1.0), adaptive=True)
+        if self.mean == 1.0:
+            return (replace(first, adaptive=False),)
+        end = Budget(keep_ratio=self.mean)
+        if self.num_tokens is not None:
+            end = Budget(num_tokens=self.num_tokens)
+        else:
+            ratio_for_mean(self.mean, 1, num_layers)  # refuses what cannot be met
+        last = last_layer(self.mean, num_layers)
+        inside = replace(first, stage=Stage.IN_LLM, queries=Queries.ALL)
+        middle = (replace(inside, layer=layer) for layer in range(1, last))
+        return first, *middle, replace(inside, layer=last, budget=end)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        course = tokens.memory[0].value if tokens.memory else Course()
+        assert isinstance(course, Course)  # one for all rows: they part where counts do
+        assert tokens.depth is not None  # declared in `reads`
+        video, x = frames(tokens, self.name, pruned=bool(tokens.memory)), upcast(tokens.features)
+        place, count = video.place_of(tokens.index), tokens.num_visual
+        entered, (layer, depth) = tokens.num_entered or tokens.num_original, tokens.depth
+        last = last_layer(self.mean, depth)
+        goal = self.num_tokens or course.goal(self.mean, depth, entered)
+        goal = min(goal, num_keep, count)
+        if layer == last or num_keep < count or not course.merging:
+            assert tokens.query_attention is not None
+            score: Float[Tensor, "B N"] = upcast(tokens.query_attention).mean(dim=(1, 2))
+            stay = len(video.split(goal)[1]) > 0
+            score = score.masked_fill(place < 0, float("inf") if stay else float("-inf"))
+            kept = top_indices(score, goal)
+            owner, left = torch.full_like(place, -1).scatter(1, kept, kept), [goal] * len(kept)
+        else:
+            alike = likeness(x, place)
+            found = (alike >= self.threshold).sum(dim=1).tolist()  # waits once for the device
+            left = [max(goal, count - merges) for merges in found]
+            owner = run_starts(alike, place, [count - own for own in left])
+        memory = tuple(
+            course.after(own, entered, self.least).memory(last, over=own == goal) for own in left
+        )
+        if min(left) == count:
+            whole = full_index(len(x), count, x.device)
+            return TokenPlan(keep=whole, memory=memory)
+        return replace(mean_plan(owner, left, x.dtype), memory=memory)
