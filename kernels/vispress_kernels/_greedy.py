@@ -81,7 +81,7 @@ def inverse_of_norms(
 
 def launch_rule(N: int, D: int) -> Rule:
     """Blocks of a step that is a launch: many small programs, until there are 1024 of them."""
-    block_n = 8 if N <= 8 * MAX_BESTS else 32
+    block_n = 8 if N <= 8 * MAX_BESTS else 16
     return {"BLOCK_N": block_n, "BLOCK_D": 256 if D > 128 else 128, "num_warps": 4}
 
 

@@ -182,7 +182,6 @@ def launch_rule(rows: int, M: int, itemsize: int) -> Rule:
         tile = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
         return {"GROUP": 8, **tile}
     for n, m, d, warps, stages in (
-        (128, 256, 32, 8, 4),
         (128, 128, 64, 8, 3),
         (128, 64, 64, 4, 4),
         (64, 64, 128, 4, 3),
