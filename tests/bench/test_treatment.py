@@ -4,8 +4,9 @@ import pytest
 
 from vispress.bench.cells import Cell, cells_of
 from vispress.bench.targets import expected
-from vispress.bench.treatment import changes_encoder
+from vispress.bench.treatment import changes_encoder, check_cell
 from vispress.config import make_compressor
+from vispress.errors import UnsupportedMethodError
 from vispress.registry import get_method, list_methods
 from vispress.types import Stage
 
@@ -37,3 +38,10 @@ def test_targets_are_the_llms_and_not_the_encoders():
     assert expected(cell("tome", "divprune").chain, 16, 4) == [8, 4]
     restored = (make_compressor("tome", keep_ratio=0.5, restore=True),)
     assert expected(restored, 16, 4) == [16]
+
+
+@pytest.mark.parametrize("method", ["holitom", "prunevid"])
+def test_methods_for_videos_are_not_run_on_pictures(method):
+    # a model that reads videos accepts them, and they would keep every token of a picture
+    with pytest.raises(UnsupportedMethodError, match=f"{method} is made for videos"):
+        check_cell(cell(method), None, None)

@@ -12,6 +12,7 @@ from vispress.bench.oracle import Oracle, told
 from vispress.bench.subjects import Subject
 from vispress.bench.targets import Kept, check_target
 from vispress.bench.tasks import Prompt
+from vispress.errors import UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.types import Positions
 
@@ -99,6 +100,11 @@ def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> Non
     if cell.picture is not None:
         with any_size(subject.model):
             return
+    for method in cell.chain:
+        if method.needs == "video":
+            raise UnsupportedMethodError(
+                f"{method.name} is made for videos and leaves pictures whole; no task shows a video"
+            )
     if cell.chain:
         compress_model(subject.model, list(cell.chain), positions=positions)
         remove_compression(subject.model)
