@@ -13,6 +13,7 @@ from vispress.config import make_compressor
 from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
+from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import CLS_SIGNALS, Stage
 
@@ -30,7 +31,7 @@ def method_table(families: Sequence[Family]) -> Table:
         if works is not None:
             table.add_row(
                 name,
-                escape(f"{'merges' if cls.merges else 'prunes'}; keeps {cls.summary}"),
+                escape(f"{_does(cls)}; keeps {cls.summary}"),
                 _where(cls),
                 ", ".join(sorted(signal.value for signal in cls.reads)) or "features only",
                 cls.evidence,
@@ -48,7 +49,7 @@ def method_markdown() -> str:
     for name in list_methods():
         cls = get_method(name)
         reads = ", ".join(sorted(signal.value for signal in cls.reads)) or "features"
-        does = "merges" if cls.merges else "prunes"
+        does = _does(cls)
         cells = (f"`{name}`", does, cls.summary, _where(cls), reads, cls.paper, cls.evidence)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -77,6 +78,13 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
     return None if none else escape("with [CLS] only")
 
 
+def _does(cls: type[Compressor]) -> str:
+    """What becomes of the tokens that are not kept."""
+    if issubclass(cls, PairMasker):
+        return "masks"
+    return "merges" if cls.merges else "prunes"
+
+
 def _where(cls: type[Compressor]) -> str:
     """Stage and published layers, from the placements in a 32-layer LLM."""
     for ratio in (None, 0.5):
@@ -86,6 +94,8 @@ def _where(cls: type[Compressor]) -> str:
             continue
         if placements[0].stage is Stage.ENCODER:
             return "in the encoder"
+        if placements[0].stage is Stage.MASK:
+            return f"in attention, from layer {placements[0].layer} of {_DEPTH}"
         if (probe := placements[0].probe) is not None:
             return f"before the LLM, after a probe of layers 0 to {probe}"
         if placements[0].layer == 0:

@@ -21,6 +21,7 @@ from vispress.runtime.slots import Compressed, Slots
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
     from vispress.runtime.decode_stage import Decoding
+    from vispress.runtime.pair_masks import PairMasks
     from vispress.runtime.select import Decision
 
 
@@ -62,6 +63,7 @@ class ForwardState:
     spans: list[Bypass] = field(default_factory=list)
     sink: Token[Any] | None = None
     decoding: "Decoding | None" = None
+    pairs: "PairMasks | None" = None
     held_from: int | None = None  # layers whose cache says what it holds, short or not
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
