@@ -134,9 +134,7 @@ class ForwardState:
         return out
 
     def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the layer's attention would get for the rows that are still there; stores
-        nothing.
-        """
+        """What the layer's attention would get for the rows still there; stores nothing."""
         rows = self.last.to(hidden.device)
         mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
         before = self._before(layer, hidden.device)
