@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import greedy, inputs_of, logits_of, model_of, real_positions, run
-from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate
+from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate, oracle_loss
 from tests.laws.pairs import pair_masked
 from tests.laws.test_flash import flash as flash
+from tests.laws.test_law10_training import assert_equal, gradients, labels_of, training
 from tests.tiny import FAMILIES, Image, Sample, Text, build, make_inputs
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -85,7 +86,8 @@ def test_prefill_and_steps_equal_the_model_with_a_mask_made_by_hand(
 
 
 def test_eager_masks_what_sdpa_masks() -> None:
-    inputs, found = inputs_of("llava"), []
+    # transformers' own eager attention is NaN on padding in fp64
+    inputs, found = make_inputs("llava", [Sample([Text(3), Image(4, 4), Text(9)])]), []
     for attn in ("sdpa", "eager"):
         model = model_of("llava", attn=attn)
         with compressed(model, CMAI()):
@@ -154,7 +156,7 @@ def turns(cuts: list[int], drop: int = 0) -> tuple[Tensor, Tensor]:
 def test_several_turns_and_chunks_equal_one_call(drop: int) -> None:
     one = 3 + int((inputs_of_image() == 120).sum()) + 6
     length = one + one + 2
-    for cuts in ([one], [one - 2, one], [one - 3, one - 2, one, length - 4, length - 1]):
+    for cuts in ([one], [one - 2, one], [3, one - 6, one - 2, one, length - 7, length - 1]):
         whole, got = turns(cuts, drop)
         assert (whole - got).abs().max() < 1e-9
 
@@ -213,20 +215,22 @@ def test_all_of_the_mass_and_text_alone_are_bit_equal(family: str) -> None:
         assert all(map(torch.equal, greedy(model, text, 3), words))
 
 
-def test_gradients_with_checkpointing_are_those_without() -> None:
-    inputs = make_inputs("llava", [Sample([Text(3), Image(4, 4), Text(9)])])
-    found = []
-    for checkpointing in (False, True):
-        model = build("llava").train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        with compressed(model, CMAI(layer=1)):
-            loss = model(**inputs, labels=inputs["input_ids"]).loss
-            loss.backward()
-        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) == len(found[1]) > 20
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert all(bool(one.isfinite().all()) for one in found[0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_model_with_a_mask_made_by_hand(family: str) -> None:
+    # behind left padding the first word is predicted by padding, which sees what it likes
+    model, inputs = model_of(family), inputs_of(family, "right")
+    labels = labels_of(inputs)
+    with training(model):
+        with compressed(model, CMAI()) as report:
+            loss = model(**inputs, labels=labels).loss
+            got, shape = gradients(model, loss), inputs["input_ids"].shape
+            alive = [report.alive(layer) for layer in range(report.num_layers)]
+            first, visual = CMAI().placements(len(alive))[0].layer, visual_of(report, shape)
+        with pair_masked(model, alive, visual, first):
+            expected_loss = oracle_loss(model, inputs, labels, alive)
+            expected = gradients(model, expected_loss)
+    assert abs(loss - expected_loss) < 1e-9
+    assert_equal(got, expected)
 
 
 def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
@@ -291,7 +295,7 @@ def test_a_static_cache_is_refused() -> None:
     [
         ([CMAI(), CMAI()], "cmai and cmai both mask pairs"),
         (
-            [PyramidDrop(keep_ratio=0.5), CMAI(layer=5)],
+            [PyramidDrop(layers=(4,), keep_ratio=0.7), CMAI(layer=4)],
             "pyramiddrop reads the attention of decoder",
         ),
         ([SCM(keep_ratio=0.5), CMAI(layer=1)], "scm reads the attention of decoder layer 1 before"),

@@ -170,25 +170,20 @@ class LayerPairs:
         self, known: PairMemory, query: Tensor, key: Tensor, mask: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
         """`[B, R, T]` and `[B, R, N]`: attention of the chunk's text to text and to images."""
-        here, found = self.places, []
-        for index, valid in zip(
-            here.text.split(_BLOCK, 1), here.text_valid.split(_BLOCK, 1), strict=True
-        ):
+        B, H, _, D = query.shape
+        # the first is there so that a chunk without text has something to join
+        text = [known.attention.new_zeros(B, 0, known.text.shape[1])]
+        image = [known.attention.new_zeros(B, 0, known.image.shape[1])]
+        for start in range(0, self.places.text.shape[1], _BLOCK):
+            block = slice(start, start + _BLOCK)
+            index, valid = self.places.text[:, block], self.places.text_valid[:, block]
             at = index[:, None, :, None]
-            asked = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
+            asked = query.gather(2, at.expand(-1, H, -1, D))
             allowed = mask.gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
             rows = attention_rows(asked, key, allowed, scaling).mean(dim=1) * valid[:, :, None]
-            found.append(
-                [
-                    rows.gather(2, slots[:, None].expand(-1, rows.shape[1], -1)) * real[:, None]
-                    for slots, real in (
-                        (known.text, known.text_valid),
-                        (known.image, known.image_valid),
-                    )
-                ]
-            )
-        text, image = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-        return text, image
+            text.append(_columns(rows, known.text, known.text_valid))
+            image.append(_columns(rows, known.image, known.image_valid))
+        return torch.cat(text, dim=1), torch.cat(image, dim=1)
 
     def _spread(self, gone: Tensor, known: PairMemory, rows: int, slots: int) -> Tensor:
         """`[B, P, S]` from pairs `[B, R, N]`; padding goes to a spare row or column."""
@@ -199,6 +194,11 @@ class LayerPairs:
         row = self.places.text.masked_fill(~self.places.text_valid, rows)
         whole = gone.new_zeros(B, rows + 1, slots)
         return whole.scatter(1, row[:, :, None].expand(-1, -1, slots), wide)[:, :rows]
+
+
+def _columns(rows: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
+    """`[B, R, M]`: what rows `[B, R, S]` hold in some slots, 0 on padding."""
+    return rows.gather(2, slots[:, None].expand(-1, rows.shape[1], -1)) * valid[:, None]
 
 
 def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:

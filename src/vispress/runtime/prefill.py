@@ -76,7 +76,7 @@ def begin(
         locate.find(attachment, state, arguments, captures, embeds)
         given["inputs_embeds"] = _before_llm(attachment, state, module, given, embeds)
         given["input_ids"] = None
-        if step is not None and any(map(step.covers, state.images)):
+        if step is not None and cache is not None and any(map(step.covers, state.images)):
             state.held_from = step.reads
         if not attachment.reads_encoder_late:
             for capture in captures.values():

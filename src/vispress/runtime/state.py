@@ -64,7 +64,7 @@ class ForwardState:
     sink: Token[Any] | None = None
     decoding: "Decoding | None" = None
     pairs: "PairMasks | None" = None
-    held_from: int | None = None  # layers whose cache says what it holds, short or not
+    held_from: int | None = None  # layers that are handed their own mask, short or not
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
     _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class ForwardState:
         """Whether a layer needs anything else than what transformers made for the full sequence."""
         if len(self.rows) > 1 and layer >= self.rows[1][0]:
             return True
-        if self.cache is not None and self.held_from is not None and layer >= self.held_from:
+        if self.held_from is not None and layer >= self.held_from:
             return True
         return self.cache is not None and isinstance(self._held(layer), Compressed)
 
