@@ -33,7 +33,7 @@ def method_table(families: Sequence[Family]) -> Table:
                 name,
                 escape(f"{_does(cls)}; keeps {cls.summary}"),
                 _where(cls),
-                ", ".join(sorted(signal.value for signal in cls.reads)) or "features only",
+                _reads(cls) or "features only",
                 cls.evidence,
                 cls.paper,
                 works,
@@ -48,9 +48,8 @@ def method_markdown() -> str:
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name in list_methods():
         cls = get_method(name)
-        reads = ", ".join(sorted(signal.value for signal in cls.reads)) or "features"
-        does = _does(cls)
-        cells = (f"`{name}`", does, cls.summary, _where(cls), reads, cls.paper, cls.evidence)
+        reads = _reads(cls) or "features"
+        cells = (f"`{name}`", _does(cls), cls.summary, _where(cls), reads, cls.paper, cls.evidence)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -76,6 +75,13 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
         return escape("with [CLS]; others need scores='column_mean'")
     none = all(family.has_cls is False for family in families)
     return None if none else escape("with [CLS] only")
+
+
+def _reads(cls: type[Compressor]) -> str:
+    """What a method is shown beside the features; a mask of pairs is decided without these."""
+    if issubclass(cls, PairMasker):
+        return "attention of the layers it acts in"
+    return ", ".join(sorted(signal.value for signal in cls.reads))
 
 
 def _does(cls: type[Compressor]) -> str:
