@@ -83,6 +83,7 @@ def compress_model(
     from vispress.runtime.decode_stage import find_decode_step
     from vispress.runtime.encoder_step import find_encoder_step
     from vispress.runtime.masks import check_implementation
+    from vispress.runtime.pair_step import find_pair_step
     from vispress.runtime.steps import make_steps
 
     if ATTRIBUTE in adapter.base.__dict__:
@@ -102,7 +103,9 @@ def compress_model(
     notes += remarks
     decoding, remarks = find_decode_step(methods, steps, adapter)
     notes += remarks
-    Attachment(adapter, methods, steps, notes, backend, inside, decoding).attach()
+    pairs, remarks = find_pair_step(methods, steps, adapter)
+    notes += remarks
+    Attachment(adapter, methods, steps, notes, backend, inside, decoding, pairs).attach()
     return model
 
 

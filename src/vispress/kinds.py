@@ -15,6 +15,7 @@ class Stage(StrEnum):
     PRE_LLM = "pre_llm"
     IN_LLM = "in_llm"
     DECODE = "decode"
+    MASK = "mask"
 
 
 class Signal(StrEnum):

@@ -13,6 +13,7 @@ from vispress.config import make_compressor
 from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
+from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import CLS_SIGNALS, Placement, Stage
 
@@ -30,9 +31,9 @@ def method_table(families: Sequence[Family]) -> Table:
         if works is not None:
             table.add_row(
                 name,
-                escape(f"{'merges' if cls.merges else 'prunes'}; keeps {cls.summary}"),
+                escape(f"{_does(cls)}; keeps {cls.summary}"),
                 _where(cls),
-                ", ".join(sorted(signal.value for signal in cls.reads)) or "features only",
+                _reads(cls) or "features only",
                 cls.evidence,
                 cls.paper,
                 works,
@@ -47,9 +48,8 @@ def method_markdown() -> str:
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name in list_methods():
         cls = get_method(name)
-        reads = ", ".join(sorted(signal.value for signal in cls.reads)) or "features"
-        does = "merges" if cls.merges else "prunes"
-        cells = (f"`{name}`", does, cls.summary, _where(cls), reads, cls.paper, cls.evidence)
+        reads = _reads(cls) or "features"
+        cells = (f"`{name}`", _does(cls), cls.summary, _where(cls), reads, cls.paper, cls.evidence)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -77,6 +77,20 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
     return None if none else escape("with [CLS] only")
 
 
+def _reads(cls: type[Compressor]) -> str:
+    """What a method is shown beside the features; a mask of pairs is decided without these."""
+    if issubclass(cls, PairMasker):
+        return "attention of the layers it acts in"
+    return ", ".join(sorted(signal.value for signal in cls.reads))
+
+
+def _does(cls: type[Compressor]) -> str:
+    """What becomes of the tokens that are not kept."""
+    if issubclass(cls, PairMasker):
+        return "masks"
+    return "merges" if cls.merges else "prunes"
+
+
 def _where(cls: type[Compressor]) -> str:
     """Stage and published layers, from the placements in a 32-layer LLM."""
     for ratio in (None, 0.5):
@@ -98,6 +112,8 @@ def _prefill(placements: Sequence[Placement]) -> str:
     first = placements[0]
     if first.stage is Stage.ENCODER:
         return "in the encoder"
+    if first.stage is Stage.MASK:
+        return f"in attention, from layer {first.layer} of {_DEPTH}"
     if first.probe is not None:
         return f"before the LLM, after a probe of layers 0 to {first.probe}"
     if first.layer == 0:

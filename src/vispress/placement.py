@@ -14,7 +14,8 @@ class Placement:
     Args:
         stage: ENCODER merges in the vision encoder (see `EncoderMerger`) and hides nothing from the
             LLM; PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`; DECODE hides
-            cached tokens from `layer` and those behind it, step by step (see `CachedSelector`).
+            cached tokens from `layer` and those behind it, step by step (see `CachedSelector`);
+            MASK drops nothing and masks pairs in these layers (see `PairMasker`).
         budget: What is kept of the tokens that reached the compressor's first placement; in the
             encoder, of the tokens of an image.
         layer: Decoder layer (0-based) before which rows are dropped; 0 for ENCODER and PRE_LLM.

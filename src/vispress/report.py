@@ -216,9 +216,18 @@ def build_report(record: "Record") -> CompressionReport:
         kv_bytes=record.kv_bytes,
         flops=costs,
         visual_per_layer=per_layer,
-        notes=tuple(record.notes),
+        notes=(*record.notes, *_pairs(record)),
         _alive=tuple(record.layer_alive),
     )
+
+
+def _pairs(record: "Record") -> list[str]:
+    """What share of the pairs of text rows and visual tokens before them was masked."""
+    if record.pairs is None or not record.pairs.counts:
+        return []
+    masked, seen = torch.stack([pair.cpu() for pair in record.pairs.counts]).sum(0).tolist()
+    name, share = record.pairs.step.method.name, masked / seen if seen else 0.0
+    return [f"{name}: {share:.1%} of the pairs of text rows and image tokens were masked"]
 
 
 def _encoder(record: "Record", image: "Image") -> EncoderReport | None:

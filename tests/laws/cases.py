@@ -14,6 +14,7 @@ from torch import Tensor
 from vispress import compress_model, compression_report, list_methods, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
+from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
 from vispress.report import CompressionReport
 from vispress.types import CLS_SIGNALS, Placement, TokenPlan, VisualTokens
@@ -69,6 +70,11 @@ CASES = [
     for method in METHODS
     if method not in VIDEO_ONLY and fits(family, method)
 ]
+
+MASKING = frozenset(name for name in METHODS if issubclass(get_method(name), PairMasker))
+"""Methods that drop nothing; `test_pair_masks` has the masked model that they equal."""
+DROPPING = [case for case in CASES if case[1] not in MASKING]
+DROPS = [name for name in METHODS if name not in MASKING]
 
 
 @cache
@@ -374,7 +380,10 @@ def greedy(model: Any, inputs: Mapping[str, Any], new_tokens: int = 3) -> tuple[
 
 __all__ = [
     "CASES",
+    "DROPPING",
+    "DROPS",
     "FAMILIES",
+    "MASKING",
     "METHODS",
     "QWEN",
     "SAMPLES",

@@ -13,7 +13,7 @@ import torch
 from tests.laws import cases
 
 import vispress_kernels
-from vispress import compress_model, compression_report, list_methods, remove_compression
+from vispress import compress_model, compression_report, remove_compression
 from vispress_kernels import _launch, has_triton
 
 pytestmark = [
@@ -84,7 +84,7 @@ def compare(family: str, method: str, launched: Counter[str], **more: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in list_methods() if cases.fits("llava", m)])
+@pytest.mark.parametrize("method", [m for m in cases.DROPS if cases.fits("llava", m)])
 def test_both_backends_keep_the_same(method: str, launched: Counter[str]) -> None:
     compare("llava", method, launched, **({"m": 4} if method == "zoo_prune" else {}))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, FAMILIES, greedy, logits_of, model_of, settings
+from tests.laws.cases import CASES, DROPPING, FAMILIES, greedy, logits_of, model_of, settings
 from tests.tiny import QWEN, VIDEO, Image, Sample, Text, Video, make_inputs
 from tests.tiny_models import IMAGE_ID, VIDEO_ID
 from torch import Tensor
@@ -54,7 +54,7 @@ def assert_text_survives(model: Any, inputs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), DROPPING)
 def test_text_survives_wherever_images_stand(family: str, method: str, padding: str) -> None:
     model, inputs = model_of(family), prompts(family, padding)
     with compressed(model, method, **settings(family, method)):

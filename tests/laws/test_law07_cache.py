@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, FAMILIES, inputs_of, make, model_of, settings
+from tests.laws.cases import CASES, DROPPING, FAMILIES, inputs_of, make, model_of, settings
 from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, StaticCache
 
@@ -66,13 +66,13 @@ def check(family: str, method: Any, inputs: dict[str, Any], dtype: torch.dtype) 
     assert cache_of(out).get_seq_length() == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), DROPPING)
 def test_one_sample_stores_its_kept_rows_and_nothing_else(family: str, method: str) -> None:
     check(family, make(family, method), single(family), torch.float64)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), DROPPING)
 def test_a_batch_stores_its_longest_sample_and_no_padding_beyond(
     family: str, method: str, padding: str
 ) -> None:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from tests.laws.cases import (
     CASES,
+    DROPPING,
     FAMILIES,
+    MASKING,
     SAMPLES,
     Spy,
     changed_rows,
@@ -136,7 +138,7 @@ def checkpointing(model: Any, *, reentrant: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), DROPPING)
 def test_loss_and_gradients_are_those_of_the_masked_model(
     family: str, method: str, padding: str
 ) -> None:
@@ -335,7 +337,7 @@ def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
             optimiser.step()
             optimiser.zero_grad()
             losses.append(float(loss.detach()))
-        assert report.mean_keep_ratio < 1.0
+        assert (report.mean_keep_ratio == 1.0) == (method in MASKING)
     assert losses[2] < losses[1] < losses[0]
 
 

@@ -20,6 +20,7 @@ from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor, ScorePruner
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import Signal, Stage
 
@@ -150,6 +151,8 @@ def bucket(method, geometry="image", **kwargs):
 
 def count_for(method, tokens, count):
     """The budget the runtime would hand over."""
+    if isinstance(method, PairMasker):
+        return tokens.num_visual
     if not method.takes_budget:
         return 0
     return count if count > 0 else tokens.num_visual + count

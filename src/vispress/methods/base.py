@@ -12,6 +12,7 @@ from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_m
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.pair_masker import PairMasker
 from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
@@ -124,6 +125,10 @@ class Compressor(ABC):
     def cached_selector(self) -> CachedSelector | None:
         """What chooses among cached tokens while decoding; None where the method does not."""
         return self if isinstance(self, CachedSelector) else None
+
+    def pair_masker(self) -> PairMasker | None:
+        """What masks (text row, visual token) pairs; None where the method masks none."""
+        return self if isinstance(self, PairMasker) else None
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.

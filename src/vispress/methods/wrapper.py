@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.methods.cached_selector import CachedSelector
+from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
 from vispress.types import Placement, Signal
 
@@ -92,3 +93,7 @@ class Wrapper(Compressor):
     def cached_selector(self) -> CachedSelector | None:
         """The inner compressor's: what decoding sees is no matter of budgets or signals."""
         return self.acting.cached_selector()
+
+    def pair_masker(self) -> PairMasker | None:
+        """The inner compressor's, likewise."""
+        return self.acting.pair_masker()

@@ -20,6 +20,7 @@ from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, wa
 from vispress.runtime.decode_stage import DecodeStep
 from vispress.runtime.encoder_hooks import Merging
 from vispress.runtime.encoder_step import EncoderStep
+from vispress.runtime.pair_step import PairStep
 from vispress.runtime.probe import STATE
 from vispress.runtime.rows import living
 from vispress.runtime.seen import attention_layers
@@ -43,6 +44,7 @@ class Attachment:
         backend: Kernel backend.
         encoder_step: The placement in the encoder, if there is one.
         decode_step: The placement in decoding, likewise.
+        pair_step: The placement that masks pairs, likewise.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class Attachment:
         backend: Backend,
         encoder_step: EncoderStep | None = None,
         decode_step: DecodeStep | None = None,
+        pair_step: PairStep | None = None,
     ) -> None:
         self.backend: Backend = backend
         self.adapter, self.methods, self.steps, self.notes = adapter, methods, steps, tuple(notes)
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
-        self.decode_step = decode_step
+        self.decode_step, self.pair_step = decode_step, pair_step
         self.encoder_step, self.merging = encoder_step, Merging(adapter, encoder_step, backend)
         self.readers = [one for method in methods for one in method.views() or (method,)]
         wanted = frozenset().union(*(method.signals() for method in methods))
@@ -122,7 +125,11 @@ class Attachment:
                 self._hook(layer.register_forward_hook(leave, always_call=True, prepend=True))
         placements = [step.placement for step in self.steps]
         read = {layer for one in placements for layer in attention_layers(one)}
-        for number in read | ({self.decode_step.reads} if self.decode_step else set()):
+        if self.decode_step is not None:
+            read.add(self.decode_step.reads)
+        if self.pair_step is not None:
+            read |= set(range(self.pair_step.first, len(adapter.decoder_layers)))
+        for number in read:
             self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
         for number in {layer for one in placements for layer in one.transitions}:
             self._measure(number)

@@ -20,6 +20,10 @@ READER = "vispress_reader"
 """Keyword argument of a decoder layer: an object whose `read` is shown its attention's q, k, mask
 and scaling; unlike a sink it is found inside a compiled graph, too."""
 
+NARROWER = "vispress_narrower"
+"""Keyword argument of a decoder layer: an object whose `narrow` gives the mask that its attention
+is to use, from q, k, mask and scaling; found again when a checkpointed layer runs a second time."""
+
 
 class Sink(Protocol):
     """Receives what a watched attention module is about to compute."""
@@ -131,6 +135,8 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if (narrower := kwargs.pop(NARROWER, None)) is not None:
+        attention_mask = narrower.narrow(query, key, attention_mask, kwargs["scaling"])
     if (reader := kwargs.pop(READER, None)) is not None:
         reader.read(query, key, attention_mask, kwargs["scaling"])
     sink = current_sink()

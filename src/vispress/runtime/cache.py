@@ -45,7 +45,7 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
         batch = self.slots.positions.shape[0]
         empty = torch.zeros(batch, 0, dtype=torch.long, device=device)
         self.slots, self.pending = Slots(empty, None, None, 0), None
-        self.selection, self.trail = None, ()
+        self.selection, self.trail, self.pairs = None, (), None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens (assisted decoding); only tokens behind the last image.
@@ -69,6 +69,8 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
         assert self.values is not None
         self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
         slots = self.slots
+        if self.pairs is not None:
+            self.pairs = self.pairs.crop(self.physical - count)
         self.slots = Slots(
             slots.positions[:, :-count],
             None if slots.valid is None else slots.valid[:, :-count],
@@ -90,11 +92,10 @@ class CompressedDynamicLayer(Compressed, DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence (contrastive and beam decoding)."""
+        batch = self.slots.positions.shape[0]
         super().batch_repeat_interleave(repeats)
         self.slots = self.slots.repeat(repeats)
-        if self.selection is not None:
-            rows = torch.arange(len(self.selection.begun), device=self.selection.begun.device)
-            self.map_selection(rows.repeat_interleave(repeats))
+        self.map_selection(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences of the batch."""

@@ -8,12 +8,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vispress.runtime import locate, masks
+from vispress.runtime.attention import NARROWER
 from vispress.runtime.bypass import enter
 from vispress.runtime.cache import check_cache, is_compressed, kv_bytes
 from vispress.runtime.cache_name import CACHE, cache_of, renamed
 from vispress.runtime.call import Call, by_name
 from vispress.runtime.capture import projector_function
 from vispress.runtime.decode_stage import Decoding, open_selection
+from vispress.runtime.pair_masks import PairMasks
 from vispress.runtime.probe import probe
 from vispress.runtime.record import Record
 from vispress.runtime.rows import Rows, all_rows, gather_rows
@@ -72,11 +74,15 @@ def begin(
         locate.find(attachment, state, call, embeds)
         given["inputs_embeds"] = _before_llm(attachment, state, module, given, embeds)
         given["input_ids"] = None
-        if step is not None and any(map(step.covers, state.images)):
+        if step is not None and cache is not None and any(map(step.covers, state.images)):
             state.held_from = step.reads
         if not attachment.reads_encoder_late:
             for capture in captures.values():
                 capture.release()
+    state.pairs = PairMasks.of(attachment.pair_step, state)
+    if state.pairs is not None:
+        first = state.pairs.step.first
+        state.held_from = first if state.held_from is None else min(first, state.held_from)
     return state, given
 
 
@@ -189,6 +195,8 @@ def enter_layer(
         kwargs = state.decoding.layer_kwargs(number, hidden, kwargs)
     elif step is not None and number == step.reads and state.images and state.cache is not None:
         open_selection(step, state)
+    if state.pairs is not None and state.mode == "run" and number >= state.pairs.step.first:
+        kwargs = kwargs | {NARROWER: state.pairs.at(state, number, hidden.device)}
     state.rotary = kwargs.get("position_embeddings")
     return hidden, kwargs
 

@@ -12,6 +12,7 @@ from vispress.runtime.slots import Compressed
 
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
+    from vispress.runtime.pair_masks import PairMasks
     from vispress.runtime.select import Step
     from vispress.runtime.state import ForwardState
 
@@ -31,6 +32,7 @@ class Record:
         mlp_width: LLM MLP size.
         past: Logical length before the prefill.
         encoder: Name of the method that merges in the vision encoder, if one does.
+        pairs: Masks of pairs, if a method makes them.
     """
 
     steps: Sequence["Step"]
@@ -42,6 +44,7 @@ class Record:
     mlp_width: int
     past: int
     encoder: str | None = None
+    pairs: "PairMasks | None" = None
 
     @classmethod
     def of(cls, attachment: "Attachment", state: "ForwardState", kv_bytes: int) -> "Record":
@@ -61,6 +64,7 @@ class Record:
             config.intermediate_size,
             state.past,
             None if attachment.encoder_step is None else attachment.encoder_step.method.name,
+            state.pairs,
         )
 
 

@@ -73,6 +73,48 @@ def rows_of(selection: Selection, index: Tensor) -> Selection:
     return each(selection, lambda tensor: tensor[index])
 
 
+@dataclass(frozen=True, eq=False)
+class PairMemory:
+    """How the text rows of a cache layer attended to its visual tokens, before any mask of pairs.
+
+    Args:
+        text: `[B, T]` int64, slots of text rows.
+        text_valid: `[B, T]` bool, False on padding.
+        image: `[B, N]` int64, slots of visual tokens.
+        image_valid: `[B, N]` bool, False on padding.
+        attention: `[B, T, N]` in at least fp32, mean over heads; 0 where not valid.
+    """
+
+    text: Tensor
+    text_valid: Tensor
+    image: Tensor
+    image_valid: Tensor
+    attention: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, places: Tensor, values: Tensor) -> "PairMemory":
+        """Nothing yet, on the device of `places` and in the precision of `values`."""
+        none = places.new_empty(batch, 0)
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        attention = values.new_empty(batch, 0, 0, dtype=dtype)
+        return cls(none, none.bool(), none, none.bool(), attention)
+
+    def select(self, index: Tensor) -> "PairMemory":
+        """Rows of the batch by index."""
+        index = index.to(self.text.device)
+        return PairMemory(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def crop(self, slots: int) -> "PairMemory":
+        """Without what is stored behind the first `slots`."""
+        text, image = self.text_valid & (self.text < slots), self.image_valid & (self.image < slots)
+        rows, columns = text.any(0), image.any(0)
+        seen = self.attention * text[:, :, None] * image[:, None]
+        return PairMemory(
+            self.text[:, rows], text[:, rows], self.image[:, columns], image[:, columns],
+            seen[:, rows][:, :, columns],
+        )  # fmt: skip
+
+
 class Compressed(CacheLayerMixin):
     """The part that both kinds share."""
 
@@ -80,6 +122,8 @@ class Compressed(CacheLayerMixin):
     """What deeper layers see while decoding; kept by the layer whose attention is read."""
     trail: Sequence[Selection] = ()
     """The same before each token of the last call, so that these can be taken back."""
+    pairs: PairMemory | None = None
+    """What a mask of pairs needs of earlier rows; kept by every layer that has one."""
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None
@@ -116,7 +160,9 @@ class Compressed(CacheLayerMixin):
         *self.trail, self.selection = states
 
     def map_selection(self, index: Tensor) -> None:
-        """Rows of the batch by index."""
+        """Rows of the batch by index, of all that is remembered beside the slots."""
+        if self.pairs is not None:
+            self.pairs = self.pairs.select(index)
         if self.selection is not None:
             index = index.to(self.selection.begun.device)
             self.selection = rows_of(self.selection, index)

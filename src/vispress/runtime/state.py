@@ -21,6 +21,7 @@ from vispress.runtime.slots import Compressed, Slots
 if TYPE_CHECKING:
     from vispress.runtime.attach import Attachment
     from vispress.runtime.decode_stage import Decoding
+    from vispress.runtime.pair_masks import PairMasks
     from vispress.runtime.select import Decision
 
 
@@ -64,7 +65,8 @@ class ForwardState:
     spans: list[Bypass] = field(default_factory=list)
     sink: Token[Any] | None = None
     decoding: "Decoding | None" = None
-    held_from: int | None = None  # layers whose cache says what it holds, short or not
+    pairs: "PairMasks | None" = None
+    held_from: int | None = None  # layers that are handed their own mask, short or not
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
     _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -122,7 +124,7 @@ class ForwardState:
         """Whether a layer needs anything else than what transformers made for the full sequence."""
         if len(self.rows) > 1 and layer >= self.rows[1][0]:
             return True
-        if self.cache is not None and self.held_from is not None and layer >= self.held_from:
+        if self.held_from is not None and layer >= self.held_from:
             return True
         return self.cache is not None and isinstance(self._held(layer), Compressed)
 
@@ -139,9 +141,7 @@ class ForwardState:
         return out
 
     def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the layer's attention would get for the rows that are still there; stores
-        nothing.
-        """
+        """What the layer's attention would get for the rows still there; stores nothing."""
         rows = self.last.to(hidden.device)
         mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
         before = self._before(layer, hidden.device)
