@@ -46,10 +46,31 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Everything the launch rules can choose, once; and each default again for odd strides."""
+    """Every block that the launch rules can choose; and each default again for odd strides."""
     parts = (_copies(), _attention(), _columns(), _selections(), _arithmetic())
     found = {v.name: v for part in parts for v in part}
-    return [*found.values(), *_odd(found.values())]
+    return [*_extremes(found.values()), *_odd(found.values())]
+
+
+def _extremes(found: Iterable[Variant]) -> list[Variant]:
+    """The defaults, and of each choice of blocks the variants with the most and the fewest flags.
+
+    What lies between takes parts of both, and fp16 compiles as bf16 does: one choice of blocks a
+    kernel stands for it. All of them would compile for a quarter of an hour.
+    """
+    groups: dict[Any, list[Variant]] = {}
+    half: dict[str, Any] = {}
+    for v in found:
+        sizes = tuple((k, c) for k, c in v.constants.items() if not isinstance(c, bool))
+        dtype = v.types.get("x_ptr", v.types.get("q_ptr"))
+        if dtype == "*fp16" and half.setdefault(v.kernel.__name__, sizes) != sizes:
+            continue
+        groups.setdefault((v.kernel.__name__, sizes, dtype), []).append(v)
+    kept: list[Variant] = []
+    for group in groups.values():
+        order = sorted(group, key=lambda v: sum(c is True for c in v.constants.values()))
+        kept += [v for v in group if v.default or v is order[0] or v is order[-1]]
+    return kept
 
 
 def _odd(found: Iterable[Variant]) -> list[Variant]:
