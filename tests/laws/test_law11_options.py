@@ -30,6 +30,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "catp",
         "adsc",
         "dycoke",
+        "framefusion",
         "lvlm_csp",
         "prumerge",
         "prunevid",
