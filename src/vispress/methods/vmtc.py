@@ -5,8 +5,8 @@ Redundancy", 2024, arXiv:2411.15453.
 Source: the abstract and a description by others, read through a specification; no code was read.
 Follows: primary tokens are those of highest [CLS] attention; the others go to clusters by cosine
 (k-means, before the projector), each merged by a mean weighted with that attention.
-Differs: its companion CMAI, which masks pairs of words and image tokens inside the LLM, is not part
-of this; crops and frames are compressed on their own, newlines stay.
+Differs: its companion, which masks pairs of words and image tokens inside the LLM, is `cmai`; crops
+and frames are compressed on their own, newlines stay.
 Reconstructed: all numbers (144 primary tokens and 72 clusters of 576, ten rounds from seeded
 k-means++), and the place of a cluster: that of its member nearest to their mean raster position.
 `scores="column_mean"` is for encoders without [CLS].
