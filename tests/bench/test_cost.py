@@ -21,6 +21,7 @@ from vispress.errors import BudgetError
 from vispress.flops import flops
 from vispress.methods.base import Compressor
 from vispress.methods.random_ import Random
+from vispress.registry import get_method, list_methods
 from vispress.types import Placement, TokenPlan, VisualTokens
 
 CPU = torch.device("cpu")
@@ -252,6 +253,19 @@ def test_a_replay_keeps_the_same_tokens_every_time(subject, prompts, method, opt
             reports.append(view.report)
     assert reports[0].samples == reports[1].samples == reports[2].samples
     assert reports[0].kv_bytes == reports[2].kv_bytes
+
+
+@pytest.mark.parametrize("method", [m for m in list_methods() if get_method(m).needs is None])
+def test_every_method_can_be_replayed(subject, prompts, method):
+    budget = {"mean_keep_ratio": 0.5} if get_method(method).takes_budget else {}
+    chain, inputs = [make_compressor(method, **budget)], subject.encode(prompts)
+    recording, logs = recorders(chain)
+    samples = []
+    for one in (chain, recording, replays(chain, logs)):
+        with compressed(subject.model, one) as view, torch.inference_mode():
+            subject.model(**inputs)
+            samples.append(view.report.samples)
+    assert samples[0] == samples[1] == samples[2]
 
 
 def test_a_replay_reads_nothing():

@@ -8,6 +8,7 @@ from typing import final
 from vispress.methods.base import Compressor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.pair_masker import PairMasker
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
 _SHOWN = tuple(
@@ -39,6 +40,10 @@ class _StandIn(Compressor):
     def encoder_merger(self) -> EncoderMerger | None:
         """The other one's: what merges in the encoder is no choice made for the LLM."""
         return self.method.encoder_merger()
+
+    def pair_masker(self) -> PairMasker | None:
+        """The other one's: what is masked is no choice of tokens."""
+        return self.method.pair_masker()
 
     def cached_selector(self) -> CachedSelector | None:
         """The other one's: what is chosen while decoding is no choice of the prefill."""
@@ -84,9 +89,9 @@ class Replay(_StandIn):
     plans: Iterator[TokenPlan]
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        """Without attention rows and transitions."""
+        """Without attention rows, probes and transitions."""
         return tuple(
-            replace(placement, queries=None, transitions=())
+            replace(placement, queries=None, probe=None, transitions=())
             for placement in self.method.placements(num_layers)
         )
 
