@@ -24,7 +24,7 @@ test: install  ## all tests
 quick: install  ## tests without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in and of datasets
+integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \
 		-o addopts="-q --strict-markers --strict-config"
 

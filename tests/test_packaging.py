@@ -115,7 +115,7 @@ def test_no_test_is_skipped_for_a_package_that_make_installs_not() -> None:
         for path in (ROOT / "tests").rglob("test_*.py")
         for name in re.findall(r'(?:importorskip|find_spec)\("(\w+)"\)', path.read_text("utf-8"))
     }
-    assert {"torchao", "triton"} <= skipped
+    assert "triton" in skipped
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

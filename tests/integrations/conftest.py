@@ -1,4 +1,4 @@
-"""What only `make integrations` has (lmms-eval, datasets, torchvision), and tiny checkpoints."""
+"""What only `make integrations` has (lmms-eval, datasets, torchvision, torchao); tiny checkpoints."""
 
 import json
 

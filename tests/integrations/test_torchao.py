@@ -18,7 +18,6 @@ there the tolerance is what the quantisation itself does, measured on the masked
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -40,14 +39,6 @@ from tests.laws.test_law03_removal import Snapshot
 from tests.laws.test_law07_cache import bytes_of, rows_per_layer, stored
 from tests.tiny import build
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, TorchAoConfig
-
-from vispress import compress_model, compressed, remove_compression
-from vispress.runtime.cache_name import cache_of
-
-if find_spec("torchao") is None:  # one that is there and does not load is an error
-    pytest.skip("torchao is not installed", allow_module_level=True)
-
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8Tensor,
@@ -56,6 +47,10 @@ from torchao.quantization import (
     PerTensor,
     quantize_,
 )
+from transformers import AutoModelForImageTextToText, TorchAoConfig
+
+from vispress import compress_model, compressed, remove_compression
+from vispress.runtime.cache_name import cache_of
 
 FP32 = torch.float32
 LAW = 1e-3
