@@ -1,4 +1,4 @@
-"""What only `make integrations` has (lmms-eval, datasets, torchvision, torchao); tiny checkpoints."""
+"""What `make integrations` has (lmms-eval, datasets, torchvision, torchao), and tiny checkpoints."""
 
 import json
 
