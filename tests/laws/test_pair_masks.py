@@ -1,5 +1,6 @@
 """Laws 1, 2, 7, 9 and 10 for masked pairs: rows equal the model with a mask made by hand."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from tests.laws.cases import SAMPLES, greedy, inputs_of, logits_of, model_of, re
 from tests.laws.oracle import oracle_expand, oracle_forward, oracle_generate, oracle_loss
 from tests.laws.pairs import pair_masked
 from tests.laws.test_flash import flash as flash
+from tests.laws.test_law01_prune_equals_mask import EXACT
 from tests.laws.test_law09_generation_modes import ORDERED
 from tests.laws.test_law10_training import assert_equal, gradients, labels_of, training
-from tests.tiny import FAMILIES, Image, Sample, Text, build, make_inputs
+from tests.tiny import FAMILIES, VIDEO, Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -22,13 +24,12 @@ from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods import CMAI, SCM, VMTC, FastV, PyramidDrop
 from vispress.runtime.cache_name import CACHE
 
-EXACT = 1e-5
 CHAIN = Path(__file__).parents[2] / "configs" / "chains" / "vmtc_cmai.yaml"
 
 
-def visual_of(report: Any, shape: tuple[int, int]) -> Tensor:
+def visual_of(report: Any, shape: Sequence[int]) -> Tensor:
     """`[B, L]` bool, places of all visual tokens."""
-    visual = torch.zeros(shape, dtype=torch.bool)
+    visual = torch.zeros(*shape, dtype=torch.bool)
     for b, sample in enumerate(report.samples):
         for image in sample.images:
             visual[b, list(image.positions)] = True
@@ -44,7 +45,7 @@ def expected_of(
     layers = result.report.num_layers
     masker = next(one for one in chain if isinstance(one, CMAI))
     first = masker.placements(layers)[0].layer
-    visual = visual_of(result.report, (3, _len(inputs)))
+    visual = visual_of(result.report, inputs["input_ids"].shape)
     seen: list[Tensor] = []
     with torch.no_grad(), pair_masked(model, result.alive, visual, first, masker.mass, seen):
         whole = oracle_forward(
@@ -80,14 +81,29 @@ ON_TWO = ("llava", "qwen2_5_vl")
 def test_prefill_and_steps_equal_the_model_with_a_mask_made_by_hand(
     family: str, chain: str
 ) -> None:
-    model, inputs = model_of(family), inputs_of(family)
-    result, whole, tokens, steps = expected_of(family, CHAINS[chain], inputs, 3)
+    assert_equals_the_mask_made_by_hand(family, CHAINS[chain], inputs_of(family))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f in VIDEO])
+def test_tokens_of_videos_are_masked_as_by_hand(family: str, padding: str) -> None:
+    samples = [Sample([Text(3), Video(2, 4, 4), Text(6)]), Sample([Text(2), Image(4, 4), Text(9)])]
+    inputs = make_inputs(family, samples, padding=padding)
+    assert_equals_the_mask_made_by_hand(family, [CMAI()], inputs, steps=padding == "left")
+
+
+def assert_equals_the_mask_made_by_hand(
+    family: str, chain: list[Any], inputs: dict[str, Any], *, steps: bool = True
+) -> None:
+    model = model_of(family)
+    result, whole, tokens, later = expected_of(family, chain, inputs, 3)
     real = inputs["attention_mask"].bool()
     assert (result.logits - whole)[real].abs().max() < EXACT
-    with compressed(model, CHAINS[chain], positions="original"):
-        sequences, logits = greedy(model, inputs, 3)
-    assert torch.equal(sequences[:, _len(inputs) :], tokens)
-    assert (logits - steps).abs().max() < EXACT
+    if steps:
+        with compressed(model, chain, positions="original"):
+            sequences, logits = greedy(model, inputs, 3)
+        assert torch.equal(sequences[:, _len(inputs) :], tokens)
+        assert (logits - later).abs().max() < EXACT
 
 
 def test_eager_masks_what_sdpa_masks() -> None:
@@ -109,7 +125,7 @@ def test_eager_masks_what_sdpa_masks() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_beams_and_samples_with_a_cache_are_those_without(
     family: str, mode: dict[str, Any]
 ) -> None:
@@ -123,7 +139,7 @@ def test_beams_and_samples_with_a_cache_are_those_without(
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_assisted_decoding_equals_greedy(family: str) -> None:
     model, inputs = model_of(family), make_inputs(family, [Sample([Text(3), Image(4, 4), Text(9)])])
     with compressed(model, CMAI()):
@@ -193,9 +209,11 @@ def reset_empties() -> bool:
     return int(cache.get_seq_length()) == 0
 
 
-def test_rows_of_a_cache_can_be_selected_repeated_and_reset() -> None:
+# what a plain cache cannot do, one with masked layers cannot either
+@pytest.mark.parametrize("what", ["select", "repeat", *["reset"] * reset_empties()])
+def test_rows_of_a_cache_can_be_selected_repeated_and_reset(what: str) -> None:
     model, inputs = model_of("llava"), real_positions("llava", inputs_of("llava"))
-    token, rows = torch.full((3, 1), 9), torch.tensor([2, 0])
+    token, every = torch.full((3, 1), 9), torch.arange(3)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
     places = mask.sum(1, keepdim=True) - 1
 
@@ -204,20 +222,20 @@ def test_rows_of_a_cache_can_be_selected_repeated_and_reset() -> None:
         return model(input_ids=token[rows], **given).logits  # type: ignore[no-any-return]
 
     with compressed(model, CMAI()), torch.no_grad():
-        caches = [DynamicCache() for _ in range(3)]
+        caches = [DynamicCache() for _ in range(2)]
         for cache in caches:
             model(**inputs, **{CACHE: cache})
-        all_rows = step(caches[0], torch.arange(3))
-        caches[1].batch_select_indices(rows)
-        assert (step(caches[1], rows) - all_rows[rows]).abs().max() < 1e-9
-        twice = torch.arange(3).repeat_interleave(2)
-        caches[2].batch_repeat_interleave(2)
-        assert (step(caches[2], twice) - all_rows[twice]).abs().max() < 1e-9
-        if not reset_empties():
-            return
-        caches[0].reset()
-        model(**inputs, **{CACHE: caches[0]})
-        assert torch.equal(step(caches[0], torch.arange(3)), all_rows)
+        expected, rows = step(caches[0], every), every
+        if what == "select":
+            rows = torch.tensor([2, 0])
+            caches[1].batch_select_indices(rows)
+        elif what == "repeat":
+            rows = every.repeat_interleave(2)
+            caches[1].batch_repeat_interleave(2)
+        else:
+            caches[1].reset()
+            model(**inputs, **{CACHE: caches[1]})
+        assert (step(caches[1], rows) - expected[rows]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
+from vispress_kernels._tiles import in_groups, product_of_tiles
 from vispress_kernels.assign_nearest.reference import EPS
 
 WAVE = 120  # programs that fill a large GPU nearly once
@@ -86,14 +87,9 @@ def assign_nearest_kernel(
 ):
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
-    # programs that run together share GROUP blocks of rows and some of the targets
-    place = pid % (blocks_n * splits)
-    begin = place // (GROUP * splits) * GROUP
-    height = tl.minimum(blocks_n - begin, GROUP)
-    rest = place % (GROUP * splits)
+    i_n, i_s = in_groups(pid % (blocks_n * splits), blocks_n, splits, GROUP)
     # int64 before any multiply: B*N*D passes 2**31 for video
-    i_n = (begin + rest % height).to(tl.int64)
-    i_s = (rest // height).to(tl.int64)
+    i_n, i_s = i_n.to(tl.int64), i_s.to(tl.int64)
     i_b = (pid // (blocks_n * splits)).to(tl.int64)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
@@ -111,20 +107,10 @@ def assign_nearest_kernel(
     lane = tl.arange(0, BLOCK_M)
     for i in range(tiles):
         first = (i_s * tiles + i) * BLOCK_M
-        p_x = row
         o_m = tl.minimum(first + lane, M - 1)
         p_t = t_ptr + o_m[None, :] * stride_tm + o_d[:, None] * stride_td
         dot = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            if EVEN:
-                x, t = tl.load(p_x), tl.load(p_t)
-            else:
-                m_d = o_d < D - start
-                x = tl.load(p_x, mask=m_d[None, :], other=0.0)
-                t = tl.load(p_t, mask=m_d[:, None], other=0.0)
-            dot = tl.dot(x, t, dot, input_precision="tf32x3")
-            p_x += step_x
-            p_t += step_t
+        dot = product_of_tiles(row, p_t, step_x, step_t, o_d, D, dot, EVEN, BLOCK_D)
         left = (M - first).to(tl.int32)
         # a NaN is never the best, so that no mask is needed for targets past the end
         t_inv = tl.load(inv_ptr + N + first + lane, mask=lane < left, other=float("nan"))

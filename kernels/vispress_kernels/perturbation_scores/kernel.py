@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, store_dtype
+from vispress_kernels._tiles import in_groups, product_of_tiles
 from vispress_kernels.perturbation_scores.reference import HALVES, Activation, scales
 
 ROWS = 16384  # of one product, where there are directions enough: many waves of programs
@@ -79,13 +80,10 @@ def perturbation_scores_kernel(
 ):
     pid = tl.program_id(0)
     blocks_n, blocks_d = tl.cdiv(R, BLOCK_N), tl.cdiv(D, BLOCK_D)
-    # programs that run together share GROUP blocks of rows and some of W2, for the cache
-    begin = pid // (GROUP * blocks_d) * GROUP
-    height = tl.minimum(blocks_n - begin, GROUP)
-    rest = pid % (GROUP * blocks_d)
+    i_n, i_d = in_groups(pid, blocks_n, blocks_d, GROUP)
     # int64 before any multiply
-    o_n = ((begin + rest % height) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    i_d = (rest // height).to(tl.int64)
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    i_d = i_d.to(tl.int64)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     # rows past the end read the last one and are not stored; outputs past it are left out below
@@ -93,16 +91,7 @@ def perturbation_scores_kernel(
     p_w = w2_ptr + tl.minimum(o_d, D - 1)[None, :] * stride_wd + o_k[:, None] * stride_wk
     step = (tl.zeros((), tl.int64) + BLOCK_K) * stride_wk
     product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, Dh, BLOCK_K):
-        if EVEN:
-            a, w = tl.load(p_a), tl.load(p_w)
-        else:
-            m_k = o_k < Dh - start
-            a = tl.load(p_a, mask=m_k[None, :], other=0.0)
-            w = tl.load(p_w, mask=m_k[:, None], other=0.0)
-        product = tl.dot(a, w, product, input_precision="tf32x3")
-        p_a += BLOCK_K
-        p_w += step
+    product = product_of_tiles(p_a, p_w, BLOCK_K, step, o_k, Dh, product, EVEN, BLOCK_K)
     product = tl.where((o_d < D)[None, :], product, 0.0)
     squares = tl.sum(product * product, axis=1)
     tl.store(squares_ptr + o_n * blocks_d + i_d, squares, mask=o_n < R)
