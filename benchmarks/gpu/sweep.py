@@ -37,8 +37,8 @@ GRIDS: dict[str, list[Rule]] = {
 """What is tried for each op; keys that are left out stay as the rule has them. What has most to
 gain comes first.
 """
-RULES = {"maxmin_select": "whole_rule"}
-"""Rules of other names than `launch_rule`."""
+RULES = {"maxmin_select": ("_greedy", "whole_rule")}
+"""Rules that are not the `launch_rule` of the op's own kernel."""
 LIKELY: dict[str, tuple[str, ...]] = dict.fromkeys(GRIDS, ("llava_next", "video"))
 LIKELY |= {"assign_nearest": ("llava_next",), "maxmin_select": ("llava_next",)}
 
@@ -123,8 +123,8 @@ def _agree(expected: list[Any], got: list[Any]) -> bool:
 @contextmanager
 def replaced(op: str, rule: Rule) -> Iterator[None]:
     """The op's launch rule with these entries in place of its own."""
-    module = import_module(f"vispress_kernels.{op}.kernel")
-    name = "TILE" if "TILE" in rule else RULES.get(op, "launch_rule")
+    home, name = RULES.get(op, (f"{op}.kernel", "TILE" if "TILE" in rule else "launch_rule"))
+    module = import_module(f"vispress_kernels.{home}")
     before = getattr(module, name)
     if name == "TILE":
         value: Any = rule["TILE"]

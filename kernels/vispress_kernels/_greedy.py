@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vispress_kernels._backend import interpreting
 from vispress_kernels._launch import Rule, ceil_div, next_power_of_2
@@ -111,7 +112,15 @@ def together(B: int, device: torch.device) -> int:
     return min(MAX_BESTS, _multiprocessors(device) // max(B, 1))
 
 
-def split(N: int, block_n: int, most: int) -> tuple[int, int]:
-    """Programs a sample, at most `most`, and the blocks of tokens each of them has."""
-    tiles = ceil_div(ceil_div(N, block_n), most)
-    return ceil_div(N, tiles * block_n), tiles
+def arrange(x: Tensor) -> tuple[bool, Rule, int, int]:
+    """How the steps over tokens `[B, N, D]` are launched.
+
+    Returns:
+        Whether one launch runs all of them, its blocks, programs a sample, and the blocks of tokens
+        each of them has.
+    """
+    B, N, D = x.shape
+    most = together(B, x.device)
+    rule = whole_rule(D, x.element_size()) if most else launch_rule(N, D)
+    tiles = ceil_div(ceil_div(N, rule["BLOCK_N"]), most or MAX_BESTS)
+    return most > 0, rule, ceil_div(N, tiles * rule["BLOCK_N"]), tiles

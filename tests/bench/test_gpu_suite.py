@@ -223,6 +223,21 @@ def test_important_methods_are_registered_and_come_first() -> None:
     ]
 
 
+def test_a_swept_rule_is_the_one_that_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu.sweep import GRIDS, replaced
+    from vispress_kernels import _greedy
+
+    for op, grid in GRIDS.items():
+        with replaced(op, grid[0]):  # an op without such a rule would raise
+            pass
+    x = torch.zeros(1, 9, 300)
+    monkeypatch.setattr(_greedy, "together", lambda *_: 3)
+    with replaced("maxmin_select", {"BLOCK_N": 2}):
+        assert _greedy.arrange(x)[1:] == ({"BLOCK_N": 2, "BLOCK_D": 512, "num_warps": 8}, 3, 2)
+    assert _greedy.arrange(x)[1]["BLOCK_N"] == 8
+
+
 def test_laws_run_where_a_method_fits_and_every_law_early() -> None:
     from benchmarks.gpu.laws import LAWS, _names
     from tests.laws.cases import MASKING, NO_BUDGET

@@ -45,9 +45,9 @@ def test_equal_tokens_and_no_relevance_are_taken_once_each(device, backend):
 # interpreted programs run one after the other: there, one that meets nobody
 @pytest.mark.parametrize("most", [1, 3] if torch.cuda.is_available() else [1])
 def test_programs_of_several_blocks(randn, monkeypatch, most):
-    monkeypatch.setattr("vispress_kernels.dpp_select.kernel.together", lambda *_: most)
+    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: most)
     monkeypatch.setattr(
-        "vispress_kernels.dpp_select.kernel.whole_rule",
+        "vispress_kernels._greedy.whole_rule",
         lambda *_: {"BLOCK_N": 8, "BLOCK_D": 64, "num_warps": 4},
     )
     x, relevance = randn(2, 35, 6).repeat(1, 3, 1), randn(2, 35).abs().repeat(1, 3)
@@ -59,8 +59,8 @@ def test_programs_of_several_blocks(randn, monkeypatch, most):
 @pytest.mark.parametrize("blocks", [2, 1024])
 def test_a_launch_a_step_chooses_the_same(randn, monkeypatch, blocks):
     # as for more samples than fit on the device; two bests: more than 32 x 1024 tokens
-    monkeypatch.setattr("vispress_kernels.dpp_select.kernel.together", lambda *_: 0)
-    monkeypatch.setattr("vispress_kernels.dpp_select.kernel.MAX_BESTS", blocks)
+    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: 0)
+    monkeypatch.setattr("vispress_kernels._greedy.MAX_BESTS", blocks)
     x, relevance = randn(1, 35, 6).repeat(1, 3, 1), randn(1, 35).abs().repeat(1, 3)
     order = dpp_select(x, relevance, 5, backend="triton")
     assert torch.equal(order, dpp_select(x, relevance, 5, backend="torch"))

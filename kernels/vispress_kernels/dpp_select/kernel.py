@@ -10,15 +10,12 @@ from torch import Tensor
 
 from vispress_kernels._greedy import (
     MAX_BESTS,
+    arrange,
     dot_with_row,
     fold_best,
     inverse_of_norms,
-    launch_rule,
     meet,
     read_best,
-    split,
-    together,
-    whole_rule,
 )
 from vispress_kernels._launch import launch, next_power_of_2
 from vispress_kernels.assign_nearest.reference import EPS, inverse_norms
@@ -215,15 +212,13 @@ def dpp_select_triton(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
     """Launch a kernel; arguments as in `dpp_select_reference`."""
     B, N, D = x.shape
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
-    most = together(B, x.device)
-    rule = whole_rule(D, x.element_size()) if most else launch_rule(N, D)
-    P, tiles = split(N, rule["BLOCK_N"], most or MAX_BESTS)
+    whole, rule, P, tiles = arrange(x)
     value = torch.empty(2, 2, B, P, dtype=torch.float32, device=x.device)
     index = torch.empty(2, 2, B, P, dtype=torch.int32, device=x.device)
     rank = min(num_keep, D)
     factor = torch.empty(B, N, rank, dtype=torch.float32, device=x.device)
     sizes = (B, N, D, num_keep, rank, P, tiles)
-    if most:
+    if whole:
         given = relevance.float().contiguous()
         inverse, relevance, gain = torch.empty(3, B, N, dtype=torch.float32, device=x.device)
         count = torch.zeros(B, dtype=torch.int32, device=x.device)

@@ -10,15 +10,12 @@ from torch import Tensor
 
 from vispress_kernels._greedy import (
     MAX_BESTS,
+    arrange,
     dot_with_row,
     fold_best,
     inverse_of_norms,
-    launch_rule,
     meet,
     read_best,
-    split,
-    together,
-    whole_rule,
 )
 from vispress_kernels._launch import launch, next_power_of_2
 from vispress_kernels.assign_nearest.reference import EPS, inverse_norms
@@ -182,18 +179,16 @@ def maxmin_select_triton(x: Tensor, num_keep: int, first: Tensor, weight: Tensor
     """Launch a kernel; arguments as in `maxmin_select_reference`."""
     B, N, D = x.shape
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
-    most = together(B, x.device)
-    rule = whole_rule(D, x.element_size()) if most else launch_rule(N, D)
-    P, tiles = split(N, rule["BLOCK_N"], most or MAX_BESTS)
+    whole, rule, P, tiles = arrange(x)
     value = torch.empty(2, B, P, dtype=torch.float32, device=x.device)
     index = torch.empty(2, B, P, dtype=torch.int32, device=x.device)
     nearest = torch.empty(B, N, dtype=torch.float32, device=x.device)
-    inverse = torch.empty_like(nearest) if most else inverse_norms(x)
+    inverse = torch.empty_like(nearest) if whole else inverse_norms(x)
     weight = None if weight is None else weight.float().contiguous()
     tensors = (x, inverse, weight, nearest, value, index, order)
     sizes = (B, N, D, num_keep, P, tiles)
     constants = {"ZERO": ZERO, "LOWEST": LOWEST, "HAS_WEIGHT": weight is not None, **rule}
-    if most:
+    if whole:
         count = torch.zeros(B, dtype=torch.int32, device=x.device)
         launch(
             maxmin_kernel, B * P, *tensors, first.contiguous(), count, *x.stride(), *sizes,
