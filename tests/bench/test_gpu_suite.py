@@ -226,6 +226,7 @@ def test_important_methods_are_registered_and_come_first() -> None:
 def test_a_swept_rule_is_the_one_that_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu.sweep import GRIDS, replaced
+
     from vispress_kernels import _greedy
 
     for op, grid in GRIDS.items():
