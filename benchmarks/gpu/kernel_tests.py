@@ -26,7 +26,7 @@ OPS = (
     "maxmin_select",
     "dpp_select",
 )
-FILES = (*OPS, "backend")
+FILES = (*OPS, "greedy", "backend")
 """Test files that run; `compile` needs no GPU and runs in CI."""
 WORKERS = 14
 

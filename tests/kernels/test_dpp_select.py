@@ -42,31 +42,6 @@ def test_equal_tokens_and_no_relevance_are_taken_once_each(device, backend):
     assert dpp_select(x, 0 * x[..., 0], 9, backend=backend).tolist() == [list(range(9))]
 
 
-# interpreted programs run one after the other: there, one that meets nobody
-@pytest.mark.parametrize("most", [1, 3] if torch.cuda.is_available() else [1])
-def test_programs_of_several_blocks(randn, monkeypatch, most):
-    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: most)
-    monkeypatch.setattr(
-        "vispress_kernels._greedy.whole_rule",
-        lambda *_: {"BLOCK_N": 8, "BLOCK_D": 64, "num_warps": 4},
-    )
-    x, relevance = randn(2, 35, 6).repeat(1, 3, 1), randn(2, 35).abs().repeat(1, 3)
-    order = dpp_select(x, relevance, 5, backend="triton")
-    assert torch.equal(order, dpp_select(x, relevance, 5, backend="torch"))
-    assert (order < 35).all()
-
-
-@pytest.mark.parametrize("blocks", [2, 1024])
-def test_a_launch_a_step_chooses_the_same(randn, monkeypatch, blocks):
-    # as for more samples than fit on the device; two bests: more than 32 x 1024 tokens
-    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: 0)
-    monkeypatch.setattr("vispress_kernels._greedy.MAX_BESTS", blocks)
-    x, relevance = randn(1, 35, 6).repeat(1, 3, 1), randn(1, 35).abs().repeat(1, 3)
-    order = dpp_select(x, relevance, 5, backend="triton")
-    assert torch.equal(order, dpp_select(x, relevance, 5, backend="torch"))
-    assert (order < 35).all()
-
-
 def test_each_step_maximises_the_determinant(randn):
     x, relevance = randn(1, 12, 8, dtype=torch.float64), randn(1, 12).abs().double()
     unit = x[0] / x[0].norm(dim=-1, keepdim=True) * relevance[0][:, None]

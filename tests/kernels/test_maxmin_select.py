@@ -53,33 +53,6 @@ def test_equal_tokens_are_taken_once_each_in_order(device, backend):
     assert maxmin_select(x, 9, backend=backend).tolist() == [list(range(9))]
 
 
-# interpreted programs run one after the other: there, one that meets nobody
-@pytest.mark.parametrize("most", [1, 3] if torch.cuda.is_available() else [1])
-def test_programs_of_several_blocks(randn, monkeypatch, most):
-    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: most)
-    monkeypatch.setattr(
-        "vispress_kernels._greedy.whole_rule",
-        lambda *_: {"BLOCK_N": 8, "BLOCK_D": 64, "num_warps": 4},
-    )
-    x = randn(2, 35, 6).repeat(1, 3, 1)
-    first = torch.tensor([50, 3], device=x.device)
-    order = maxmin_select(x, 6, first=first, backend="triton")
-    assert torch.equal(order, maxmin_select(x, 6, first=first, backend="torch"))
-    assert (order[0, 1:] < 35).all()
-
-
-@pytest.mark.parametrize("blocks", [2, 1024])
-def test_a_launch_a_step_chooses_the_same(randn, monkeypatch, blocks):
-    # as for more samples than fit on the device; two bests: more than 32 x 1024 tokens
-    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: 0)
-    monkeypatch.setattr("vispress_kernels._greedy.MAX_BESTS", blocks)
-    x = randn(1, 35, 6).repeat(2, 3, 1)
-    first = torch.tensor([50, 7], device=x.device)
-    order = maxmin_select(x, 6, first=first, backend="triton")
-    assert torch.equal(order, maxmin_select(x, 6, first=first, backend="torch"))
-    assert (order[0, 1:] < 35).all()
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weightless_and_nan_tokens_come_last(device, backend):
     x = torch.eye(5, device=device)[None].clone()

@@ -1,0 +1,44 @@
+"""Selections choose the same in one launch, whose programs meet, and in a launch a step."""
+
+import pytest
+import torch
+
+from vispress_kernels.dpp_select import dpp_select
+from vispress_kernels.maxmin_select import maxmin_select
+
+pytest.importorskip("triton")
+OPS = {
+    "maxmin": lambda x, weight, backend: maxmin_select(x, 6, weight=weight, backend=backend),
+    "dpp": lambda x, weight, backend: dpp_select(x, weight, 6, backend=backend),
+}
+
+
+@pytest.fixture(params=OPS)
+def agree(request, randn):
+    """Whether kernel and reference choose the same, the first of equal tokens."""
+    op = OPS[request.param]
+
+    def check():
+        x, weight = randn(2, 35, 6).repeat(1, 3, 1), randn(2, 35).abs().repeat(1, 3)
+        order = op(x, weight, "triton")
+        assert torch.equal(order, op(x, weight, "torch"))
+        assert (order < 35).all()
+
+    return check
+
+
+# interpreted programs run one after the other: there, one that meets nobody
+@pytest.mark.parametrize("most", [1, 3] if torch.cuda.is_available() else [1])
+def test_programs_of_several_blocks(agree, monkeypatch, most):
+    rule = {"BLOCK_N": 8, "BLOCK_D": 64, "num_warps": 4}
+    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: most)
+    monkeypatch.setattr("vispress_kernels._greedy.whole_rule", lambda *_: rule)
+    agree()
+
+
+@pytest.mark.parametrize("blocks", [2, 1024])
+def test_a_launch_a_step_chooses_the_same(agree, monkeypatch, blocks):
+    # as for more samples than fit on the device; two bests: more than 16 x 1024 tokens
+    monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: 0)
+    monkeypatch.setattr("vispress_kernels._greedy.MAX_BESTS", blocks)
+    agree()
