@@ -25,18 +25,21 @@ from vispress import compressed, compression_report
 
 FP32_TOLERANCE = 1e-3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DRY = {"families": ("llava", "qwen2_5_vl"), "methods": ("fastv", "visionzip")}
+SAMPLES = {"pictures": cases.SAMPLES, "videos": cases.VIDEO_SAMPLES}
+DRY = {"families": ("llava", "qwen2_5_vl"), "methods": ("fastv", "visionzip", "evs")}
 WORKERS = 14
 Check = Callable[["_Bed", str], Row]
 
 
 class _Bed:
-    """A family in one dtype on the device, with the batch of the law tests."""
+    """A family in one dtype on the device, with pictures or videos of the law tests."""
 
-    def __init__(self, family: str, dtype: torch.dtype, device: torch.device) -> None:
-        self.family, self.dtype, self.device = family, dtype, device
+    def __init__(
+        self, family: str, dtype: torch.dtype, device: torch.device, samples: Sequence[Sample]
+    ) -> None:
+        self.family, self.dtype, self.device, self.samples = family, dtype, device, samples
         self.model = build(family, dtype=dtype).to(device)
-        self.inputs = self.to(cases.inputs_of(family, "left", dtype))
+        self.inputs = self.to(make_inputs(family, samples, padding="left", dtype=dtype))
         self.real = self.inputs["attention_mask"].bool()
 
     def to(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +72,8 @@ class _Bed:
     def singles(self) -> list[dict[str, Any]]:
         """Each sample of the batch alone."""
         made = (
-            make_inputs(self.family, cases.SAMPLES, only=index, dtype=self.dtype)
-            for index in range(len(cases.SAMPLES))
+            make_inputs(self.family, self.samples, only=index, dtype=self.dtype)
+            for index in range(len(self.samples))
         )
         return [cases.real_positions(self.family, self.to(inputs)) for inputs in made]
 
@@ -87,7 +90,13 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     if part.complete:
         return part
     families = DRY["families"] if settings.dry else cases.FAMILIES
-    names = {f"{k}/{f}": _names(k, f, dry=settings.dry) for k in DTYPES for f in families}
+    names = {
+        f"{kind}/{family}/{what}": rows
+        for what in SAMPLES
+        for kind in DTYPES
+        for family in families
+        if (rows := _names(kind, family, what, dry=settings.dry))
+    }
     workers = 1 if settings.dry else workers_for(WORKERS)
     if workers == 1:
         for shard, rows in names.items():
@@ -100,9 +109,10 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     return part
 
 
-def _names(kind: str, family: str, *, dry: bool) -> list[str]:
+def _names(kind: str, family: str, what: str, *, dry: bool) -> list[str]:
     """Rows of a shard, method by method, so that every law is touched early."""
-    fitting = [method for own, method in cases.CASES if own == family]
+    table = cases.CASES if what == "pictures" else cases.VIDEO_CASES
+    fitting = [method for own, method in table if own == family]
     return [
         f"{law}/{kind}/{family}/{method}"
         for method in by_importance(fitting)
@@ -125,12 +135,12 @@ def _checks(
     shard: str, names: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Names and what measures them; the model is built with the first."""
-    kind, family = shard.split("/")
+    kind, family, what = shard.split("/")
     made: list[_Bed] = []
 
     def held(law: str, method: str) -> Row:
         if not made:
-            made.append(_Bed(family, DTYPES[kind], device))
+            made.append(_Bed(family, DTYPES[kind], device, SAMPLES[what]))
         return LAWS[law](made[0], method)
 
     for name in names:

@@ -8,7 +8,7 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, build, make_inputs
+from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor
 
 from vispress import compress_model, compression_report, list_methods, remove_compression
@@ -45,6 +45,11 @@ SAMPLES = (
     Sample([Text(3)]),
     Sample([Text(2), Image(4, 6), Text(3), Image(6, 4), Text(4)]),
 )
+VIDEO_SAMPLES = (
+    Sample([Text(3), Video(3, 4, 4), Text(6)]),
+    Sample([Text(2), Video(3, 4, 6), Text(3)]),
+)
+VIDEO_CASES = [(family, method) for family in VIDEO for method in sorted(VIDEO_ONLY)]
 
 
 @cache

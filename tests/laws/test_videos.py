@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import VIDEO_ONLY, greedy, logits_of, make, model_of, run, settings
+from tests.laws.cases import VIDEO_CASES as CASES
+from tests.laws.cases import (
+    VIDEO_ONLY,
+    VIDEO_SAMPLES,
+    greedy,
+    logits_of,
+    make,
+    model_of,
+    run,
+    settings,
+)
 from tests.laws.decoding import stepping
 from tests.laws.masked import masked_model
 from tests.laws.test_law01_prune_equals_mask import assert_equals_oracle
@@ -19,14 +29,10 @@ from tests.laws.test_law07_cache import check
 from tests.laws.test_law08_deterministic import kept
 from tests.laws.test_law09_generation_modes import generate, oracle_of
 from tests.laws.test_law10_training import EXACT, assert_equal, assert_true_gradient, both
-from tests.tiny import VIDEO, Sample, Text, Video, make_inputs
+from tests.tiny import VIDEO, make_inputs
 
 from vispress import compressed
 from vispress.registry import get_method
-
-CASES = [(family, method) for family in VIDEO for method in sorted(VIDEO_ONLY)]
-SAMPLES = [Sample([Text(3), Video(3, 4, 4), Text(6)]), Sample([Text(2), Video(3, 4, 6), Text(3)])]
-
 
 ADAPTIVE = ("dycoke", "prunevid")
 """Methods that need no budget."""
@@ -42,7 +48,7 @@ MERGED_BEFORE = [c for c in CASES if get_method(c[1]).merges and not inside(c[1]
 
 @cache
 def inputs_of(family: str) -> dict[str, Any]:
-    return make_inputs(family, SAMPLES, padding="left")
+    return make_inputs(family, VIDEO_SAMPLES, padding="left")
 
 
 def test_there_is_something_to_run() -> None:
@@ -89,7 +95,7 @@ def test_laws_5_and_6_text_survives_and_budgets_are_met(family: str, method: str
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_law_7_the_cache_is_short(family: str, method: str) -> None:
-    inputs = make_inputs(family, SAMPLES[:1], padding="left")
+    inputs = make_inputs(family, VIDEO_SAMPLES[:1], padding="left")
     check(family, make(family, method), inputs, torch.float64)
 
 
