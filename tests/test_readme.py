@@ -33,6 +33,20 @@ def test_the_table_has_a_row_for(name: str) -> None:
     assert f"| `{name}` |" in method_markdown()
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("pyramiddrop", "before layer 8, 16, 24 of 32"),
+        ("catp", "before the LLM; before layer 7, 8 of 32"),
+        ("framefusion", "before the LLM; before layer 1 to 9 of 32"),
+        ("lvlm_csp", "around layers 0 to 7; before layer 16 of 32"),
+    ],
+)
+def test_the_table_names_every_place_where_a_method_acts(name: str, where: str) -> None:
+    row = next(line for line in method_markdown().splitlines() if line.startswith(f"| `{name}` |"))
+    assert where in [cell.strip() for cell in row.split("|")]
+
+
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
     README.write_text(TABLE.sub(lambda m: m[1] + method_markdown() + m[3], text), encoding="utf-8")

@@ -116,10 +116,21 @@ def _prefill(placements: Sequence[Placement]) -> str:
         return f"in attention, from layer {first.layer} of {_DEPTH}"
     if first.probe is not None:
         return f"before the LLM, after a probe of layers 0 to {first.probe}"
-    if first.layer == 0:
-        return "before the LLM"
-    layers = ", ".join(str(placement.layer) for placement in placements)
-    return f"before layer {layers} of {_DEPTH}"
+    parts = []
+    if first.until is not None:
+        parts.append(f"around layers {first.layer} to {first.until - 1}")
+    elif first.layer == 0:
+        parts.append("before the LLM")
+    if layers := [placement.layer for placement in placements[len(parts) :]]:
+        parts.append(f"before layer {_numbers(layers)} of {_DEPTH}")
+    return "; ".join(parts)
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    """Layers in words; those that follow each other as a range."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
