@@ -1,6 +1,7 @@
 """One model timed three ways in turns: untouched, compressed, and on a text of the kept length."""
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,7 @@ class Bench:
             self._head("uncompressed", batch, inputs)
             | {"uncompressed_kv_bytes": cache, "peak_extra_bytes": {"uncompressed": peak}}
             | {"launch_bound": host["median"] >= LAUNCH_BOUND * prefill["median"]}
+            | {"host_waits": self._waits(inputs)}
             | {"decode_ms_per_token": {"uncompressed": self._decode(inputs)}, **times}
         )
 
@@ -90,6 +92,7 @@ class Bench:
         with self._as("compressed", options):  # what is made once is made here
             peak = self._peak(inputs)[1]
             facts = self._facts(inputs, compression_report(self.model))
+            facts["host_waits"] = self._waits(inputs)
         plain = shapes.text_prompt(self.shape, facts["just_that_length"], batch, self.device)
         memory = {"compressed": peak, "text": self._peak(plain)[1]}
         variants = {"uncompressed": inputs, "compressed": inputs, "text": plain}
@@ -149,6 +152,19 @@ class Bench:
         out = self._prefill(inputs)
         synchronize(self.device)
         return out, torch.cuda.max_memory_allocated(self.device) - before
+
+    def _waits(self, inputs: Mapping[str, Any]) -> int | None:
+        """How often a prefill, encoder included, waits for the device (None on a CPU)."""
+        if self.device.type != "cuda":
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._prefill(inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
 
     def _facts(self, inputs: Mapping[str, Any], report: CompressionReport) -> dict[str, Any]:
         """Lengths and cache bytes."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.methods.checks import check_choice
 from vispress.methods.grids import Values, resample, signals_for
@@ -30,7 +31,9 @@ def shrink(
 ) -> Float[Tensor, "B m D"]:
     """Window means of a raster, in at least fp32."""
     grid = torch.unflatten(upcast(x), 1, size)
-    rows, columns = (window_means(a, b).to(grid) for a, b in zip(size, small, strict=True))
+    rows, columns = (
+        sent(window_means(a, b), grid.device).to(grid) for a, b in zip(size, small, strict=True)
+    )
     return torch.einsum("rh,bhwd,cw->brcd", rows, grid, columns).flatten(1, 2)
 
 

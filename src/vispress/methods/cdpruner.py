@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import Compressor, Evidence
 from vispress.methods.checks import check_choice, check_flag
 from vispress.methods.question import mean_cosine, question, scaled
@@ -80,7 +81,7 @@ class CDPruner(Compressor):
         x = tokens.features
         relevance = torch.ones(x.shape[:2], device=x.device)
         if self.relevance == "llm":
-            counted = tokens.segments().to(x.device) >= 0
+            counted = sent(tokens.segments(), x.device) >= 0
             relevance = text_relevance(x, question(tokens), counted, negate=self.negate)
 
         def pick(part: Part) -> Tensor:

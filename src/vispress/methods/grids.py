@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.errors import UnsupportedMethodError
 from vispress.methods.base import segment_shares
 from vispress.methods.segments import GEOMETRY
@@ -140,7 +141,7 @@ def resample(tokens: VisualTokens, num_keep: int, shrink: Shrink, on: Values) ->
     device = source.device
     mixed = torch.cat(
         [
-            shrink(source[:, raster.places.flatten().to(device)], raster.size, raster.small)
+            shrink(source[:, sent(raster.places.flatten(), device)], raster.size, raster.small)
             for raster in found
         ],
         dim=1,
@@ -149,9 +150,9 @@ def resample(tokens: VisualTokens, num_keep: int, shrink: Shrink, on: Values) ->
         assert tokens.projector is not None
         mixed = tokens.projector(mixed)
     values = torch.cat(
-        [mixed.to(tokens.features.dtype), tokens.features[:, newlines.to(device)]], 1
+        [mixed.to(tokens.features.dtype), tokens.features[:, sent(newlines, device)]], 1
     )
     keep, order = torch.cat([*(raster.centres for raster in found), newlines]).sort()
     return TokenPlan(
-        keep=keep.to(device).expand(tokens.batch, -1), features=values[:, order.to(device)]
+        keep=sent(keep, device).expand(tokens.batch, -1), features=values[:, sent(order, device)]
     )

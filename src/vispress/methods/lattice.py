@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import segment_shares
 from vispress.types import TokenPlan, VisualTokens
 
@@ -48,7 +49,7 @@ def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
         index = index[:1]
     layout = _layout(tokens)
     kept = torch.stack([_thin_image(own, layout, num_keep, thin) for own in index])
-    return TokenPlan(keep=kept.to(tokens.features.device).expand(tokens.batch, -1))
+    return TokenPlan(keep=sent(kept, tokens.features.device).expand(tokens.batch, -1))
 
 
 def _layout(tokens: VisualTokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, final, get_args
 import torch
 
 from vispress.budget import Budget, check_ratio
+from vispress.devices import sent
 from vispress.errors import BudgetError
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
 from vispress.methods.checks import check_choice, check_integer
@@ -100,4 +101,4 @@ class LVLMCSP(Compressor):
         if self.representatives == "random":
             generator = torch.Generator("cpu").manual_seed(self.seed)
             keep = torch.randperm(n, generator=generator)[:num_keep].sort().values
-        return TokenPlan(keep=keep.to(device).expand(tokens.batch, -1))
+        return TokenPlan(keep=sent(keep, device).expand(tokens.batch, -1))

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from vispress.devices import sent
 from vispress.methods.diversity import unit
 from vispress_kernels.maxmin_select.reference import zero_distance
 
@@ -52,7 +53,7 @@ def _levels(x: Tensor, size: tuple[int, int]) -> Iterator[Level]:
         h, w, side = cost.shape[1], cost.shape[2], 2 * side
         cell = row // side * w + col // side
         first = (torch.arange(h)[:, None] * side * size[1] + torch.arange(w) * side).flatten()
-        yield Level(cost.flatten(1), count.flatten(), cell.to(device), first.to(device))
+        yield Level(cost.flatten(1), count.flatten(), sent(cell, device), sent(first, device))
 
 
 def _quarters(x: Tensor) -> Tensor:

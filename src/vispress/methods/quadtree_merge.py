@@ -17,6 +17,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.methods.checks import check_integer, check_number
 from vispress.methods.grids import Raster, rasters, signals_for
@@ -61,9 +62,10 @@ class QuadtreeMerge(Compressor):
         device = tokens.features.device
         owner = torch.full((tokens.batch, tokens.num_visual), -1, device=device)
         weight = torch.ones(owner.shape, device=device)
-        owner[:, newlines.to(device)] = newlines.to(device)
+        lines = sent(newlines, device)
+        owner[:, lines] = lines
         for raster in found:
-            places = raster.places.flatten().to(device)
+            places = sent(raster.places.flatten(), device)
             into, own = self.cells(upcast(tokens.features[:, places]), raster)
             owner[:, places], weight[:, places] = places[into], own
         survives = owner == torch.arange(tokens.num_visual, device=device)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import Evidence, ScorePruner
 from vispress.methods.checks import check_integer
 from vispress.methods.segments import GEOMETRY
@@ -51,4 +52,4 @@ class Random(ScorePruner):
         """A random number for each token, the same on every device."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         drawn = torch.rand(tokens.num_visual, generator=generator)
-        return drawn.to(tokens.features.device).expand(tokens.batch, -1)
+        return sent(drawn, tokens.features.device).expand(tokens.batch, -1)

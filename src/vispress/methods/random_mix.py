@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor, Evidence, top_indices
 from vispress.methods.checks import check_integer, check_number
@@ -79,4 +80,4 @@ class RandomMix(Wrapper):
         """A random number for each place of the raster, the same on every device."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         drawn = torch.rand(tokens.num_original, generator=generator)
-        return drawn.to(tokens.features.device)[tokens.index]
+        return sent(drawn, tokens.features.device)[tokens.index]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.types import Memory, Transition, VisualTokens
 
 _SHARED = ("crops", "two_layer", "projector", "final_norm")
@@ -18,7 +19,7 @@ def rows_of(tokens: VisualTokens, rows: Sequence[int]) -> VisualTokens:
 
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[torch.tensor(rows, device=value.device)]
+            return value[sent(torch.tensor(rows), value.device)]
         if isinstance(value, tuple) and value and isinstance(value[0], Memory):
             return tuple(value[row] for row in rows)
         if isinstance(value, tuple):

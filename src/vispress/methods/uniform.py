@@ -9,6 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import Compressor, Evidence
 from vispress.methods.checks import check_choice
 from vispress.methods.grids import middles, sample
@@ -52,7 +53,7 @@ class Uniform(Compressor):
             return sample(tokens, num_keep)
 
         def pick(part: Part) -> Tensor:
-            places = middles(len(part.places), part.share).to(part.places.device)
+            places = sent(middles(len(part.places), part.share), part.places.device)
             return places.expand(len(tokens.index[part.rows]), -1)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

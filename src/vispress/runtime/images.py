@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vispress.adapters.base import Modality
+from vispress.devices import sent
 from vispress.errors import CompressionStateError
 from vispress.types import CropLayout, Memory, Need
 
@@ -156,7 +157,7 @@ def make_buckets(images: Sequence[Image], device: torch.device, *, by_text: bool
         sample = torch.tensor([image.sample for image in group])
         positions = torch.stack([image.positions for image in group])
         # one copy to the device for both
-        both = torch.cat([sample[:, None], positions], dim=1).to(device)
+        both = sent(torch.cat([sample[:, None], positions], dim=1), device)
         sample, positions = both[:, 0], both[:, 1:]
         index = torch.arange(positions.shape[1], device=device).expand(positions.shape)
         buckets.append(Bucket(group, sample, positions, index))

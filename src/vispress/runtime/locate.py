@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vispress.adapters.base import Modality
+from vispress.devices import sent
 from vispress.runtime.call import Call
 from vispress.runtime.images import Image, find_images, make_buckets
 from vispress.runtime.seen import Wanted, attention_layers, mode_of
@@ -44,8 +45,8 @@ def find(
     if attachment.reads_input:
         state.input_embeddings = embeds.detach()
     if attachment.reads_text:
-        text = text.to(embeds.device)
-        state.text_embeddings = [row[keep].detach() for row, keep in zip(embeds, text, strict=True)]
+        places = (sent(row.nonzero()[:, 0], embeds.device) for row in text)
+        state.text_embeddings = [row[own].detach() for row, own in zip(embeds, places, strict=True)]
     queries = {step.placement.queries for step in attachment.steps} - {None}
     by_text = attachment.reads_text or Queries.TEXT_AFTER in queries
     state.buckets = make_buckets(images, embeds.device, by_text=by_text)

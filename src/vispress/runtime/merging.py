@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.budget import allocate
+from vispress.devices import sent
 from vispress.methods.base import upcast
 from vispress.methods.encoder_merger import EncoderTokens
 from vispress.runtime.encoder_step import EncoderStep, check_attention
@@ -81,14 +82,14 @@ class EncoderMerge:
         if self.done:
             return hidden
         device = hidden.device
-        self._merges = torch.tensor(merges, device=device)
-        self._counts = torch.tensor(self.counts, device=device)
+        self._merges = sent(torch.tensor(merges), device)
+        self._counts = sent(torch.tensor(self.counts), device)
         self.layout = (Packed if packed else Sequences)(flat, device)
         self.place = self.layout.all_tokens()
         self.order = None if packed else self.adapter.patch_order(self.modality, self.call)
         if self.order is None:
             return hidden
-        self.order = self.order.to(device)
+        self.order = sent(self.order, device)
         return torch.cat([hidden[:, : self.prefix], hidden[:, self.prefix :][:, self.order]], dim=1)
 
     def _schedule(self) -> list[list[int]]:
@@ -208,7 +209,7 @@ class EncoderMerge:
         names = self.place + 1
         if not self.adapter.packed:  # sequences of one image have names of their own
             numbers = [number for sizes in self.sizes for number in range(len(sizes))]
-            first = torch.tensor(numbers, device=names.device) * names.shape[1]
+            first = sent(torch.tensor(numbers), names.device) * names.shape[1]
             names = names + first[:, None]
         names = names.repeat_interleave(self.unit, dim=1)
         names = names if self.order is None else names[:, self.order.argsort()]

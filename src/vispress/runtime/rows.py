@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
 
@@ -60,9 +61,8 @@ class Rows:
         number = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         if self.valid is None:  # rows of all samples begin at the left
             return number
-        first = torch.tensor(
-            [self.size - count for count in self.counts], device=self.index.device
-        ).unsqueeze(1)
+        empty = torch.tensor([self.size - count for count in self.counts])
+        first = sent(empty, self.index.device).unsqueeze(1)
         return first + number
 
     @cached_property
@@ -126,7 +126,7 @@ def narrow(
     local = keep.long().argsort(dim=1, stable=True)[:, rows.size - size :]
     new_valid = None
     if min(counts) < size:
-        pad = torch.tensor([size - count for count in counts], device=keep.device)
+        pad = sent(torch.tensor([size - count for count in counts]), keep.device)
         new_valid = torch.arange(size, device=keep.device) >= pad.unsqueeze(1)
     dropped = rows.dropped
     if compact:

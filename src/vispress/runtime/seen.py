@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import upcast
 from vispress.runtime.attention import attention_rows
 from vispress.runtime.images import Bucket, Image, numbered
@@ -140,7 +141,7 @@ class Wanted:
         # as many scores at a time as the keys have elements
         size = max(1, key[0, :, 0].numel() // query.shape[1])
         if self.queries is not Queries.ALL:
-            local = rows.to(query.device).place.gather(1, self.positions.to(query.device))
+            local = rows.to(query.device).place.gather(1, sent(self.positions, query.device))
             if Signal.QUERY_ATTENTION in self.reads:
                 self.rows = ask(local)
             if Signal.MEAN_ATTENTION in self.reads:
@@ -159,7 +160,7 @@ class Wanted:
         asks = torch.zeros(len(local), max(counts.values()), local.shape[1])
         for image, place in places.items():
             asks[image.sample, place, self.tail(image)] = 1.0
-        asks = asks.to(local.device)
+        asks = sent(asks, local.device)
         total: Tensor | None = None
         for start in range(0, local.shape[1], size):
             part = slice(start, start + size)

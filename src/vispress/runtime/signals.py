@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods.base import Compressor, upcast
 from vispress.runtime.capture import projector_function
 from vispress.runtime.images import Bucket, numbered
@@ -53,7 +54,7 @@ def visual_tokens(
     if asked and Signal.KEY_NORMS in reads:
         signals["key_norms"] = _key_norms(state, placement, bucket)
     if Signal.TEXT_STATES in reads:
-        behind = torch.stack([image.text_after for image in bucket.images]).to(hidden.device)
+        behind = sent(torch.stack([image.text_after for image in bucket.images]), hidden.device)
         signals["text_states"] = hidden[sample, rows.place[sample, behind]]
     if Signal.FINAL_NORM in reads:
         signals["final_norm"] = state.attachment.adapter.language_model.norm
@@ -163,7 +164,7 @@ def _mean_attention(state: ForwardState, placement: Placement, bucket: Bucket) -
     assert want.means is not None
     assert want.seen_on is not None
     device, places = bucket.index.device, numbered(state.images)[0]
-    number = torch.tensor([places[image] for image in bucket.images], device=device)
+    number = sent(torch.tensor([places[image] for image in bucket.images]), device)
     local = want.seen_on.to(device).place[bucket.sample.unsqueeze(1), bucket.positions]
     return want.means.to(device)[bucket.sample, number].gather(1, local + want.offset)
 
@@ -176,7 +177,7 @@ def _tails(want: Wanted, placement: Placement, bucket: Bucket) -> Tensor | None:
     if placement.queries is not Queries.TEXT_AFTER:
         return None
     tails = [want.tail(image) for image in bucket.images]
-    return torch.tensor(tails, dtype=torch.int64, device=bucket.index.device)
+    return sent(torch.tensor(tails, dtype=torch.int64), bucket.index.device)
 
 
 def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
@@ -215,7 +216,7 @@ def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Ten
     assert want.key_norms is not None
     assert want.seen_on is not None
     device, where = bucket.index.device, bucket.positions
-    behind = torch.stack([image.text_after for image in bucket.images]).to(device)
+    behind = sent(torch.stack([image.text_after for image in bucket.images]), device)
     rows = want.seen_on.to(device)
     slots = rows.place[bucket.sample.unsqueeze(1), torch.cat([where, behind], dim=1)]
     return want.key_norms.to(device)[bucket.sample].gather(1, slots + want.offset)
@@ -255,6 +256,6 @@ def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
     """`[Bk, N0, D]`, dropped tokens included."""
     assert state.input_embeddings is not None
     device = state.input_embeddings.device
-    positions = torch.stack([image.positions for image in bucket.images]).to(device)
+    positions = sent(torch.stack([image.positions for image in bucket.images]), device)
     sample = bucket.sample.to(device).unsqueeze(1)
     return state.input_embeddings[sample, positions].to(bucket.index.device)

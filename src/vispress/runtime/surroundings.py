@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vispress.context import Context
+from vispress.devices import sent
 from vispress.methods.base import upcast
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows
@@ -25,7 +26,7 @@ def note_surroundings(images: Sequence[Image], text: Tensor, embeds: Tensor) -> 
             other.sample == image.sample and other.positions[0] > image.positions[0]
             for other in images
         )
-        own = upcast(embeds.detach()[image.sample, places.to(embeds.device)])
+        own = upcast(embeds.detach()[image.sample, sent(places, embeds.device)])
         image.paired_text = own.sum(dim=0) / max(1, len(places))
 
 
@@ -75,7 +76,7 @@ def context_of(
         target = query if other.images[0].last else earlier
         target[other.sample[:, None], other.positions] = True
     for image in (image for image in state.images if image.last):
-        text[image.sample, image.text_after.to(hidden.device)] = True
+        text[image.sample, sent(image.text_after, hidden.device)] = True
     text_alone = text & ~earlier.any(dim=1, keepdim=True)
     own, others = (_means(part, rows, hidden) for part in (query | text, earlier | text_alone))
     return Context(paired_text=paired, query=own[bucket.sample], earlier=others[bucket.sample])
