@@ -3,10 +3,12 @@
     python benchmarks/cpu_overhead.py                 # 300M parameters, every method, two budgets
     python benchmarks/cpu_overhead.py --methods fastv,divprune --rounds 5
     python benchmarks/cpu_overhead.py --dry-run       # tiny, seconds
+    python benchmarks/cpu_overhead.py --processes 8   # on a machine with so many cores or more
 
 A random-weight LLaVA: an encoder like CLIP-L with 12 layers and 576 tokens, an LLM of 24 layers,
 1024 wide. Each round times the uncompressed model, the method and `random` with the same budget,
-one after the other; ratios are taken within a round. Two estimates of a method's overhead:
+one after the other; ratios are taken within a round. Several processes share caches and memory:
+their times are longer, their shares are still of one moment. Two estimates of a method's overhead:
 
 * `overhead_share`: time inside vispress's own hooks (signals, scores, choice, gather, merge,
   expand) over the uncompressed prefill;
@@ -21,10 +23,13 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.record import Part
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "results" / "cpu_overhead.json"
@@ -46,11 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tied = identity(device, options.dry_run) | {"threads": options.threads}
     settings = Settings(device, path.parent, options.dry_run, tied, options.force)
     part = Part(path.stem, settings, Deadline(options.limit_s))
-    model, inputs, count = _subject(options.dry_run)
-    part.extra = {"parameters": count, "limit": LIMIT, "dtype": "float32", "attention": "sdpa"}
-    for method, ratio in _cases(options):
-        measure = partial(_measure, model, inputs, method, ratio, options.rounds)
-        part.row(f"{method}/{ratio}", measure)
+    part.extra = {"limit": LIMIT, "dtype": "float32", "attention": "sdpa"}
+    part.extra["processes"] = options.processes
+    names = [f"{method}/{ratio}" for method, ratio in _cases(options)]
+    if options.processes > 1:
+        _in_processes(part, names, options)
+    else:
+        for name, measure in _measures(options.rounds, options.dry_run, names):
+            part.row(name, measure)
     part.extra["load_average_at_the_end"] = os.getloadavg()
     part.finish()
     _show(part.rows)
@@ -60,6 +68,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(missed) and not options.dry_run)
 
 
+def _in_processes(part: "Part", names: Sequence[str], options: argparse.Namespace) -> None:
+    from benchmarks.gpu.shards import run_shards
+
+    count = 2 * options.processes  # methods take different times
+    shards = {str(first): names[first::count] for first in range(count)}
+    work = partial(_work, options.threads, options.rounds, options.dry_run)
+    run_shards(part, shards, work, options.processes)
+
+
+def _work(
+    threads: int, rounds: int, dry: bool, _shard: str, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows in a process of its own."""
+    _prepare()
+    import torch
+
+    from benchmarks.gpu.record import measured
+
+    torch.set_num_threads(threads)
+    for name, measure in _measures(rounds, dry, names):
+        yield measured(name, measure)
+
+
+def _measures(
+    rounds: int, dry: bool, names: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names and what measures them; the model is built with the first."""
+    made: list[tuple[Any, dict[str, Any]]] = []
+
+    def measure(method: str, ratio: float) -> dict[str, Any]:
+        if not made:
+            made.append(_subject(dry))
+        return _measure(*made[0], method, ratio, rounds)
+
+    for name in names:
+        method, ratio = name.split("/")
+        yield name, partial(measure, method, float(ratio))
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,7 +114,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file")
     parser.add_argument("--methods", default="", help="names, with commas; all by default")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a process")
+    parser.add_argument("--processes", type=int, default=1, help="that measure at a time")
     parser.add_argument("--limit-s", type=float, default=1800, help="start no row after this")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, one round")
@@ -86,8 +134,8 @@ def _prepare() -> None:
             sys.path.insert(0, str(folder))
 
 
-def _subject(dry: bool) -> tuple[Any, dict[str, Any], int]:
-    """The model, one prompt with one image, and how many parameters the model has."""
+def _subject(dry: bool) -> tuple[Any, dict[str, Any]]:
+    """The model, and one prompt with one image."""
     import torch
 
     from benchmarks.gpu import shapes
@@ -95,8 +143,7 @@ def _subject(dry: bool) -> tuple[Any, dict[str, Any], int]:
     shape = shapes.TINY_SHAPES["llava_1_5_7b"] if dry else shapes.CPU_SHAPE
     device = torch.device("cpu")
     model = shapes.build(shape, device, torch.float32)
-    inputs = shapes.prompt(shape, 1, device, torch.float32)
-    return model, inputs, sum(p.numel() for p in model.parameters())
+    return model, shapes.prompt(shape, 1, device, torch.float32)
 
 
 def _cases(options: argparse.Namespace) -> list[tuple[str, float]]:
@@ -148,6 +195,7 @@ def _measure(
     found: dict[str, Any] = {
         "method": method,
         "options": {k: v for k, v in options.items() if k != "method"},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "uncompressed_ms": quantiles(base),
         "compressed_ms": quantiles([r["compressed"] for r in done]),
         "hooks_ms": quantiles([r["hooks"] for r in done]),
