@@ -31,7 +31,7 @@ def test_transition_weight_of_one_module(case):
     everything = torch.arange(len(before))
     # the second module gives nothing
     step = measure(0, [(before, after), (before, torch.zeros_like(after))], everything)
-    close(transition_variation(step, "signed"), case["out/weight"])
+    close(transition_variation([step], "signed"), case["out/weight"])
 
 
 @each_case("transprune", having="param/pruning_layers")

@@ -262,16 +262,11 @@ def _peek(
 
 def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:
     """Note how far a module (0 attention, 1 MLP) moved its rows."""
-    magnitude, cosine = transition_scores(x.detach(), y.detach(), backend=state.attachment.backend)
+    found = transition_scores(x.detach(), y.detach(), backend=state.attachment.backend)
     if part == 0:
-        rows = state.rows_at(number)
-        zeros = torch.zeros_like(magnitude)
-        state.transitions[number] = Seen(
-            rows, torch.stack([magnitude, zeros], dim=1), torch.stack([cosine, zeros], dim=1)
-        )
+        state.transitions[number] = Seen(state.rows_at(number), [found])
     else:
-        state.transitions[number].magnitude[:, 1] = magnitude
-        state.transitions[number].cosine[:, 1] = cosine
+        state.transitions[number].found.append(found)
 
 
 def finish(attachment: "Attachment", state: ForwardState, output: Any) -> Any:

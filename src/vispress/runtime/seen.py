@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -229,10 +229,14 @@ class Seen:
 
     Args:
         rows: Rows of that layer.
-        magnitude: `[B, 2, P]`.
-        cosine: `[B, 2, P]`.
+        found: Magnitude and cosine, `[B, P]` each, of attention and (once it ran) the MLP.
     """
 
     rows: Rows
-    magnitude: Tensor
-    cosine: Tensor
+    found: list[tuple[Tensor, Tensor]]
+
+    @cached_property
+    def measures(self) -> Tensor:
+        """`[B, 4, P]`: magnitudes of both modules, then cosines."""
+        magnitudes, cosines = zip(*self.found, strict=True)
+        return torch.stack([*magnitudes, *cosines], dim=1)

@@ -225,22 +225,26 @@ def _key_norms(state: ForwardState, placement: Placement, bucket: Bucket) -> Ten
 def _transitions(
     state: ForwardState, placement: Placement, bucket: Bucket
 ) -> tuple[Transition, ...]:
+    device, sample = bucket.index.device, bucket.sample.unsqueeze(1)
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # layers with the same rows
     out = []
     for layer in placement.transitions:
         seen = state.transitions[layer]
         rows: Rows = seen.rows
-        sample = bucket.sample.unsqueeze(1)
-        local = rows.place.to(bucket.index.device)[sample, bucket.positions]
-        pick = local.unsqueeze(1).expand(-1, 2, -1)
-        magnitude = seen.magnitude.to(pick.device)[bucket.sample]
-        cosine = seen.cosine.to(pick.device)[bucket.sample]
+        if id(rows) not in shared:
+            local = rows.place.to(device)[sample, bucket.positions]
+            valid = state.row_validity(rows).to(device)[bucket.sample]
+            shared[id(rows)] = (local.unsqueeze(1).expand(-1, 4, -1), valid)
+        pick, valid = shared[id(rows)]
+        whole = seen.measures.to(device)[bucket.sample]
+        own = whole.gather(2, pick)
         out.append(
             Transition(
                 layer=layer,
-                magnitude=magnitude.gather(2, pick),
-                cosine=cosine.gather(2, pick),
-                sequence_cosine=cosine,
-                sequence_valid=state.row_validity(rows).to(pick.device)[bucket.sample],
+                magnitude=own[:, :2],
+                cosine=own[:, 2:],
+                sequence_cosine=whole[:, 2:],
+                sequence_valid=valid,
             )
         )
     return tuple(out)
