@@ -241,15 +241,20 @@ def test_a_swept_rule_is_the_one_that_launches(monkeypatch: pytest.MonkeyPatch) 
 
 def test_laws_run_where_a_method_fits_and_every_law_early() -> None:
     from benchmarks.gpu.laws import LAWS, _names
-    from tests.laws.cases import MASKING, NO_BUDGET
+    from tests.laws.cases import MASKING, NO_BUDGET, VIDEO_ONLY
 
-    names = _names("fp32", "llava", dry=False)
+    names = _names("fp32", "llava", "pictures", dry=False)
     methods = {law: {n.split("/")[-1] for n in names if n.startswith(law)} for law in LAWS}
     assert [name.split("/")[0] for name in names[:5]] == list(LAWS)
     assert not {"dycoke", "globalcom2"} & methods["law1"]  # llava refuses them
     assert methods["law3"] - methods["law2"] == NO_BUDGET
     assert methods["law3"] - methods["law1"] == MASKING
-    assert not [name for name in _names("bf16", "llava", dry=False) if name.startswith("law4")]
+    bf16 = _names("bf16", "llava", "pictures", dry=False)
+    assert not [name for name in bf16 if name.startswith("law4")]
+    assert not _names("fp32", "llava", "videos", dry=False)
+    videos = _names("fp32", "qwen3_vl", "videos", dry=False)
+    found = {(name.split("/")[0], name.split("/")[-1]) for name in videos}
+    assert found == {(law, method) for law in LAWS for method in VIDEO_ONLY}
 
 
 # --- the models
