@@ -21,6 +21,7 @@ FLOORS: dict[str, int] = {
     "vispress.placement": 1,
     "vispress.context": 1,
     "vispress.memory": 1,
+    "vispress.projectors": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,
     "vispress.versions": 1,
@@ -55,6 +56,7 @@ FORBIDDEN = {
     "vispress.registry": {"torch", "transformers"},
     "vispress.types": {"transformers"},
     "vispress.context": {"transformers"},
+    "vispress.projectors": {"transformers"},
 }
 """Outside packages that part of the house must not know."""
 
