@@ -22,6 +22,7 @@ FLOORS: dict[str, int] = {
     "vispress.context": 1,
     "vispress.memory": 1,
     "vispress.devices": 1,
+    "vispress.projectors": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,
     "vispress.versions": 1,
@@ -57,6 +58,7 @@ FORBIDDEN = {
     "vispress.types": {"transformers"},
     "vispress.context": {"transformers"},
     "vispress.devices": {"transformers"},
+    "vispress.projectors": {"transformers"},
 }
 """Outside packages that part of the house must not know."""
 

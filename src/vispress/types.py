@@ -13,6 +13,7 @@ from vispress.errors import BudgetError
 from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
 from vispress.memory import Memory
 from vispress.placement import Placement
+from vispress.projectors import PatchNorm, TwoLayer
 from vispress_kernels import Backend
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "CropLayout",
     "Memory",
     "Need",
+    "PatchNorm",
     "Placement",
     "Positions",
     "Queries",
@@ -75,36 +77,6 @@ class Transition:
     sequence_valid: Bool[Tensor, "B L"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TwoLayer:
-    """The weights of a projector that is exactly `w2 act(w1 x + b1) + b2`, and nothing else.
-
-    It says the same as the callable beside it, to methods that share work between its calls.
-
-    Args:
-        w1: `[Dh, Dv]`, as `nn.Linear` has it; any floating dtype.
-        b1: `[Dh]`, or None.
-        w2: `[D, Dh]`.
-        b2: `[D]`, or None.
-        activation: `"gelu"` (exact) or `"gelu_tanh"`.
-    """
-
-    w1: Float[Tensor, "Dh Dv"]
-    b1: Float[Tensor, "Dh"] | None
-    w2: Float[Tensor, "D Dh"]
-    b2: Float[Tensor, "D"] | None
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"
-
-    def to(self, device: torch.device | str) -> "TwoLayer":
-        """The same weights on another device."""
-        w1, b1, w2, b2 = (
-            None if w is None else w.to(device) for w in (self.w1, self.b1, self.w2, self.b2)
-        )
-        assert w1 is not None
-        assert w2 is not None
-        return TwoLayer(w1=w1, b1=b1, w2=w2, b2=b2, activation=self.activation)
-
-
 @dataclass(frozen=True, kw_only=True)
 class VisualTokens:
     """A bucket of images (or videos) with equal N and geometry; no padding, one row an image.
@@ -126,7 +98,8 @@ class VisualTokens:
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         encoder_groups: `[B, N]` int64; equal for tokens that left the encoder as one.
         projector: Maps `[..., N, Dv]` to `[..., N, D]`.
-        two_layer: The projector's weights, where it is a two-layer MLP; comes with `projector`.
+        two_layer: The projector's weights, where it is a two-layer MLP, behind a norm or not; comes
+            with `projector`.
         text_embeddings: `[B, T, D]`, input embeddings of the sample's valid text tokens.
         input_embeddings: `[B, N0, D]`, all the image's tokens as they were before any compressor.
         text_after: How many of them stand behind the image: the last ones; 0 when not read.

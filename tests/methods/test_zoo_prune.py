@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.methods.helpers import anyres, make_tokens, map_tensors
+from tests.methods.helpers import anyres, make_tokens, map_tensors, only
 from tests.methods.test_divprune import GOLDEN
+from tests.peak import PeakMemory
+from torch.nn import functional as F
 
 from vispress.errors import ConfigError
 from vispress.methods import ZOOPrune
 from vispress.methods.sensitivity import of_any_projector, sensitivity
 from vispress.methods.zoo_prune import sads_select
+from vispress.types import PatchNorm, TwoLayer
 from vispress_kernels.maxmin_select import maxmin_select
 
 
@@ -87,6 +90,117 @@ def test_a_two_layer_mlp_gives_the_same_scores_and_tokens_without_the_projector(
     )
     method = ZOOPrune(m=7, h=1e-4, average=average)
     assert torch.equal(method.plan(shared, 20).keep, method.plan(plain, 20).keep)
+
+
+def merger(patches, *, layer, dtype=torch.float64):
+    """Weights of a norm of patches and an MLP, and the same as a callable in its input's dtype."""
+    g = torch.Generator().manual_seed(patches)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    norm = PatchNorm(
+        patches=patches,
+        weight=1 + normal(6) / 4,
+        bias=normal(6) if layer else None,
+        eps=1e-6,
+        layer=layer,
+    )
+    mlp = TwoLayer(
+        w1=normal(20, patches * 6) / 4, b1=normal(20), w2=normal(9, 20), b2=normal(9), norm=norm
+    )
+
+    def project(x):
+        parts, weight = x.unflatten(-1, (patches, 6)), norm.weight.to(x)
+        if layer:
+            parts = F.layer_norm(parts, (6,), weight, norm.bias.to(x), norm.eps)
+        else:
+            parts = F.rms_norm(parts, (6,), weight, norm.eps)
+        hidden = F.gelu(F.linear(parts.flatten(-2), mlp.w1.to(x), mlp.b1.to(x)))
+        return F.linear(hidden, mlp.w2.to(x), mlp.b2.to(x))
+
+    return mlp, project
+
+
+def merged(mlp, project, count=50):
+    """A bucket of token inputs that lie off the origin, as a last encoder block's do."""
+    x = 3 + 2 * torch.randn(2, count, mlp.w1.shape[1], generator=torch.Generator().manual_seed(1))
+    features = project(x)
+    return only(features=features, vision_features=x, projector=project, two_layer=mlp)
+
+
+MERGERS = pytest.mark.parametrize(
+    ("patches", "layer"), [(4, True), (4, False), (1, True), (1, False)]
+)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 1 << 9, 1 << 20])
+@pytest.mark.parametrize("average", ["mean", "rms"])
+@MERGERS
+def test_a_norm_before_the_mlp_shares_work_too(patches, layer, average, at_a_time, monkeypatch):
+    monkeypatch.setattr("vispress.methods.normed_mlp.ON_HOST", at_a_time)
+    mlp, project = merger(patches, layer=layer)
+    tokens, units = merged(mlp, project), directions_of(7, 6 * patches).double()
+    x = tokens.vision_features.double()
+    expected = of_any_projector(x, project, units, 0.01, average)
+    ours = sensitivity(replace(tokens, vision_features=x), units, 0.01, average)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+    # in fp32 as near to fp64 as the calls of the projector
+    single = units.float()
+    called = of_any_projector(x.float(), project, single, 0.01, average).double()
+    error = (sensitivity(tokens, single, 0.01, average).double() - expected).abs().max()
+    assert error <= 2 * (called - expected).abs().max()
+
+
+@MERGERS
+def test_the_merger_does_not_run_and_the_same_tokens_are_kept(patches, layer):
+    def forbidden(x):
+        raise AssertionError("the projector ran")
+
+    mlp, project = merger(patches, layer=layer)
+    tokens = merged(mlp, project)
+    shared = ZOOPrune(m=8).plan(replace(tokens, projector=forbidden), 15)
+    assert torch.equal(shared.keep, ZOOPrune(m=8).plan(replace(tokens, two_layer=None), 15).keep)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@MERGERS
+def test_half_weights_round_changes_not_activations(patches, layer, dtype, error):
+    mlp, project = merger(patches, layer=layer, dtype=dtype)
+    mlp.w1.copy_(mlp.w1 * 2**-6)  # changes that would drown in fp16 as they are
+    mlp.b1.copy_(mlp.b1 * 2**-9)
+    tokens, units = merged(mlp, project), directions_of(16, 6 * patches)
+    exact = of_any_projector(tokens.vision_features.double(), project, units.double(), 1e-3)
+    ours = sensitivity(tokens, units, 1e-3, "mean")
+    torch.testing.assert_close(ours.double(), exact, rtol=error, atol=0)
+
+
+def test_a_patch_that_is_constant_and_one_that_a_step_cancels():
+    mlp, project = merger(4, layer=True)
+    units = directions_of(3, 24).double()
+    x = torch.stack([torch.full((24,), 2.0, dtype=torch.float64), 2 - 0.01 * units[1]])[None]
+    ours = sensitivity(replace(merged(mlp, project), vision_features=x), units, 0.01, "mean")
+    torch.testing.assert_close(ours, of_any_projector(x, project, units, 0.01), rtol=1e-6, atol=0)
+
+
+def test_a_merger_never_waits_for_the_device():
+    mlp, project = merger(4, layer=True, dtype=torch.float16)
+    tokens = map_tensors(merged(mlp, project), lambda t: t.to("meta"))
+    tokens = replace(tokens, two_layer=mlp.to("meta"))
+    assert sensitivity(tokens, directions_of(3, 24), 0.01, "mean").shape == (2, 50)
+
+
+def test_memory_does_not_grow_with_directions(monkeypatch):
+    monkeypatch.setattr("vispress.methods.normed_mlp.ON_HOST", 1 << 14)
+    mlp, project = merger(4, layer=True, dtype=torch.float32)
+    tokens, peaks = merged(mlp, project, 512), []
+    for m in (8, 64):
+        units = directions_of(m, 24)
+        with PeakMemory(tokens.vision_features, units, mlp.w1, mlp.b1, mlp.w2) as memory:
+            sensitivity(tokens, units, 0.01, "mean")
+        peaks.append(memory.peak)
+    # the factors of 4 patches, two passes and all directions, not 20 hidden units of each
+    assert peaks[1] - peaks[0] < 56 * 1024 * 20 * 4
 
 
 def test_the_root_mean_square_is_at_least_the_mean_and_near_it():

@@ -138,10 +138,11 @@ class ModelAdapter(ABC):
         return projector(features)  # type: ignore[no-any-return]
 
     def two_layer(self) -> TwoLayer | None:
-        """The projector's weights, if it is exactly two linear layers around a GELU.
+        """The projector's weights, if it is exactly two linear layers around a GELU, or these
+        behind a norm of the patches.
 
-        None where anything else may happen between token inputs (`projector_inputs`) and output: a
-        norm, an adapter (LoRA), quantised or offloaded weights, a hook on its layers.
+        None where anything else may happen between token inputs (`projector_inputs`) and output: an
+        adapter (LoRA), quantised or offloaded weights, a hook on its layers.
         """
         return None
 

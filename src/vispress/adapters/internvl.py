@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from vispress.adapters.base import EncoderBlock, Modality, register_adapter
 from vispress.adapters.towers import Layout, TowerAdapter
+from vispress.adapters.two_layers import of_transformers, patch_norm, two_layer
+from vispress.types import TwoLayer
 
 
 @register_adapter("InternVLModel")
@@ -37,6 +39,15 @@ class InternVLAdapter(TowerAdapter):
         layers = self._tower.encoder.layer
         blocks = [EncoderBlock(x, x.attention, x.layernorm_after, x.mlp) for x in layers]
         return blocks[: self.feature_layer() + 1]
+
+    def two_layer(self) -> TwoLayer | None:
+        """The weights of the plain projector, with its norm of a token's patches together."""
+        projector: Any = self.projector
+        if not of_transformers(projector, ("InternVLMultiModalProjector",)):
+            return None
+        norm = patch_norm(projector.layer_norm, projector.linear_1)
+        layers = (projector.linear_1, projector.act, projector.linear_2)
+        return None if norm is None else two_layer(projector, layers, norm)
 
     def patches_per_token(self) -> int:
         """Those that the pixel shuffle joins."""

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from vispress.adapters.base import EncoderBlock, Modality, ModelAdapter, register_adapter
 from vispress.adapters.towers import Layout
+from vispress.adapters.two_layers import of_transformers, patch_norm, two_layer
 from vispress.errors import UnsupportedModelError
+from vispress.types import TwoLayer
+
+MERGERS = ("PatchMerger", "Qwen2_5_VLPatchMerger", "Qwen3VLVisionPatchMerger")
+"""Mergers of transformers: a norm of patches (or of all of a token's), and a two-layer MLP."""
 
 
 @register_adapter("Qwen2VLModel")
@@ -60,6 +65,20 @@ class Qwen2VLAdapter(ModelAdapter):
     def projector(self) -> nn.Module:
         """The merger."""
         return self.base.visual.merger  # type: ignore[no-any-return]
+
+    def two_layer(self) -> TwoLayer | None:
+        """The weights of a plain merger, with its norm of each patch (or of a token's together)."""
+        if not of_transformers(self.projector, MERGERS):
+            return None
+        norm, layers = self._merger_parts()
+        found = patch_norm(norm, layers[0])
+        return None if found is None else two_layer(self.projector, layers, found)
+
+    def _merger_parts(self) -> tuple[nn.Module, tuple[Any, Any, Any]]:
+        """The norm of a known merger, and the layers of its MLP."""
+        merger: Any = self.projector
+        first, act, second = merger.mlp
+        return merger.ln_q, (first, act, second)
 
     def project(self, projector: nn.Module, features: Tensor) -> Tensor:
         """Split token inputs `[..., N, merge**2 * Dv]` into patches again, and merge."""
@@ -162,6 +181,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """
 
     family = "qwen3_vl"
+
+    def _merger_parts(self) -> tuple[nn.Module, tuple[Any, Any, Any]]:
+        merger: Any = self.projector
+        return merger.norm, (merger.linear_fc1, merger.act_fn, merger.linear_fc2)
 
     def encoder_taps(self) -> Sequence[nn.Module]:
         """The mergers of DeepStack."""

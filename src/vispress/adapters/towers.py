@@ -1,11 +1,12 @@
 """What families with a `vision_tower` and a `multi_modal_projector` have in common."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from vispress.adapters.base import EncoderBlock, Modality, ModelAdapter
+from vispress.adapters.two_layers import of_transformers, two_layer
 from vispress.errors import UnsupportedModelError
 from vispress.types import CropLayout, TwoLayer
 
@@ -19,12 +20,6 @@ TWO_LAYER = (
     "LlavaOnevisionMultiModalProjector",
 )
 """Projectors of transformers whose forward is `linear_2(act(linear_1(x)))`."""
-
-_GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
 
 
 class TowerAdapter(ModelAdapter):
@@ -75,16 +70,9 @@ class TowerAdapter(ModelAdapter):
     def two_layer(self) -> TwoLayer | None:
         """The weights of a plain LLaVA projector with GELU."""
         projector: Any = self.projector
-        known = type(projector).__module__.startswith("transformers.")
-        if not known or type(projector).__name__ not in TWO_LAYER or _changed(projector):
+        if not of_transformers(projector, TWO_LAYER):
             return None
-        first, second = projector.linear_1, projector.linear_2
-        activation = _GELU.get(type(projector.act).__name__)
-        if activation is None or not (_plain(first) and _plain(second)):
-            return None
-        return TwoLayer(
-            w1=first.weight, b1=first.bias, w2=second.weight, b2=second.bias, activation=activation
-        )
+        return two_layer(projector, (projector.linear_1, projector.act, projector.linear_2))
 
     def projector_inputs(self, modality: Modality, raw: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Already `[P, n, Dv]`, without [CLS]."""
@@ -122,16 +110,3 @@ class TowerAdapter(ModelAdapter):
             and len(layers) > 0
             and hasattr(layers[0], "self_attn")
         )
-
-
-def _changed(module: Any) -> bool:
-    """Whether a module's call is more than its class's forward (accelerate, adapters, users)."""
-    return bool(module._forward_hooks) or "forward" in module.__dict__
-
-
-def _plain(linear: Any) -> bool:
-    """Whether a module is a linear layer with nothing added, on weights that can be read."""
-    if type(linear) is not nn.Linear or linear._forward_pre_hooks or _changed(linear):
-        return False
-    weights = [w for w in (linear.weight, linear.bias) if w is not None]
-    return all(type(w) is nn.Parameter and not w.is_meta for w in weights)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.methods.base import upcast
+from vispress.methods.normed_mlp import changes_of_normed_mlp
 from vispress.types import VisualTokens
 from vispress_kernels.perturbation_scores import perturbation_scores
 
@@ -46,6 +47,7 @@ def sensitivity(
 
     With an MLP in fp16 or bf16 its second product takes changes rounded to that dtype: a difference
     rounded after it was taken, whose relative error (2^-9 for bf16) averages out over hidden units.
+    Behind a norm the MLP has no cheaper `"rms"`, nor a kernel.
 
     Args:
         tokens: With vision features and projector.
@@ -59,6 +61,10 @@ def sensitivity(
     directions = directions.to(upcast(x[:0]))
     if mlp is None:
         return of_any_projector(upcast(x), tokens.projector, directions, h, average)
+    if mlp.norm is not None:
+        changes = changes_of_normed_mlp(x.flatten(0, 1), mlp, directions, h).view(*x.shape[:2], -1)
+        mean = changes.mean(dim=2) if average == "mean" else changes.square().mean(dim=2).sqrt()
+        return mean / (2 * h)
     return perturbation_scores(
         x,  # as it is: half types meet W1 on the tensor cores, without loss
         mlp.w1,

@@ -8,10 +8,11 @@ Follows the code where its docstrings disagree: sensitivity is the *mean* over d
 diversity is measured on *projected* tokens; sub-images and frames are selected on their own.
 Differs: the exact projector in at least fp32 (the code's fp16 step of 0.01 loses most of its bits,
 and it may use a rank-128 copy of the projector); one second-layer product a direction where the
-projector is a two-layer MLP, as the difference can be taken before it (and rounded after it to the
-dtype of fp16 and bf16 weights); seeded directions; a spread
+projector is a two-layer MLP (or a merger: a norm and such an MLP), as the difference can be taken
+before it (and rounded after it to the dtype of fp16 and bf16 weights); seeded directions; a spread
 of sensitivities within rounding (1e-6 of the largest) counts as constant; unequal sub-images have
-shares in proportion. `average="rms"` is ours: nearly the same scores at a sixtieth of the work.
+shares in proportion. `average="rms"` is ours: nearly the same scores, at a sixtieth of the work
+where no norm stands before the MLP.
 """
 
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class ZOOPrune(Compressor):
         m: Random directions, at least 1.
         h: Step along a direction, above 0.
         seed: Seed of the directions, at least 0; a generator of its own on the host.
-        average: Over directions: `"mean"` (published) or `"rms"` (all in one product).
+        average: Over directions: `"mean"` (published) or `"rms"` (all in one product, if no norm
+            stands before the MLP).
 
     Raises:
         ConfigError: A value is out of its range.
