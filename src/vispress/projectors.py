@@ -28,7 +28,7 @@ class PatchNorm:
 
     def centre(self, x: Float[Tensor, "n Dv"]) -> Float[Tensor, "P n d"]:
         """The patches of token inputs, or of changes to them, with the mean taken off."""
-        parts = x.unflatten(1, (self.patches, -1))
+        parts = torch.unflatten(x, 1, (self.patches, -1))
         if self.layer:
             parts = parts - parts.mean(dim=2, keepdim=True)
         return parts.transpose(0, 1)

@@ -31,7 +31,7 @@ def changes_of_normed_mlp(
     """
     assert mlp.norm is not None
     dtype, norm, hidden = directions.dtype, mlp.norm, len(mlp.w1)
-    first = mlp.w1.to(dtype).unflatten(1, (norm.patches, -1))  # [Dh, P, Dv / P]
+    first = torch.unflatten(mlp.w1.to(dtype), 1, (norm.patches, -1))  # [Dh, P, Dv / P]
     bias = first.new_zeros(hidden) if mlp.b1 is None else mlp.b1.to(dtype)
     if norm.bias is not None:
         bias = bias + first.sum(dim=1) @ norm.bias.to(dtype)
