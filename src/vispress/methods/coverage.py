@@ -39,13 +39,13 @@ def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tenso
     fit = weight * ((tokens * unit(text)[:, None]).sum(dim=2) + 1) / 2
     best = similar.new_zeros(x.shape[:2])  # similarity of each token to the closest taken one
     taken = torch.zeros_like(best, dtype=torch.bool)
-    order, gains = [], []
+    apart, order, gains = torch.empty_like(similar), [], []
     for _ in range(num_keep):
-        gain = (similar - best[..., None]).clamp_(min=0).sum(dim=1) + fit
-        gain = gain.gather(1, twin)
+        torch.sub(similar, best[..., None], out=apart)
+        gain = apart.clamp_(min=0).sum(dim=1).add_(fit).gather(1, twin)
         pick = first_of_best(gain, taken)
         order.append(pick)
         gains.append(gain[batch, pick])
-        taken = taken.scatter(1, pick[:, None], True)
-        best = torch.maximum(best, similar[batch, :, twin[batch, pick]])
+        taken[batch, pick] = True
+        torch.maximum(best, similar[batch, :, twin[batch, pick]], out=best)
     return torch.stack(order, dim=1), torch.stack(gains, dim=1)

@@ -26,7 +26,7 @@ from vispress.methods.diversity import unit
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.question import scaled
 from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
-from vispress.methods.vispruner import thin_out
+from vispress.methods.thinning import thin_out
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
@@ -115,4 +115,4 @@ class FlashVLM(Compressor):
             rest = thin_out(rest, part.of(x), part.share - important, self.step)
             return torch.cat([ranked[:, :important], rest], dim=1)
 
-        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))
+        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick, alike=True))

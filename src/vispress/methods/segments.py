@@ -4,7 +4,7 @@ For methods that are no `ScorePruner`; the budget is split by `segment_shares`, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -23,19 +23,28 @@ class Part:
 
     Args:
         rows: Rows of the bucket that have these places.
-        places: `[n]`; tokens of the part, ascending, on the device of the features.
+        places: `[n]`; tokens of the part, ascending, on the device of the features. Or `[p, n]`:
+            those of p parts of one size and share, which count as rows of the bucket.
         share: How many of them are to be kept; for newlines, all or none.
         newline: Whether these are newline tokens, which carry no picture.
     """
 
     rows: slice
-    places: Int[Tensor, "n"]
+    places: Int[Tensor, "*p n"]
     share: int
     newline: bool = False
 
     def of(self, values: Tensor) -> Tensor:
-        """The part of `[B, N, ...]` that belongs to these rows and places."""
-        return values[self.rows][:, self.places]
+        """The part of `[B, N, ...]` that belongs to these rows and places, `[b, n, ...]`."""
+        own = values[self.rows][:, self.places]
+        return own if self.places.ndim == 1 else own.flatten(0, 1)
+
+    def chosen(self, picked: Int[Tensor, "b share"]) -> Int[Tensor, "rows K"]:
+        """Tokens of each row of the bucket that indices into the places stand for."""
+        if self.places.ndim == 1:
+            return self.places[picked]
+        parts = torch.arange(len(self.places), device=picked.device)[:, None]
+        return self.places[parts, picked.view(-1, len(self.places), self.share)].flatten(1)
 
 
 def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[list[Part]]:
@@ -67,12 +76,26 @@ def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[
     ]
 
 
+def joined(parts: list[Part]) -> list[Part]:
+    """The same parts, those of one size and share as one, which is worked on at once."""
+    found: dict[tuple[int, int, bool], list[Part]] = {}
+    for part in parts:
+        found.setdefault((len(part.places), part.share, part.newline), []).append(part)
+    return [
+        replace(first, places=torch.stack([part.places for part in (first, *others)]))
+        if others
+        else first
+        for first, *others in found.values()
+    ]
+
+
 def keep_by_segment(
     tokens: VisualTokens,
     num_keep: int,
     pick: Callable[[Part], Int[Tensor, "b share"]],
     *,
     pooled: bool = False,
+    alike: bool = False,
 ) -> Int[Tensor, "B K"]:
     """Ascending indices of what `pick` chooses in each part; newlines are kept as they are.
 
@@ -81,6 +104,7 @@ def keep_by_segment(
         num_keep: K, per image.
         pick: Gives `share` distinct indices into `part.places` for each of the part's rows.
         pooled: As in `split`.
+        alike: `pick` is given parts of one size and share together.
     """
     index = torch.arange(tokens.batch, device=tokens.features.device)
     kept = []
@@ -88,8 +112,8 @@ def keep_by_segment(
         picked = [
             part.places.expand(len(index[part.rows]), -1)
             if part.newline
-            else part.places[pick(part)]
-            for part in parts
+            else part.chosen(pick(part))
+            for part in (joined(parts) if alike else parts)
         ]
         kept.append(torch.cat(picked, dim=1).sort(dim=1).values)
     return torch.cat(kept)

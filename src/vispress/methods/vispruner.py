@@ -8,9 +8,9 @@ descending attention, is split into even and odd places, the even tokens most si
 (cosine of encoder features) are dropped, `step` a round; survivors stand in descending similarity
 before the odd ones.
 Differs: any count works (the code crashes when the rest is odd, or when less than half of a list
-survives): a round drops at most the even places. AnyRes crops that were unpadded have shares in
-proportion, newlines are kept within the budget. `scores="column_mean"` for encoders without [CLS]
-is a reconstruction.
+survives): a round drops at most the even places; cosines within rounding of 1 are equal. AnyRes
+crops that were unpadded have shares in proportion, newlines are kept within the budget.
+`scores="column_mean"` for encoders without [CLS] is a reconstruction.
 """
 
 from dataclasses import dataclass
@@ -22,31 +22,12 @@ from torch import Tensor
 
 from vispress.methods.base import Compressor, Evidence, descending
 from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.diversity import largest_cosine, unit
+from vispress.methods.diversity import unit
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods.thinning import thin_out
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
-
-
-def thin_out(
-    ranked: Int[Tensor, "b R"], x: Float[Tensor, "b n d"], num_keep: int, step: int
-) -> Int[Tensor, "b K"]:
-    """Drop duplicates from a ranked list until `num_keep` are left, in the list's last order.
-
-    Args:
-        ranked: Tokens, the most attended first.
-        x: Unit features of all tokens.
-        num_keep: K, in `[0, R]`.
-        step: Tokens dropped a round, at most.
-    """
-    rows = torch.arange(len(ranked), device=ranked.device)[:, None]
-    while ranked.shape[1] > num_keep > 0:
-        even, odd = ranked[:, 0::2], ranked[:, 1::2]
-        drop = min(step, ranked.shape[1] - num_keep, even.shape[1])
-        order = descending(largest_cosine(x[rows, even], x[rows, odd]))
-        ranked = torch.cat([even.gather(1, order[:, drop:]), odd], dim=1)
-    return ranked[:, :num_keep]
 
 
 @final
@@ -101,4 +82,4 @@ class VisPruner(Compressor):
         def pick(part: Part) -> Tensor:
             return self.select(part.of(score), part.of(features), part.share)
 
-        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))
+        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick, alike=True))
