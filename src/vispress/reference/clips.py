@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vispress.reference.digits import Split
 from vispress.reference.episodes import Asked
 from vispress.reference.scenes import NUM_PATCHES, Actor, Item, Scene, paint, place_items
-from vispress.reference.words import CLIP_KINDS, COLORS, SHAPES, VIDEO, ClipKind
+from vispress.reference.words import COLORS, SHAPES, ClipKind
 
 STEPS: Final = 6
 FRAMES: Final = 2 * STEPS
@@ -24,11 +24,6 @@ FRAMES: Final = 2 * STEPS
 # accuracy of the best guess from the words alone, answers being balanced
 CLIP_CHANCE: Final[dict[ClipKind, float]] = {"clip_order": 1 / 2, "clip_change": 1 / 8}
 
-# forms that are held-out questions, with the number of their answers
-_FORMS: Final[dict[ClipKind, dict[str, int]]] = {
-    "clip_order": {"order": 8},
-    "clip_change": {"changed": 8, "last": 8},
-}
 _FLICKER: Final = 3  # most that a frame's own noise adds to a pixel
 _GONE: Final = -2
 
@@ -45,25 +40,6 @@ class Clip:
 
     frames: NDArray[np.uint8]
     asked: tuple[Asked, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ClipQuestion:
-    """One held-out question about a clip.
-
-    Args:
-        kind: One of `CLIP_KINDS`.
-        frames: uint8, shape (12, 96, 96, 3).
-        prompt: For the processor; it starts with `<video>`.
-        answer: One word.
-        evidence: As in `Clip`.
-    """
-
-    kind: ClipKind
-    frames: NDArray[np.uint8]
-    prompt: str
-    answer: str
-    evidence: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +81,10 @@ def _script(rng: np.random.Generator) -> _Script:
     cast[changed] = (kind, value, color, -1)  # a dot could have the new colour
     new, since = int((color + rng.integers(1, 8)) % 8), int(rng.integers(1, STEPS))
     visits = sorted(int(s) for s in rng.permutation(STEPS)[:visitors])
-    ends = [min(b, a + int(rng.integers(1, 3))) for a, b in zip(visits, [*visits[1:], STEPS])]
+    ends = [
+        min(b, a + int(rng.integers(1, 3)))
+        for a, b in zip(visits, [*visits[1:], STEPS], strict=True)
+    ]
     shown = []
     for step in range(STEPS):
         colors = [actor[2] for actor in cast]
@@ -177,42 +156,3 @@ def show_clip(seed: int, split: Split, index: int) -> Clip:
             found.append(Asked(form, text, answer, seen((shown, script.name(member)))))
     asked = tuple(found[i] for i in rng.permutation(len(found)))
     return Clip(_film(rng, scenes), asked)
-
-
-def held_out_clips(kind: ClipKind, n: int, *, seed: int = 0) -> list[ClipQuestion]:
-    """Draw held-out questions about clips: unseen clips, unseen handwriting, balanced answers.
-
-    Args:
-        kind: One of `CLIP_KINDS`.
-        n: How many; each has a clip of its own.
-        seed: Other seeds give other clips; none is ever trained on.
-
-    Returns:
-        `n` questions; equal arguments give equal ones. The forms of a kind take turns, and no
-        answer of a form is right more often than its share, rounded up.
-
-    Raises:
-        ValueError: `kind` is unknown or `n` is not positive.
-    """
-    if kind not in CLIP_KINDS or n < 1:
-        raise ValueError(f"need a kind of {CLIP_KINDS} and n >= 1, got {kind!r} and {n}")
-    forms = _FORMS[kind]
-    share = -(-n // len(forms))
-    taken: dict[tuple[str, str], int] = {}
-    by_form = dict.fromkeys(forms, 0)
-    questions: list[ClipQuestion] = []
-    index = 0
-    while len(questions) < n:
-        clip = show_clip(seed, "test", index)
-        index += 1
-        for q in clip.asked:
-            if q.form not in forms or by_form[q.form] >= share:
-                continue
-            if taken.get((q.form, q.answer), 0) >= -(-share // forms[q.form]):
-                continue
-            taken[q.form, q.answer] = taken.get((q.form, q.answer), 0) + 1
-            by_form[q.form] += 1
-            prompt = f"{VIDEO} {q.text}"
-            questions.append(ClipQuestion(kind, clip.frames, prompt, q.answer, q.evidence[0]))
-            break
-    return questions

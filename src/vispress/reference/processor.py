@@ -128,7 +128,8 @@ class PicturesProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
         ]
         made = super().__call__(images=images, text=expanded, **kwargs)
         video = made["input_ids"] == self.tokenizer.convert_tokens_to_ids(VIDEO)
-        made["mm_token_type_ids"] = made["mm_token_type_ids"].masked_fill(video, 2)
+        types = made.get("mm_token_type_ids", torch.zeros_like(made["input_ids"]))
+        made["mm_token_type_ids"] = types.masked_fill(video, 2)
         seconds = torch.full((len(videos),), self.image_processor.temporal_patch_size / qwen.FPS)
         made["pixel_values_videos"], made["video_grid_thw"] = pixels, grids
         made["second_per_grid_ts"] = seconds
