@@ -27,7 +27,9 @@ WINDOW: Final = 4  # tokens along a window
 VISION_WIDTH: Final = 128
 HEAD: Final = 32
 
-FPS: Final = 8  # of clips: a temporal patch of two frames is then one position of M-RoPE
+# of clips: a temporal patch of two frames is a second, as whole as older transformers make it
+FPS: Final = 2
+TOKENS_PER_SECOND: Final = 1  # positions of M-RoPE
 
 VISION_START: Final = "<vision>"
 VISION_END: Final = "</vision>"
@@ -55,6 +57,7 @@ def qwen_config(*, vision_layers: int = 5, text_layers: int = 6) -> Qwen2_5_VLCo
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
+        "tokens_per_second": TOKENS_PER_SECOND,
         "window_size": WINDOW * TOKEN,
         "fullatt_block_indexes": sorted({max(0, vision_layers - 3), vision_layers - 1}),
         "out_hidden_size": TEXT_WIDTH,

@@ -15,6 +15,7 @@ from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import PackedBatch
 from vispress.reference.parallel import is_main, rank_and_world
+from vispress.reference.qwen import TOKENS_PER_SECOND
 from vispress.reference.train_language import SLOTS, answer_loss
 
 BATCH: Final = 24
@@ -54,6 +55,8 @@ def train_clips(
         report: Called after each saved state (evaluation, export).
     """
     world = rank_and_world()[1]
+    # a checkpoint that knows no videos has transformers' default
+    model.config.vision_config.tokens_per_second = TOKENS_PER_SECOND
     modules = {**architecture.parts(model), "language": model.model.language_model}
     optimizer = make_optimizer(modules, lr=PEAK, scales=SCALES)
     settings = {"stage": "clips", "architecture": architecture.name, "seed": seed, "batch": batch}
