@@ -222,15 +222,14 @@ def _resized_clips(subject: Any, prompts: Sequence[Prompt], grids: Sequence[Grid
     vision = subject.model.config.vision_config
     side = int(vision.patch_size) * int(vision.spatial_merge_size)
     left = iter(grids)
-    resized = []
+    resized: list[list[Any]] = []
     for prompt in prompts:
         sizes = [(columns * side, rows * side) for rows, columns in islice(left, prompt.visuals)]
-        resized.append(
-            [
-                np.stack([fromarray(f).resize(size, Resampling.BICUBIC) for f in frames])
-                for frames, size in zip(prompt.videos, sizes, strict=True)
-            ]
-        )
+        own = []
+        for frames, size in zip(prompt.videos, sizes, strict=True):
+            small = (fromarray(frame).resize(size, Resampling.BICUBIC) for frame in frames)
+            own.append(np.stack([np.asarray(frame) for frame in small]))
+        resized.append(own)
     pixels = [rows * columns * side**2 for rows, columns in grids]
     bounds = {"shortest_edge": min(pixels), "longest_edge": max(pixels)}
     return subject.encode(prompts, videos=resized, videos_kwargs={"size": bounds})

@@ -115,7 +115,8 @@ def _film(rng: np.random.Generator, scenes: Sequence[Scene]) -> NDArray[np.uint8
     """Two frames a scene, each with a little noise of its own: (12, 96, 96, 3)."""
     still = np.stack([scene.pixels for scene in scenes]).repeat(2, axis=0).astype(np.int16)
     noise = rng.integers(-_FLICKER, _FLICKER + 1, still.shape, dtype=np.int8)
-    return np.clip(still + noise, 0, 255).astype(np.uint8)
+    film: NDArray[np.uint8] = np.clip(still + noise, 0, 255).astype(np.uint8)
+    return film
 
 
 def show_clip(seed: int, split: Split, index: int) -> Clip:

@@ -152,7 +152,7 @@ def encode_clips(model: Qwen2_5_VLForConditionalGeneration, frames: Tensor) -> T
     Returns:
         Visual tokens, step by step in raster order, shape (B, F / 2 * (S / 12)**2, D).
     """
-    steps = frames.unflatten(1, (-1, 2)).flatten(0, 1)
+    steps = torch.unflatten(frames, 1, (-1, 2)).flatten(0, 1)
     weight = model.model.visual.patch_embed.proj.weight
     x = _embed(steps[:, 0], weight[:, :, 0]) + _embed(steps[:, 1], weight[:, :, 1])
     return _encode(model, x, frames.shape[2] // TOKEN).view(len(frames), -1, TEXT_WIDTH)
