@@ -15,6 +15,7 @@ from vispress.bench.cost import measure_cost, timed_batch
 from vispress.bench.downsample import Downsample, smaller
 from vispress.bench.engine import run
 from vispress.bench.oracle import Oracle, choose, evidence_tokens, told
+from vispress.bench.page.exhibits import pictures_of
 from vispress.bench.pictures import video_grids
 from vispress.bench.plan import plan_from_mapping
 from vispress.bench.replay import recorders, replays
@@ -261,3 +262,12 @@ def test_a_plan_runs_every_video_method_beside_controls(folder, tmp_path):
             assert ratio == pytest.approx(0.5, abs=0.01), key
         else:
             assert 0 < ratio < 0.51, key  # at most what was asked
+
+
+def test_the_page_shows_every_step_of_a_clip(prompts):
+    pictures = pictures_of(prompts[0], "x", None)
+    assert len({picture.key for picture in pictures}) == 6
+    assert len({picture.uri for picture in pictures}) == 6
+    marked = [bool(picture.evidence) for picture in pictures]
+    steps = {cell // CELLS // 2 for cell in prompts[0].evidence[0]}
+    assert marked == [step in steps for step in range(6)]
