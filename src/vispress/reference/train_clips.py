@@ -37,7 +37,7 @@ def train_clips(
     device: torch.device,
     workers: int = 1,
     batch: int = BATCH,
-    save_minutes: float = 5.0,
+    save_minutes: float = 2.0,
     report: Callable[[Run], None] | None = None,
 ) -> None:
     """Train in place, continuing from the state in `folder` if there is one.
