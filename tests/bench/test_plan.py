@@ -8,7 +8,7 @@ import pytest
 from vispress.bench.plan import load_plan, plan_from_mapping
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
-from vispress.reference.words import EPISODE_KINDS, KINDS
+from vispress.reference.words import CLIP_KINDS, EPISODE_KINDS, KINDS
 from vispress.registry import get_method, list_methods
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
@@ -139,6 +139,15 @@ def test_full_sweeps_hold_every_method_and_task(name):
     assert {cell.group for cell in plan.cells()} >= methods
     assert plan.keep_ratios == (0.5, 0.333, 0.222, 0.111, 0.056)
     assert plan.questions == 1000
+
+
+def test_the_sweep_over_videos_holds_every_method():
+    plan = load_plan("offline-clips")
+    assert plan.tasks == CLIP_KINDS
+    methods = {method for method in list_methods() if get_method(method).evidence not in OTHERS}
+    assert {cell.group for cell in plan.cells()} >= methods
+    assert plan.keep_ratios == (0.5, 0.222, 0.111)
+    assert plan.overrides == load_plan("offline-qwen").overrides
 
 
 def test_missing_controls_are_added():

@@ -67,6 +67,8 @@ def _scene(seed: str, question: str | None) -> Prompt:
         raise ConfigError(f"scene:SEED needs a number >= 0, got scene:{seed}")
     known = question is None or " " not in question
     prompt = get_task(question or "attribute" if known else "attribute").draw(1, int(seed))[0]
+    if prompt.videos:
+        raise ConfigError(f"{question!r} shows a video; name a task that shows pictures")
     return prompt if known else Prompt(prompt.images, _asked(question or ""), "")
 
 

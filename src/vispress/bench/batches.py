@@ -107,20 +107,24 @@ class Memory:
         Not for cells that change what the encoder computes.
         """
 
+        video = any(prompt.videos for prompt in batch.prompts)
+        pixels = "pixel_values_videos" if video else "pixel_values"
+
         def seen(original: Original, *args: Any, **kwargs: Any) -> Any:
             sink = current_sink()
             collecting = sink if isinstance(sink, EncoderSink) and sink.asked else None
             if not self._knows(batch, collecting):
                 bound = inspect.signature(original.function).bind_partial(*args, **kwargs)
-                bound.arguments["pixel_values"] = self.inputs(batch)["pixel_values"]
+                bound.arguments[pixels] = self.inputs(batch)[pixels]
                 output = _bare(original(*bound.args, **bound.kwargs))
-                self._note(batch, output, collecting)
+                self._note(batch, output, collecting, pixels)
                 return copy.copy(output)
             if collecting is not None:
                 collecting.fill(self._collected.held[batch])
             return copy.copy(self._features.held[batch][1])  # compression marks what it gets
 
-        undo = shadow(find_adapter(self._subject.model).base, "get_image_features", seen)
+        name = "get_video_features" if video else "get_image_features"
+        undo = shadow(find_adapter(self._subject.model).base, name, seen)
         try:
             yield
         finally:
@@ -132,8 +136,10 @@ class Memory:
             return batch in self._features.held
         return self._asked == sink.asked and batch in self._collected.held
 
-    def _note(self, batch: Batch, output: Any, sink: EncoderSink | None) -> None:
-        inputs = _without_pixels(self.inputs(batch))
+    def _note(self, batch: Batch, output: Any, sink: EncoderSink | None, pixels: str) -> None:
+        inputs = self.inputs(batch)
+        # the same, with pixels that take no memory
+        inputs = {**inputs, pixels: inputs[pixels].new_zeros(()).expand(inputs[pixels].shape)}
         self._features.put(batch, (inputs, output), _bytes(output))
         if sink is not None:
             if self._asked != sink.asked:
@@ -169,12 +175,6 @@ def _bare(output: Any) -> Any:
     """The encoder's output without what only the encoder itself needs."""
     dropped = ("hidden_states", "attentions", "last_hidden_state")
     return type(output)(**{name: value for name, value in output.items() if name not in dropped})
-
-
-def _without_pixels(inputs: Any) -> dict[str, Any]:
-    """The same inputs with pixels that take no memory."""
-    pixels = inputs["pixel_values"]
-    return {**inputs, "pixel_values": pixels.new_zeros(()).expand(pixels.shape)}
 
 
 def _bytes(value: Any) -> int:

@@ -37,9 +37,12 @@ class Checkpoint(Subject):
         prompts: Sequence[Prompt],
         *,
         images: Sequence[Sequence[Any]] | None = None,
+        videos: Sequence[Sequence[Any]] | None = None,
         **options: Any,
     ) -> Any:
-        """See `Subject.encode`."""
+        """See `Subject.encode`; checkpoints are given no videos."""
+        if videos or any(prompt.videos for prompt in prompts):
+            self.check_videos()
         texts = [self._render([prompt.text]) for prompt in prompts]
         bos = self.processor.tokenizer.bos_token
         if bos and all(text.startswith(bos) for text in texts):

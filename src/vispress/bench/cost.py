@@ -46,13 +46,14 @@ TIMES: Mapping[str, Callable[[Sample], Any]] = {
 def timed_batch(subject: Subject, prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     """Up to `size` prompts of the commonest length, so that no padding is timed.
 
-    Prompts without pictures are left out; where all are, the batch is empty.
+    Prompts without pictures and videos are left out; where all are, the batch is empty.
     """
-    alike: dict[tuple[int, int], list[Prompt]] = {}
+    alike: dict[tuple[int, int, int], list[Prompt]] = {}
     for prompt in prompts:
-        if prompt.images:
+        if prompt.visuals:
             ids = subject.processor.tokenizer(prompt.text)["input_ids"]
-            alike.setdefault((len(prompt.images), len(ids)), []).append(prompt)
+            shown = len(prompt.images), len(prompt.videos)
+            alike.setdefault((*shown, len(ids)), []).append(prompt)
     return max(alike.values(), key=len, default=[])[:size]
 
 

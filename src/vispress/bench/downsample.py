@@ -2,21 +2,29 @@
 
 A control that needs no compression at all: what a method saves, a smaller picture saves too, in
 the vision encoder as well. LLaVA's encoder interpolates its position embeddings to the smaller
-grid; Qwen-VL takes pictures of any resolution. The grid is the largest of about the picture's
-aspect within the budget, so the count is at most the one asked.
+grid; Qwen-VL takes pictures of any resolution. Of a video, every frame becomes smaller. The grid is
+the largest of about the picture's aspect within the budget, so the count is at most the one asked.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 from torch.nn.functional import interpolate
 
-from vispress.bench.pictures import Grid, check_family, is_qwen, picture_grids
+from vispress.bench.pictures import (
+    Grid,
+    Steps,
+    check_family,
+    is_qwen,
+    picture_grids,
+    video_grids,
+)
 from vispress.bench.tasks import Prompt
 from vispress.budget import Budget
-from vispress.errors import BudgetError
+from vispress.errors import BudgetError, UnsupportedMethodError
 from vispress.methods.grids import small_grid
 
 
@@ -91,6 +99,8 @@ def smaller(method: Downsample, subject: Any, inputs: Any, prompts: Sequence[Pro
         BudgetError: The processor made more tokens than asked.
     """
     family = check_family(method.name, subject.model)
+    if videos := video_grids(subject.model, inputs):
+        return _smaller_clips(method, subject, prompts, videos)
     native = picture_grids(subject.model, inputs)
     grids = method.grids(native)
     make = _resized_qwen if is_qwen(family) else _resized_llava
@@ -98,10 +108,45 @@ def smaller(method: Downsample, subject: Any, inputs: Any, prompts: Sequence[Pro
     found = picture_grids(subject.model, made)
     marks = int((made["input_ids"] == subject.model.config.image_token_id).sum())
     if found != grids or marks != sum(h * w for h, w in grids):
-        raise BudgetError(
-            f"downsample is off target: {marks} visual tokens on grids {found}, asked for {grids}"
-        )
+        raise _off_target(marks, found, grids)
     return Smaller(made, [h * w for h, w in native], [h * w for h, w in grids])
+
+
+def _off_target(marks: int, found: Any, asked: Any) -> BudgetError:
+    return BudgetError(
+        f"downsample is off target: {marks} visual tokens on grids {found}, asked for {asked}"
+    )
+
+
+def _smaller_clips(
+    method: Downsample, subject: Any, prompts: Sequence[Prompt], native: Sequence[Steps]
+) -> Smaller:
+    """The batch with smaller frames; all of them stay, each with its share of the budget.
+
+    Raises:
+        UnsupportedMethodError: There are pictures beside videos, or the budget is less than one
+            token for each step.
+        BudgetError: The processor made more tokens than asked.
+    """
+    if any(prompt.images for prompt in prompts):
+        raise UnsupportedMethodError("downsample takes pictures or videos, not both in one batch")
+    budgets = [method.budget().resolve(t * h * w) for t, h, w in native]
+    small: list[Grid] = []
+    for (t, h, w), budget in zip(native, budgets, strict=True):
+        if budget < t:
+            raise UnsupportedMethodError(
+                f"downsample keeps every frame of a video: {budget} tokens are less than one for "
+                f"each of {t} steps"
+            )
+        small.append(small_grid(h, w, budget // t))
+    made = _resized_clips(subject, prompts, small)
+    asked = [(t, *grid) for (t, _, _), grid in zip(native, small, strict=True)]
+    found = video_grids(subject.model, made)
+    marks = int((made["input_ids"] == subject.model.config.video_token_id).sum())
+    counts = [t * h * w for t, h, w in asked]
+    if found != asked or marks != sum(counts):
+        raise _off_target(marks, found, asked)
+    return Smaller(made, [t * h * w for t, h, w in native], counts)
 
 
 @contextmanager
@@ -167,6 +212,27 @@ def _resized_qwen(
     pixels = [rows * columns * side**2 for rows, columns in grids]
     bounds = {"shortest_edge": min(pixels, default=1), "longest_edge": max(pixels, default=1)}
     return subject.encode(prompts, images=resized, images_kwargs={"size": bounds})
+
+
+def _resized_clips(subject: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]) -> Any:
+    """Frames resized to whole tokens, which the processor then leaves as they are."""
+    import numpy as np
+    from PIL.Image import Resampling, fromarray
+
+    vision = subject.model.config.vision_config
+    side = int(vision.patch_size) * int(vision.spatial_merge_size)
+    left = iter(grids)
+    resized: list[list[Any]] = []
+    for prompt in prompts:
+        sizes = [(columns * side, rows * side) for rows, columns in islice(left, prompt.visuals)]
+        own = []
+        for frames, size in zip(prompt.videos, sizes, strict=True):
+            small = (fromarray(frame).resize(size, Resampling.BICUBIC) for frame in frames)
+            own.append(np.stack([np.asarray(frame) for frame in small]))
+        resized.append(own)
+    pixels = [rows * columns * side**2 for rows, columns in grids]
+    bounds = {"shortest_edge": min(pixels), "longest_edge": max(pixels)}
+    return subject.encode(prompts, videos=resized, videos_kwargs={"size": bounds})
 
 
 def _take(pictures: Iterator[Grid], prompt: Prompt) -> list[Grid]:

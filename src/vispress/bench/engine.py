@@ -56,12 +56,14 @@ def run(
         BudgetError: A method kept another number of tokens than asked.
         CheckpointError: The model's checkpoint is missing or damaged.
         UnsupportedModelError: No adapter knows the model.
-        ConfigError: The launcher's variables are incomplete, or a hyper-parameter does not fit the
-            model.
+        ConfigError: The launcher's variables are incomplete, a hyper-parameter does not fit the
+            model, or a task shows videos to a model that takes none.
     """
     shard = this_shard() if shard is None else shard
     subject = load_subject(plan.model, shard.device(device), plan.dtype)
     find_adapter(subject.model)
+    if any(get_task(name).shows == "videos" for name in plan.tasks):
+        subject.check_videos()
     identity = {
         "plan": plan.digest(),
         "commit": commit(),
@@ -236,11 +238,12 @@ def _refusals(plan: Plan, subject: Subject) -> dict[str, str]:
         ConfigError: A hyper-parameter that the plan itself gives does not fit the model.
     """
     reasons = {}
+    pictures = [name for name in plan.tasks if get_task(name).shows == "pictures"]
     for cell in plan.cells():
         try:
             if cell.refused is not None:
                 raise BudgetError(cell.refused)
-            check_cell(cell, subject, plan.positions)
+            check_cell(cell, subject, plan.positions, pictures=pictures)
         except (BudgetError, UnsupportedMethodError) as error:
             reasons[cell.key] = str(error)
         except ConfigError as error:

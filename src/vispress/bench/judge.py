@@ -198,7 +198,7 @@ class Judge:
                 treated(cell, self.subject, batch.prompts, inputs) as now,
             ):
                 out = run(batch, now.inputs)
-                if cell.chain and any(prompt.images for prompt in batch.prompts):
+                if cell.chain and any(prompt.visuals for prompt in batch.prompts):
                     check_target(cell, compression_report(self.subject.model))
             self.advance(f"{what}, {batch.task}", len(batch.prompts))
             yield out

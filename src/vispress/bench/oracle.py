@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vispress.bench.pictures import Grid, check_family, picture_grids
+from vispress.bench.pictures import Grid, Steps, check_family, picture_grids, video_grids
 from vispress.bench.tasks import EVIDENCE_GRID, Prompt
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor, Evidence
@@ -29,7 +29,8 @@ class Oracle(Compressor):
     """Keep the tokens that the answer needs, then an even grid; exactly the count asked.
 
     Args:
-        pictures: Grid and evidence cells of every picture of the batch, in prompt order.
+        pictures: Grid of steps, rows and columns, and evidence cells, of every picture (of one
+            step) and video of the batch, in prompt order; cells of a step count from 144 times it.
     """
 
     name: ClassVar[str] = "oracle"
@@ -37,25 +38,25 @@ class Oracle(Compressor):
     paper: ClassVar[str] = "control"
     evidence: ClassVar[Evidence] = "control"
 
-    pictures: tuple[tuple[Grid, tuple[int, ...]], ...] | None = None
+    pictures: tuple[tuple[Steps, tuple[int, ...]], ...] | None = None
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         """Pictures of one grid come as one bucket, in prompt order."""
-        if self.pictures is None or tokens.grid is None or tokens.grid[0] != 1:
+        if self.pictures is None or tokens.grid is None:
             raise UnsupportedMethodError(
                 "oracle needs the evidence of every picture and one grid over each, got "
                 f"grid={tokens.grid}"
             )
-        own = [cells for grid, cells in self.pictures if grid == tokens.grid[1:]]
+        own = [cells for grid, cells in self.pictures if grid == tokens.grid]
         if len(own) != tokens.batch:
             raise UnsupportedMethodError(
-                f"oracle knows the evidence of {len(own)} pictures of {tokens.grid[1:]} tokens, "
+                f"oracle knows the evidence of {len(own)} pictures of {tokens.grid} tokens, "
                 f"the batch has {tokens.batch}"
             )
-        keep = torch.stack([choose(cells, tokens.grid[1:], num_keep) for cells in own])
+        keep = torch.stack([choose(cells, tokens.grid, num_keep) for cells in own])
         return TokenPlan(keep=keep.to(tokens.features.device))
 
 
@@ -69,58 +70,75 @@ def told(method: Oracle, model: Any, inputs: Any, prompts: Sequence[Prompt]) -> 
     """
     check_family("oracle", model)
     for prompt in prompts:
-        if prompt.images and not prompt.evidence:
+        if prompt.visuals and not prompt.evidence:
             raise UnsupportedMethodError(
                 "oracle needs to know which part of the picture holds the answer; the question "
                 f"{prompt.text!r} does not say. Leave these tasks out, or the oracle (controls: "
                 "none)"
             )
-        if len(prompt.evidence) != len(prompt.images):
+        if len(prompt.evidence) != prompt.visuals:
             raise ConfigError(
                 f"the question {prompt.text!r} has evidence of {len(prompt.evidence)} pictures and "
-                f"{len(prompt.images)} pictures"
+                f"{prompt.visuals} pictures"
             )
-    cells = [own for prompt in prompts for own in prompt.evidence]
-    return replace(method, pictures=tuple(zip(picture_grids(model, inputs), cells, strict=True)))
+    images = [own for prompt in prompts for own in prompt.evidence[: len(prompt.images)]]
+    rasters = [(1, *grid) for grid in picture_grids(model, inputs)]
+    known = list(zip(rasters, images, strict=True))
+    if videos := video_grids(model, inputs):
+        frames = int(model.config.vision_config.temporal_patch_size)
+        cells = [own for prompt in prompts for own in prompt.evidence[len(prompt.images) :]]
+        known += [
+            (grid, tuple(c // _CELLS // frames * _CELLS + c % _CELLS for c in own))
+            for grid, own in zip(videos, cells, strict=True)
+        ]
+    return replace(method, pictures=tuple(known))
 
 
-def choose(cells: Iterable[int], grid: Grid, num_keep: int) -> Tensor:
-    """Ascending indices `[K]` of the tokens to keep of a picture.
+def choose(cells: Iterable[int], grid: Grid | Steps, num_keep: int) -> Tensor:
+    """Ascending indices `[K]` of the tokens to keep of a picture or video.
 
     Args:
-        cells: Evidence, on a raster of 12 x 12 over the picture.
-        grid: Rows and columns of tokens.
+        cells: Evidence, on a raster of 12 x 12 over the picture or each step.
+        grid: Rows and columns of tokens, of a video steps before them.
         num_keep: K, at most the number of tokens; evidence beyond it is thinned at equal steps.
     """
     needed = evidence_tokens(cells, grid).nonzero()[:, 0]
     if len(needed) >= num_keep:
         return needed[middles(len(needed), num_keep)]
-    taken = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    steps, height, width = _steps(grid)
+    taken = torch.zeros(steps * height * width, dtype=torch.bool)
     taken[needed] = True
-    rows, columns = small_grid(*grid, num_keep - len(needed))
-    even = (middles(grid[0], rows)[:, None] * grid[1] + middles(grid[1], columns)).flatten()
-    taken[even] = True
+    if share := (num_keep - len(needed)) // steps:
+        rows, columns = small_grid(height, width, share)
+        even = middles(height, rows)[:, None] * width + middles(width, columns)
+        taken.view(steps, -1)[:, even.flatten()] = True
     # even tokens that are evidence leave some of the budget: it goes to equal steps of the rest
     rest = (~taken).nonzero()[:, 0]
     taken[rest[middles(len(rest), num_keep - int(taken.sum()))]] = True
     return taken.nonzero()[:, 0]
 
 
-def evidence_tokens(cells: Iterable[int], grid: Grid) -> Bool[Tensor, "N"]:
+def evidence_tokens(cells: Iterable[int], grid: Grid | Steps) -> Bool[Tensor, "N"]:
     """Tokens whose area overlaps one of the cells.
 
     Raises:
         ConfigError: A cell is outside the raster.
     """
-    marked = torch.zeros(_CELLS, dtype=torch.float64)
+    steps, height, width = _steps(grid)
+    marked = torch.zeros(steps * _CELLS, dtype=torch.float64)
     for cell in cells:
-        if not 0 <= cell < _CELLS:
-            raise ConfigError(f"evidence cells must be in [0, {_CELLS}), got {cell}")
+        if not 0 <= cell < len(marked):
+            raise ConfigError(f"evidence cells must be in [0, {len(marked)}), got {cell}")
         marked[cell] = 1
-    raster = marked.view(EVIDENCE_GRID, EVIDENCE_GRID)
-    area = _overlap(grid[0]) @ raster @ _overlap(grid[1]).T
+    raster = marked.view(steps, EVIDENCE_GRID, EVIDENCE_GRID)
+    area = _overlap(height) @ raster @ _overlap(width).T
     # ends of intervals that only touch differ in their last bits
     return (area > 1e-9).flatten()
+
+
+def _steps(grid: Grid | Steps) -> Steps:
+    """A picture is one step."""
+    return (1, *grid) if len(grid) == 2 else grid
 
 
 def _overlap(count: int) -> Float[Tensor, "count cells"]:

@@ -6,6 +6,7 @@ from vispress.adapters.base import find_adapter
 from vispress.errors import UnsupportedMethodError
 
 Grid = tuple[int, int]
+Steps = tuple[int, int, int]
 
 _QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _KNOWN = ("llava", *_QWEN)
@@ -46,6 +47,19 @@ def picture_grids(model: Any, inputs: Any) -> list[Grid]:
         return []
     h, w = (int(size) // int(vision.patch_size) for size in pixels.shape[-2:])
     return [(h, w)] * len(pixels)
+
+
+def video_grids(model: Any, inputs: Any) -> list[Steps]:
+    """Steps, rows and columns of visual tokens of every video of a batch, in prompt order.
+
+    Args:
+        model: Of a family that `is_qwen`.
+        inputs: A batch, as the processor gives it.
+    """
+    if "video_grid_thw" not in inputs:
+        return []
+    merge = int(model.config.vision_config.spatial_merge_size)
+    return [(t, h // merge, w // merge) for t, h, w in inputs["video_grid_thw"].tolist()]
 
 
 def is_qwen(family: str) -> bool:

@@ -96,8 +96,10 @@ class Replay(_StandIn):
         )
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """What was kept."""
-        return TokenPlan(keep=next(self.plans).keep)
+        """What was kept, and what decides which buckets the next placement asks about."""
+        plan = next(self.plans)
+        memory = tuple(replace(memory, attention=False) for memory in plan.memory)
+        return TokenPlan(keep=plan.keep, memory=memory)
 
 
 def recorders(chain: Sequence[Compressor]) -> tuple[list[Compressor], list[list[TokenPlan]]]:

@@ -48,6 +48,7 @@ class Subject:
         prompts: Sequence[Prompt],
         *,
         images: Sequence[Sequence[Any]] | None = None,
+        videos: Sequence[Sequence[Any]] | None = None,
         **options: Any,
     ) -> Any:
         """Left-padded inputs of a batch's first turn, on the model's device.
@@ -55,12 +56,20 @@ class Subject:
         Args:
             prompts: The batch.
             images: Other pictures in place of each prompt's own.
+            videos: Other videos likewise.
             **options: For the processor.
+
+        Raises:
+            ConfigError: There are videos, and the model takes none here.
         """
         from vispress.reference.processor import with_marks
 
         pictures = [prompt.images for prompt in prompts] if images is None else images
         flat = [image for own in pictures for image in own]
+        clips = [prompt.videos for prompt in prompts] if videos is None else videos
+        if shown := [clip for own in clips for clip in own]:
+            self.check_videos()
+            options = {"videos": shown} | options
         return self.processor(
             images=flat or None,
             text=[with_marks(self.processor, prompt.text) for prompt in prompts],
@@ -69,6 +78,21 @@ class Subject:
             return_tensors="pt",
             **options,
         ).to(self.model.device, self.model.dtype)
+
+    def check_videos(self) -> None:
+        """Whether prompts may show videos.
+
+        Raises:
+            ConfigError: They may not.
+        """
+        from vispress.reference.processor import PicturesProcessor
+
+        if not isinstance(self.processor, PicturesProcessor):
+            raise ConfigError(
+                f"{self.name!r} is asked about pictures alone; tasks that show videos need "
+                "'reference-qwen', or a folder of that architecture that `vispress "
+                "train-reference` wrote"
+            )
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy answers of one batch, through `model.generate`; those of turns joined by " / "."""

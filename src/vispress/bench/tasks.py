@@ -2,15 +2,17 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from vispress.reference.words import EpisodeKind, QuestionKind
+    from vispress.reference.words import ClipKind, EpisodeKind, QuestionKind
 
 EVIDENCE_GRID: Final = 12
 """Rows, and columns, of the raster that `Prompt.evidence` counts in."""
@@ -18,16 +20,18 @@ EVIDENCE_GRID: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question with its pictures and its only right answer.
+    """One question with its pictures or videos and its only right answer.
 
     Args:
         images: Pictures in the order of their `<image>` marks.
         text: What the processor is given.
         answer: Compared with the model's words, exactly.
-        evidence: For each picture, the cells of a 12 x 12 raster over it (`EVIDENCE_GRID`) that
-            hold the answer, whatever the model's own grid; empty where unknown.
+        evidence: For each picture, then for each video, the cells of a 12 x 12 raster over it
+            (`EVIDENCE_GRID`) that hold the answer, whatever the model's own grid; empty where
+            unknown. Cells of a video's frame `f` count from `144 * f`.
         followups: Later turns of a conversation, (text, answer) each, asked on the same cache.
             The whole conversation is right or wrong.
+        videos: uint8 (F, height, width, 3) each, in the order of their `<video>` marks.
     """
 
     images: tuple["Image", ...]
@@ -35,6 +39,12 @@ class Prompt:
     answer: str
     evidence: tuple[tuple[int, ...], ...] = ()
     followups: tuple[tuple[str, str], ...] = ()
+    videos: tuple["NDArray[np.uint8]", ...] = field(default=(), compare=False)
+
+    @property
+    def visuals(self) -> int:
+        """How many pictures and videos it has."""
+        return len(self.images) + len(self.videos)
 
     @property
     def answer_text(self) -> str:
@@ -60,6 +70,7 @@ class Task:
         score: `score(prediction, prompt)` in `[0, 1]`, 1.0 is fully right.
         source: What decides the questions beside the name (a dataset and how it is read), as plain
             data; None where the name and the commit decide. It is part of a plan's identity.
+        shows: What its prompts show.
     """
 
     name: str
@@ -68,6 +79,7 @@ class Task:
     draw: Callable[[int, int], list[Prompt]]
     score: Callable[[str, Prompt], float] = exact
     source: Mapping[str, Any] | None = None
+    shows: Literal["pictures", "videos"] = "pictures"
 
 
 _TASKS: dict[str, Task] = {}
@@ -87,6 +99,8 @@ _NEEDS = {
     "multi_turn": "other tokens at every turn: a later question was not known at prefill",
     "order": "two objects that are each in one frame of three",
     "change": "one object, in the frames before and after it changed",
+    "clip_order": "two objects that are each in one or two of a video's six steps",
+    "clip_change": "one object, in the steps of a video before and after it changed",
 }
 
 
@@ -105,15 +119,20 @@ def register_task(task: Task) -> Task:
 
 def all_tasks() -> dict[str, Task]:
     """Every task by name, the reference model's first."""
+    from vispress.reference.clips import CLIP_CHANCE
     from vispress.reference.episodes import EPISODE_CHANCE
     from vispress.reference.questions import CHANCE
-    from vispress.reference.words import EPISODE_KINDS, KINDS
+    from vispress.reference.words import CLIP_KINDS, EPISODE_KINDS, KINDS
 
     tasks: dict[str, Task] = {
         kind: Task(kind, _NEEDS[kind], CHANCE[kind], _drawer(kind)) for kind in KINDS
     }
     for kind in EPISODE_KINDS:
         tasks[kind] = Task(kind, _NEEDS[kind], EPISODE_CHANCE[kind], _episode_drawer(kind))
+    for clip in CLIP_KINDS:
+        tasks[clip] = Task(
+            clip, _NEEDS[clip], CLIP_CHANCE[clip], _clip_drawer(clip), shows="videos"
+        )
     return tasks | _TASKS
 
 
@@ -167,6 +186,18 @@ def _episode_drawer(kind: "EpisodeKind") -> Callable[[int, int], list[Prompt]]:
                 episode.followups,
             )
             for episode in held_out_episodes(kind, n, seed=seed)
+        ]
+
+    return draw
+
+
+def _clip_drawer(kind: "ClipKind") -> Callable[[int, int], list[Prompt]]:
+    def draw(n: int, seed: int) -> list[Prompt]:
+        from vispress.reference.clip_sets import held_out_clips
+
+        return [
+            Prompt((), q.prompt, q.answer, (q.evidence,), videos=(q.frames,))
+            for q in held_out_clips(kind, n, seed=seed)
         ]
 
     return draw

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from vispress.adapters.base import find_adapter
 from vispress.api import compress_model, compression_report, remove_compression
 from vispress.bench.cells import Cell
 from vispress.bench.downsample import any_size, smaller
@@ -58,7 +61,8 @@ def treated(
             yield Treated(made.inputs, (sum(made.native), sum(made.kept)))
         return
     if not cell.chain:
-        marks = inputs["input_ids"] == subject.model.config.image_token_id
+        ids = [*find_adapter(subject.model).placeholders().values()]
+        marks = torch.isin(inputs["input_ids"], torch.tensor(ids, device=subject.device))
         yield Treated(inputs, (int(marks.sum()),) * 2)
         return
     chain = compressors(cell, subject, prompts, inputs)
@@ -89,8 +93,16 @@ def changes_encoder(cell: Cell) -> bool:
     return cell.picture is not None or inside
 
 
-def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> None:
+def check_cell(
+    cell: Cell, subject: Subject, positions: Positions | None, *, pictures: Sequence[str]
+) -> None:
     """Whether the model can run a cell at all, as far as that shows before any prompt.
+
+    Args:
+        cell: What is to be done.
+        subject: The model.
+        positions: As in `compress_model`.
+        pictures: Tasks that show pictures.
 
     Raises:
         UnsupportedMethodError: It cannot.
@@ -101,9 +113,10 @@ def check_cell(cell: Cell, subject: Subject, positions: Positions | None) -> Non
         with any_size(subject.model):
             return
     for method in cell.chain:
-        if method.needs == "video":
+        if method.needs == "video" and pictures:
             raise UnsupportedMethodError(
-                f"{method.name} is made for videos and leaves pictures whole; no task shows a video"
+                f"{method.name} is made for videos and leaves pictures whole, which these tasks "
+                f"show: {', '.join(pictures)}"
             )
     if cell.chain:
         compress_model(subject.model, list(cell.chain), positions=positions)
@@ -128,7 +141,7 @@ def answer(
     """
     with treated(cell, subject, prompts, inputs, positions) as now:
         turns = subject.converse(prompts, now.inputs, max_new_tokens)
-        images = sum(len(prompt.images) for prompt in prompts)
+        images = sum(prompt.visuals for prompt in prompts)
         if now.tokens is not None:
             kept.add_plain(images, *now.tokens)
         elif images:

@@ -24,7 +24,7 @@ def load(dtype: "torch.dtype | None" = None, *, architecture: str = "llava") -> 
     Args:
         dtype: Type of the weights; fp32 by default (they are stored in fp16).
         architecture: `"llava"` (`LlavaForConditionalGeneration`) or `"qwen2_5_vl"`
-            (`Qwen2_5_VLForConditionalGeneration`, whose processor takes pictures and no videos).
+            (`Qwen2_5_VLForConditionalGeneration`; its processor takes videos without torchvision).
 
     Returns:
         The model in eval mode on the CPU with SDPA attention, and its processor. Prompts of

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import numpy as np
 import torch
@@ -28,12 +28,13 @@ from vispress.reference.qwen import (
     VISION_END,
     VISION_START,
     build_qwen,
+    encode_clips,
     encode_qwen,
     qwen_config,
 )
 from vispress.reference.qwen_data import collate_tokens, side_of
 from vispress.reference.scenes import Scene
-from vispress.reference.words import BOS, IMAGE, WORD_ID
+from vispress.reference.words import BOS, IMAGE, VIDEO, WORD_ID
 
 if TYPE_CHECKING:
     from vispress.reference.packing import PackedBatch
@@ -63,7 +64,7 @@ class Architecture(ABC):
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # of transformers
-    episodes: ClassVar[bool]  # whether stage 3 is for it
+    third: ClassVar[Literal["episodes", "clips"]]  # stage 3
 
     @abstractmethod
     def build(self, config: Mapping[str, int], seed: int) -> Any:
@@ -111,7 +112,7 @@ class LlavaReference(Architecture):
 
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
-    episodes = True
+    third = "episodes"
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
         """See `Architecture.build`."""
@@ -166,7 +167,7 @@ class QwenReference(Architecture):
 
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
-    episodes = False
+    third = "clips"
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
         """See `Architecture.build`."""
@@ -198,14 +199,11 @@ class QwenReference(Architecture):
 
     def prefix(self, side: int) -> Prefix:
         """`<s>`, and the picture between its marks, at positions of time, row and column."""
-        n = side * side
-        words = [BOS, VISION_START, *[IMAGE] * n, VISION_END]
-        rows, columns = np.divmod(np.arange(n), side)
-        positions = np.zeros((3, 3 + n), dtype=np.int64)
-        positions[:, 1] = 1
-        positions[:, 2:-1] = 2 + np.stack([np.zeros_like(rows), rows, columns])
-        positions[:, -1] = 2 + side
-        return Prefix([QWEN_ID[w] for w in words], 3 + side, positions)
+        return _between_marks(IMAGE, 1, side)
+
+    def clip_prefix(self, steps: int, side: int) -> Prefix:
+        """Likewise for a clip of `steps` temporal patches, one position of time each."""
+        return _between_marks(VIDEO, steps, side)
 
     def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
         """See `Architecture.hidden`; the first decoder layers find out what is where."""
@@ -214,15 +212,43 @@ class QwenReference(Architecture):
         states = out.hidden_states[min(_PLACED, len(out.hidden_states) - 1)]
         return out.last_hidden_state, Seen(features, states[:, 2 : batch.prefix - 1])
 
+    def hidden_clips(self, model: Any, batch: "PackedBatch") -> Tensor:
+        """Last hidden states (B, L, D) of packed sequences behind a clip each."""
+        hidden: Tensor = embed_and_run(
+            model, batch, encode_clips(model, batch.pixels), mark=model.config.video_token_id
+        ).last_hidden_state
+        return hidden
+
     def for_training(self, model: Any) -> None:
         """The decoder; `encode_qwen` stands for the encoder."""
         model.model.language_model.set_attn_implementation(PACKED)
 
 
-def embed_and_run(model: Any, batch: "PackedBatch", features: Tensor) -> Any:
-    """Decoder outputs for packed sequences, given projected features (I, N, D) of all pictures."""
+def _between_marks(mark: str, steps: int, side: int) -> Prefix:
+    """`<s>` and a raster of steps, rows and columns between Qwen's marks."""
+    n = steps * side * side
+    words = [BOS, VISION_START, *[mark] * n, VISION_END]
+    positions = np.zeros((3, 3 + n), dtype=np.int64)
+    positions[:, 1] = 1
+    positions[:, 2:-1] = 2 + np.indices((steps, side, side)).reshape(3, n)
+    positions[:, -1] = 2 + side
+    return Prefix([QWEN_ID[w] for w in words], 3 + side, positions)
+
+
+def embed_and_run(
+    model: Any, batch: "PackedBatch", features: Tensor, *, mark: int | None = None
+) -> Any:
+    """Decoder outputs for packed sequences.
+
+    Args:
+        model: The model.
+        batch: The sequences.
+        features: Projected features of all pictures (I, N, D), or of clips.
+        mark: Token id of their placeholders; that of pictures by default.
+    """
     embeds = model.get_input_embeddings()(batch.input_ids)
-    visual = (batch.input_ids == model.config.image_token_id)[..., None]
+    mark = model.config.image_token_id if mark is None else mark
+    visual = (batch.input_ids == mark)[..., None]
     embeds = embeds.masked_scatter(visual, features.to(embeds.dtype))
     mask: Any = batch.mask(torch.get_autocast_dtype(embeds.device.type))
     mrope = batch.position_ids.ndim == 3

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 import transformers
 
+from vispress.reference.clips import CLIP_CHANCE
 from vispress.reference.episodes import EPISODE_CHANCE
 from vispress.reference.questions import CHANCE
 from vispress.reference.qwen_card import QWEN_TEXT
@@ -28,6 +29,8 @@ _TARGET: Final[dict[str, float]] = {
     "multi_turn": 0.80,
     "order": 0.80,
     "change": 0.80,
+    "clip_order": 0.80,
+    "clip_change": 0.80,
 }
 
 _EXAMPLE: Final[dict[str, str]] = {
@@ -45,9 +48,11 @@ _EXAMPLE: Final[dict[str, str]] = {
     "multi_turn": "(three kinds in turn) red / yes / left",
     "order": "(three frames) which comes first the star or the ring ? : ring",
     "change": "(three frames) which shape changed its color ? : star",
+    "clip_order": "(clip) which comes first the star or the ring ? : ring",
+    "clip_change": "(clip) what color is the star in the last picture ? : blue",
 }
 
-_STAGES: Final = ("vision", "language", "episodes")
+_STAGES: Final = ("vision", "language", "episodes", "clips")
 
 _TEXT: Final = """# Model card: the vispress reference VLM
 
@@ -155,11 +160,11 @@ def write_card(
     """
     rows = [
         f"| {kind} | {_EXAMPLE[kind]} | {scores[kind]:.1%} | {_TARGET[kind]:.0%} | {chance:.0%} |"
-        for kind, chance in (CHANCE | EPISODE_CHANCE).items()
+        for kind, chance in (CHANCE | EPISODE_CHANCE | CLIP_CHANCE).items()
         if kind in scores
     ]
     empty = [{"images": 0, "minutes": 0.0}]
-    vision, language, episodes = (_log(out / s) or empty for s in _STAGES)
+    vision, language, episodes, clips = (_log(out / s) or empty for s in _STAGES)
     config = json.loads((out / "checkpoint" / "config.json").read_text())
     weights = out / "checkpoint" / "model.safetensors"
     template = QWEN_TEXT if config["model_type"] == "qwen2_5_vl" else _TEXT
@@ -177,6 +182,8 @@ def write_card(
         language_minutes=language[-1]["minutes"],
         episodes_images=episodes[-1]["images"],
         episodes_minutes=episodes[-1]["minutes"],
+        clips_images=clips[-1]["images"],
+        clips_minutes=clips[-1]["minutes"],
         torch=torch.__version__,
         transformers=transformers.__version__,
         machine=_machine(),
@@ -198,6 +205,7 @@ def write_curves(out: Path) -> None:
         "vision": ("what", "color", "dot", "content"),
         "language": ("first", "what"),
         "episodes": ("single", "talk", "small", "compare", "in_context", "video"),
+        "clips": ("single", "clip"),
     }
     wanted = {stage: keys for stage, keys in known_keys.items() if (out / stage).is_dir()}
     figure = Figure(figsize=(5 * len(wanted), 4), layout="constrained")

@@ -44,7 +44,7 @@ class PackedBatch:
 
     Args:
         pixels: Pictures of all rows in the order of their visual tokens, uint8, shape
-            (B * images, height, width, 3).
+            (B * images, height, width, 3); or a clip a row, (B, frames, height, width, 3).
         input_ids: int64, shape (B, L).
         position_ids: What each token's position would be if its thread stood alone, (B, L), or
             (3, B, L) for models that count in time, rows and columns.
@@ -70,6 +70,14 @@ class PackedBatch:
         """The same batch on another device."""
         values = [getattr(self, field.name) for field in fields(self)]
         return PackedBatch(*(v.to(device) if hasattr(v, "to") else v for v in values))
+
+    def at(self, positions: NDArray[np.int64] | None) -> "PackedBatch":
+        """The same batch, its prefix at positions in time, rows and columns, (3, P), if any."""
+        if positions is None:
+            return self
+        ids = self.position_ids.repeat(3, 1, 1)
+        ids[:, :, : self.prefix] = torch.from_numpy(positions)[:, None]
+        return replace(self, position_ids=ids)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Additive mask within slots, shape (B, S, W, W): causal, and only one's own thread."""
@@ -178,6 +186,7 @@ class LanguageStream(Dataset[PackedBatch]):
         slots: Slots of 32 text tokens a scene.
         easy: The first so many images show fewer objects.
         together: Consecutive batches that make one training step.
+        offset: Number of the first scene.
     """
 
     def __init__(
@@ -188,6 +197,8 @@ class LanguageStream(Dataset[PackedBatch]):
         slots: int,
         easy: int,
         together: int = 1,
+        *,
+        offset: int = _OFFSET,
     ) -> None:
         self.architecture = architecture
         self.seed = seed
@@ -195,12 +206,13 @@ class LanguageStream(Dataset[PackedBatch]):
         self.slots = slots
         self.easy = easy
         self.together = together
+        self.offset = offset
 
     def __getitem__(self, number: int) -> PackedBatch:
         scenes, asked = [], []
         for index in range(number * self.batch, (number + 1) * self.batch):
             busy = 1.0 if index >= self.easy else 0.5 + 0.5 * index / self.easy
-            scene = draw_scene(self.seed, "train", _OFFSET + index, busy=busy)
+            scene = draw_scene(self.seed, "train", self.offset + index, busy=busy)
             rng = np.random.default_rng((self.seed, 2, index))
             scenes.append(scene)
             asked.append([((q.text, q.answer),) for q in mixture(scene, rng, QUOTA)])
@@ -208,8 +220,4 @@ class LanguageStream(Dataset[PackedBatch]):
         prefix = self.architecture.prefix(math.isqrt(dense.what.shape[1]))
         rows = [pack(a, self.slots, prefix=prefix.ids, start=prefix.after) for a in asked]
         batch = stack(dense.pixels, rows, prefix=len(prefix.ids), dense=dense)
-        if prefix.positions is None:
-            return batch
-        positions = batch.position_ids.repeat(3, 1, 1)
-        positions[:, :, : batch.prefix] = torch.tensor(prefix.positions)[:, None]
-        return replace(batch, position_ids=positions)
+        return batch.at(prefix.positions)

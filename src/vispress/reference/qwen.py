@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from vispress.reference.model import TEXT_WIDTH, initialised
-from vispress.reference.words import BOS, EOS, IMAGE, PAD, VOCABULARY
+from vispress.reference.words import BOS, EOS, IMAGE, PAD, VIDEO, VOCABULARY
 
 PATCH: Final = 6
 MERGE: Final = 2
@@ -27,9 +27,12 @@ WINDOW: Final = 4  # tokens along a window
 VISION_WIDTH: Final = 128
 HEAD: Final = 32
 
+# of clips: a temporal patch of two frames is a second, as whole as older transformers make it
+FPS: Final = 2
+TOKENS_PER_SECOND: Final = 1  # positions of M-RoPE
+
 VISION_START: Final = "<vision>"
 VISION_END: Final = "</vision>"
-VIDEO: Final = "<video>"
 SPECIAL: Final = (VISION_START, VISION_END, VIDEO)
 QWEN_VOCABULARY: Final[tuple[str, ...]] = (*VOCABULARY, *SPECIAL)
 QWEN_ID: Final[dict[str, int]] = {word: index for index, word in enumerate(QWEN_VOCABULARY)}
@@ -54,6 +57,7 @@ def qwen_config(*, vision_layers: int = 5, text_layers: int = 6) -> Qwen2_5_VLCo
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
+        "tokens_per_second": TOKENS_PER_SECOND,
         "window_size": WINDOW * TOKEN,
         "fullatt_block_indexes": sorted({max(0, vision_layers - 3), vision_layers - 1}),
         "out_hidden_size": TEXT_WIDTH,
@@ -132,12 +136,38 @@ def encode_qwen(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Te
     Returns:
         Visual tokens in raster order, shape (B, (S / 12)**2, D).
     """
-    side = pixels.shape[1] // TOKEN
+    weight = model.model.visual.patch_embed.proj.weight.sum(2)  # a picture is two equal frames
+    return _encode(model, _embed(pixels, weight), pixels.shape[1] // TOKEN)
+
+
+def encode_clips(model: Qwen2_5_VLForConditionalGeneration, frames: Tensor) -> Tensor:
+    """Visual tokens of a batch of clips, as `get_video_features` computes them.
+
+    Two frames make one step; steps do not see each other in the encoder.
+
+    Args:
+        model: The model.
+        frames: uint8, shape (B, F, S, S, 3); F is even, S a multiple of 12.
+
+    Returns:
+        Visual tokens, step by step in raster order, shape (B, F / 2 * (S / 12)**2, D).
+    """
+    steps = torch.unflatten(frames, 1, (-1, 2)).flatten(0, 1)
+    weight = model.model.visual.patch_embed.proj.weight
+    x = _embed(steps[:, 0], weight[:, :, 0]) + _embed(steps[:, 1], weight[:, :, 1])
+    return _encode(model, x, frames.shape[2] // TOKEN).view(len(frames), -1, TEXT_WIDTH)
+
+
+def _embed(pixels: Tensor, weight: Tensor) -> Tensor:
+    """Patches of uint8 pixels (B, S, S, 3) by weights (Dv, 3, P, P): (B, N, Dv)."""
+    patches = _patches(pixels, -(-pixels.shape[1] // TOKEN // WINDOW))
+    return nn.functional.linear(patches, weight.flatten(1))
+
+
+def _encode(model: Qwen2_5_VLForConditionalGeneration, x: Tensor, side: int) -> Tensor:
+    """Blocks and merger over embedded patches (B, N, Dv) of pictures of `side`**2 tokens."""
     across = -(-side // WINDOW)
     visual = model.model.visual
-    x = _patches(pixels, across)
-    weight = visual.patch_embed.proj.weight.sum(2).flatten(1)  # a picture is two equal frames
-    x = nn.functional.linear(x, weight)
     places, bias, raster = _layout(side)
     rope = visual.rotary_pos_emb(x, places.to(x.device))
     kind = x.device.type

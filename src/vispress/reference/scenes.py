@@ -115,13 +115,20 @@ def draw_scene(seed: int, split: Split, index: int, *, busy: float = 1.0) -> Sce
     return paint(rng, place_items(rng, _cast(rng, busy)), split)
 
 
-def paint(rng: np.random.Generator, items: Sequence[Item], split: Split) -> Scene:
+def paint(
+    rng: np.random.Generator,
+    items: Sequence[Item],
+    split: Split,
+    *,
+    noise: np.random.Generator | None = None,
+) -> Scene:
     """Draw placed items on a fresh background.
 
     Args:
         rng: Source of background, handwriting and noise.
         items: What to draw, in order.
         split: Which handwritten digits are used.
+        noise: Source of the noise, where it must not depend on what is drawn.
     """
     canvas = background(rng, IMAGE_SIZE + 2 * _MARGIN)
     coverage = np.zeros((len(items), GRID, GRID), dtype=np.float32)
@@ -132,8 +139,8 @@ def paint(rng: np.random.Generator, items: Sequence[Item], split: Split) -> Scen
         coverage[i] = _draw(rng, canvas, item, split)
         done.append(_label(item, coverage[i].reshape(-1), labels, best, rng, canvas))
     inner = canvas[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
-    noise = rng.integers(-9, 10, inner.shape, dtype=np.int8)
-    pixels = np.clip(inner + noise, 0, 255).astype(np.uint8)
+    grain = (rng if noise is None else noise).integers(-9, 10, inner.shape, dtype=np.int8)
+    pixels = np.clip(inner + grain, 0, 255).astype(np.uint8)
     return Scene(pixels, tuple(done), labels[0], labels[1], labels[2], labels[3])
 
 

@@ -1,4 +1,4 @@
-"""`train_reference`: both stages, evaluation, curves and model card in one resumable call."""
+"""`train_reference`: three stages, evaluation, curves and model card in one resumable call."""
 
 import json
 import tempfile
@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from vispress.reference.architecture import ARCHITECTURES, Architecture
+from vispress.reference.architecture import ARCHITECTURES, Architecture, QwenReference
 from vispress.reference.card import write_card, write_curves
 from vispress.reference.checkpoint import architecture_of, export, for_inference, for_training, read
+from vispress.reference.clip_sets import clip_accuracy
 from vispress.reference.conversation import episode_accuracy
 from vispress.reference.evaluate import accuracy
 from vispress.reference.loop import Budget, Run
 from vispress.reference.parallel import is_main
+from vispress.reference.train_clips import train_clips
 from vispress.reference.train_episodes import extend_vocabulary, train_episodes
 from vispress.reference.train_language import train_language
 from vispress.reference.train_vision import train_vision
@@ -73,14 +75,15 @@ def train_reference(
 ) -> dict[str, float]:
     """Train the reference model from nothing.
 
-    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of episodes
-    (several pictures, examples, conversations). Writes into `out_dir`: `vision/`, `language/` and
-    `episodes/` (log and resumable state), `checkpoint/` (a Hugging Face folder with the model card,
-    rewritten at every saved state), `accuracy.json` and `curves.png`.
+    Without any budget: 32,000 images of vision, 32,000 of language, then 48,000 of stage 3: of
+    episodes (several pictures, examples, conversations) for LLaVA, of clips for Qwen. Writes into
+    `out_dir`: `vision/`, `language/` and `episodes/` or `clips/` (log and resumable state),
+    `checkpoint/` (a Hugging Face folder with the model card, rewritten at every saved state),
+    `accuracy.json` and `curves.png`.
 
     Args:
         out_dir: Where everything goes; created.
-        architecture: `"llava"`, or `"qwen2_5_vl"`, which has no stage 3.
+        architecture: `"llava"` or `"qwen2_5_vl"`.
         seed: Seed of weights, scenes and questions. Runs limited by images alone repeat exactly
             on one machine with the same numbers of threads and processes.
         vision_minutes: Limit of stage 1 in minutes of training.
@@ -98,7 +101,7 @@ def train_reference(
             shares, as many as there are cores are faster than one process with as many threads.
         vision_batch: Images a step in stage 1.
         language_batch: Images a step in stage 2.
-        episodes_batch: Pictures a step in stage 3.
+        episodes_batch: Pictures a step in stage 3; clips for Qwen.
         questions: Held-out questions a kind in the final evaluation.
         check_questions: The same at every saved state; 0 for none.
         config: `vision_layers` and `text_layers`, where they differ from the shipped model's.
@@ -109,14 +112,12 @@ def train_reference(
     Raises:
         CheckpointError: Saved state is damaged.
         ConfigError: Saved state belongs to other settings.
-        ValueError: `architecture` is unknown or has no stage 3 to `start`, a budget is not
-            positive, `processes` does not divide every batch, or is more than 1 on another device
-            than the CPU.
+        ValueError: `architecture` is unknown or not that of `start`, a budget is not positive,
+            `processes` does not divide every batch, or is more than 1 on another device than the
+            CPU.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
-    if start is not None and not ARCHITECTURES[architecture].episodes:
-        raise ValueError(f"start skips to stage 3, which {architecture!r} does not have")
     if vision_minutes is None and vision_images is None:
         vision_images = 32_000
     if language_minutes is None and language_images is None:
@@ -158,7 +159,7 @@ def train_reference(
 
 
 def _forget(out: Path) -> None:
-    for stage in ("vision", "language", "episodes"):
+    for stage in ("vision", "language", "episodes", "clips"):
         for name in ("log.jsonl", "state.safetensors"):
             (out / stage / name).unlink(missing_ok=True)
 
@@ -186,21 +187,20 @@ def _train(plan: Plan) -> None:
         _train_from_nothing(model, plan, common)
     else:
         model = read(plan.start)[0].to(device).train()
-        extend_vocabulary(model)
+        if (found := architecture_of(model)) is not plan.kind:
+            raise ValueError(f"{plan.start} holds a {found.name!r}, not a {plan.architecture!r}")
+        if plan.kind.third == "episodes":
+            extend_vocabulary(model)
         for_training(model)
 
     def report(run: Run) -> None:
-        _report(model, plan, run, episodes=True)
+        _report(model, plan, run, third=True)
 
-    if plan.kind.episodes:
-        train_episodes(
-            model,
-            plan.out / "episodes",
-            budget=plan.episodes,
-            batch=plan.episodes_batch,
-            report=report,
-            **common,
-        )
+    third = {"budget": plan.episodes, "batch": plan.episodes_batch, "report": report, **common}
+    if isinstance(plan.kind, QwenReference):
+        train_clips(plan.kind, model, plan.out / plan.kind.third, **third)
+    else:
+        train_episodes(model, plan.out / plan.kind.third, **third)
     if is_main():
         finish(plan.out, model, questions=plan.questions)
 
@@ -216,7 +216,7 @@ def _train_from_nothing(model: Any, plan: Plan, common: dict[str, Any]) -> None:
     )
 
     def report(run: Run) -> None:
-        _report(model, plan, run, episodes=False)
+        _report(model, plan, run, third=False)
 
     train_language(
         plan.kind,
@@ -230,7 +230,7 @@ def _train_from_nothing(model: Any, plan: Plan, common: dict[str, Any]) -> None:
     )
 
 
-def _report(model: Any, plan: Plan, run: Run, *, episodes: bool) -> None:
+def _report(model: Any, plan: Plan, run: Run, *, third: bool) -> None:
     """Export, and append a quick accuracy to the log."""
     export(model, plan.out / "checkpoint")
     if not plan.check_questions:
@@ -238,8 +238,8 @@ def _report(model: Any, plan: Plan, run: Run, *, episodes: bool) -> None:
     for_inference(model)
     processor = plan.kind.processor()
     scores = accuracy(model, processor, n=plan.check_questions, seed=1)
-    if episodes:
-        scores |= episode_accuracy(model, processor, n=plan.check_questions, seed=1)
+    if third:
+        scores |= _third_accuracy(model, processor, n=plan.check_questions, seed=1)
     for_training(model)
     mean = sum(scores.values()) / len(scores)
     run.log({"accuracy": {k: round(v, 3) for k, v in scores.items()}, "mean": mean})
@@ -248,11 +248,17 @@ def _report(model: Any, plan: Plan, run: Run, *, episodes: bool) -> None:
     write_card(plan.out, scores, questions=plan.check_questions, note=unfinished)
 
 
+def _third_accuracy(model: Any, processor: Any, *, n: int, seed: int = 0) -> dict[str, float]:
+    """Accuracy on the kinds of stage 3."""
+    ask = clip_accuracy if architecture_of(model).third == "clips" else episode_accuracy
+    return ask(model, processor, n=n, seed=seed)
+
+
 def finish(out: Path, model: Any, *, questions: int) -> dict[str, float]:
     """Export, evaluate on held-out questions, write curves and card.
 
     Args:
-        out: Folder with the logs of both stages.
+        out: Folder with the logs of all stages.
         model: The trained model.
         questions: Held-out questions a kind.
 
@@ -263,8 +269,7 @@ def finish(out: Path, model: Any, *, questions: int) -> dict[str, float]:
     export(model, out / "checkpoint")
     kind = architecture_of(model)
     scores = accuracy(model, kind.processor(), n=questions)
-    if kind.episodes:
-        scores |= episode_accuracy(model, kind.processor(), n=questions)
+    scores |= _third_accuracy(model, kind.processor(), n=questions)
     result = {"questions": questions, "accuracy": scores}
     (out / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n")
     write_curves(out)

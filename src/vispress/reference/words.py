@@ -21,6 +21,9 @@ KINDS: Final[tuple[QuestionKind, ...]] = get_args(QuestionKind)
 EpisodeKind = Literal["compare", "in_context", "multi_turn", "order", "change"]
 EPISODE_KINDS: Final[tuple[EpisodeKind, ...]] = get_args(EpisodeKind)
 
+ClipKind = Literal["clip_order", "clip_change"]
+CLIP_KINDS: Final[tuple[ClipKind, ...]] = get_args(ClipKind)
+
 SHAPES: Final = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
 PLURALS: Final = (
     "circles",
@@ -44,6 +47,7 @@ BOS: Final = "<s>"
 EOS: Final = "</s>"
 UNKNOWN: Final = "<unk>"
 IMAGE: Final = "<image>"
+VIDEO: Final = "<video>"  # no word of the LLaVA reference, which reads no videos
 SPECIAL: Final = (PAD, BOS, EOS, UNKNOWN, IMAGE)
 
 _GLUE: Final = (

@@ -129,7 +129,10 @@ def make_picture(key: str, pixels: NDArray[np.float64], evidence: Sequence[int])
 
 
 def pictures_of(prompt: Prompt, key: str, subject: Subject | None) -> tuple[Picture, ...]:
-    """All pictures of a question, as the model sees them where it is at hand."""
+    """All pictures of a question, as the model sees them where it is at hand.
+
+    Of a video, every other frame, as it is.
+    """
     found = []
     for number, image in enumerate(prompt.images):
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
@@ -137,6 +140,12 @@ def pictures_of(prompt: Prompt, key: str, subject: Subject | None) -> tuple[Pict
             pixels = seen_picture(subject, prompt, number)
         evidence = prompt.evidence[number] if prompt.evidence else ()
         found.append(make_picture(f"{key}-{number}", pixels, evidence))
+    cells = EVIDENCE_GRID**2
+    for number, frames in enumerate(prompt.videos, start=len(prompt.images)):
+        evidence = prompt.evidence[number] if prompt.evidence else ()
+        for frame in range(0, len(frames), 2):
+            own = [cell % cells for cell in evidence if cell // cells in (frame, frame + 1)]
+            found.append(make_picture(f"{key}-{number}-{frame}", frames[frame] / 255, own))
     return tuple(found)
 
 
