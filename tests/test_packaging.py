@@ -72,10 +72,10 @@ def test_the_wheel_holds_every_configuration(distributions: dict[str, set[str]])
     assert configs <= distributions["wheel"]
 
 
-def test_wheel_and_sdist_hold_both_reference_models(distributions: dict[str, set[str]]) -> None:
+def test_wheel_and_sdist_hold_the_reference_models(distributions: dict[str, set[str]]) -> None:
     needed = {
         f"vispress/reference/{folder}/{name}"
-        for folder in ("checkpoint", "checkpoint_qwen2_5_vl")
+        for folder in ("checkpoint", "checkpoint_qwen2_5_vl", "checkpoint_qwen2_5_vl_clips")
         for name in (
             "MODEL_CARD.md",
             "config.json",

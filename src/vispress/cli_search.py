@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from vispress.bench.judge import Found, Judge
 
 STRATEGIES = ("greedy", "sigmoid")
-_OWN = {"reference", "reference-qwen"}
 _OWN_TASKS = ("attribute", "place", "existence", "needle", "digit", "reading", "where", "relation")
 
 Strategy = Annotated[
@@ -66,10 +65,11 @@ def search(
     device: Device = "cpu",
 ) -> None:
     """Search how many tokens each layer needs; writes schedule.yaml for compress_model."""
+    from vispress.bench.subjects import REFERENCES
     from vispress.listing import parse_options
 
     unit, share = _budget(strategy, keep_ratio, flops)
-    if not task and model not in _OWN:
+    if not task and model not in REFERENCES:
         raise ConfigError(f"--task is needed for the model {model!r}; GQA, say, is --task gqa")
     values = parse_options(option or [])
     prepare()

@@ -79,7 +79,7 @@ def test_prompts_show_a_video_and_know_its_evidence(name):
 
 
 def test_models_without_videos_are_refused_before_a_run(subject, prompts, tmp_path, make_plan):
-    with pytest.raises(ConfigError, match=r"asked about pictures alone.*'reference-qwen'"):
+    with pytest.raises(ConfigError, match=r"asked about pictures alone.*'reference-qwen-clips'"):
         subject.encode(prompts)
     with pytest.raises(ConfigError, match="tasks that show videos"):
         run(make_plan(tasks=["count", "clip_order"]), tmp_path / "out")

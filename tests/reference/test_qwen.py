@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from vispress.bench.subjects import load_subject
 from vispress.errors import CheckpointError, ConfigError
-from vispress.reference import heldout, load, train_reference
+from vispress.reference import KINDS, heldout, load, train_reference
 from vispress.reference.architecture import ARCHITECTURES
 from vispress.reference.checkpoint import SHIPPED_QWEN, export, for_inference, for_training, read
+from vispress.reference.clip_sets import clip_accuracy
 from vispress.reference.evaluate import accuracy, generate_answers, held_out
 from vispress.reference.packing import LanguageStream
 from vispress.reference.processor import build_processor, build_qwen_processor, with_marks
@@ -297,10 +298,20 @@ def test_the_shipped_model_answers_at_every_resolution():
 
 
 @needs_shipped
-def test_the_benchmark_takes_it_by_name():
-    subject = load_subject("reference-qwen")
-    assert subject.name == "reference-qwen"
+@pytest.mark.parametrize("name", ["reference-qwen", "reference-qwen-clips"])
+def test_the_benchmark_takes_it_by_name(name):
+    subject = load_subject(name)
+    assert subject.name == name
     assert subject.model.config.model_type == "qwen2_5_vl"
+
+
+@needs_shipped
+def test_the_one_that_has_seen_clips_answers_about_them_and_about_pictures():
+    model, processor = load(architecture="qwen2_5_vl", clips=True)
+    assert sum(accuracy(model, processor, n=4, seed=5).values()) / len(KINDS) > 0.8
+    assert clip_accuracy(model, processor, n=16)["clip_order"] > 0.6  # the other knows one in nine
+    with pytest.raises(ValueError, match="qwen2_5_vl"):
+        load(clips=True)
 
 
 def test_packed_attention_shares_keys_between_groups_of_heads():

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from vispress.adapters.base import find_adapter, list_families
-from vispress.bench.subjects import Subject, to_device
+from vispress.bench.subjects import REFERENCES, Subject, to_device
 from vispress.bench.tasks import Prompt
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
 
@@ -128,8 +128,8 @@ def load_checkpoint(
         found = HUB_ID.fullmatch(name)
         if found is None:
             raise ConfigError(
-                "model must be 'reference', 'reference-qwen', a folder with a checkpoint, or a hub "
-                f"id (org/name or org/name@revision), got {name!r}"
+                f"model must be one of {[*REFERENCES]}, a folder with a checkpoint, or a hub id "
+                f"(org/name or org/name@revision), got {name!r}"
             )
         # the configuration first: an unsupported model need not be downloaded
         _check_architecture(_fetch(found[1], found[2], ("config.json",)), name)

@@ -47,7 +47,8 @@ class Plan:
         keep_ratios: Each in `(0, 1]`.
         budget: What a keep ratio means: `"mean"` is the mean of visual tokens over decoder layers,
             equal cost for all; `"placement"` is what one placement keeps.
-        model: `"reference"`, `"reference-qwen"`, or a folder that `vispress train-reference` wrote.
+        model: `"reference"`, `"reference-qwen"`, `"reference-qwen-clips"`, or a folder that
+            `vispress train-reference` wrote.
         questions: For each task, at least 1.
         batch_size: Prompts a batch.
         seed: Of questions and bootstrap.

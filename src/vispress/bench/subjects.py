@@ -20,6 +20,9 @@ DTYPES: Final[dict[Dtype, torch.dtype]] = {
     "fp16": torch.float16,
 }
 
+REFERENCES: Final = ("reference", "reference-qwen", "reference-qwen-clips")
+"""Models that are shipped."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -90,7 +93,7 @@ class Subject:
         if not isinstance(self.processor, PicturesProcessor):
             raise ConfigError(
                 f"{self.name!r} is asked about pictures alone; tasks that show videos need "
-                "'reference-qwen', or a folder of that architecture that `vispress "
+                "'reference-qwen-clips', or a folder of that architecture that `vispress "
                 "train-reference` wrote"
             )
 
@@ -121,8 +124,8 @@ def load_subject(
     """Load a reference model, or any other checkpoint through `load_checkpoint`.
 
     Args:
-        name: `"reference"`, `"reference-qwen"`, a folder that `vispress train-reference` wrote,
-            another Hugging Face folder, or a hub id (`org/name`, `org/name@revision`).
+        name: One of `REFERENCES`, a folder that `vispress train-reference` wrote, another Hugging
+            Face folder, or a hub id (`org/name`, `org/name@revision`).
         device: Where it goes.
         dtype: Of weights and computation.
 
@@ -131,11 +134,11 @@ def load_subject(
         ConfigError: The folder or the device does not exist.
         UnsupportedModelError: No adapter knows the checkpoint's architecture.
     """
-    from vispress.reference.checkpoint import SHIPPED, SHIPPED_QWEN, read
+    from vispress.reference.checkpoint import SHIPPED, SHIPPED_CLIPS, SHIPPED_QWEN, read
 
-    shipped = {"reference": SHIPPED, "reference-qwen": SHIPPED_QWEN}
+    shipped = dict(zip(REFERENCES, (SHIPPED, SHIPPED_QWEN, SHIPPED_CLIPS), strict=True))
     folder = shipped.get(name, Path(name))
-    if name not in shipped and not _is_reference(folder):
+    if name not in REFERENCES and not _is_reference(folder):
         from vispress.bench.checkpoints import load_checkpoint
 
         return load_checkpoint(name, device=device, dtype=DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""The reference VLMs: a small, real LLaVA and a Qwen2.5-VL trained from nothing, both shipped.
+"""The reference VLMs: a small, real LLaVA and a Qwen2.5-VL trained from nothing, shipped.
 
 `load()` gives model and processor offline; `heldout()` gives questions they were never trained on.
 """
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "heldout", "load", "train_reference"]
 
 
-def load(dtype: "torch.dtype | None" = None, *, architecture: str = "llava") -> tuple[Any, Any]:
+def load(
+    dtype: "torch.dtype | None" = None, *, architecture: str = "llava", clips: bool = False
+) -> tuple[Any, Any]:
     """Load a shipped reference model; nothing is downloaded.
 
     Args:
         dtype: Type of the weights; fp32 by default (they are stored in fp16).
         architecture: `"llava"` (`LlavaForConditionalGeneration`) or `"qwen2_5_vl"`
             (`Qwen2_5_VLForConditionalGeneration`; its processor takes videos without torchvision).
+        clips: Of the Qwen2.5-VL, the one that was trained on short videos, too.
 
     Returns:
         The model in eval mode on the CPU with SDPA attention, and its processor. Prompts of
@@ -33,16 +36,19 @@ def load(dtype: "torch.dtype | None" = None, *, architecture: str = "llava") -> 
 
     Raises:
         CheckpointError: A file of the checkpoint is missing or damaged.
-        ValueError: `architecture` is unknown.
+        ValueError: `architecture` is unknown, or has no model that was trained on videos.
     """
     import torch
 
-    from vispress.reference.checkpoint import SHIPPED_BY_NAME, read
+    from vispress.reference.checkpoint import SHIPPED_BY_NAME, SHIPPED_CLIPS, read
 
     if architecture not in SHIPPED_BY_NAME:
         known = [*SHIPPED_BY_NAME]
         raise ValueError(f"architecture must be one of {known}, got {architecture!r}")
-    return read(SHIPPED_BY_NAME[architecture], dtype=dtype or torch.float32)
+    if clips and architecture != "qwen2_5_vl":
+        raise ValueError(f"clips=True is for architecture='qwen2_5_vl', got {architecture!r}")
+    folder = SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture]
+    return read(folder, dtype=dtype or torch.float32)
 
 
 def heldout(

@@ -15,6 +15,7 @@ from vispress.reference.architecture import ARCHITECTURES, Architecture
 
 SHIPPED: Final = Path(__file__).parent / "checkpoint"
 SHIPPED_QWEN: Final = Path(__file__).parent / "checkpoint_qwen2_5_vl"
+SHIPPED_CLIPS: Final = Path(__file__).parent / "checkpoint_qwen2_5_vl_clips"
 SHIPPED_BY_NAME: Final = {"llava": SHIPPED, "qwen2_5_vl": SHIPPED_QWEN}
 FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
 
