@@ -15,7 +15,7 @@ from vispress.methods.base import Compressor
 from vispress.runtime import prefill
 from vispress.runtime.attention import _SINK, current_sink, watch, watching
 from vispress.runtime.bypass import leave
-from vispress.runtime.call import CALLS, LATEST, Call, brings_images, by_name, capture_of
+from vispress.runtime.call import CALLS, LATEST, SIZES, Call, brings_images, by_name, capture_of
 from vispress.runtime.capture import CAPTURE_ATTRIBUTE, Capture, EncoderSink, watch_pixels
 from vispress.runtime.decode_stage import DecodeStep
 from vispress.runtime.encoder_hooks import Merging
@@ -214,7 +214,9 @@ class Attachment:
             self.key_layers(),
             self.backend,
         )
-        arguments = by_name(original.function, args, kwargs)
+        arguments, call = by_name(original.function, args, kwargs), self._current()
+        if isinstance(sizes := arguments.get(SIZES), Tensor):
+            arguments[SIZES] = sizes.cpu() if call is None else call.on_host(sizes)
         with watching(sink), self.merging.call(modality, arguments) as merge:
             output = original(*args, **kwargs)
         features = self.adapter.features(modality, output)
@@ -222,7 +224,7 @@ class Attachment:
         if not isinstance(output, tuple | list | Tensor):
             setattr(output, CAPTURE_ATTRIBUTE, capture)
             LATEST.set(dict(LATEST.get()) | {(id(self), modality): weakref.ref(capture)})
-        if (call := self._current()) is not None:
+        if call is not None:
             call.captures[modality] = capture
             capture.transient = True
         return output

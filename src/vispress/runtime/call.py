@@ -30,7 +30,7 @@ class Call:
     _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def fetch(self) -> None:
-        """Copy ids and mask to the host before the encoder is launched: no work is waited for."""
+        """Copy what is read here to the host, before the encoder is launched: no wait for work."""
         found = (self.arguments.get(name) for name in ("input_ids", "attention_mask"))
         given = [t for t in found if isinstance(t, Tensor) and t.ndim == 2]
         if len({(t.shape, t.device) for t in given}) == 1:  # one copy for both
@@ -38,6 +38,8 @@ class Call:
         else:
             copies = tuple(t.cpu() for t in given)
         self._fetched = list(zip(given, copies, strict=True))
+        if isinstance(sizes := self.arguments.get(SIZES), Tensor):
+            self._fetched.append((sizes, sizes.cpu()))
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Its copy on the host (int64 where it was fetched ahead; else work is waited for)."""
@@ -45,6 +47,8 @@ class Call:
         return tensor.cpu() if known is None else known
 
 
+SIZES = "image_sizes"
+"""What AnyRes models are told of each image; read number by number."""
 LATEST: ContextVar[Mapping[tuple[int, Modality], "weakref.ref[Capture]"]] = ContextVar(
     "vispress_latest", default=MappingProxyType({})
 )
