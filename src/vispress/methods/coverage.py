@@ -46,6 +46,6 @@ def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tenso
         pick = first_of_best(gain, taken)
         order.append(pick)
         gains.append(gain[batch, pick])
-        taken[batch, pick] = True
+        taken.scatter_(1, pick[:, None], True)  # assigning by index would wait for the device
         torch.maximum(best, similar[batch, :, twin[batch, pick]], out=best)
     return torch.stack(order, dim=1), torch.stack(gains, dim=1)
