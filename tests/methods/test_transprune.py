@@ -8,7 +8,7 @@ from tests.methods.helpers import make_tokens
 
 from vispress.errors import ConfigError
 from vispress.methods import TransPrune
-from vispress.methods.transprune import transition_variation
+from vispress.methods.transitions import summed_variation, transition_variation
 from vispress.types import Transition
 
 
@@ -84,3 +84,13 @@ def test_without_text_behind_the_image_transitions_alone_decide():
 def test_bad_hyper_parameters_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         TransPrune(**bad)
+
+
+def test_layers_with_the_same_rows_are_added_like_the_others():
+    one, two, other = (
+        make_tokens(2, 7, seed=seed, transitions=(1,)).transition[0] for seed in range(3)
+    )
+    shared = replace(two, sequence_valid=one.sequence_valid)
+    apart = [transition_variation([step], "signed") for step in (one, shared, other)]
+    together = summed_variation([one, shared, other], "signed")
+    torch.testing.assert_close(together, sum(apart))

@@ -13,11 +13,9 @@ Reconstructed: `preset="low"` (unreleased ratios; these meet its published FLOPs
 for other budgets (`vispress.methods.schedules`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,31 +24,12 @@ from vispress.errors import ConfigError
 from vispress.methods.base import Evidence, ScorePruner, upcast
 from vispress.methods.checks import check_ascending, check_choice, check_number
 from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
+from vispress.methods.transitions import Direction, summed_variation
 from vispress.registry import register_method
-from vispress.types import Placement, Queries, Signal, Stage, Transition, VisualTokens
+from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
 
-Direction = Literal["signed", "abs"]
 PUBLISHED_LAYERS = (7, 9, 12)
 PRESETS = {"high": (0.875, 0.625, 0.125), "low": (0.625, 0.1875, 0.0625)}
-
-
-def transition_variation(steps: Sequence[Transition], direction: Direction) -> Float[Tensor, "B N"]:
-    """TTV of layers: `|y| / |x|` times the sequence softmax of `1 - cos`, all modules added.
-
-    Args:
-        steps: Layers that ran on the same rows.
-        direction: `"signed"` or `"abs"` cosine.
-    """
-    magnitude, own, whole = (
-        torch.cat([upcast(getattr(step, name)) for step in steps], dim=1)
-        for name in ("magnitude", "cosine", "sequence_cosine")
-    )
-    if direction == "abs":
-        whole, own = whole.abs(), own.abs()
-    valid = steps[0].sequence_valid
-    whole = (1 - whole).masked_fill(~valid[:, None], float("-inf"))
-    share = (1 - own - whole.logsumexp(dim=-1, keepdim=True)).exp()
-    return (share * magnitude).sum(dim=1)
 
 
 @final
@@ -120,13 +99,7 @@ class TransPrune(ScorePruner):
         """`alpha` TTV + `(1 - alpha)` text attention, each scaled to sum 1 over the image."""
         assert tokens.transition is not None  # declared in `reads`, as the attention
         assert tokens.query_attention is not None
-        same: dict[
-            int, list[Transition]
-        ] = {}  # the runtime shares validity where rows are the same
-        for step in tokens.transition:
-            same.setdefault(id(step.sequence_valid), []).append(step)
-        parts = [transition_variation(steps, self.direction) for steps in same.values()]
-        change = torch.stack(parts).sum(dim=0)
+        change = summed_variation(tokens.transition, self.direction)
         change = change / (change.sum(dim=1, keepdim=True) + 1e-8)
         if tokens.query_attention.shape[2] == 0:
             return change
