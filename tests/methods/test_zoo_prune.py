@@ -178,8 +178,10 @@ def test_half_weights_round_changes_not_activations(patches, layer, dtype, error
 def test_a_patch_that_is_constant_and_one_that_a_step_cancels():
     mlp, project = merger(4, layer=True)
     units = directions_of(3, 24).double()
-    x = torch.stack([torch.full((24,), 2.0, dtype=torch.float64), 2 - 0.01 * units[1]])[None]
-    ours = sensitivity(replace(merged(mlp, project), vision_features=x), units, 0.01, "mean")
+    tokens = merged(mlp, project)
+    x = tokens.vision_features.double().clone()
+    x[0, 0], x[0, 1] = 2.0, 2 - 0.01 * units[1]
+    ours = sensitivity(replace(tokens, vision_features=x), units, 0.01, "mean")
     torch.testing.assert_close(ours, of_any_projector(x, project, units, 0.01), rtol=1e-6, atol=0)
 
 
