@@ -237,6 +237,7 @@ class Seen:
 
     @cached_property
     def measures(self) -> Tensor:
-        """`[B, 4, P]`: magnitudes of both modules, then cosines."""
+        """`[B, 4, P]`: magnitudes of both modules, then cosines; takes the place of `found`."""
         magnitudes, cosines = zip(*self.found, strict=True)
+        self.found = []
         return torch.stack([*magnitudes, *cosines], dim=1)
