@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vispress.reference.digits import Split
 from vispress.reference.episodes import Asked
 from vispress.reference.scenes import NUM_PATCHES, Actor, Item, Scene, paint, place_items
+from vispress.reference.videos import GONE, draw_cast
 from vispress.reference.words import COLORS, SHAPES, ClipKind
 
 STEPS: Final = 6
@@ -25,7 +26,6 @@ FRAMES: Final = 2 * STEPS
 CLIP_CHANCE: Final[dict[ClipKind, float]] = {"clip_order": 1 / 2, "clip_change": 1 / 8}
 
 _FLICKER: Final = 3  # most that a frame's own noise adds to a pixel
-_GONE: Final = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +66,8 @@ class _Script:
 
 
 def _script(rng: np.random.Generator) -> _Script:
-    names = [int(v) for v in rng.permutation(len(SHAPES))]
-    residents, visitors = int(rng.integers(3, 5)), int(rng.integers(2, 5))
-    cast: list[Actor] = []
-    if rng.random() < 0.5:
-        cast.append(("digit", int(rng.integers(10)), int(rng.integers(8)), -1))
-    first = len(cast)
-    for name in names[: residents + visitors]:
-        color = int(rng.integers(8))
-        dot = int((color + rng.integers(1, 8)) % 8) if rng.random() < 0.2 else -1
-        cast.append(("shape", name, color, dot))
-    changed = first + int(rng.integers(residents))
-    kind, value, color, _ = cast[changed]
-    cast[changed] = (kind, value, color, -1)  # a dot could have the new colour
-    new, since = int((color + rng.integers(1, 8)) % 8), int(rng.integers(1, STEPS))
+    cast = draw_cast(rng, STEPS)
+    visitors = len(cast.actors) - cast.guests
     visits = sorted(int(s) for s in rng.permutation(STEPS)[:visitors])
     ends = [
         min(b, a + int(rng.integers(1, 3)))
@@ -87,14 +75,12 @@ def _script(rng: np.random.Generator) -> _Script:
     ]
     shown = []
     for step in range(STEPS):
-        colors = [actor[2] for actor in cast]
-        if step >= since:
-            colors[changed] = new
+        colors = cast.colors(step)
         for visitor, (begin, end) in enumerate(zip(visits, ends, strict=True)):
             if not begin <= step < end:
-                colors[first + residents + visitor] = _GONE
+                colors[cast.guests + visitor] = GONE
         shown.append(colors)
-    return _Script(cast, shown, changed, since, visits)
+    return _Script(cast.actors, shown, cast.changed, cast.since, visits)
 
 
 def _draw(rng: np.random.Generator, script: _Script, split: Split) -> list[Scene]:
@@ -105,7 +91,7 @@ def _draw(rng: np.random.Generator, script: _Script, split: Split) -> list[Scene
     for colors in script.shown:
         if (key := tuple(colors)) not in drawn:
             there = zip(placed, colors, strict=True)
-            items: list[Item] = [replace(i, color=c) for i, c in there if c != _GONE]
+            items: list[Item] = [replace(i, color=c) for i, c in there if c != GONE]
             noise = np.random.default_rng(grain)
             drawn[key] = paint(np.random.default_rng(look), items, split, noise=noise)
     return [drawn[tuple(colors)] for colors in script.shown]

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration, LlavaProcessor
 
 from vispress.reference.episode_sets import Episode, held_out_episodes
+from vispress.reference.evaluate import by_kind, share_right
 from vispress.reference.model import MAX_NEW_TOKENS
 from vispress.reference.words import EPISODE_KINDS, EpisodeKind
 from vispress.runtime.cache_name import CACHE
@@ -106,13 +107,10 @@ def episode_accuracy(
     kinds: Iterable[EpisodeKind] = EPISODE_KINDS,
 ) -> dict[str, float]:
     """Share of exactly right episodes by kind, on `n` held-out episodes each."""
-    was_training = model.training
-    model.eval()
-    scores: dict[str, float] = {}
-    for kind in kinds:
+
+    def ask(kind: EpisodeKind) -> float:
         episodes = held_out_episodes(kind, n, seed=seed)
         answers = episode_answers(model, processor, episodes)
-        right = sum(a == e.answer_text for a, e in zip(answers, episodes, strict=True))
-        scores[kind] = right / n
-    model.train(was_training)
-    return scores
+        return share_right(answers, [e.answer_text for e in episodes])
+
+    return by_kind(model, kinds, ask)

@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vispress.reference.balance import balanced
 from vispress.reference.digits import Split
 from vispress.reference.episodes import (
     TURN_KINDS,
@@ -80,26 +81,17 @@ def held_out_episodes(kind: EpisodeKind, n: int, *, seed: int = 0) -> list[Episo
     if kind == "multi_turn":
         return _conversations(n, seed)
     show, forms = _SHOW[kind]
-    share = -(-n // len(forms))
-    taken: dict[tuple[str, str], int] = {}
-    by_form = dict.fromkeys(forms, 0)
-    episodes: list[Episode] = []
-    for index in count():
-        shown = show(seed, "test", index)
-        for q in shown.asked:
-            if q.form not in forms or by_form[q.form] >= share:
-                continue
-            if taken.get((q.form, q.answer), 0) >= -(-share // forms[q.form]):
-                continue
-            taken[q.form, q.answer] = taken.get((q.form, q.answer), 0) + 1
-            by_form[q.form] += 1
-            images = tuple(scene.pixels for scene in shown.scenes)
-            prompt = f"{shown.prefix} {q.text}"
-            episodes.append(Episode(kind, images, prompt, q.answer, q.evidence))
-            break
-        if len(episodes) == n:
-            return episodes
-    raise AssertionError("unreachable")
+    found = balanced(lambda index: show(seed, "test", index), lambda shown: shown.asked, forms, n)
+    return [
+        Episode(
+            kind,
+            tuple(scene.pixels for scene in shown.scenes),
+            f"{shown.prefix} {q.text}",
+            q.answer,
+            q.evidence,
+        )
+        for shown, q in found
+    ]
 
 
 def _conversations(n: int, seed: int) -> list[Episode]:

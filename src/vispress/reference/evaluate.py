@@ -1,9 +1,9 @@
 """Held-out questions, and exact match of what the model generates."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from vispress.reference.processor import with_marks
 from vispress.reference.questions import Question, ask
 from vispress.reference.scenes import draw_scene
 from vispress.reference.words import KINDS, QuestionKind
+
+Kind = TypeVar("Kind", bound=str)
 
 _ANSWERS: Final[dict[QuestionKind, int]] = {
     "attribute": 16,
@@ -75,14 +77,41 @@ def held_out(kind: QuestionKind, n: int, *, seed: int = 0) -> list[Example]:
 
 
 @torch.inference_mode()
-def generate_answers(
-    model: Any,
-    processor: Any,
-    examples: Iterable[Example],
-    *,
-    batch: int = 64,
+def generate_words(
+    model: Any, processor: Any, texts: Sequence[str], *, batch: int, **shown: Sequence[Any]
 ) -> list[str]:
-    """Greedy answers of plain `model.generate`, one question a prompt, in left-padded batches.
+    """Greedy answers of plain `model.generate`, in left-padded batches.
+
+    Args:
+        model: The model, compressed or not.
+        processor: Its processor.
+        texts: Prompts of `heldout` and the like.
+        batch: Prompts at a time.
+        shown: `images` or `videos`, one for each prompt.
+
+    Returns:
+        The generated words, in order.
+    """
+    answers: list[str] = []
+    for start in range(0, len(texts), batch):
+        part = slice(start, start + batch)
+        inputs = processor(
+            text=[with_marks(processor, text) for text in texts[part]],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **{name: list(values[part]) for name, values in shown.items()},
+        ).to(model.device, model.dtype)
+        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        answers += [a.strip() for a in processor.batch_decode(new, skip_special_tokens=True)]
+    return answers
+
+
+def generate_answers(
+    model: Any, processor: Any, examples: Iterable[Example], *, batch: int = 64
+) -> list[str]:
+    """Answers to one question a prompt.
 
     Args:
         model: The model, compressed or not.
@@ -94,20 +123,22 @@ def generate_answers(
         The generated words, in order.
     """
     examples = list(examples)
-    answers: list[str] = []
-    for start in range(0, len(examples), batch):
-        part = examples[start : start + batch]
-        inputs = processor(
-            images=[e.image for e in part],
-            text=[with_marks(processor, e.question.prompt) for e in part],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device, model.dtype)
-        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        answers += [a.strip() for a in processor.batch_decode(new, skip_special_tokens=True)]
-    return answers
+    texts, images = [e.question.prompt for e in examples], [e.image for e in examples]
+    return generate_words(model, processor, texts, batch=batch, images=images)
+
+
+def share_right(answers: Sequence[str], wanted: Sequence[str]) -> float:
+    """Share of exactly right answers."""
+    return sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted)
+
+
+def by_kind(model: Any, kinds: Iterable[Kind], ask: Callable[[Kind], float]) -> dict[str, float]:
+    """What `ask` finds for each kind, the model being in evaluation mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    scores = {str(kind): ask(kind) for kind in kinds}
+    model.train(was_training)
+    return scores
 
 
 def accuracy(
@@ -119,13 +150,10 @@ def accuracy(
     kinds: Iterable[QuestionKind] = KINDS,
 ) -> dict[str, float]:
     """Share of exactly right answers by kind, on `n` held-out questions each."""
-    was_training = model.training
-    model.eval()
-    scores: dict[str, float] = {}
-    for kind in kinds:
+
+    def ask_about(kind: QuestionKind) -> float:
         examples = held_out(kind, n, seed=seed)
         answers = generate_answers(model, processor, examples)
-        right = sum(a == e.question.answer for a, e in zip(answers, examples, strict=True))
-        scores[kind] = right / n
-    model.train(was_training)
-    return scores
+        return share_right(answers, [e.question.answer for e in examples])
+
+    return by_kind(model, kinds, ask_about)

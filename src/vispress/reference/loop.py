@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -249,6 +249,32 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _same(batch: Any) -> Any:
     return batch
+
+
+class Saves:
+    """States that are saved while a stage trains, each followed by a report of the main process.
+
+    Args:
+        run: The stage.
+        minutes: Of training between them.
+        report: What follows (evaluation, export), or None.
+    """
+
+    def __init__(self, run: Run, minutes: float, report: Callable[[Run], None] | None) -> None:
+        self.run, self.report, self.seconds = run, report, 60 * minutes
+        self.due = run.at.seconds + self.seconds
+
+    def when_due(self) -> None:
+        """Save if it is time to."""
+        if self.run.at.seconds >= self.due:
+            self.due = self.run.at.seconds + self.seconds
+            self.now()
+
+    def now(self) -> None:
+        """Save."""
+        self.run.save()
+        if self.report is not None and is_main():
+            self.report(self.run)
 
 
 def stream(data: Dataset[Any], start: int, *, workers: int) -> Iterator[Any]:

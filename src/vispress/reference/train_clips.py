@@ -2,29 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from vispress.reference.architecture import QwenReference
-from vispress.reference.bar import progress_bar
 from vispress.reference.clip_batches import ROUND, ClipStream
 from vispress.reference.clips import STEPS
-from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
-from vispress.reference.optim import make_optimizer
+from vispress.reference.loop import Budget, Run
 from vispress.reference.packing import PackedBatch
-from vispress.reference.parallel import is_main, rank_and_world
+from vispress.reference.parallel import rank_and_world
 from vispress.reference.qwen import TOKENS_PER_SECOND
-from vispress.reference.train_language import SLOTS, answer_loss
-
-BATCH: Final = 24
-PEAK: Final = 1e-3
-FLOOR: Final = 0.03
-EARLY_UNTIL: Final = 0.7
-
-# the vision side is done; it moves a little, as frames are not quite pictures
-SCALES: Final = {"vision": 0.1, "projector": 0.2}
+from vispress.reference.third_stage import BATCH, train_third
+from vispress.reference.train_language import SLOTS
 
 
 def train_clips(
@@ -54,41 +45,31 @@ def train_clips(
         save_minutes: Minutes of training between saved states.
         report: Called after each saved state (evaluation, export).
     """
-    world = rank_and_world()[1]
     # a checkpoint that knows no videos has transformers' default
     model.config.vision_config.tokens_per_second = TOKENS_PER_SECOND
-    modules = {**architecture.parts(model), "language": model.model.language_model}
-    optimizer = make_optimizer(modules, lr=PEAK, scales=SCALES)
-    settings = {"stage": "clips", "architecture": architecture.name, "seed": seed, "batch": batch}
-    run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
-    run.resume()
-    data = ClipStream(architecture, seed, batch // world, SLOTS, world)
-    drawn: Dataset[PackedBatch] = data
-    batches = stream(drawn, run.at.step, workers=workers)
-    means = {layout: Means() for layout in ROUND}
-    due = run.at.seconds + 60 * save_minutes
-    with progress_bar("clips", visible=is_main()) as update:
-        while run.progress < 1:
-            layout = data.layout(run.at.step * world)
-            packed: PackedBatch = next(batches).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                if layout == "clip":
-                    hidden = architecture.hidden_clips(model, packed)
-                else:
-                    hidden, _ = architecture.hidden(model, packed)
-                loss, hits = answer_loss(model, hidden, packed, early=run.progress < EARLY_UNTIL)
-            run.advance(loss, len(packed.pixels) * (STEPS if layout == "clip" else 1))
-            means[layout].add({f"{layout}_loss": loss.detach(), layout: hits})
-            if run.at.step % LOG_EVERY == 0 or run.progress >= 1:
-                shown = {k: v for m in means.values() if m.count for k, v in m.take().items()}
-                run.log(shown)
-                update(run.progress, {k: v for k, v in shown.items() if not k.endswith("loss")})
-            if run.at.seconds >= due:
-                due = run.at.seconds + 60 * save_minutes
-                run.save()
-                if report is not None and is_main():
-                    report(run)
-            update(run.progress, {})
-    run.save()
-    if report is not None and is_main():
-        report(run)
+    world = rank_and_world()[1]
+
+    def hidden(layout: str, packed: PackedBatch) -> tuple[Tensor, int]:
+        if layout == "clip":
+            return architecture.hidden_clips(model, packed), STEPS * len(packed.pixels)
+        return architecture.hidden(model, packed)[0], len(packed.pixels)
+
+    train_third(
+        model,
+        folder,
+        {**architecture.parts(model), "language": model.model.language_model},
+        ClipStream(architecture, seed, batch // world, SLOTS, world),
+        hidden,
+        settings={
+            "stage": "clips",
+            "architecture": architecture.name,
+            "seed": seed,
+            "batch": batch,
+        },
+        layouts=ROUND,
+        budget=budget,
+        device=device,
+        workers=workers,
+        save_minutes=save_minutes,
+        report=report,
+    )

@@ -6,27 +6,19 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration
 
 from vispress.reference.architecture import embed_and_run
-from vispress.reference.bar import progress_bar
 from vispress.reference.batches import EpisodeStream
-from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
+from vispress.reference.loop import Budget, Run
 from vispress.reference.model import normalise
-from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import PackedBatch
-from vispress.reference.parallel import is_main, rank_and_world
-from vispress.reference.train_language import answer_loss
+from vispress.reference.parallel import rank_and_world
+from vispress.reference.third_stage import BATCH, train_third
 from vispress.reference.words import VOCABULARY
 
-BATCH: Final = 24
-PEAK: Final = 1e-3
-FLOOR: Final = 0.03
-EARLY_UNTIL: Final = 0.7
-
-# the vision side is done; it moves a little, so that smaller pictures can be read
-SCALES: Final = {"vision": 0.1, "projector": 0.2}
+ALONE: Final = ("single", "talk", "small")
+"""Layouts of one picture, from which the vision encoder learns."""
 
 
 def extend_vocabulary(model: LlavaForConditionalGeneration) -> int:
@@ -98,43 +90,27 @@ def train_episodes(
         report: Called after each saved state (evaluation, export).
     """
     world = rank_and_world()[1]
-    share = batch // world
-    modules: dict[str, torch.nn.Module] = {
-        "vision": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language": model.model.language_model,
-    }
-    optimizer = make_optimizer(modules, lr=PEAK, scales=SCALES)
-    settings = {"stage": "episodes", "seed": seed, "batch": batch}
-    run = Run(folder, modules, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=settings)
-    run.resume()
-    data = EpisodeStream(seed, share, world)
-    drawn: Dataset[PackedBatch] = data
-    batches = stream(drawn, run.at.step, workers=workers)
-    means = {layout: Means() for layout in ("single", "talk", "small")}
-    means |= {layout: Means() for layout in ("compare", "in_context", "video")}
-    due = run.at.seconds + 60 * save_minutes
-    with progress_bar("episodes", visible=is_main()) as update:
-        while run.progress < 1:
-            layout = data.layout(run.at.step * world)
-            packed: PackedBatch = next(batches).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
-                alone = layout in ("single", "talk", "small")
-                features = see(model, packed.pixels, train=alone)
-                hidden = embed_and_run(model, packed, features).last_hidden_state
-                loss, hits = answer_loss(model, hidden, packed, early=run.progress < EARLY_UNTIL)
-            run.advance(loss, len(packed.pixels))
-            means[layout].add({f"{layout}_loss": loss.detach(), layout: hits})
-            if run.at.step % LOG_EVERY == 0 or run.progress >= 1:
-                shown = {k: v for m in means.values() if m.count for k, v in m.take().items()}
-                run.log(shown)
-                update(run.progress, {k: v for k, v in shown.items() if not k.endswith("loss")})
-            if run.at.seconds >= due:
-                due = run.at.seconds + 60 * save_minutes
-                run.save()
-                if report is not None and is_main():
-                    report(run)
-            update(run.progress, {})
-    run.save()
-    if report is not None and is_main():
-        report(run)
+
+    def hidden(layout: str, packed: PackedBatch) -> tuple[Tensor, int]:
+        features = see(model, packed.pixels, train=layout in ALONE)
+        states: Tensor = embed_and_run(model, packed, features).last_hidden_state
+        return states, len(packed.pixels)
+
+    train_third(
+        model,
+        folder,
+        {
+            "vision": model.model.vision_tower,
+            "projector": model.model.multi_modal_projector,
+            "language": model.model.language_model,
+        },
+        EpisodeStream(seed, batch // world, world),
+        hidden,
+        settings={"stage": "episodes", "seed": seed, "batch": batch},
+        layouts=(*ALONE, "compare", "in_context", "video"),
+        budget=budget,
+        device=device,
+        workers=workers,
+        save_minutes=save_minutes,
+        report=report,
+    )

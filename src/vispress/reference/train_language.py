@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vispress.reference.architecture import Architecture
 from vispress.reference.bar import progress_bar
 from vispress.reference.dense import DenseHeads
-from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, stream
+from vispress.reference.loop import LOG_EVERY, Budget, Means, Run, Saves, stream
 from vispress.reference.optim import make_optimizer
 from vispress.reference.packing import LanguageStream, PackedBatch
 from vispress.reference.parallel import is_main, rank_and_world
@@ -102,7 +102,7 @@ def train_language(
     data = LanguageStream(architecture, seed, share, SLOTS, easy, world)
     batches = stream(data, run.at.step, workers=workers)
     means = Means()
-    due = run.at.seconds + 60 * save_minutes
+    saves = Saves(run, save_minutes, report)
     with progress_bar("language", visible=is_main()) as update:
         while run.progress < 1:
             packed: PackedBatch = next(batches).to(device)
@@ -118,14 +118,8 @@ def train_language(
                 shown = means.take()
                 run.log(shown)
                 update(run.progress, shown)
-            if run.at.seconds >= due:
-                due = run.at.seconds + 60 * save_minutes
-                run.save()
-                if report is not None and is_main():
-                    report(run)
+            saves.when_due()
             update(run.progress, {})
     if means.count:
         run.log(means.take())
-    run.save()
-    if report is not None and is_main():
-        report(run)
+    saves.now()

@@ -1,8 +1,9 @@
 """Short videos: three frames of one scene in which things come, go and change their colour."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Final
 
 import numpy as np
 
@@ -11,7 +12,53 @@ from vispress.reference.episodes import FRAMES, ORDINALS, Asked, Shown, episode_
 from vispress.reference.scenes import Actor, Scene, paint, place_items
 from vispress.reference.words import COLORS, SHAPES
 
-_GONE = -2
+GONE: Final = -2
+"""The color of what is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Who is in a video: residents, which are always there, then visitors.
+
+    Args:
+        actors: A digit perhaps, and shapes of which no two are alike.
+        guests: Number of the first visitor.
+        changed: Number of the resident that changes its colour.
+        new: Its new colour.
+        since: Frame, or step, from which it has it.
+    """
+
+    actors: list[Actor]
+    guests: int
+    changed: int
+    new: int
+    since: int
+
+    def colors(self, at: int) -> list[int]:
+        """Of all at a frame or step, as if all were there."""
+        colors = [actor[2] for actor in self.actors]
+        if at >= self.since:
+            colors[self.changed] = self.new
+        return colors
+
+
+def draw_cast(rng: np.random.Generator, steps: int) -> Cast:
+    """Draw who is there in a video of so many frames or steps."""
+    names = [int(v) for v in rng.permutation(len(SHAPES))]
+    residents, visitors = int(rng.integers(3, 5)), int(rng.integers(2, 5))
+    actors: list[Actor] = []
+    if rng.random() < 0.5:
+        actors.append(("digit", int(rng.integers(10)), int(rng.integers(8)), -1))
+    first = len(actors)
+    for name in names[: residents + visitors]:
+        color = int(rng.integers(8))
+        dot = int((color + rng.integers(1, 8)) % 8) if rng.random() < 0.2 else -1
+        actors.append(("shape", name, color, dot))
+    changed = first + int(rng.integers(residents))
+    kind, value, color, _ = actors[changed]
+    actors[changed] = (kind, value, color, -1)  # a dot could have the new colour
+    new, since = int((color + rng.integers(1, 8)) % 8), int(rng.integers(1, steps))
+    return Cast(actors, first + residents, changed, new, since)
 
 
 def draw_frames(
@@ -35,7 +82,7 @@ def draw_frames(
     return [
         paint(
             np.random.default_rng(key),
-            [replace(i, color=c) for i, c in zip(placed, colors, strict=True) if c != _GONE],
+            [replace(i, color=c) for i, c in zip(placed, colors, strict=True) if c != GONE],
             split,
         )
         for colors in shown
@@ -47,32 +94,18 @@ def _script(rng: np.random.Generator) -> tuple[list[Actor], list[list[int]], int
 
     Residents come first and are always there; visitors come last, each in one frame only.
     """
-    names = [int(v) for v in rng.permutation(len(SHAPES))]
-    residents, visitors = int(rng.integers(3, 5)), int(rng.integers(2, 5))
-    cast: list[Actor] = []
-    if rng.random() < 0.5:
-        cast.append(("digit", int(rng.integers(10)), int(rng.integers(8)), -1))
-    first = len(cast)
-    for name in names[: residents + visitors]:
-        color = int(rng.integers(8))
-        dot = int((color + rng.integers(1, 8)) % 8) if rng.random() < 0.2 else -1
-        cast.append(("shape", name, color, dot))
-    changed = first + int(rng.integers(residents))
-    kind, value, color, _ = cast[changed]
-    cast[changed] = (kind, value, color, -1)  # a dot could have the new colour
-    new, since = int((color + rng.integers(1, 8)) % 8), int(rng.integers(1, 3))
+    cast = draw_cast(rng, 3)
+    visitors = len(cast.actors) - cast.guests
     when = [int(f) for f in rng.permutation(3)[:2]]
     when += [int(rng.integers(3)) for _ in range(visitors - 2)]
     shown = []
     for frame in range(3):
-        colors = [actor[2] for actor in cast]
-        if frame >= since:
-            colors[changed] = new
+        colors = cast.colors(frame)
         for visitor, at in enumerate(when):
             if at != frame:
-                colors[first + residents + visitor] = _GONE
+                colors[cast.guests + visitor] = GONE
         shown.append(colors)
-    return cast, shown, changed, when
+    return cast.actors, shown, cast.changed, when
 
 
 def show_video(seed: int, split: Split, index: int) -> Shown:
@@ -106,7 +139,7 @@ def show_video(seed: int, split: Split, index: int) -> Shown:
     found.append(Asked("changed", "which shape changed its color ? :", who, everywhere))
     for frame, colors in enumerate(shown):
         for k, (kind, color) in enumerate(zip((a[0] for a in cast), colors, strict=True)):
-            if kind != "shape" or color == _GONE:
+            if kind != "shape" or color == GONE:
                 continue
             form = "last" if k == changed and frame == 2 else "other"
             text = f"what color is the {names[k]} in the {ORDINALS[frame]} picture ? :"
