@@ -74,7 +74,9 @@ class Attachment:
         )
         self.reads_input = Signal.INPUT_EMBEDDINGS in wanted
         self.reads_text = Signal.TEXT_EMBEDDINGS in wanted
-        self.first_layer = min(step.placement.layer for step in steps)
+        self.steps_at: dict[int, list[Step]] = {}
+        for step in steps:
+            self.steps_at.setdefault(step.placement.layer, []).append(step)
 
     # --- what the compressors want to see
 
@@ -256,10 +258,10 @@ class Attachment:
         return prefill.finish(self, state, output)
 
     def _layer_starts(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        state: ForwardState | StaticStep | None = kwargs.get(STATE)
-        if state is None:
+        if STATE not in kwargs:
             return None
-        kwargs = {name: value for name, value in kwargs.items() if name != STATE}
+        kwargs = dict(kwargs)
+        state: ForwardState | StaticStep = kwargs.pop(STATE)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(state, StaticStep):
             return (hidden, *args[1:]), state.layer_kwargs(number, hidden, kwargs)

@@ -117,24 +117,23 @@ def _make_state(
     read = mask_2d if mask_2d is None or not call.captures else call.on_host(mask_2d)
     if mask_2d is None and mask_4d:
         read = mask_2d = _mask_2d(mask, past, B)
-    elif mask_2d is not None:
-        mask_2d = mask_2d.bool()
-    position_ids = given.get("position_ids")
-    if position_ids is None:
-        position_ids = torch.arange(past, past + Q, device=embeds.device).unsqueeze(0)
     valid = None if read is None else read[:, past : past + Q].bool()
     if valid is not None and (Q == 1 or bool(valid.all())):
         valid = None
         if past == 0 or bool(read.all()):  # type: ignore[union-attr]
             mask_2d = None
     counts = (Q,) * B if valid is None else tuple(valid.sum(1).tolist())
-    chunk = None
+    mask_2d, chunk = None if mask_2d is None else mask_2d.bool(), None
     if valid is not None:
         assert mask_2d is not None
         chunk = mask_2d[:, past : past + Q]
+    whole = all_rows(B, Q, counts, embeds.device)
+    position_ids = given.get("position_ids")
+    if position_ids is None:
+        position_ids = whole.index[:1] + past if past else whole.index[:1]
     return ForwardState(
         attachment=attachment,
-        rows=[(0, all_rows(B, Q, counts, embeds.device))],
+        rows=[(0, whole)],
         past=past,
         cache=cache,
         mask_2d=mask_2d,
@@ -211,15 +210,15 @@ def _drop_rows(
         rows = state.rows_before(0).to(hidden.device)
         return hidden if rows.whole else gather_rows(hidden, rows.index, state.attachment.backend)
     attachment = state.attachment
+    if number not in attachment.steps_at:
+        return hidden
     project = projector_function(attachment.adapter)
     if number in state.decided:  # a checkpointed layer runs again: no second decision
         for decision in state.decided[number]:
             hidden = apply(decision, hidden, project)
         return hidden
     state.decided[number] = []
-    for step in attachment.steps:
-        if step.placement.layer != number:
-            continue
+    for step in attachment.steps_at[number]:
         if step.placement.queries is not None and step.placement.attention_of == "next":
             for want in state.wanted:  # a step before at this layer may have dropped rows
                 want.seen = want.seen and not (want.mode == "peek" and want.layer == number)

@@ -124,6 +124,8 @@ class Compressed(CacheLayerMixin):
     """The same before each token of the last call, so that these can be taken back."""
     pairs: PairMemory | None = None
     """What a mask of pairs needs of earlier rows; kept by every layer that has one."""
+    logical_capacity: int | None = None
+    """Of a preallocated layer: logical tokens that it was asked to hold."""
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextvars import Token
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from vispress.runtime import masks
 from vispress.runtime.bypass import Bypass
-from vispress.runtime.cache import layer_at, physical_length, upgrade
+from vispress.runtime.cache import layer_at, upgrade
 from vispress.runtime.cache_name import CACHE, cache_of
 from vispress.runtime.images import Bucket, Image
 from vispress.runtime.rows import Rows, gather_rotary
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from vispress.runtime.decode_stage import Decoding
     from vispress.runtime.pair_masks import PairMasks
     from vispress.runtime.select import Decision
+
+
+class _Handed(NamedTuple):
+    """What layers are handed that run on the same rows and hold the same before them."""
+
+    before: Slots | None
+    after: Slots
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
@@ -67,8 +76,7 @@ class ForwardState:
     decoding: "Decoding | None" = None
     pairs: "PairMasks | None" = None
     held_from: int | None = None  # layers that are handed their own mask, short or not
-    _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
-    _slots: dict[tuple[Any, ...], tuple[Slots | None, Slots]] = field(default_factory=dict)
+    _handed: dict[tuple[Any, ...], "_Handed"] = field(default_factory=dict)
     _rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _plain_past: Slots | None = None
     _empty: Slots | None = None
@@ -95,10 +103,15 @@ class ForwardState:
 
     def rows_before(self, layer: int) -> Rows:
         """Rows of the hidden states in front of a layer, those that bypass it included."""
-        return next(rows for start, rows in reversed(self.rows) if start <= layer)
+        for start, rows in reversed(self.rows):
+            if start <= layer:
+                return rows
+        raise AssertionError(f"no rows before decoder layer {layer}")
 
     def span_at(self, layer: int) -> Bypass | None:
         """The span of layers that some rows bypass and that `layer` is part of."""
+        if not self.spans:  # asked several times a layer
+            return None
         return next((span for span in self.spans if span.start <= layer < span.until), None)
 
     def take(self, layer: int, decision: "Decision") -> None:
@@ -131,11 +144,22 @@ class ForwardState:
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a short layer, from those for the full sequence."""
         rows = self.rows_at(layer).to(hidden.device)
-        cached = cache_of(kwargs) is not None
-        slots, offset, buffer = self._store(layer, rows) if cached else self._alone(rows)
-        out = dict(kwargs)
-        out["attention_mask"] = self._mask(rows, slots, offset, buffer, kwargs, hidden)
-        out["position_embeddings"] = self._position_embeddings(layer, rows, kwargs, hidden)
+        held = None if cache_of(kwargs) is None else self._short_layer(layer, rows)
+        before = None if held is None else held.slots
+        capacity = None if held is None else held.logical_capacity
+        given = kwargs.get("attention_mask") if self.mask_4d else None
+        key = (id(rows), id(before), capacity, hidden.device, id(given))
+        handed = self._handed.get(key)
+        if handed is None:
+            after = self._joined(before, rows)
+            offset = 0 if held is None else held.physical
+            buffer = rows.size if held is None else held.buffer(after, rows.size)
+            mask = self._mask(rows, after, offset, buffer, kwargs, hidden)
+            rotary = self._position_embeddings(layer, rows, kwargs, hidden)
+            handed = self._handed[key] = _Handed(before, after, mask, rotary)
+        if held is not None:
+            held.expect(handed.after)
+        out = kwargs | {"attention_mask": handed.mask, "position_embeddings": handed.rotary}
         if "position_ids" in out:
             out["position_ids"] = None  # gaps would look like packed sequences to transformers
         return out
@@ -150,7 +174,6 @@ class ForwardState:
             buffer = slots.positions.shape[1]
             mask = self._mask(rows, slots, buffer - rows.size, buffer, kwargs, hidden)
             rotary = self._position_embeddings(layer, rows, kwargs, hidden)
-            self._slots[id(slots),] = (None, slots)  # masks are cached by its id: keep it alive
         return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
 
     def _held(self, layer: int) -> Any:
@@ -173,28 +196,15 @@ class ForwardState:
             self._plain_past = Slots(positions, valid, None, self.past)
         return self._plain_past
 
-    def _alone(self, rows: Rows) -> tuple[Slots, int, int]:
-        """Slots, offset and key length when no cache is used."""
-        key = (id(rows), None)
-        if key not in self._slots:
-            self._slots[key] = (None, self._joined(None, rows))
-        return self._slots[key][1], 0, rows.size
-
-    def _store(self, layer: int, rows: Rows) -> tuple[Slots, int, int]:
-        """Tell the cache layer what is coming; slots with the chunk stored, offset, key length."""
+    def _short_layer(self, layer: int, rows: Rows) -> Compressed:
+        """The cache layer that the chunk's rows will be stored in."""
         assert self.cache is not None
-        before = self._before(layer, rows.index.device)
-        key = (id(rows), id(before))
-        if key not in self._slots:
-            self._slots[key] = (before, self._joined(before, rows))
-        slots = self._slots[key][1]
         held = layer_at(self.cache, layer)
-        if not isinstance(held, Compressed):
-            empty = self._empty = self._empty or Slots(rows.index[:, :0], None, None, 0)
-            held = upgrade(self.cache, layer, empty if before is None else before)
-        offset = physical_length(held)
-        held.expect(slots)
-        return slots, offset, held.buffer(slots, rows.size)
+        if isinstance(held, Compressed):
+            return held
+        before = self._before(layer, rows.index.device)
+        empty = self._empty = self._empty or Slots(rows.index[:, :0], None, None, 0)
+        return upgrade(self.cache, layer, empty if before is None else before)
 
     def _joined(self, before: Slots | None, rows: Rows) -> Slots:
         """What a layer holds once the chunk's rows are behind what it held."""
@@ -214,13 +224,7 @@ class ForwardState:
         if self._kind is None:
             config = self.attachment.adapter.language_model.config
             self._kind = masks.check_implementation(config._attn_implementation)
-        kind = self._kind
-        key = (id(rows), id(slots), offset, buffer, kind, hidden.device, id(given))
-        if key not in self._masks:
-            self._masks[key] = masks.make_mask(
-                kind, rows, slots, self.past, offset, buffer, given, hidden
-            )
-        return self._masks[key]
+        return masks.make_mask(self._kind, rows, slots, self.past, offset, buffer, given, hidden)
 
     def _position_embeddings(
         self, layer: int, rows: Rows, kwargs: dict[str, Any], hidden: Tensor
