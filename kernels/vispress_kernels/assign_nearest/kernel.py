@@ -18,7 +18,7 @@ WAVE = 120  # programs that fill a large GPU nearly once
 COLUMNS = 4  # of D for each split, whose best and index then take less room than the tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M"])
 def inverse_norms_kernel(
     x_ptr,  # [B, N, D], any strides
     t_ptr,  # [B, M, D], any strides
@@ -60,7 +60,7 @@ def inverse_norms_kernel(
     tl.store(out_ptr + i_b * (N + M) + i_n, tl.div_rn(1.0, norm))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "splits", "tiles"])
 def assign_nearest_kernel(
     x_ptr,  # [B, N, D], any strides
     t_ptr,  # [B, M, D], any strides
@@ -130,7 +130,7 @@ def assign_nearest_kernel(
     tl.store(index_ptr + p_out, best_m.to(index_ptr.dtype.element_ty), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "splits"])
 def best_split_kernel(
     cosine_ptr,  # [R, S] fp32
     index_ptr,  # [R, S] int32

@@ -62,7 +62,7 @@ def _rows_product(
     return tl.dot(rows, x.to(tl.float32), narrow, input_precision="tf32x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "P", "Q"])
 def dct_lowpass_kernel(
     x_ptr,  # [B, H * W, C], any strides
     rows_ptr,  # [P, H] fp32

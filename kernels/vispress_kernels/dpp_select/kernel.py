@@ -108,7 +108,7 @@ def _leave(value_ptr, index_ptr, at, B, P, best, best_n, second, second_n):
     tl.store(index_ptr + at + behind, second_n)
 
 
-@triton.jit(do_not_specialize=["step", "B"])
+@triton.jit(do_not_specialize=["step", "B", "N", "K", "R", "P", "tiles"])
 def dpp_step_kernel(
     x_ptr,  # [B, N, D], any strides
     inv_ptr,  # [B, N] fp32: one over the norm
@@ -146,7 +146,10 @@ def dpp_step_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(
+    do_not_specialize=["B", "N", "K", "R", "P", "tiles"],
+    do_not_specialize_on_alignment=["relevance_ptr", "gain_ptr"],
+)
 def dpp_kernel(
     x_ptr,  # as above
     inv_ptr,

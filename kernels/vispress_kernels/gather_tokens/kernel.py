@@ -47,7 +47,7 @@ def _copy_tile(
     tl.store(out_ptr + (i_b * K + o_k)[:, None] * D + o_d[None, :], rows, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "K", "tiles"])
 def gather_tokens_kernel(
     xs,  # tuple of pointers, as are the next four
     outs,

@@ -87,7 +87,7 @@ def _step(
         tl.store(index_ptr + write + i_p, best_n)
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["step", "B", "N", "K", "P", "tiles"])
 def maxmin_step_kernel(
     x_ptr,  # [B, N, D], any strides
     inv_ptr,  # [B, N] fp32: one over the norm
@@ -124,7 +124,7 @@ def maxmin_step_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "K", "P", "tiles"])
 def maxmin_kernel(
     x_ptr,  # as above
     inv_ptr,

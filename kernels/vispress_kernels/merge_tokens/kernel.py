@@ -20,7 +20,7 @@ MOST_COMPARED = 2**28
 """Pairs of tokens in a batch row up to which comparing them all beats torch's sort."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def order_tokens_kernel(
     assign_ptr,  # [B, N] int64, any strides
     order_ptr,  # [B, N] int32: tokens by group, those of none behind; of equals the earlier first
@@ -59,7 +59,7 @@ def order_tokens_kernel(
     tl.store(p_start, place, mask=(o_i >= N) & (o_i < places))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def merge_tokens_kernel(
     x_ptr,  # [B, N, D], any strides
     order_ptr,  # [B, N] integers: tokens by group

@@ -27,7 +27,7 @@ def _activate(x, TANH: tl.constexpr):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit(do_not_specialize=["first", "count"])  # one binary for all chunks of directions
+@triton.jit(do_not_specialize=["first", "count", "N"])
 def activation_change_kernel(
     hidden_ptr,  # [N, Dh] fp32, all samples' tokens
     move_ptr,  # [m, Dh] fp32

@@ -18,7 +18,7 @@ PROGRAMS = 256  # about what a large device runs at once, a sample
 MAX_ROWS = 32  # heads of one query that are added up at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_vb", "stride_vq", "splits", "tiles"])
 def logits_kernel(
     q_ptr,  # [B, Hk * GROUP, Q, HEAD], any strides
     k_ptr,  # [B, Hk, N, HEAD], any strides
@@ -111,7 +111,7 @@ def logits_kernel(
     tl.store(p_stats + splits, total, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def weights_kernel(
     logits_ptr,  # [B, H, Q, N] fp32
     stats_ptr,  # [B, H, Q, 2, splits] fp32: maxima, then sums

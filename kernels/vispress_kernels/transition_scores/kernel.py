@@ -12,7 +12,7 @@ from vispress_kernels._launch import Rule, ceil_div, launch
 from vispress_kernels.transition_scores.reference import EPS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def transition_scores_kernel(
     x_ptr,  # [B, N, D], any strides
     y_ptr,  # [B, N, D], any strides
