@@ -56,14 +56,14 @@ def mean_plan(
         dtype: Of the weights.
     """
     survives = owner == torch.arange(owner.shape[1], device=owner.device)
-    order = (~survives).to(torch.int8).argsort(dim=1, stable=True)
-    into = owner.clamp(min=0)
-    slot = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
-    one = (owner >= 0).to(dtype)
+    order = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    folded, into = owner >= 0, owner.clamp(min=0)
+    slot = (survives.cumsum(dim=1) - 1).gather(1, into).where(folded, -1)
+    one = folded.to(dtype)
     size = torch.zeros_like(one).scatter_add(1, into, one).gather(1, into)
     same = len(set(counts)) == 1
     keep = order[:, : counts[0]] if same else tuple(map(_first, order, counts))
-    return TokenPlan(keep=keep, assign=slot, weight=1 / size.clamp(min=1))
+    return TokenPlan(keep=keep, assign=slot, weight=size.clamp(min=1).reciprocal())
 
 
 def _first(row: Int[Tensor, "N"], count: int) -> Int[Tensor, "K"]:
