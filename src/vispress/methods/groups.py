@@ -51,7 +51,7 @@ def owners(
         place = fold(*edges, count, over, width, in_order=False).gather(1, place)
         count, width = count - over, max(num_keep, (width + 1) // 2)
     index = torch.arange(place.shape[1], device=place.device)
-    latest = torch.full_like(place, place.shape[1])
-    first = latest.scatter_reduce(1, place, index.expand_as(place), "amin").gather(1, place)
+    first = torch.full_like(place, place.shape[1])
+    first = first.scatter_reduce_(1, place, index.expand_as(place), "amin").gather(1, place)
     keep = (first != index).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
     return first.scatter(1, keep, keep)

@@ -48,7 +48,7 @@ class EncoderMerge:
         self.unit = adapter.patches_per_token()
         self.prefix = int(adapter.has_cls)
         self.ahead = self.prefix if self.unit > 1 else 0
-        """Rows ahead of tokens; a [CLS] is the first of them where each has one row."""
+        """Rows ahead of tokens: [CLS], which is the first of the tokens where each has one row."""
         self.sizes: Sequence[Sequence[int]] = ()
         """Tokens of each sequence of each image, before any merge."""
         self.counts: list[list[int]] = []
@@ -130,9 +130,9 @@ class EncoderMerge:
         if self._bias is None or self._bias.dtype != key.dtype:
             self._bias = size_bias(self.size, self.unit, self.ahead).to(key.dtype)
         bias = self._bias[..., start : self._read]
-        if start * bias.element_size() % ALIGNED:
-            bias = bias.clone()
-        return bias if mask is None else mask + bias
+        if mask is not None:
+            return mask + bias
+        return bias.clone() if start * bias.element_size() % ALIGNED else bias
 
     @torch.no_grad()
     def decide(self) -> None:
@@ -155,7 +155,7 @@ class EncoderMerge:
         self.target = self.into.clamp(min=0) if self.layout.padded else self.into
         self.left = self.layout.left
         old = torch.ones(self.into.shape, device=keys.device) if self.size is None else self.size
-        total = old.new_zeros(len(old), self.left).scatter_add(1, self.target, old)
+        total = old.new_zeros(len(old), self.left).scatter_add_(1, self.target, old)
         self.weight, self._total = old / total.gather(1, self.target), total
 
     def merge(self, x: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ class Sequences:
         self.counts, self.device, self.unit, self.backend = counts, device, unit, backend
         self.merged = 0
         """Merges that are over."""
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What the counts say of the merges to come."""
 
     @property
     def padded(self) -> bool:
@@ -61,48 +65,39 @@ class Sequences:
 
 
 class Packed(Sequences):
-    """All sequences one behind the other, `[1, S, ...]`, with rotary tables and boundaries.
+    """All sequences one behind the other, `[1, S, ...]`, with rotary tables and boundaries."""
 
-    Args:
-        counts: As above; the next three, too.
-    """
-
-    def __init__(
-        self, counts: Sequence[Sequence[int]], device: torch.device, unit: int, backend: Backend
-    ) -> None:
-        super().__init__(counts, device, unit, backend)
-        count = torch.tensor(counts)
+    def _lay_out(self) -> None:
+        """Where tokens are at each merge, for all merges at once."""
+        count = torch.tensor(self.counts)
         self._starts = F.pad(count.cumsum(1), (1, 0))
         """`[merges + 1, sequences + 1]` on the host: where each starts, and where the last ends."""
         self._sizes: list[int] = self._starts[:, -1].tolist()
-        self._lay_out(count[:-1])
-        self._rotary = torch.arange(self._sizes[0], device=device)
+        count, start, later = count[:-1], self._starts[:-1, :-1], self._starts[1:, :-1]
+        width = count.amax(1, keepdim=True)
+        row = torch.arange(count.shape[1]) * width
+        first = count.flatten().cumsum(0).view_as(count) - count
+        known = sent(torch.stack([start, count, row, first, later]), self.device)
+        start, count = known[:2]
+        sizes, device = self._sizes[:-1], self.device
+        # of each token of each merge: its sequence's
+        row, first, later = (
+            known[2:].flatten(1).repeat_interleave(count.flatten(), dim=1, output_size=sum(sizes))
+        )
+        column = torch.arange(sum(sizes), device=device) - first
+        self._place = (row + column).split(sizes)
+        """Of each token in `[sequences, width]`."""
+        self._later = later.split(sizes)
+        """Where each token's sequence starts behind the merge."""
+        self._odd = (column % 2 * sizes[0]).split(sizes)
+        """Above every token's number for the odd tokens of sequences, else 0."""
+        columns = torch.arange(int(width.max()), device=device)
+        self._table = start[..., None] + columns.minimum(count[..., None] - 1)
+        """`[merges, sequences, width]`, the token of each place; the last one again for padding."""
+        self._rotary = torch.arange(sizes[0], device=device)
         """The token whose rotation each token has."""
         self._turned: tuple[Any, tuple[Tensor, ...]] | None = None
         self._cuts: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def _lay_out(self, count: Tensor) -> None:
-        """Where tokens are at each merge, `count [merges, sequences]`: for all merges at once."""
-        width, start = count.amax(1, keepdim=True), self._starts[:-1, :-1]
-        row, last = torch.arange(count.shape[1]) * width, self._starts[:-1, -1:] - 1
-        end = count.flatten().cumsum(0).view_as(count)
-        known = [start, last.expand_as(count), count, row, end - count, self._starts[1:, :-1]]
-        start, last, count, *rest = sent(torch.stack(known), self.device)
-        sizes = self._sizes[:-1]
-        row, first, shift = (
-            torch.stack(rest)
-            .flatten(1)
-            .repeat_interleave(count.flatten(), dim=1, output_size=sum(sizes))
-        )
-        column = torch.arange(sum(sizes), device=self.device) - first
-        self._place = (row + column).split(sizes)
-        """Of each token in `[sequences, width]`."""
-        self._shift = shift.split(sizes)
-        """Where the sequence of each token starts behind the merge."""
-        self._odd = (column % 2 * sizes[0]).split(sizes)
-        """Above 0 for the odd tokens of their sequences, by more than any token's number."""
-        places = start[..., None] + torch.arange(int(width.max()), device=self.device)
-        self._table = places.minimum(last[..., None])
 
     @property
     def padded(self) -> bool:
@@ -117,13 +112,13 @@ class Packed(Sequences):
         return values[0][:, table].transpose(0, 1)
 
     def folded(self, into: Tensor) -> Tensor:
-        placed: Tensor = into.reshape(-1)[self._place[self.merged]] + self._shift[self.merged]
+        placed: Tensor = into.reshape(-1)[self._place[self.merged]] + self._later[self.merged]
         return placed[None]
 
     def advance(self, into: Tensor) -> None:
         """A group has the rotation of its odd member, the one that others joined."""
         best = self._rotary.new_zeros(self.left)
-        best = best.scatter_reduce(0, into[0], self._rotary + self._odd[self.merged], "amax")
+        best = best.scatter_reduce_(0, into[0], self._rotary + self._odd[self.merged], "amax")
         self._rotary = best % self._sizes[0]
         self._turned = None
         super().advance(into)
