@@ -231,6 +231,24 @@ def test_a_model_that_never_ran_merges_as_one_that_did(family: str, attn: str) -
     assert (got - expected)[inputs["attention_mask"].bool()].abs().max() < 1e-3
 
 
+def test_masks_of_windows_begin_where_cuda_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen2_5_vl", torch.bfloat16)
+    samples = [Sample([Text(2), Image(5, 5), Text(3)])]  # windows of 4, 2 and 1
+    inputs = make_inputs("qwen2_5_vl", samples, dtype=torch.bfloat16)
+    attend, places = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.is_floating_point():
+            places.append(attn_mask.data_ptr() % 16)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    with compressed(model, Fixed(num_tokens=1)):
+        model(**inputs)
+    assert len(places) > 10
+    assert not any(places)
+
+
 @pytest.mark.parametrize("family", VIDEO)
 def test_frames_of_videos_merge_each_by_itself(family: str) -> None:
     samples = [Sample([Text(4), Video(2, 4, 4), Text(3)]), Sample([Text(2), Video(2, 4, 4)])]

@@ -53,6 +53,19 @@ def test_rows_of_unequal_length_are_what_they_are_alone():
         assert sorted(set(together[row, :n].tolist())) == list(range(n - r))
 
 
+@pytest.mark.parametrize("n", [2, 7, 8])
+@pytest.mark.parametrize("cls", [False, True])
+def test_rows_of_one_length_need_no_count(n, cls):
+    metric = torch.randn(3, n, 5, generator=torch.Generator().manual_seed(n))
+    count, merges = torch.full((3,), n), (n - cls) // 2
+    told = match(metric, count, protect_first=cls)
+    edges = match(metric, None, protect_first=cls)
+    assert all(map(torch.equal, told, edges))
+    expected = fold(*told, count, torch.full((3,), merges), n, in_order=cls)
+    assert torch.equal(fold(*edges, None, merges, n, in_order=cls), expected)
+    assert expected.amax(dim=1).tolist() == [n - merges - 1] * 3
+
+
 @pytest.mark.parametrize("cls", [False, True])
 def test_ties_merge_the_earlier_token(cls):
     metric, count = torch.ones(1, 7, 3), torch.tensor([7])

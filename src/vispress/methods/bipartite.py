@@ -4,17 +4,16 @@ Bolya et al., ICLR 2023, arXiv:2210.09461; https://github.com/facebookresearch/T
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vispress.methods.base import descending
 from vispress_kernels import Backend
 from vispress_kernels.assign_nearest import assign_nearest
 
 
 def match(
     metric: Float[Tensor, "B n D"],
-    count: Int[Tensor, "B"],
+    count: Int[Tensor, "B"] | None,
     *,
     protect_first: bool = False,
     backend: Backend = "auto",
@@ -23,27 +22,28 @@ def match(
 
     Args:
         metric: What is compared; at least two tokens.
-        count: Tokens of each row; what is behind them is no token and gets cosine `-inf`.
+        count: Tokens of each row; what is behind them is no token and gets cosine `-inf`. None
+            where all are tokens.
         protect_first: The first token joins none: its cosine is `-inf`.
         backend: Kernels to use.
     """
-    beyond = torch.arange(metric.shape[1], device=metric.device) >= count[:, None]
-    # a NaN is never nearest
-    odd = metric[:, 1::2].masked_fill(beyond[:, 1::2, None], float("nan"))
+    odd = metric[:, 1::2]
+    beyond = None if count is None else _beyond(count, metric.shape[1])
+    if beyond is not None:  # a NaN is never nearest
+        odd = odd.masked_fill(beyond[:, 1::2, None], float("nan"))
     nearest, cosine = assign_nearest(metric[:, ::2], odd, backend=backend)
-    cosine = cosine.masked_fill(beyond[:, ::2], float("-inf"))
+    if beyond is not None:
+        cosine.masked_fill_(beyond[:, ::2], float("-inf"))
     if protect_first:
-        cosine = cosine.index_fill(
-            1, torch.zeros(1, dtype=torch.int64, device=cosine.device), float("-inf")
-        )
+        cosine[:, 0].fill_(float("-inf"))
     return cosine, nearest
 
 
 def fold(
     cosine: Float[Tensor, "B a"],
     nearest: Int[Tensor, "B a"],
-    count: Int[Tensor, "B"],
-    merges: Int[Tensor, "B"],
+    count: Int[Tensor, "B"] | None,
+    merges: Int[Tensor, "B"] | int,
     num_tokens: int,
     *,
     in_order: bool,
@@ -53,24 +53,29 @@ def fold(
     Even tokens that stay come first, then the odd ones. Ties merge the earlier token.
 
     Args:
-        cosine: As `match` gives it.
+        cosine: As `match` gives it, without NaN.
         nearest: As `match` gives it.
-        count: Tokens of each row.
-        merges: Pairs to merge in each row, at most `count // 2`.
+        count: Tokens of each row, or None, as above; -1 is the place of what is none.
+        merges: Pairs to merge in each row, or in all of them; at most `count // 2`.
         num_tokens: n.
         in_order: Even tokens that stay keep their order; else the most similar comes first.
     """
-    rank = descending(cosine).argsort(dim=1)
-    evens, odds = (count + 1) // 2, count // 2
-    stays = (rank >= merges[:, None]) & (rank < evens[:, None])
-    own = stays.cumsum(1) - 1 if in_order else rank - merges[:, None]
-    first_odd = (evens - merges)[:, None]
-    joined = torch.where(stays, own, first_odd + nearest)
-    places = torch.empty(len(cosine), num_tokens, dtype=torch.int64, device=cosine.device)
-    places[:, ::2] = joined.masked_fill(rank >= evens[:, None], -1)
-    odd = torch.arange(num_tokens // 2, device=cosine.device)
-    places[:, 1::2] = torch.where(odd < odds[:, None], first_odd + odd, -1)
-    return places
+    order = cosine.argsort(dim=1, descending=True, stable=True)
+    number = torch.arange(order.shape[1], device=order.device).expand(len(order), -1)
+    rank = order.scatter(1, order, number)
+    cut = merges if isinstance(merges, int) else merges[:, None]
+    evens = (num_tokens + 1) // 2 if count is None else (count[:, None] + 1) // 2
+    first_odd, stays = evens - cut, rank >= cut
+    # places counted from the one of the first odd token
+    own = stays.cumsum(1) - (first_odd + 1) if in_order else rank - evens
+    both = torch.stack([torch.where(stays, own, nearest), number], dim=2)
+    places = both.view(len(order), -1)[:, :num_tokens] + first_odd
+    return places if count is None else places.masked_fill(_beyond(count, num_tokens), -1)
+
+
+def _beyond(count: Int[Tensor, "B"], num_tokens: int) -> Bool[Tensor, "B n"]:
+    """Places without a token."""
+    return torch.arange(num_tokens, device=count.device) >= count[:, None]
 
 
 def schedule(num_layers: int, merges: int, inflect: float = 0.0) -> list[int]:

@@ -19,14 +19,16 @@ class EncoderTokens:
         keys: `[B, H, n, Dh]`, keys as the layer attends to them (post-RoPE), in at least fp32; mean
             over the patches of a token. A [CLS] token, where there is one, comes first.
         count: `[B]` int64; tokens of each sequence, [CLS] included; what is behind them is padding.
+            None where no sequence is padded.
         merges: `[B]` int64; tokens to merge away in this layer, at most half of those not [CLS].
+            One number where all sequences have the same.
         has_cls: Whether the first token is [CLS], which stays as it is.
         backend: Kernels to use.
     """
 
     keys: Float[Tensor, "B H n Dh"]
-    count: Int[Tensor, "B"]
-    merges: Int[Tensor, "B"]
+    count: Int[Tensor, "B"] | None
+    merges: Int[Tensor, "B"] | int
     has_cls: bool
     backend: Backend = "auto"
 

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from vispress.methods.bipartite import fold, match
 from vispress_kernels import Backend
@@ -11,21 +12,20 @@ from vispress_kernels.merge_tokens import merge_tokens
 
 def first_members(groups: Int[Tensor, "B n"]) -> Int[Tensor, "B n"]:
     """Place of the first token of each token's group."""
-    order = groups.argsort(dim=1, stable=True)
-    named = groups.gather(1, order)
-    starts = torch.ones_like(named, dtype=torch.bool)
-    starts[:, 1:] = named[:, 1:] != named[:, :-1]
+    named, order = groups.sort(dim=1, stable=True)
+    starts = F.pad(named[:, 1:] != named[:, :-1], (1, 0), value=True)
     # places of group starts in the sorted row, carried on to the end of each group
     index = torch.arange(groups.shape[1], device=groups.device)
     start = (index * starts).cummax(dim=1).values
-    return torch.empty_like(order).scatter(1, order, order.gather(1, start))
+    return order.scatter(1, order, order.gather(1, start))
 
 
 def dense(groups: Int[Tensor, "B n"]) -> tuple[Int[Tensor, "B n"], Int[Tensor, "B"]]:
     """Groups numbered 0, 1, ... in the order of their first tokens, and how many each row has."""
     first = first_members(groups)
     starts = first == torch.arange(groups.shape[1], device=groups.device)
-    return (starts.cumsum(1) - 1).gather(1, first), starts.sum(1)
+    number = starts.cumsum(1)
+    return number.gather(1, first) - 1, number[:, -1]
 
 
 def owners(
@@ -50,7 +50,8 @@ def owners(
         edges = match(means, count, backend=backend)
         place = fold(*edges, count, over, width, in_order=False).gather(1, place)
         count, width = count - over, max(num_keep, (width + 1) // 2)
-    first = first_members(place)
     index = torch.arange(place.shape[1], device=place.device)
+    first = torch.full_like(place, place.shape[1])
+    first = first.scatter_reduce_(1, place, index.expand_as(place), "amin").gather(1, place)
     keep = (first != index).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
     return first.scatter(1, keep, keep)

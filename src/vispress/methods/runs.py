@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from vispress.devices import sent
 from vispress.methods.base import descending
 from vispress.types import TokenPlan
 
@@ -18,12 +19,12 @@ def likeness(x: Float[Tensor, "B N D"], place: Int[Tensor, "B N"]) -> Float[Tens
         x: Tokens in raster order, frame after frame.
         place: Place of each in its frame; -1 for tokens that have none.
     """
-    order = place.argsort(dim=1, stable=True)
-    placed, own = place.gather(1, order), x.gather(1, order[..., None].expand_as(x))
+    placed, order = place.sort(dim=1, stable=True)
+    own = x.gather(1, order[..., None].expand_as(x))
     cosine = F.cosine_similarity(own[:, 1:], own[:, :-1], dim=2)
     followed = (placed[:, 1:] == placed[:, :-1]) & (placed[:, 1:] >= 0)
     cosine = F.pad(cosine.where(followed, float("-inf")), (1, 0), value=float("-inf"))
-    return torch.empty_like(cosine).scatter(1, order, cosine)
+    return cosine.scatter(1, order, cosine)
 
 
 def run_starts(
@@ -37,12 +38,12 @@ def run_starts(
         place: As above.
         merges: Of each row, not more than have one before them.
     """
-    count = torch.tensor(merges, device=place.device)[:, None]
-    merged = descending(likeness).argsort(dim=1) < count
-    order = place.argsort(dim=1, stable=True)
-    number = torch.arange(place.shape[1], device=place.device)
+    count = sent(torch.tensor(merges), place.device)[:, None]
+    number = torch.arange(place.shape[1], device=place.device).expand_as(place)
+    best, order = descending(likeness), place.argsort(dim=1, stable=True)
+    merged = best.scatter(1, best, number) < count  # by their ranks
     start = number.masked_fill(merged.gather(1, order), 0).cummax(dim=1).values
-    return torch.empty_like(order).scatter(1, order, order.gather(1, start))
+    return order.scatter(1, order, order.gather(1, start))
 
 
 def mean_plan(
@@ -56,14 +57,14 @@ def mean_plan(
         dtype: Of the weights.
     """
     survives = owner == torch.arange(owner.shape[1], device=owner.device)
-    order = (~survives).to(torch.int8).argsort(dim=1, stable=True)
-    into = owner.clamp(min=0)
-    slot = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
-    one = (owner >= 0).to(dtype)
-    size = torch.zeros_like(one).scatter_add(1, into, one).gather(1, into)
+    order = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    folded, into = owner >= 0, owner.clamp(min=0)
+    slot = (survives.cumsum(dim=1) - 1).gather(1, into).where(folded, -1)
+    one = folded.to(dtype)
+    size = torch.zeros_like(one).scatter_add_(1, into, one).gather(1, into)
     same = len(set(counts)) == 1
     keep = order[:, : counts[0]] if same else tuple(map(_first, order, counts))
-    return TokenPlan(keep=keep, assign=slot, weight=1 / size.clamp(min=1))
+    return TokenPlan(keep=keep, assign=slot, weight=size.clamp(min=1).reciprocal())
 
 
 def _first(row: Int[Tensor, "N"], count: int) -> Int[Tensor, "K"]:

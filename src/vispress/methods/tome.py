@@ -91,13 +91,15 @@ class ToMe(Compressor, EncoderMerger):
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.encoder_groups is not None  # declared in `reads`
         x = upcast(tokens.features)
-        shape, device = x.shape[:2], x.device
-        owner = torch.full(shape, -1, dtype=torch.int64, device=device)
+        if not tokens.segmented:
+            owner = owners(x, tokens.encoder_groups, num_keep, tokens.backend)
+            return mean_plan(owner, [num_keep], x.dtype)
+        owner = torch.full(x.shape[:2], -1, dtype=torch.int64, device=x.device)
         for part in (part for parts in split(tokens, num_keep) for part in parts):
             group = part.of(tokens.encoder_groups)
             if part.newline:
-                into = torch.arange(group.shape[1], device=device).expand(group.shape)
+                into = torch.arange(group.shape[1], device=x.device).expand(group.shape)
             else:
                 into = owners(part.of(x), group, part.share, tokens.backend)
-            owner[part.rows, part.places] = part.places[into]
+            owner[part.rows].index_copy_(1, part.places, part.places[into])
         return mean_plan(owner, [num_keep], x.dtype)

@@ -1,10 +1,12 @@
 """What is merged inside the vision encoder in one call."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.budget import allocate
@@ -16,6 +18,9 @@ from vispress.runtime.sequences import Packed, Sequences
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens
 from vispress_kernels.merge_tokens import merge_tokens
+
+ALIGNED = 16
+"""Bytes; where in memory CUDA's attention reads a mask begins at a multiple."""
 
 
 class EncoderMerge:
@@ -42,15 +47,18 @@ class EncoderMerge:
         self.call = call
         self.unit = adapter.patches_per_token()
         self.prefix = int(adapter.has_cls)
+        self.ahead = self.prefix if self.unit > 1 else 0
+        """Rows ahead of tokens: [CLS], which is the first of the tokens where each has one row."""
         self.sizes: Sequence[Sequence[int]] = ()
         """Tokens of each sequence of each image, before any merge."""
         self.counts: list[list[int]] = []
         """Tokens of each sequence that leave each layer."""
         self.order: Tensor | None = None
-        self.place: Tensor | None = None  # [B, n0], where each token is now
+        self.place: Tensor | None = None  # [B, n0], where each token is now; None: where it was
         self.layer = -1
         self.done = True
         self._keys: list[Tensor] = []
+        self._bias: Tensor | None = None  # of the sizes, as the last keys had them added
 
     # --- the course of a call
 
@@ -62,7 +70,7 @@ class EncoderMerge:
             hidden = self._start(hidden)
         self.layer, self._keys, self._read = number, [], 0
         if not self.done and self.adapter.packed and self.size is not None:
-            kwargs = kwargs | self.layout.arguments(kwargs, self.unit)
+            kwargs = kwargs | self.layout.arguments(kwargs)
         return (hidden, *rest), kwargs
 
     def _start(self, hidden: Tensor) -> Tensor:
@@ -81,11 +89,11 @@ class EncoderMerge:
         self.size: Tensor | None = None
         if self.done:
             return hidden
-        device = hidden.device
-        self._merges = sent(torch.tensor(merges), device)
-        self._counts = sent(torch.tensor(self.counts), device)
-        self.layout = (Packed if packed else Sequences)(flat, device)
-        self.place = self.layout.all_tokens()
+        device, prefix = hidden.device, self.prefix
+        shown = [[n + prefix for n in row] for row in self.counts[:-1]], merges
+        self._shown, self._sent = shown, sent(torch.tensor(shown), device)
+        counts = [[n + prefix - self.ahead for n in row] for row, _ in groupby(self.counts)]
+        self.layout = (Packed if packed else Sequences)(counts, device, unit, self.backend)
         self.order = None if packed else self.adapter.patch_order(self.modality, self.call)
         if self.order is None:
             return hidden
@@ -119,47 +127,47 @@ class EncoderMerge:
         start, self._read = self._read, self._read + key.shape[2]
         if self.size is None:
             return mask
-        bias = size_bias(self.size, self.unit, self.prefix)
-        bias = bias[..., start : self._read].to(key.dtype)
-        return bias if mask is None else mask + bias
+        if self._bias is None or self._bias.dtype != key.dtype:
+            self._bias = size_bias(self.size, self.unit, self.ahead).to(key.dtype)
+        bias = self._bias[..., start : self._read]
+        if mask is not None:
+            return mask + bias
+        return bias.clone() if start * bias.element_size() % ALIGNED else bias
 
     @torch.no_grad()
     def decide(self) -> None:
         """Which tokens of this layer are merged, from the keys that its attention was given."""
-        keys = upcast(torch.cat(self._keys, dim=2))
-        cls, patches = keys[:, :, : self.prefix], keys[:, :, self.prefix :]
-        tokens = torch.unflatten(patches, 2, (-1, self.unit)).mean(dim=3)
-        counts, merges = self._counts[self.layer], self._merges[self.layer]
+        keys = upcast(torch.cat(self._keys, dim=2) if len(self._keys) > 1 else self._keys[0])
+        cls, tokens = keys[:, :, : self.ahead], keys[:, :, self.ahead :]
+        if self.unit > 1:
+            tokens = torch.unflatten(tokens, 2, (-1, self.unit)).mean(dim=3)
         tokens = self.layout.apart(tokens)
+        counts, merges = (numbers[self.layer] for numbers in self._shown)
         seen = EncoderTokens(
-            keys=torch.cat([cls, tokens], dim=2) if self.prefix else tokens,
-            count=counts + self.prefix,
-            merges=merges,
+            keys=torch.cat([cls, tokens], dim=2) if self.ahead else tokens,
+            count=self._sent[0, self.layer] if len(set(counts)) > 1 else None,
+            merges=self._sent[1, self.layer] if len(set(merges)) > 1 else merges[0],
             has_cls=bool(self.prefix),
             backend=self.backend,
         )
-        into = self.step.merger.fold(seen)[:, self.prefix :]
-        into = torch.where(into < 0, -1, into - self.prefix)
-        self.into = self.layout.folded(into, self.counts[self.layer + 1])
-        self.left = self.layout.length
+        into = self.step.merger.fold(seen)
+        self.into = self.layout.folded(into[:, 1:] - 1 if self.ahead else into)
+        self.target = self.into.clamp(min=0) if self.layout.padded else self.into
+        self.left = self.layout.left
         old = torch.ones(self.into.shape, device=keys.device) if self.size is None else self.size
-        target = self.into.clamp(min=0)
-        old = old.masked_fill(self.into < 0, 0.0)
-        total = old.new_zeros(len(old), self.left).scatter_add(1, target, old)
-        self.weight, self._total = old / total.gather(1, target), total
+        total = old.new_zeros(len(old), self.left).scatter_add_(1, self.target, old)
+        self.weight, self._total = old / total.gather(1, self.target), total
 
     def merge(self, x: Tensor) -> Tensor:
         """`[B, p + n, D]` (or `[S, D]`) merged as decided; differentiable."""
-        x, cls, shape = self._apart(x)
-        tokens = torch.unflatten(x, 1, (-1, self.unit)).flatten(2)
         merged = merge_tokens(
-            tokens, self.into, self.left, weight=self.weight, backend=self.backend
+            self._tokens(x), self.into, self.left, weight=self.weight, backend=self.backend
         )
-        return self._joined(merged, cls, shape)
+        return self._joined(merged, x)
 
     def expand(self, x: Tensor) -> Tensor:
         """The value of its group for every token that entered the layer."""
-        return self._spread(x, self.into.clamp(min=0))
+        return self._spread(x, self.target)
 
     def leave(self, out: Tensor) -> Tensor:
         """What a layer hands on: merged; behind the last one all places again."""
@@ -167,9 +175,8 @@ class EncoderMerge:
             return out
         if self.merges_here:
             out = self.merge(out)
-            self.size = self._total
-            assert self.place is not None
-            self.place = self.into.gather(1, self.place)
+            self.size, self._bias = self._total, None
+            self.place = self.into if self.place is None else self.into.gather(1, self.place)
             self.layout.advance(self.into)
         if self.layer + 2 == len(self.counts):
             out, self.done = self.restore(out), True
@@ -177,28 +184,26 @@ class EncoderMerge:
 
     def restore(self, x: Tensor) -> Tensor:
         """Every patch in its place, with the value of its group."""
-        if self.place is None:
-            return x
-        x = self._spread(x, self.place)
+        x = x if self.place is None else self._spread(x, self.place)
         if self.order is None:
             return x
         back = self.order.argsort()
         return torch.cat([x[:, : self.prefix], x[:, self.prefix :][:, back]], dim=1)
 
     def _spread(self, x: Tensor, index: Tensor) -> Tensor:
-        x, cls, shape = self._apart(x)
-        tokens = torch.unflatten(x, 1, (-1, self.unit)).flatten(2)
-        return self._joined(gather_tokens(tokens, index, backend=self.backend), cls, shape)
+        return self._joined(gather_tokens(self._tokens(x), index, backend=self.backend), x)
 
-    def _apart(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        dims = x.ndim
-        x = x[None] if dims == 2 else x
-        return x[:, self.prefix :], x[:, : self.prefix], dims
+    def _tokens(self, x: Tensor) -> Tensor:
+        """`[B, n, unit * D]`"""
+        x = x[None] if x.ndim == 2 else x
+        return x[:, self.ahead :].reshape(len(x), -1, self.unit * x.shape[2])
 
-    def _joined(self, tokens: Tensor, cls: Tensor, dims: int) -> Tensor:
-        x = torch.unflatten(tokens, 2, (self.unit, -1)).flatten(1, 2)
-        x = torch.cat([cls, x], dim=1) if self.prefix else x
-        return x[0] if dims == 2 else x
+    def _joined(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Tokens in the form of `x`, behind what is ahead of them there."""
+        if x.ndim == 2:
+            return tokens.reshape(-1, x.shape[1])
+        tokens = tokens.reshape(len(x), -1, x.shape[2])
+        return torch.cat([x[:, : self.ahead], tokens], dim=1) if self.ahead else tokens
 
     # --- what is told afterwards
 
@@ -206,12 +211,13 @@ class EncoderMerge:
         """`[P, n, 1]` (or `[S, 1]`) number above 0 of each patch's group; None: nothing merged."""
         if self.place is None:
             return None
-        names = self.place + 1
+        cls = self.prefix - self.ahead
+        names = self.place[:, cls:] + (1 - cls)
         if not self.adapter.packed:  # sequences of one image have names of their own
             numbers = [number for sizes in self.sizes for number in range(len(sizes))]
             first = sent(torch.tensor(numbers), names.device) * names.shape[1]
             names = names + first[:, None]
-        names = names.repeat_interleave(self.unit, dim=1)
+        names = names.repeat_interleave(self.unit, dim=1) if self.unit > 1 else names
         names = names if self.order is None else names[:, self.order.argsort()]
         return (names[0] if self.adapter.packed else names).double().unsqueeze(-1)
 
@@ -233,5 +239,6 @@ def size_bias(size: Tensor, unit: int = 1, prefix: int = 0) -> Tensor:
         unit: Patches of a token, each of which stands for as many.
         prefix: Tokens ahead of them that stand for themselves.
     """
-    bias = size.log().repeat_interleave(unit, dim=1)
-    return torch.cat([bias.new_zeros(len(bias), prefix), bias], dim=1)[:, None, None]
+    bias = size.log()
+    bias = bias.repeat_interleave(unit, dim=1) if unit > 1 else bias
+    return (F.pad(bias, (prefix, 0)) if prefix else bias)[:, None, None]
