@@ -5,8 +5,8 @@ import torch
 from tests.methods.helpers import anyres, make_tokens, only
 
 from vispress.errors import ConfigError
-from vispress.methods import HoloV
-from vispress.methods.holov import cosine_variance, holistic_score, quotas
+from vispress.methods import HoloV, holov
+from vispress.methods.holov import cosine_variance, equal_runs, holistic_score, quotas
 
 X = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]])
 A = torch.tensor([[0.01, 0.02, 0.03]])
@@ -26,6 +26,18 @@ def test_worked_example_of_quotas():
     weight = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     assert quotas(weight, 10).tolist() == [[6, 3, 1, 0]]
     assert quotas(weight, 1).tolist() == [[1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("n", "runs"), [(11, 4), (12, 4), (5, 5), (7, 5), (7, 1)])
+@pytest.mark.parametrize("most", [1, 20, 1 << 22])
+def test_runs_are_those_of_tensor_split(n, runs, most, monkeypatch):
+    monkeypatch.setattr(holov, "MOST_PAIRS", most)
+    x = torch.arange(2.0 * n * 3).view(2, n, 3)
+    found = [run for part in equal_runs(x, runs) for run in part.unbind(1)]
+    expected = x.tensor_split(runs, dim=1)
+    assert len(found) == runs
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert most > 1 or all(part.shape[1] == 1 for part in equal_runs(x, runs))
 
 
 def test_a_run_of_one_token_weighs_its_bare_attention():

@@ -29,25 +29,29 @@ from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
 Variant = Literal["code", "paper"]
 
+MOST_PAIRS = 1 << 22
+"""Pairs of an image's tokens that are compared at a time, unless one run has more."""
 
-def cosine_variance(x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m"]:
+
+def cosine_variance(x: Float[Tensor, "*b m d"]) -> Float[Tensor, "*b m"]:
     """Variance of each token's cosines to the others of its run, its own entry counted as 0."""
-    cosine = unit(x) @ unit(x).mT
-    cosine.diagonal(dim1=1, dim2=2).zero_()
-    others = x.shape[1] - 1
-    mean = cosine.sum(dim=2) / others
-    return (cosine - mean[..., None]).square().sum(dim=2) / others
+    tokens = unit(x)
+    cosine = tokens @ tokens.mT
+    cosine.diagonal(dim1=-2, dim2=-1).zero_()
+    others = x.shape[-2] - 1
+    mean = cosine.sum(dim=-1, keepdim=True) / others
+    return (cosine - mean).square().sum(dim=-1) / others
 
 
 def holistic_score(
-    a: Float[Tensor, "b m"], x: Float[Tensor, "b m d"], variant: Variant, alpha: float
-) -> Float[Tensor, "b m"]:
+    a: Float[Tensor, "*b m"], x: Float[Tensor, "*b m d"], variant: Variant, alpha: float
+) -> Float[Tensor, "*b m"]:
     """Attention and variety of each token of a run."""
-    if a.shape[1] == 1:
+    if a.shape[-1] == 1:
         return a
     scale, weight = (1e3, alpha) if variant == "code" else (1.0, 1.0)
     variance, a = cosine_variance(x), scale * a
-    share = a.abs().mean(dim=1, keepdim=True) / (variance.abs().mean(dim=1, keepdim=True) + 1e-6)
+    share = a.abs().mean(dim=-1, keepdim=True) / (variance.abs().mean(dim=-1, keepdim=True) + 1e-6)
     return a + weight * variance * share
 
 
@@ -56,6 +60,18 @@ def quotas(weight: Float[Tensor, "b P"], num_keep: int) -> Int[Tensor, "b P"]:
     share = (weight * num_keep).floor().long()
     rank = descending(weight).argsort(dim=1)
     return share + (rank < num_keep - share.sum(dim=1, keepdim=True)).long()
+
+
+def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "b P m *d"]]:
+    """The runs of `tensor_split` in their order, those of one length together unless large."""
+    length, longer = divmod(x.shape[1], runs)
+    split = longer * (length + 1)
+    return [
+        together
+        for part, m in ((x[:, :split], length + 1), (x[:, split:], length))
+        if part.shape[1]
+        for together in part.unflatten(1, (-1, m)).split(max(1, MOST_PAIRS // m**2), dim=1)
+    ]
 
 
 @final
@@ -98,13 +114,16 @@ class HoloV(Compressor):
         """Tokens within their run's quota first, then the others, by descending attention."""
         n = a.shape[1]
         runs = min(n, self.num_crops or max(1, 1024 * n // (576 * num_keep)))
-        both = zip(a.tensor_split(runs, 1), x.tensor_split(runs, 1), strict=True)
+        both = zip(equal_runs(a, runs), equal_runs(x, runs), strict=True)
         parts = [holistic_score(*run, self.variant, self.alpha) for run in both]
-        weight = torch.stack([part.mean(dim=1) for part in parts], dim=1)
+        weight = torch.cat([part.mean(dim=2) for part in parts], dim=1)
         quota = quotas(weight / (weight.sum(dim=1, keepdim=True) + 1e-6), num_keep)
-        key = a if self.variant == "code" else torch.cat(parts, dim=1)
-        ranks = [descending(run).argsort(dim=1) for run in key.tensor_split(runs, 1)]
-        over = [rank >= quota[:, i : i + 1] for i, rank in enumerate(ranks)]
+        key = a if self.variant == "code" else torch.cat([part.flatten(1) for part in parts], dim=1)
+        ranks = [descending(run).argsort(dim=2) for run in equal_runs(key, runs)]
+        shares = quota.split([rank.shape[1] for rank in ranks], dim=1)
+        over = [
+            (rank >= share[..., None]).flatten(1) for rank, share in zip(ranks, shares, strict=True)
+        ]
         best = descending(key)
         later = torch.cat(over, dim=1).gather(1, best).to(torch.int8)
         return best.gather(1, later.argsort(dim=1, stable=True))[:, :num_keep]
