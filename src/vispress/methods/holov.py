@@ -70,7 +70,9 @@ def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "b P
         together
         for part, m in ((x[:, :split], length + 1), (x[:, split:], length))
         if part.shape[1]
-        for together in part.unflatten(1, (-1, m)).split(max(1, MOST_PAIRS // m**2), dim=1)
+        for together in torch.split(
+            part.view(len(x), -1, m, *x.shape[2:]), max(1, MOST_PAIRS // m**2), dim=1
+        )
     ]
 
 
@@ -120,7 +122,7 @@ class HoloV(Compressor):
         quota = quotas(weight / (weight.sum(dim=1, keepdim=True) + 1e-6), num_keep)
         key = a if self.variant == "code" else torch.cat([part.flatten(1) for part in parts], dim=1)
         ranks = [descending(run).argsort(dim=2) for run in equal_runs(key, runs)]
-        shares = quota.split([rank.shape[1] for rank in ranks], dim=1)
+        shares = torch.split(quota, [rank.shape[1] for rank in ranks], dim=1)
         over = [
             (rank >= share[..., None]).flatten(1) for rank, share in zip(ranks, shares, strict=True)
         ]
