@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vispress.methods.base import Compressor, Evidence, descending
 from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.diversity import unit
+from vispress.methods.diversity import equal_runs, side_by_side, unit
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
 from vispress.registry import register_method
@@ -29,29 +29,25 @@ from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
 Variant = Literal["code", "paper"]
 
-MOST_PAIRS = 1 << 22
-"""Pairs of an image's tokens that are compared at a time, unless one run has more."""
 
-
-def cosine_variance(x: Float[Tensor, "*b m d"]) -> Float[Tensor, "*b m"]:
+def cosine_variance(x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m"]:
     """Variance of each token's cosines to the others of its run, its own entry counted as 0."""
-    tokens = unit(x)
+    tokens, others = unit(x), x.shape[1] - 1
     cosine = tokens @ tokens.mT
-    cosine.diagonal(dim1=-2, dim2=-1).zero_()
-    others = x.shape[-2] - 1
-    mean = cosine.sum(dim=-1, keepdim=True) / others
-    return (cosine - mean).square().sum(dim=-1) / others
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    mean = cosine.sum(dim=2, keepdim=True) / others
+    return (cosine - mean).square().sum(dim=2) / others
 
 
 def holistic_score(
-    a: Float[Tensor, "*b m"], x: Float[Tensor, "*b m d"], variant: Variant, alpha: float
-) -> Float[Tensor, "*b m"]:
+    a: Float[Tensor, "b m"], x: Float[Tensor, "b m d"], variant: Variant, alpha: float
+) -> Float[Tensor, "b m"]:
     """Attention and variety of each token of a run."""
-    if a.shape[-1] == 1:
+    if a.shape[1] == 1:
         return a
     scale, weight = (1e3, alpha) if variant == "code" else (1.0, 1.0)
     variance, a = cosine_variance(x), scale * a
-    share = a.abs().mean(dim=-1, keepdim=True) / (variance.abs().mean(dim=-1, keepdim=True) + 1e-6)
+    share = a.abs().mean(dim=1, keepdim=True) / (variance.abs().mean(dim=1, keepdim=True) + 1e-6)
     return a + weight * variance * share
 
 
@@ -60,20 +56,6 @@ def quotas(weight: Float[Tensor, "b P"], num_keep: int) -> Int[Tensor, "b P"]:
     share = (weight * num_keep).floor().long()
     rank = descending(weight).argsort(dim=1)
     return share + (rank < num_keep - share.sum(dim=1, keepdim=True)).long()
-
-
-def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "b P m *d"]]:
-    """The runs of `tensor_split` in their order, those of one length together unless large."""
-    length, longer = divmod(x.shape[1], runs)
-    split = longer * (length + 1)
-    return [
-        together
-        for part, m in ((x[:, :split], length + 1), (x[:, split:], length))
-        if part.shape[1]
-        for together in torch.split(
-            part.view(len(x), -1, m, *x.shape[2:]), max(1, MOST_PAIRS // m**2), dim=1
-        )
-    ]
 
 
 @final
@@ -114,20 +96,18 @@ class HoloV(Compressor):
 
     def select(self, a: Tensor, x: Tensor, num_keep: int) -> Int[Tensor, "b K"]:
         """Tokens within their run's quota first, then the others, by descending attention."""
-        n = a.shape[1]
+        b, n = a.shape
         runs = min(n, self.num_crops or max(1, 1024 * n // (576 * num_keep)))
         both = zip(equal_runs(a, runs), equal_runs(x, runs), strict=True)
         parts = [holistic_score(*run, self.variant, self.alpha) for run in both]
-        weight = torch.cat([part.mean(dim=2) for part in parts], dim=1)
+        weight = side_by_side([part.mean(dim=1) for part in parts], b)
         quota = quotas(weight / (weight.sum(dim=1, keepdim=True) + 1e-6), num_keep)
-        key = a if self.variant == "code" else torch.cat([part.flatten(1) for part in parts], dim=1)
-        ranks = [descending(run).argsort(dim=2) for run in equal_runs(key, runs)]
-        shares = torch.split(quota, [rank.shape[1] for rank in ranks], dim=1)
-        over = [
-            (rank >= share[..., None]).flatten(1) for rank, share in zip(ranks, shares, strict=True)
-        ]
+        key = a if self.variant == "code" else side_by_side(parts, b)
+        ranks = [descending(run).argsort(dim=1) for run in equal_runs(key, runs)]
+        shares = torch.split(quota, [len(rank) // b for rank in ranks], dim=1)
+        over = [rank >= own.reshape(-1, 1) for rank, own in zip(ranks, shares, strict=True)]
         best = descending(key)
-        later = torch.cat(over, dim=1).gather(1, best).to(torch.int8)
+        later = side_by_side(over, b).gather(1, best).to(torch.int8)
         return best.gather(1, later.argsort(dim=1, stable=True))[:, :num_keep]
 
     @torch.no_grad()
