@@ -33,10 +33,6 @@ class Tree:
     first: Int[Tensor, "L n"]
     parts: Int[Tensor, "L n"]
 
-    def cells_below(self, level: int) -> int:
-        """How many cells the first levels have."""
-        return sum(own[..., 0].numel() for own in self.present[:level])
-
 
 @lru_cache(maxsize=64)
 def tree_of(size: tuple[int, int]) -> Tree:
@@ -97,7 +93,8 @@ def merged_cells(
         depth: Levels for which that holds.
     """
     chosen = cost < theta
-    chosen[:, tree.cells_below(depth) :] = False
+    if depth < len(tree.cell):
+        chosen[:, int(tree.cell[depth, 0]) :] = False  # the first cell that is too large
     excess = tree.cell.shape[1] - num_keep
     if excess > 0:
         # levels ascend, and a cell costs no less than its parts: of equals the parts come first
