@@ -33,15 +33,13 @@ def cover(
 
 def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tensor, Tensor]:
     tokens = unit(x)
-    twin = first_equal(tokens)
-    first = twin == torch.arange(x.shape[1], device=x.device)
+    first = first_equal(tokens) == torch.arange(x.shape[1], device=x.device)
     fit = weight * ((tokens * unit(text)[:, None]).sum(dim=2) + 1) / 2
-    fit = fit.gather(1, twin)
     # [b, x, y]: similarity of x to y or to the closest taken token, whichever is higher. A product
     # may round equal tokens differently: later ones cover nothing, and wait until the first is in
     reach = (tokens @ tokens.mT).add_(1).div_(2).mul_(first[:, None]).clamp_(min=0)
     best, apart = torch.zeros_like(reach[..., :1]), torch.empty_like(reach)
-    order = twin.new_empty(len(x), num_keep)
+    order = torch.empty(len(x), num_keep, dtype=torch.int64, device=x.device)
     gains = reach.new_empty(len(x), num_keep)
     for k in range(num_keep):
         gain = torch.sub(reach, best, out=apart).sum(dim=1).add_(fit)
