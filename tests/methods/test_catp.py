@@ -68,6 +68,24 @@ def test_equal_tokens_tie_wherever_they_stand():
     assert order.sort().values.tolist() == [list(range(5))]
 
 
+def test_a_nan_is_in_all_gains_of_its_image_and_in_no_other():
+    x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(6))
+    x[:, 2] = x[:, 0]  # equal tokens wait for the first, and count as NaN no less
+    x[0, 4, 0] = float("nan")
+    order, gains = cover(x, torch.ones(2, 4), 0.7, 6)
+    assert order[0].tolist() == list(range(6))
+    assert bool(gains[0].isnan().all())
+    assert torch.equal(order[1:], cover(x[1:], torch.ones(1, 4), 0.7, 6)[0])
+
+
+def test_a_token_is_taken_after_its_equal_for_what_it_fits():
+    x = torch.tensor([[[1.0, 0], [0, 1], [1, 0], [0, -1]]])
+    # alone: .5 + 1 + .5 + .5 of others, and the fit; then 2 gains its fit of 10 and no coverage
+    order, gains = cover(x, torch.tensor([[1.0, 0]]), 10.0, 3)
+    assert order.tolist() == [[0, 2, 1]]
+    torch.testing.assert_close(gains, torch.tensor([[13.0, 10.0, 5.5]]))
+
+
 def test_without_text_coverage_alone_decides():
     x = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(5))
     none = cover(x, torch.zeros(1, 4), 0.7, 4)[0]

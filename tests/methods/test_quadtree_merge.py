@@ -6,7 +6,7 @@ from tests.methods.helpers import make_tokens, merged, only
 
 from vispress.errors import ConfigError
 from vispress.methods import QuadtreeMerge
-from vispress.methods.quadtree import levels
+from vispress.methods.quadtree import tree_of
 from vispress.types import VisualTokens, full_index
 
 A, B = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -61,9 +61,7 @@ def test_the_threshold_is_on_the_largest_distance():
 
 def test_odd_edges_keep_their_tokens_and_means_are_of_parts():
     tokens = picture(["aaa", "aaa", "aaa"])
-    (first, root) = levels(tokens.features, (3, 3))
-    assert first.children.tolist() == [4, 2, 2, 1]
-    assert root.children.tolist() == [4]
+    assert tree_of((3, 3)).children.tolist() == [4, 2, 2, 1, 4]
     plan = QuadtreeMerge().plan(tokens, 9)
     weights = [1 / 16, 1 / 16, 1 / 8, 1 / 16, 1 / 16, 1 / 8, 1 / 8, 1 / 8, 1 / 4]
     torch.testing.assert_close(plan.weight, torch.tensor([weights]))

@@ -6,7 +6,7 @@ from tests.methods.helpers import anyres, make_tokens, merged, only
 
 from vispress.errors import ConfigError
 from vispress.methods import VMTC
-from vispress.methods.kmeans import kmeans
+from vispress.methods.kmeans import _filled, kmeans
 from vispress.methods.vmtc import clustered
 
 # three directions, tokens of any length, out of order
@@ -35,6 +35,14 @@ def test_no_cluster_is_empty_even_of_equal_tokens():
         assert [len(own.unique()) for own in label] == [count, count]
     label = kmeans(torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0)), 12, 0)
     assert label.sort(dim=1).values.tolist() == [list(range(12))] * 3
+
+
+def test_empty_clusters_get_the_farthest_tokens_that_others_can_spare():
+    label = torch.tensor([[1, 1, 1, 3, 3, 5], [1, 1, 1, 1, 1, 1]])
+    cosine = torch.tensor([[0.9, 0.2, 0.3, 0.1, 0.0, -1.0], [0.5, 0.5, 0.5, 0.5, 0.1, 0.5]])
+    # 5 is alone in its cluster, and so is 3 once 4 is gone; of equals the earlier goes
+    assert _filled(label, cosine, 6).tolist() == [[1, 2, 4, 3, 0, 5], [2, 3, 4, 5, 0, 1]]
+    assert torch.equal(_filled(label, cosine, 6)[:1], _filled(label[:1], cosine[:1], 6))
 
 
 def test_an_image_gets_the_clusters_it_gets_alone():

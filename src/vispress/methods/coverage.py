@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.methods.diversity import unit
-from vispress_kernels.maxmin_select.reference import first_equal, first_of_best
+from vispress_kernels.maxmin_select.reference import first_equal
 
 MOST_PRODUCTS = 1 << 24
 """Cosines that exist at a time: those of one image, or of as many small ones."""
@@ -33,19 +33,19 @@ def cover(
 
 def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tensor, Tensor]:
     tokens = unit(x)
-    twin = first_equal(tokens)  # a product may round equal tokens differently
-    batch = torch.arange(len(x), device=x.device)
-    similar = (tokens @ tokens.mT + 1) / 2  # columns are candidates
+    first = first_equal(tokens) == torch.arange(x.shape[1], device=x.device)
     fit = weight * ((tokens * unit(text)[:, None]).sum(dim=2) + 1) / 2
-    best = similar.new_zeros(x.shape[:2])  # similarity of each token to the closest taken one
-    taken = torch.zeros_like(best, dtype=torch.bool)
-    apart, order, gains = torch.empty_like(similar), [], []
-    for _ in range(num_keep):
-        torch.sub(similar, best[..., None], out=apart)
-        gain = apart.clamp_(min=0).sum(dim=1).add_(fit).gather(1, twin)
-        pick = first_of_best(gain, taken)
-        order.append(pick)
-        gains.append(gain[batch, pick])
-        taken.scatter_(1, pick[:, None], True)  # assigning by index would wait for the device
-        torch.maximum(best, similar[batch, :, twin[batch, pick]], out=best)
-    return torch.stack(order, dim=1), torch.stack(gains, dim=1)
+    # [b, x, y]: similarity of x to y or to the closest taken token, whichever is higher. A product
+    # may round equal tokens differently: later ones cover nothing, and wait until the first is in
+    reach = (tokens @ tokens.mT).add_(1).div_(2).mul_(first[:, None]).clamp_(min=0)
+    best, apart = torch.zeros_like(reach[..., :1]), torch.empty_like(reach)
+    order = torch.empty(len(x), num_keep, dtype=torch.int64, device=x.device)
+    gains = reach.new_empty(len(x), num_keep)
+    for k in range(num_keep):
+        gain = torch.sub(reach, best, out=apart).sum(dim=1).add_(fit)
+        gain.scatter_(1, order[:, :k], float("-inf"))
+        # of equals the first; a NaN, which counts as the highest, is in all gains of its image
+        torch.max(gain, dim=1, keepdim=True, out=(gains[:, k : k + 1], order[:, k : k + 1]))
+        pick = order[:, k : k + 1, None].expand(-1, x.shape[1], -1)
+        torch.maximum(reach, torch.gather(reach, 2, pick, out=best), out=reach)
+    return order, gains

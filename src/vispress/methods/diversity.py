@@ -1,11 +1,14 @@
 """Cosines between tokens, for methods that compare them; no N x N matrix is ever whole."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.methods.base import upcast
+
+MOST_PAIRS = 1 << 22
+"""Pairs of an image's tokens that are compared at a time, unless one run has more."""
 
 
 def unit(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
@@ -18,3 +21,22 @@ def largest_cosine(
 ) -> Float[Tensor, "B N"]:
     """Cosine of each unit token to the most similar of the others, `block` rows at a time."""
     return torch.cat([(b @ others.mT).amax(dim=2) for b in torch.split(x, block, dim=1)], dim=1)
+
+
+def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "bP m *d"]]:
+    """The runs of `tensor_split` in order, those of one length as rows together unless large."""
+    length, longer = divmod(x.shape[1], runs)
+    split = longer * (length + 1)
+    return [
+        together.flatten(0, 1)
+        for part, m in ((x[:, :split], length + 1), (x[:, split:], length))
+        if part.shape[1]
+        for together in torch.split(
+            part.view(len(x), -1, m, *x.shape[2:]), max(1, MOST_PAIRS // m**2), dim=1
+        )
+    ]
+
+
+def side_by_side(parts: list[Shaped[Tensor, "bP *m"]], batch: int) -> Shaped[Tensor, "b n"]:
+    """One row an image of values of runs, or of their tokens, as `equal_runs` orders them."""
+    return torch.cat([part.view(batch, -1) for part in parts], dim=1)

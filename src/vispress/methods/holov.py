@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vispress.methods.base import Compressor, Evidence, descending
 from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.diversity import unit
+from vispress.methods.diversity import equal_runs, side_by_side, unit
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
 from vispress.registry import register_method
@@ -32,11 +32,11 @@ Variant = Literal["code", "paper"]
 
 def cosine_variance(x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m"]:
     """Variance of each token's cosines to the others of its run, its own entry counted as 0."""
-    cosine = unit(x) @ unit(x).mT
+    tokens, others = unit(x), x.shape[1] - 1
+    cosine = tokens @ tokens.mT
     cosine.diagonal(dim1=1, dim2=2).zero_()
-    others = x.shape[1] - 1
-    mean = cosine.sum(dim=2) / others
-    return (cosine - mean[..., None]).square().sum(dim=2) / others
+    mean = cosine.sum(dim=2, keepdim=True) / others
+    return (cosine - mean).square().sum(dim=2) / others
 
 
 def holistic_score(
@@ -96,17 +96,18 @@ class HoloV(Compressor):
 
     def select(self, a: Tensor, x: Tensor, num_keep: int) -> Int[Tensor, "b K"]:
         """Tokens within their run's quota first, then the others, by descending attention."""
-        n = a.shape[1]
+        b, n = a.shape
         runs = min(n, self.num_crops or max(1, 1024 * n // (576 * num_keep)))
-        both = zip(a.tensor_split(runs, 1), x.tensor_split(runs, 1), strict=True)
+        both = zip(equal_runs(a, runs), equal_runs(x, runs), strict=True)
         parts = [holistic_score(*run, self.variant, self.alpha) for run in both]
-        weight = torch.stack([part.mean(dim=1) for part in parts], dim=1)
+        weight = side_by_side([part.mean(dim=1) for part in parts], b)
         quota = quotas(weight / (weight.sum(dim=1, keepdim=True) + 1e-6), num_keep)
-        key = a if self.variant == "code" else torch.cat(parts, dim=1)
-        ranks = [descending(run).argsort(dim=1) for run in key.tensor_split(runs, 1)]
-        over = [rank >= quota[:, i : i + 1] for i, rank in enumerate(ranks)]
+        key = a if self.variant == "code" else side_by_side(parts, b)
+        ranks = [descending(run).argsort(dim=1) for run in equal_runs(key, runs)]
+        shares = torch.split(quota, [len(rank) // b for rank in ranks], dim=1)
+        over = [rank >= own.reshape(-1, 1) for rank, own in zip(ranks, shares, strict=True)]
         best = descending(key)
-        later = torch.cat(over, dim=1).gather(1, best).to(torch.int8)
+        later = side_by_side(over, b).gather(1, best).to(torch.int8)
         return best.gather(1, later.argsort(dim=1, stable=True))[:, :num_keep]
 
     @torch.no_grad()

@@ -3,9 +3,7 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from vispress.methods.base import descending
 from vispress.methods.diversity import unit
 
 ROUNDS = 10
@@ -24,14 +22,15 @@ def kmeans(x: Float[Tensor, "b n D"], count: int, seed: int) -> Int[Tensor, "b n
     """
     tokens = unit(x)
     centres = _starts(tokens, count, seed)
+    clusters = torch.arange(count, device=x.device)
     for _ in range(ROUNDS):
         cosine, label = (tokens @ centres.mT).max(dim=2)
-        members = F.one_hot(label, count).to(tokens)
-        empty = members.sum(dim=1) == 0
-        farthest = descending(-cosine)[:, :count]
-        number = (empty.long().cumsum(dim=1) - 1).clamp(min=0)
-        again = _take(tokens, farthest.gather(1, number))
-        centres = torch.where(empty[..., None], again, unit(members.mT @ tokens))
+        member = label[..., None] == clusters
+        filled = member.any(dim=1)
+        farthest = cosine.argsort(dim=1, stable=True)[:, :count]
+        number = (clusters - filled.cumsum(dim=1)).clamp(min=0)  # of empty ones before
+        again = take(tokens, farthest.gather(1, number))
+        centres = torch.where(filled[..., None], unit(member.to(tokens).mT @ tokens), again)
     cosine, label = (tokens @ centres.mT).max(dim=2)
     return _filled(label, cosine, count)
 
@@ -43,28 +42,34 @@ def _starts(tokens: Tensor, count: int, seed: int) -> Tensor:
     n = tokens.shape[1]
     first = min(n - 1, int(drawn[0] * n))
     picks = [torch.full_like(tokens[:, :1, 0], first, dtype=torch.int64)]
-    distance = torch.full_like(tokens[..., 0], float("inf"))
+    zero = torch.zeros_like(tokens[..., 0])
+    distance = torch.full_like(zero, float("inf"))
     for part in drawn[1:]:
-        near = (tokens * _take(tokens, picks[-1])).sum(dim=2)
-        distance = torch.minimum(distance, (1 - near).clamp(min=0))
+        near = (tokens * take(tokens, picks[-1])).sum(dim=2)
+        distance = torch.clamp(1 - near, zero, distance)
         mass = distance.square().cumsum(dim=1)
-        picks.append(torch.searchsorted(mass, mass[:, -1:] * part, right=True).clamp(max=n - 1))
-    return _take(tokens, torch.cat(picks, dim=1))
+        up_to_last = mass[:, :-1].contiguous()  # what is behind them falls to the last token
+        picks.append(torch.searchsorted(up_to_last, mass[:, -1:] * part, right=True))
+    return take(tokens, torch.cat(picks, dim=1))
 
 
 def _filled(label: Tensor, cosine: Tensor, count: int) -> Tensor:
-    """Give each empty cluster the token farthest from its centre, where one can be spared."""
-    sizes = F.one_hot(label, count).sum(dim=1)
-    for cluster in range(count):
-        spare = sizes.gather(1, label) > 1
-        token = cosine.masked_fill(~spare, float("inf")).argmin(dim=1, keepdim=True)
-        moved = (sizes[:, cluster : cluster + 1] == 0).long()
-        old = label.gather(1, token)
-        label = label.scatter(1, token, torch.where(moved > 0, cluster, old))
-        sizes = sizes.scatter_add(1, old, -moved)
-        sizes[:, cluster : cluster + 1] += moved
-    return label
+    """Give each empty cluster the token farthest from its centre, where one can be spared.
+
+    A cluster spares its farthest tokens first and keeps one.
+    """
+    order = cosine.neg().argsort(dim=1, descending=True, stable=True)  # NaN, then the farthest
+    own = label.gather(1, order)
+    place = torch.arange(label.shape[1], device=label.device).expand_as(own)
+    nearest = label.new_full((len(label), count), -1).scatter_reduce(1, own, place, "amax")
+    spare = place != nearest.gather(1, own)
+    number = spare.cumsum(dim=1)
+    empty_first = nearest.argsort(dim=1, stable=True)
+    moved = spare & (number <= (nearest < 0).sum(dim=1, keepdim=True))
+    into = empty_first.gather(1, (number - 1).clamp(0, count - 1))
+    return torch.empty_like(label).scatter(1, order, torch.where(moved, into, own))
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def take(x: Float[Tensor, "b n D"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k D"]:
+    """The tokens at the indices of each row."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

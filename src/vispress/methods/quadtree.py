@@ -1,7 +1,7 @@
 """Quadtrees over a grid of tokens: which cells are alike enough to be merged, and into what."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,73 +14,92 @@ from vispress_kernels.maxmin_select.reference import zero_distance
 
 
 @dataclass(frozen=True)
-class Level:
-    """Cells of 2^l x 2^l tokens, in raster order; those at the edges may hold fewer.
+class Tree:
+    """Cells of 2^l x 2^l tokens, level by level in raster order, the root last; on the host.
+
+    Those at the edges may hold fewer tokens.
 
     Args:
-        cost: `[b, c]`; largest cosine distance between two children anywhere in the cell.
-        children: `[c]`; how many there are, 1 to 4.
-        cell: `[n]`; cell of each token.
-        first: `[c]`; first token of each cell.
+        present: `[h, w, 4]` for each level: which children its cells have.
+        children: `[C]`; how many that are, 1 to 4.
+        cell: `[L, n]`; cell of each token at each level.
+        first: `[L, n]`; first token of that cell.
+        parts: `[L, n]`; children of that cell.
     """
 
-    cost: Float[Tensor, "b c"]
-    children: Int[Tensor, "c"]
-    cell: Int[Tensor, "n"]
-    first: Int[Tensor, "c"]
+    present: tuple[Bool[Tensor, "h w 4"], ...]
+    children: Int[Tensor, "C"]
+    cell: Int[Tensor, "L n"]
+    first: Int[Tensor, "L n"]
+    parts: Int[Tensor, "L n"]
 
 
-def levels(x: Float[Tensor, "b n D"], size: tuple[int, int]) -> list[Level]:
-    """All levels above single tokens, the root last."""
-    return list(_levels(x, size))
-
-
-def _levels(x: Tensor, size: tuple[int, int]) -> Iterator[Level]:
-    (h, w), side, device = size, 1, x.device
-    row, col = (part.flatten() for part in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
-    mean = x.view(len(x), *size, x.shape[-1])
-    cost = x.new_zeros(x.shape[0], h, w)
+@lru_cache(maxsize=64)
+def tree_of(size: tuple[int, int]) -> Tree:
+    """All levels above the single tokens of a grid of more than one."""
+    (h, w), side, start = size, 1, 0
+    row = torch.arange(h, device="cpu").repeat_interleave(w)
+    col = torch.arange(w, device="cpu").repeat(h)
+    present, cell, first = [], [], []
     while max(h, w) > 1:
-        present = _quarters(torch.ones(1, h, w, 1, device=device))[..., 0] > 0  # [1, H, W, 4]
+        present.append(_quarters(torch.ones(1, h, w, 1, device="cpu"))[0, ..., 0] > 0)
+        h, w, side = *present[-1].shape[:2], 2 * side
+        cell.append(start + row // side * w + col // side)
+        first.append((row // side * size[1] + col // side) * side)
+        start += h * w
+    children, cells = torch.cat([own.sum(dim=-1).flatten() for own in present]), torch.stack(cell)
+    return Tree(tuple(present), children, cells, torch.stack(first), children[cells])
+
+
+def costs(x: Float[Tensor, "b n D"], size: tuple[int, int]) -> Float[Tensor, "b C"]:
+    """Largest cosine distance between two children anywhere in each cell."""
+    mean, found = x.view(len(x), *size, x.shape[-1]), list[Tensor]()
+    for present in tree_of(size).present:
         parts = _quarters(mean)
-        alike = unit(parts) @ unit(parts).mT
-        pairs = present[..., None] & present[..., None, :]
-        distance = (1 - alike).masked_fill(~pairs, 0.0).amax(dim=(-2, -1))
-        distance = distance.masked_fill(distance <= zero_distance(distance.dtype), 0.0)
-        below = _quarters(cost[..., None])[..., 0].amax(dim=-1)
-        cost, count = torch.maximum(distance, below), present.sum(dim=-1)
-        mean = parts.sum(dim=-2) / count[..., None].to(parts)
-        h, w, side = cost.shape[1], cost.shape[2], 2 * side
-        cell = row // side * w + col // side
-        first = (torch.arange(h)[:, None] * side * size[1] + torch.arange(w) * side).flatten()
-        yield Level(cost.flatten(1), count.flatten(), sent(cell, device), sent(first, device))
+        towards = unit(parts)
+        alike = towards @ towards.mT
+        if odd := mean.shape[1] % 2 or mean.shape[2] % 2:
+            present = sent(present, x.device)
+            pairs = present[..., None] & present[..., None, :]
+            alike = alike.masked_fill(~pairs, 1.0)
+        distance = 1 - alike.amin(dim=(-2, -1))
+        cost = F.threshold(distance, zero_distance(distance.dtype), 0.0)
+        if found:
+            cost = torch.maximum(cost, F.max_pool2d(found[-1], 2, ceil_mode=True))
+        found.append(cost)
+        mean = parts.sum(dim=-2) / (present.sum(dim=-1, keepdim=True) if odd else 4)
+    return torch.cat([cost.flatten(1) for cost in found], dim=1)
 
 
 def _quarters(x: Tensor) -> Tensor:
     """`[b, h, w, D]` to `[b, h', w', 4, D]`, zeros where a cell has no child."""
     h, w = x.shape[1:3]
-    x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
+    if h % 2 or w % 2:
+        x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
     b, h, w, d = x.shape
     return x.view(b, h // 2, 2, w // 2, 2, d).movedim(2, 3).flatten(3, 4)
 
 
 def merged_cells(
-    tree: list[Level], num_keep: int, theta: float, depth: int
-) -> list[Bool[Tensor, "b c"]]:
-    """Which cells of each level are merged; a cell never is before all of its parts.
+    cost: Float[Tensor, "b C"], tree: Tree, num_keep: int, theta: float, depth: int
+) -> Bool[Tensor, "b C"]:
+    """Which cells are merged; a cell never is before all of its parts.
 
     Args:
-        tree: As `levels` gives it.
+        cost: As `costs` gives it.
+        tree: The cells.
         num_keep: The most that may be left: the cheapest cells are merged until it is met.
         theta: Cells that cost less are merged in any case.
         depth: Levels for which that holds.
     """
-    cost = torch.cat([level.cost for level in tree], dim=1)
-    gone = torch.cat([level.children - 1 for level in tree])
-    wanted = torch.cat([(at.cost < theta) & (i < depth) for i, at in enumerate(tree)], dim=1)
-    # levels ascend, and a cell costs no less than its parts: of equals the parts come first
-    order = cost.argsort(dim=1, stable=True)
-    before = gone[order].cumsum(dim=1) - gone[order]
-    needed = len(tree[0].cell) - before > num_keep
-    chosen = wanted | torch.zeros_like(wanted).scatter(1, order, needed)
-    return list(torch.split(chosen, [level.cost.shape[1] for level in tree], dim=1))
+    chosen = cost < theta
+    if depth < len(tree.cell):
+        chosen[:, int(tree.cell[depth, 0]) :] = False  # the first cell that is too large
+    excess = tree.cell.shape[1] - num_keep
+    if excess > 0:
+        # levels ascend, and a cell costs no less than its parts: of equals the parts come first
+        order = cost.argsort(dim=1, stable=True)
+        gone = sent(tree.children - 1, cost.device)[order]
+        needed = gone.cumsum(dim=1) - gone < excess
+        chosen |= torch.empty_like(chosen).scatter(1, order, needed)
+    return chosen

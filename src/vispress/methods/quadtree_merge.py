@@ -21,7 +21,7 @@ from vispress.devices import sent
 from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.methods.checks import check_integer, check_number
 from vispress.methods.grids import Raster, rasters, signals_for
-from vispress.methods.quadtree import levels, merged_cells
+from vispress.methods.quadtree import costs, merged_cells, tree_of
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
@@ -62,8 +62,9 @@ class QuadtreeMerge(Compressor):
         device = tokens.features.device
         owner = torch.full((tokens.batch, tokens.num_visual), -1, device=device)
         weight = torch.ones(owner.shape, device=device)
-        lines = sent(newlines, device)
-        owner[:, lines] = lines
+        if len(newlines):
+            lines = sent(newlines, device)
+            owner[:, lines] = lines
         for raster in found:
             places = sent(raster.places.flatten(), device)
             into, own = self.cells(upcast(tokens.features[:, places]), raster)
@@ -78,16 +79,14 @@ class QuadtreeMerge(Compressor):
 
     def cells(self, x: Tensor, raster: Raster) -> tuple[Tensor, Tensor]:
         """The token that each token of a raster goes to, and its weight there."""
-        owner = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        weight = torch.ones(x.shape[:2], device=x.device)
-        tree = levels(x, raster.size)
-        if not tree:
-            return owner, weight
-        theta = self.theta if self.unbudgeted else 0.0
-        for level, chosen in zip(
-            tree, merged_cells(tree, raster.share, theta, self.max_depth), strict=True
-        ):
-            merged = chosen[:, level.cell]
-            owner = torch.where(merged, level.first[level.cell], owner)
-            weight = torch.where(merged, weight / level.children[level.cell], weight)
-        return owner, weight
+        places = torch.arange(x.shape[1], device=x.device)
+        if len(places) == 1:
+            return places.expand(x.shape[:2]), torch.ones(x.shape[:2], device=x.device)
+        tree, theta = tree_of(raster.size), self.theta if self.unbudgeted else 0.0
+        cost = costs(x, raster.size)
+        chosen = merged_cells(cost, tree, raster.share, theta, self.max_depth)
+        merged = chosen[:, sent(tree.cell, x.device)]
+        # the parts of a merged cell are merged, too: its first token is the earliest of theirs
+        owner = torch.where(merged, sent(tree.first, x.device), places).amin(dim=1)
+        parts = torch.where(merged, sent(tree.parts, x.device), 1).prod(dim=1)
+        return owner, parts.reciprocal()

@@ -18,12 +18,11 @@ from typing import ClassVar, final, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from vispress.methods.base import Compressor, Evidence, descending
 from vispress.methods.checks import check_choice, check_integer, check_number
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.kmeans import kmeans
+from vispress.methods.kmeans import kmeans, take
 from vispress.methods.segments import GEOMETRY, split
 from vispress.methods.windows import fold
 from vispress.registry import register_method
@@ -40,15 +39,17 @@ def clustered(
     weight = torch.ones_like(a)
     if not clusters:
         return owner, weight
-    label = kmeans(x.gather(1, rest[..., None].expand(-1, -1, x.shape[-1])), clusters, seed)
-    members, own = F.one_hot(label, clusters).to(a), a.gather(1, rest)
+    label, own = kmeans(take(x, rest), clusters, seed), a.gather(1, rest)
+    member = label[..., None] == torch.arange(clusters, device=a.device)
+    members = member.to(a)
     sums, sizes = (own[:, None] @ members)[:, 0], members.sum(dim=1)
-    share = torch.where(sums > 0, 1 / sums.clamp(min=torch.finfo(a.dtype).tiny), 1 / sizes)
-    plain = torch.where((sums > 0).gather(1, label), own, 1.0)
+    attended = sums > 0
+    share = torch.where(attended, sums.clamp(min=torch.finfo(a.dtype).tiny), sizes).reciprocal()
+    plain = torch.where(attended.gather(1, label), own, 1.0)
     weight = weight.scatter(1, rest, plain * share.gather(1, label))
     middle = (rest.to(a)[:, None] @ members)[:, 0] / sizes
     off = (rest - middle.gather(1, label)).abs()
-    nearest = off[..., None].masked_fill(members == 0, float("inf")).argmin(dim=1)
+    nearest = off[..., None].masked_fill(~member, float("inf")).argmin(dim=1)
     return owner.scatter(1, rest, rest.gather(1, nearest).gather(1, label)), weight
 
 

@@ -21,11 +21,8 @@ def note_surroundings(images: Sequence[Image], text: Tensor, embeds: Tensor) -> 
         text: `[B, Q]` bool on the host, valid text.
         embeds: `[B, Q, D]`, input embeddings.
     """
-    for image, places in zip(images, pair_texts(images, text), strict=True):
-        image.last = not any(
-            other.sample == image.sample and other.positions[0] > image.positions[0]
-            for other in images
-        )
+    for i, (image, places) in enumerate(zip(images, pair_texts(images, text), strict=True)):
+        image.last = i + 1 == len(images) or images[i + 1].sample != image.sample
         own = upcast(embeds.detach()[image.sample, sent(places, embeds.device)])
         image.paired_text = own.sum(dim=0) / max(1, len(places))
 
@@ -68,27 +65,36 @@ def context_of(
     paired = torch.stack(texts).to(hidden.device)
     if not inside:
         return Context(paired_text=paired)
-    query, earlier, text = (
-        torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
-        for _ in range(3)
-    )
-    for other in (each.to(hidden.device) for each in state.buckets):
-        target = query if other.images[0].last else earlier
-        target[other.sample[:, None], other.positions] = True
+    led = {  # samples with images before the last
+        image.sample
+        for each in state.buckets
+        if each.num_visual and not each.images[0].last
+        for image in each.images
+    }
+    text = torch.zeros(2, hidden.shape[0], rows.length, dtype=torch.bool)
     for image in (image for image in state.images if image.last):
-        text[image.sample, sent(image.text_after, hidden.device)] = True
-    text_alone = text & ~earlier.any(dim=1, keepdim=True)
-    own, others = (_means(part, rows, hidden) for part in (query | text, earlier | text_alone))
-    return Context(paired_text=paired, query=own[bucket.sample], earlier=others[bucket.sample])
+        text[0, image.sample, image.text_after] = True
+        text[1, image.sample, image.text_after] = image.sample not in led
+    query_and_earlier = sent(text, hidden.device)
+    true = torch.ones((), dtype=torch.bool, device=hidden.device)  # True itself would wait
+    for other in (each.to(hidden.device) for each in state.buckets):
+        target = query_and_earlier[0 if other.images[0].last else 1]
+        target[other.sample[:, None], other.positions] = true
+    query, earlier = _means(query_and_earlier, rows, hidden)[:, bucket.sample]
+    return Context(paired_text=paired, query=query, earlier=earlier)
 
 
 def _means(chosen: Tensor, rows: Rows, hidden: Tensor) -> Tensor:
-    """`[B, D]`: mean hidden state of the chosen logical positions `[B, Q]`; 0 for none.
+    """`[M, B, D]`: mean hidden state of chosen logical positions `[M, B, Q]`; 0 for none.
 
     Sample by sample, so that one sample at a time is widened.
     """
-    weight = chosen.gather(1, rows.index)
+    weight = chosen.gather(2, rows.index.expand(len(chosen), -1, -1))
     if rows.valid is not None:
         weight = weight & rows.valid
-    sums = [(upcast(own) * w[:, None]).sum(dim=0) for own, w in zip(hidden, weight, strict=True)]
-    return torch.stack(sums) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    sums = []
+    for own, weights in zip(hidden, weight.unbind(1), strict=True):
+        wide = upcast(own)
+        sums += [(wide * w[:, None]).sum(dim=0) for w in weights]
+    means = torch.stack(sums).view(len(hidden), len(chosen), -1).transpose(0, 1)
+    return means / weight.sum(dim=2, keepdim=True).clamp(min=1)
