@@ -61,6 +61,20 @@ class Slots:
         return self.select(rows.repeat_interleave(repeats))
 
 
+def _joined(
+    before: tuple[Tensor, Tensor | None], here: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Slots and which are valid (None: all), `[B, P]` and `[B, Q]`, one behind the other."""
+    slots = torch.cat([before[0], here[0]], dim=1)
+    if before[1] is None and here[1] is None:
+        return slots, None
+    marks = [
+        torch.ones_like(places, dtype=torch.bool) if valid is None else valid
+        for places, valid in (before, here)
+    ]
+    return slots, torch.cat(marks, dim=1)
+
+
 def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:
     """The selection with every tensor changed."""
     return replace(
@@ -74,45 +88,70 @@ def rows_of(selection: Selection, index: Tensor) -> Selection:
 
 
 @dataclass(frozen=True, eq=False)
+class PairSlots:
+    """Slots of text rows and of visual tokens; one object for layers that hold the same.
+
+    Args:
+        text: `[B, T]` int64.
+        text_valid: `[B, T]` bool, False on padding; None for no padding.
+        image: `[B, N]` int64.
+        image_valid: `[B, N]` bool, likewise.
+    """
+
+    text: Tensor
+    text_valid: Tensor | None
+    image: Tensor
+    image_valid: Tensor | None
+
+    def behind(self, before: "PairSlots | None", offset: int) -> "PairSlots":
+        """These places in a chunk, whose first row is slot `offset`, and what stood before."""
+        text, image = (
+            (self.text + offset, self.image + offset) if offset else (self.text, self.image)
+        )
+        if before is None:
+            return PairSlots(text, self.text_valid, image, self.image_valid)
+        return PairSlots(
+            *_joined((before.text, before.text_valid), (text, self.text_valid)),
+            *_joined((before.image, before.image_valid), (image, self.image_valid)),
+        )
+
+    def select(self, index: Tensor) -> "PairSlots":
+        """Rows of the batch by index."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return PairSlots(*(None if part is None else part[index] for part in parts))
+
+
+@dataclass(frozen=True, eq=False)
 class PairMemory:
     """How the text rows of a cache layer attended to its visual tokens, before any mask of pairs.
 
     Args:
-        text: `[B, T]` int64, slots of text rows.
-        text_valid: `[B, T]` bool, False on padding.
-        image: `[B, N]` int64, slots of visual tokens.
-        image_valid: `[B, N]` bool, False on padding.
-        attention: `[B, T, N]` in at least fp32, mean over heads; 0 where not valid.
+        slots: Where both stand.
+        attention: `[B, T, N]` in at least fp32, mean over heads; 0 on padding.
     """
 
-    text: Tensor
-    text_valid: Tensor
-    image: Tensor
-    image_valid: Tensor
+    slots: PairSlots
     attention: Tensor
-
-    @classmethod
-    def empty(cls, batch: int, places: Tensor, values: Tensor) -> "PairMemory":
-        """Nothing yet, on the device of `places` and in the precision of `values`."""
-        none = places.new_empty(batch, 0)
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        attention = values.new_empty(batch, 0, 0, dtype=dtype)
-        return cls(none, none.bool(), none, none.bool(), attention)
 
     def select(self, index: Tensor) -> "PairMemory":
         """Rows of the batch by index."""
-        index = index.to(self.text.device)
-        return PairMemory(*(getattr(self, field.name)[index] for field in fields(self)))
+        index = index.to(self.attention.device)
+        return PairMemory(self.slots.select(index), self.attention[index])
 
     def crop(self, slots: int) -> "PairMemory":
         """Without what is stored behind the first `slots`."""
-        text, image = self.text_valid & (self.text < slots), self.image_valid & (self.image < slots)
+        held = self.slots
+        text, image = held.text < slots, held.image < slots
+        text = text if held.text_valid is None else text & held.text_valid
+        image = image if held.image_valid is None else image & held.image_valid
         rows, columns = text.any(0), image.any(0)
         seen = self.attention * text[:, :, None] * image[:, None]
-        return PairMemory(
-            self.text[:, rows], text[:, rows], self.image[:, columns], image[:, columns],
-            seen[:, rows][:, :, columns],
+        # padding may stand anywhere, but not on slots that are gone
+        left = PairSlots(
+            (held.text * text)[:, rows], text[:, rows],
+            (held.image * image)[:, columns], image[:, columns],
         )  # fmt: skip
+        return PairMemory(left, seen[:, rows][:, :, columns])
 
 
 class Compressed(CacheLayerMixin):
