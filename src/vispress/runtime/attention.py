@@ -184,12 +184,13 @@ def attention_rows(
     if query.dtype != dtype or key.dtype != dtype:
         query, key = query.to(dtype), key.to(dtype)
     grouped = query.reshape(B, key.shape[1], groups * R, D)
-    logits = (grouped @ key.transpose(-1, -2) * scaling).view(B, H, R, key.shape[2])
+    # in place: all heads of many rows are large
+    logits = (grouped @ key.transpose(-1, -2)).mul_(scaling).view(B, H, R, key.shape[2])
     if allowed is not None and allowed.dtype == torch.bool:
         blocked = ~allowed
     elif allowed is not None:
-        logits = logits + allowed.to(dtype)
+        logits += allowed.to(dtype)
     if blocked is not None:
-        logits = logits.masked_fill(blocked, float("-inf"))
+        logits.masked_fill_(blocked, float("-inf"))
     # a row with no key at all (padding) gives zeros, not NaN
-    return logits.softmax(dim=-1).nan_to_num(0.0)
+    return logits.softmax(dim=-1).nan_to_num_(0.0)

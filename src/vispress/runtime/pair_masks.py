@@ -140,9 +140,7 @@ class _Shared:
         (P, S), (B, R) = shape, here.text.shape
         self.slots = slots = here.behind(before, S - P)
         if mask is None:
-            mask = torch.ones(shape, dtype=torch.bool, device=here.text.device).tril(S - P)[
-                None, None
-            ]
+            mask = torch.ones(1, 1, P, S, dtype=torch.bool, device=here.text.device).tril(S - P)
         mask = mask[..., :S].expand(B, -1, -1, -1)
         boolean, heads = mask.dtype == torch.bool, mask.shape[1]
         allowed = mask.gather(2, here.text[:, None, :, None].expand(-1, heads, -1, S))
@@ -154,13 +152,12 @@ class _Shared:
             self.seen &= here.text_valid[:, :, None]
         if slots.image_valid is not None:
             self.seen &= slots.image_valid[:, None]
-            # padding stands where no pair is: a row of text on its own column
+            # instead of padding, a row's own column: no pair stands there
             columns = torch.where(slots.image_valid[:, None], columns, own)
         self.count = self.seen.sum()
-        # [B, H or 1, P * S], in it the place of each pair [B, H or 1, R * N], what it holds there
-        self._mask = mask.flatten(2)
+        self._mask = mask.flatten(2)  # [B, H or 1, P * S]
         place = (here.text[:, :, None] * S + columns).view(B, 1, -1)
-        self._place = place.expand(-1, heads, -1)
+        self._place = place.expand(-1, heads, -1)  # [B, H or 1, R * N]
         self._pairs = self._mask.gather(2, self._place)
         self._least = False if boolean else torch.finfo(mask.dtype).min
 
@@ -185,7 +182,6 @@ class LayerPairs:
         self.pairs, self.number, self.here = pairs, number, here
         self.held = held if isinstance(held, Compressed) else None
 
-    @torch.no_grad()
     def narrow(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """The mask without the pairs that the method leaves out.
 
@@ -198,9 +194,10 @@ class LayerPairs:
         old = None if self.held is None else self.held.pairs
         before, shape = None if old is None else old.slots, (query.shape[2], key.shape[2])
         shared = self.pairs.shared(self.here, before, mask, shape)
-        gone = self.pairs.decide(
-            self.number, lambda: self._decide(shared, old, query, key, scaling), shared.count
-        )
+        with torch.no_grad():
+            gone = self.pairs.decide(
+                self.number, lambda: self._decide(shared, old, query, key, scaling), shared.count
+            )
         if self.number == self.pairs.last:
             self.pairs.forget()
         return shared.without(gone)
@@ -215,8 +212,8 @@ class LayerPairs:
     ) -> Tensor:
         text, image = self._rows(shared, query, key, scaling)
         if old is not None:
-            # what came later was not seen
-            earlier = F.pad(old.attention, (0, image.shape[2] - old.attention.shape[2]))
+            earlier, more = old.attention, image.shape[2] - old.attention.shape[2]
+            earlier = F.pad(earlier, (0, more)) if more else earlier  # it saw none of the new
             image = torch.cat([earlier, image], dim=1)
         keep = self.pairs.step.masker.keep_pairs(text, image)
         if self.held is not None:

@@ -1,7 +1,7 @@
 """What the physical slots of a short cache layer hold, and what all short layers share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ class PairSlots:
     text_valid: Tensor | None
     image: Tensor
     image_valid: Tensor | None
+    _selected: list[tuple[Tensor, "PairSlots"]] = field(default_factory=list)
 
     def behind(self, before: "PairSlots | None", offset: int) -> "PairSlots":
         """These places in a chunk, whose first row is slot `offset`, and what stood before."""
@@ -116,9 +117,16 @@ class PairSlots:
         )
 
     def select(self, index: Tensor) -> "PairSlots":
-        """Rows of the batch by index."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return PairSlots(*(None if part is None else part[index] for part in parts))
+        """Rows of the batch by index; one object for layers that share this one."""
+        if not self._selected or self._selected[0][0] is not index:
+            rows = index.to(self.text.device)
+            text_valid, image_valid = (
+                None if valid is None else valid[rows]
+                for valid in (self.text_valid, self.image_valid)
+            )
+            new = PairSlots(self.text[rows], text_valid, self.image[rows], image_valid)
+            self._selected[:] = [(index, new)]
+        return self._selected[0][1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +143,7 @@ class PairMemory:
 
     def select(self, index: Tensor) -> "PairMemory":
         """Rows of the batch by index."""
-        index = index.to(self.attention.device)
-        return PairMemory(self.slots.select(index), self.attention[index])
+        return PairMemory(self.slots.select(index), self.attention[index.to(self.attention.device)])
 
     def crop(self, slots: int) -> "PairMemory":
         """Without what is stored behind the first `slots`."""
