@@ -301,6 +301,30 @@ def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
     assert torch.stack(pairs.counts).tolist() == [[4, 4]]
 
 
+def test_layers_share_what_is_the_same_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vispress.runtime import pair_masks
+
+    made: list[Any] = []
+    shared = pair_masks._Shared
+
+    def make(*of: Any) -> Any:
+        made.append(shared(*of))
+        return made[-1]
+
+    monkeypatch.setattr(pair_masks, "_Shared", make)
+    model, inputs = model_of("llava"), inputs_of("llava")
+    token, cache = torch.full((3, 1), 9), DynamicCache()
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
+    with compressed(model, CMAI(layer=1)), torch.no_grad():
+        model(**inputs, **{CACHE: cache})
+        cache.reorder_cache(torch.tensor([0, 0, 2]))
+        model(input_ids=token, attention_mask=mask, **{CACHE: cache})
+        held: list[Any] = cache.layers[1:]
+    assert len({id(layer.pairs.slots) for layer in held}) == 1
+    assert len({id(layer.slots) for layer in held}) == 1
+    assert len(made) == 2  # one a call
+
+
 def test_the_report_says_what_was_masked() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     with compressed(model, CMAI(layer=3)) as report:

@@ -166,7 +166,7 @@ def attention_rows(
     *,
     blocked: Tensor | None = None,
 ) -> Tensor:
-    """Post-softmax attention of a few queries.
+    """Post-softmax attention of a few queries, not for gradients.
 
     Args:
         query: `[B, H, R, D]`, the wanted rows.

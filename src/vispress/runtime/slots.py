@@ -27,6 +27,7 @@ class Slots:
     valid: Tensor | None
     shift: Tensor | None
     logical: int
+    _selected: list[tuple[Tensor, "Slots"]] = field(default_factory=list)
 
     def behind(self, before: "Slots | None") -> "Slots":
         """These slots of a chunk, stored behind what the layer held."""
@@ -46,14 +47,12 @@ class Slots:
         return Slots(positions, valid, shift, self.logical)
 
     def select(self, index: Tensor) -> "Slots":
-        """Rows of the batch by index."""
-        index = index.to(self.positions.device)
-        return Slots(
-            self.positions[index],
-            None if self.valid is None else self.valid[index],
-            None if self.shift is None else self.shift[index],
-            self.logical,
-        )
+        """Rows of the batch by index; one object for layers that share this one."""
+        if not self._selected or self._selected[0][0] is not index:
+            rows = index.to(self.positions.device)
+            valid, shift = (None if x is None else x[rows] for x in (self.valid, self.shift))
+            self._selected[:] = [(index, Slots(self.positions[rows], valid, shift, self.logical))]
+        return self._selected[0][1]
 
     def repeat(self, repeats: int) -> "Slots":
         """Each row of the batch `repeats` times."""
@@ -120,11 +119,10 @@ class PairSlots:
         """Rows of the batch by index; one object for layers that share this one."""
         if not self._selected or self._selected[0][0] is not index:
             rows = index.to(self.text.device)
-            text_valid, image_valid = (
-                None if valid is None else valid[rows]
-                for valid in (self.text_valid, self.image_valid)
+            texts, images = (
+                None if x is None else x[rows] for x in (self.text_valid, self.image_valid)
             )
-            new = PairSlots(self.text[rows], text_valid, self.image[rows], image_valid)
+            new = PairSlots(self.text[rows], texts, self.image[rows], images)
             self._selected[:] = [(index, new)]
         return self._selected[0][1]
 
