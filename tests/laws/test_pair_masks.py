@@ -184,6 +184,28 @@ def test_several_turns_and_chunks_equal_one_call(drop: int) -> None:
         assert (whole - got).abs().max() < 1e-9
 
 
+def test_tokens_taken_back_of_samples_with_fewer_words_leave_no_trace() -> None:
+    model = model_of("llava")
+    samples = [Sample([Text(2), Image(4, 4), Text(3)]), Sample([Text(4), Image(4, 4), Text(9)])]
+    inputs = make_inputs("llava", samples, padding="left")
+    token, more = torch.tensor([[7], [9]]), torch.ones(2, 1, dtype=torch.long)
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    places = mask.cumsum(1) - 1
+
+    def step(cache: Any) -> Tensor:
+        seen = torch.cat([mask[:, :-2], more], dim=1)
+        given = {"attention_mask": seen, "position_ids": places[:, -2:-1], CACHE: cache}
+        return model(input_ids=token, **given).logits  # type: ignore[no-any-return]
+
+    short = inputs | {"input_ids": ids[:, :-2], "attention_mask": mask[:, :-2]}
+    with compressed(model, CMAI(layer=1, mass=0.6)), torch.no_grad():
+        caches = [DynamicCache() for _ in range(2)]
+        model(**inputs, **{CACHE: caches[0]})
+        caches[0].crop(-2)
+        model(**short, **{CACHE: caches[1]})
+        assert (step(caches[0]) - step(caches[1])).abs().max() < 1e-9
+
+
 def inputs_of_image() -> Tensor:
     ids: Tensor = make_inputs("llava", [Sample([Text(3), Image(4, 4), Text(6)])])["input_ids"]
     return ids
@@ -272,11 +294,35 @@ def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
     from vispress.runtime.pair_masks import PairMasks
     from vispress.runtime.pair_step import PairStep
 
-    pairs = PairMasks(PairStep(CMAI(), CMAI(), 1), None, keeps=True)
+    pairs = PairMasks(PairStep(CMAI(), CMAI(), 1), None, (2,), 5, keeps=True)
     one = torch.ones(1, 2, 2, dtype=torch.bool)
-    assert pairs.decide(3, lambda: (one, torch.zeros(2))) is one
-    assert pairs.decide(3, lambda: (~one, torch.zeros(2))) is one
-    assert len(pairs.counts) == 1
+    assert pairs.decide(3, lambda: one, torch.tensor(4)) is one
+    assert pairs.decide(3, lambda: ~one, torch.tensor(4)) is one
+    assert torch.stack(pairs.counts).tolist() == [[4, 4]]
+
+
+def test_layers_share_what_is_the_same_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vispress.runtime import pair_masks
+
+    made: list[Any] = []
+    shared = pair_masks._Shared
+
+    def make(*of: Any) -> Any:
+        made.append(shared(*of))
+        return made[-1]
+
+    monkeypatch.setattr(pair_masks, "_Shared", make)
+    model, inputs = model_of("llava"), inputs_of("llava")
+    token, cache = torch.full((3, 1), 9), DynamicCache()
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
+    with compressed(model, CMAI(layer=1)), torch.no_grad():
+        model(**inputs, **{CACHE: cache})
+        cache.reorder_cache(torch.tensor([0, 0, 2]))
+        model(input_ids=token, attention_mask=mask, **{CACHE: cache})
+        held: list[Any] = cache.layers[1:]
+    assert len({id(layer.pairs.slots) for layer in held}) == 1
+    assert len({id(layer.slots) for layer in held}) == 1
+    assert len(made) == 2  # one a call
 
 
 def test_the_report_says_what_was_masked() -> None:

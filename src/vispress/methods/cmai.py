@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vispress.budget import Budget, scaled_layer
-from vispress.methods.base import Compressor, Evidence, check_layer, descending
+from vispress.methods.base import Compressor, Evidence, check_layer
 from vispress.methods.checks import check_integer, check_number
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import register_method
@@ -74,11 +74,9 @@ class CMAI(PairMasker, Compressor):
     @torch.no_grad()
     def keep_pairs(self, text: Tensor, image: Tensor) -> Bool[Tensor, "B R N"]:
         focus = text @ image
-        order = descending(focus.flatten(0, 1)).view(focus.shape)
-        ranked = focus.gather(2, order)
+        ranked, order = focus.sort(dim=2, descending=True, stable=True)
         total = focus.sum(dim=2, keepdim=True)
         # of what stands before it, so that the one that reaches the mass is in
         before = ranked.cumsum(dim=2) - ranked
-        keep = torch.zeros_like(focus, dtype=torch.bool)
-        keep = keep.scatter(2, order, before < self.mass * total)
-        return keep | (total <= 0)
+        keep = before < self.mass * total
+        return keep.scatter(2, order, keep) | (total <= 0)

@@ -19,6 +19,7 @@ from typing import ClassVar, final
 import torch
 
 from vispress.budget import Rounding
+from vispress.devices import sent
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.methods.checks import check_integer
@@ -80,6 +81,6 @@ class SCM(Compressor):
             thumbnail = (segments == 0) & tokens.crops.thumbnail
             room = num_keep > (thumbnail | newline).sum(dim=1, keepdim=True)
             tier = 2 * thumbnail + torch.where(room, 1, -1) * newline
-            by_tier = tier.to(order.device).gather(1, order)
+            by_tier = sent(tier, order.device).gather(1, order)
             order = order.gather(1, by_tier.argsort(dim=1, descending=True, stable=True))
         return TokenPlan(keep=order[:, :num_keep].sort(dim=1).values)

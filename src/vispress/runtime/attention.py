@@ -158,27 +158,39 @@ def _defining_module(module: nn.Module) -> str:
     raise RuntimeError(f"no eager attention found for {type(module).__name__}")
 
 
-def attention_rows(query: Tensor, key: Tensor, allowed: Tensor | None, scaling: float) -> Tensor:
-    """Post-softmax attention of a few queries.
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    *,
+    blocked: Tensor | None = None,
+) -> Tensor:
+    """Post-softmax attention of a few queries, not for gradients.
 
     Args:
         query: `[B, H, R, D]`, the wanted rows.
         key: `[B, Hkv, S, D]`; heads are shared in groups (GQA).
         allowed: `[B, 1, R, S]` bool (True = attend), or float (added), or None for all keys.
         scaling: Factor on the logits.
+        blocked: The opposite of a bool `allowed`, which may then be None.
 
     Returns:
         `[B, H, R, S]` in fp32 (fp64 for fp64 inputs).
     """
     B, H, R, D = query.shape
     groups = H // key.shape[1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.reshape(B, key.shape[1], groups * R, D).to(dtype)
-    logits = (grouped @ key.to(dtype).transpose(-1, -2) * scaling).view(B, H, R, -1)
-    if allowed is not None:
-        if allowed.dtype == torch.bool:
-            logits = logits.masked_fill(~allowed, float("-inf"))
-        else:
-            logits = logits + allowed.to(dtype)
+    dtype = query.dtype if query.dtype.itemsize >= 4 else torch.float32
+    if query.dtype != dtype or key.dtype != dtype:
+        query, key = query.to(dtype), key.to(dtype)
+    grouped = query.reshape(B, key.shape[1], groups * R, D)
+    # in place: all heads of many rows are large
+    logits = (grouped @ key.transpose(-1, -2)).mul_(scaling).view(B, H, R, key.shape[2])
+    if allowed is not None and allowed.dtype == torch.bool:
+        blocked = ~allowed
+    elif allowed is not None:
+        logits += allowed.to(dtype)
+    if blocked is not None:
+        logits.masked_fill_(blocked, float("-inf"))
     # a row with no key at all (padding) gives zeros, not NaN
-    return logits.softmax(dim=-1).nan_to_num(0.0)
+    return logits.softmax(dim=-1).nan_to_num_(0.0)

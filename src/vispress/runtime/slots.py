@@ -1,7 +1,7 @@
 """What the physical slots of a short cache layer hold, and what all short layers share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Slots:
     valid: Tensor | None
     shift: Tensor | None
     logical: int
+    _selected: list[tuple[Tensor, "Slots"]] = field(default_factory=list)
 
     def behind(self, before: "Slots | None") -> "Slots":
         """These slots of a chunk, stored behind what the layer held."""
@@ -46,19 +47,31 @@ class Slots:
         return Slots(positions, valid, shift, self.logical)
 
     def select(self, index: Tensor) -> "Slots":
-        """Rows of the batch by index."""
-        index = index.to(self.positions.device)
-        return Slots(
-            self.positions[index],
-            None if self.valid is None else self.valid[index],
-            None if self.shift is None else self.shift[index],
-            self.logical,
-        )
+        """Rows of the batch by index; one object for layers that share this one."""
+        if not self._selected or self._selected[0][0] is not index:
+            rows = index.to(self.positions.device)
+            valid, shift = (None if x is None else x[rows] for x in (self.valid, self.shift))
+            self._selected[:] = [(index, Slots(self.positions[rows], valid, shift, self.logical))]
+        return self._selected[0][1]
 
     def repeat(self, repeats: int) -> "Slots":
         """Each row of the batch `repeats` times."""
         rows = torch.arange(self.positions.shape[0], device=self.positions.device)
         return self.select(rows.repeat_interleave(repeats))
+
+
+def _joined(
+    before: tuple[Tensor, Tensor | None], here: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Slots and which are valid (None: all), `[B, P]` and `[B, Q]`, one behind the other."""
+    slots = torch.cat([before[0], here[0]], dim=1)
+    if before[1] is None and here[1] is None:
+        return slots, None
+    marks = [
+        torch.ones_like(places, dtype=torch.bool) if valid is None else valid
+        for places, valid in (before, here)
+    ]
+    return slots, torch.cat(marks, dim=1)
 
 
 def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:
@@ -74,45 +87,76 @@ def rows_of(selection: Selection, index: Tensor) -> Selection:
 
 
 @dataclass(frozen=True, eq=False)
+class PairSlots:
+    """Slots of text rows and of visual tokens; one object for layers that hold the same.
+
+    Args:
+        text: `[B, T]` int64.
+        text_valid: `[B, T]` bool, False on padding; None for no padding.
+        image: `[B, N]` int64.
+        image_valid: `[B, N]` bool, likewise.
+    """
+
+    text: Tensor
+    text_valid: Tensor | None
+    image: Tensor
+    image_valid: Tensor | None
+    _selected: list[tuple[Tensor, "PairSlots"]] = field(default_factory=list)
+
+    def behind(self, before: "PairSlots | None", offset: int) -> "PairSlots":
+        """These places in a chunk, whose first row is slot `offset`, and what stood before."""
+        text, image = (
+            (self.text + offset, self.image + offset) if offset else (self.text, self.image)
+        )
+        if before is None:
+            return PairSlots(text, self.text_valid, image, self.image_valid)
+        return PairSlots(
+            *_joined((before.text, before.text_valid), (text, self.text_valid)),
+            *_joined((before.image, before.image_valid), (image, self.image_valid)),
+        )
+
+    def select(self, index: Tensor) -> "PairSlots":
+        """Rows of the batch by index; one object for layers that share this one."""
+        if not self._selected or self._selected[0][0] is not index:
+            rows = index.to(self.text.device)
+            texts, images = (
+                None if x is None else x[rows] for x in (self.text_valid, self.image_valid)
+            )
+            new = PairSlots(self.text[rows], texts, self.image[rows], images)
+            self._selected[:] = [(index, new)]
+        return self._selected[0][1]
+
+
+@dataclass(frozen=True, eq=False)
 class PairMemory:
     """How the text rows of a cache layer attended to its visual tokens, before any mask of pairs.
 
     Args:
-        text: `[B, T]` int64, slots of text rows.
-        text_valid: `[B, T]` bool, False on padding.
-        image: `[B, N]` int64, slots of visual tokens.
-        image_valid: `[B, N]` bool, False on padding.
-        attention: `[B, T, N]` in at least fp32, mean over heads; 0 where not valid.
+        slots: Where both stand.
+        attention: `[B, T, N]` in at least fp32, mean over heads; 0 on padding.
     """
 
-    text: Tensor
-    text_valid: Tensor
-    image: Tensor
-    image_valid: Tensor
+    slots: PairSlots
     attention: Tensor
-
-    @classmethod
-    def empty(cls, batch: int, places: Tensor, values: Tensor) -> "PairMemory":
-        """Nothing yet, on the device of `places` and in the precision of `values`."""
-        none = places.new_empty(batch, 0)
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        attention = values.new_empty(batch, 0, 0, dtype=dtype)
-        return cls(none, none.bool(), none, none.bool(), attention)
 
     def select(self, index: Tensor) -> "PairMemory":
         """Rows of the batch by index."""
-        index = index.to(self.text.device)
-        return PairMemory(*(getattr(self, field.name)[index] for field in fields(self)))
+        return PairMemory(self.slots.select(index), self.attention[index.to(self.attention.device)])
 
     def crop(self, slots: int) -> "PairMemory":
         """Without what is stored behind the first `slots`."""
-        text, image = self.text_valid & (self.text < slots), self.image_valid & (self.image < slots)
+        held = self.slots
+        text, image = held.text < slots, held.image < slots
+        text = text if held.text_valid is None else text & held.text_valid
+        image = image if held.image_valid is None else image & held.image_valid
         rows, columns = text.any(0), image.any(0)
         seen = self.attention * text[:, :, None] * image[:, None]
-        return PairMemory(
-            self.text[:, rows], text[:, rows], self.image[:, columns], image[:, columns],
-            seen[:, rows][:, :, columns],
+        # padding may stand anywhere, but not on slots that are gone
+        left = PairSlots(
+            (held.text * text)[:, rows], text[:, rows],
+            (held.image * image)[:, columns], image[:, columns],
         )  # fmt: skip
+        return PairMemory(left, seen[:, rows][:, :, columns])
 
 
 class Compressed(CacheLayerMixin):
