@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
+from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
@@ -186,7 +187,7 @@ def keep_none(tokens: VisualTokens) -> TokenPlan:
 
 def upcast(x: Tensor) -> Tensor:
     """The tensor in at least fp32: half types are widened, fp64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
@@ -196,7 +197,8 @@ def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
 
 def descending(score: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
     """All indices, the highest score first; ties keep the earlier token first, NaN is lowest."""
-    clean = torch.where(score.isnan(), float("-inf"), score)
+    highest = float("inf")
+    clean = score.nan_to_num(nan=-highest, posinf=highest, neginf=-highest)
     return clean.argsort(dim=-1, descending=True, stable=True)
 
 
@@ -236,7 +238,7 @@ def top_per_segment(
 def _top_in_segments(score: Tensor, segments: Tensor, num_keep: int) -> Tensor:
     picked = []
     for segment, share in segment_shares(segments, num_keep).items():
-        places = torch.where(segments == segment)[0].to(score.device)
+        places = sent(torch.where(segments == segment)[0], score.device)
         picked.append(places[top_indices(score[:, places], share)])
     return torch.cat(picked, dim=1).sort(dim=1).values
 
