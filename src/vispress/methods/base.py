@@ -1,8 +1,10 @@
 """What every compression method is: hyper-parameters, placements, and a rule that makes a plan."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, final
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +19,8 @@ from vispress.methods.pair_masker import PairMasker
 from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
+
+Made = TypeVar("Made")
 
 BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
 """Fields of which at most one is given."""
@@ -177,6 +181,20 @@ class ScorePruner(Compressor):
         if not self.per_segment or not tokens.segmented:
             return TokenPlan(keep=top_indices(score, num_keep))
         return TokenPlan(keep=top_per_segment(score, tokens.segments(), num_keep))
+
+
+def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what a function of plain values makes: host tensors, which nobody may change.
+
+    They are normal tensors, which gradients may need, even if first asked for in inference mode.
+    """
+
+    @lru_cache(maxsize=64)
+    def made(*values: Hashable) -> Made:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return make(*values)
+
+    return wraps(make)(made)
 
 
 def keep_none(tokens: VisualTokens) -> TokenPlan:

@@ -268,7 +268,8 @@ def _transitions(state: ForwardState, placement: Placement, view: _View) -> tupl
         whole = view.own(torch.stack(found, dim=1))  # [Bk, 4 E, P]
         own = whole.gather(2, view.local(rows).unsqueeze(1).expand(-1, len(found), -1))
         valid = view.own(state.row_validity(rows))
-        for layer, of_all, of_own in zip(layers, whole.split(4, 1), own.split(4, 1), strict=True):
+        parts = zip(layers, torch.split(whole, 4, 1), torch.split(own, 4, 1), strict=True)
+        for layer, of_all, of_own in parts:
             out.append(
                 Transition(
                     layer=layer,
