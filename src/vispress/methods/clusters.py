@@ -1,6 +1,7 @@
 """Density-peak clustering (DPC-KNN) of tokens, with index order where noise would break ties."""
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +41,7 @@ def _scores(
     nearest = [rows.topk(min(neighbours, n), dim=2, largest=False).values for rows in distances]
     density = _joined(nearest).square().mean(dim=2).neg().exp()
     density = density if noise is None else density + noise
-    largest = _joined([rows.amax(dim=2) for rows in distances]).amax(dim=1)[:, None, None]
+    largest = reduce(torch.maximum, (rows.amax(dim=(1, 2), keepdim=True) for rows in distances))
     place, parts, start = torch.arange(n, device=device), [], 0
     for rows in distances:
         own = slice(start, start + rows.shape[1])
