@@ -71,7 +71,7 @@ def dpc_clusters(
     density, distance = _scores(distances, neighbours or count, noise)
     centres = descending(density * distance)[:, :count]
     own = torch.arange(centres.shape[1], device=x.device).expand(len(x), -1)
-    return centres, distances.to(centres).argmin(dim=2).scatter(1, centres, own)
+    return centres, distances.to(centres).argmin(dim=2).scatter_(1, centres, own)
 
 
 class _Distances:

@@ -58,7 +58,7 @@ def pull(
     cosine = torch.stack([(x * pivots[:, i : i + 1]).sum(dim=2) for i in asking], dim=1)
     like, parts = cosine.nan_to_num(nan=3.0), [taken]  # NaN: the last resort, before a second time
     for number, i in enumerate(asking):
-        like = like.scatter(2, parts[-1][:, None].expand(-1, len(asking), -1), float("inf"))
+        like.scatter_(2, parts[-1][:, None].expand(-1, len(asking), -1), float("inf"))
         parts.append(like[:, number].argsort(dim=1, stable=True)[:, : counts[i]])
     return torch.cat(parts, dim=1)
 

@@ -48,7 +48,7 @@ def scaled(
     spread = high - low
     flat = spread <= 1e-6 * torch.maximum(high, -low)  # the larger of both sizes
     above = score - low + eps if eps else score - low
-    return (above / spread.masked_fill(flat, 1.0)).masked_fill(flat, 1.0)
+    return (above / spread.masked_fill_(flat, 1.0)).masked_fill_(flat, 1.0)
 
 
 def quantile(score: Float[Tensor, "B N"], q: float) -> Float[Tensor, "B 1"]:

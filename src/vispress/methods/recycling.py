@@ -42,9 +42,9 @@ def fold_dropped(
         centres, label = dpc_clusters(upcast(x.gather(1, own)), clusters, noise)
     keep, order = torch.cat([first, again.gather(1, centres)], dim=1).sort(dim=1)
     number = torch.arange(keep.shape[1], device=x.device).expand_as(keep)
-    slot = torch.empty_like(order).scatter(1, order, number)  # of what stays, of each centre
+    slot = torch.empty_like(order).scatter_(1, order, number)  # of what stays, of each centre
     slots = torch.cat([slot[:, :kept], slot[:, kept:].gather(1, label)], dim=1)
-    assign = torch.full_like(ranked, -1).scatter(1, ranked[:, : kept + count], slots)
-    size = torch.zeros_like(one[:, :clusters]).scatter_add(1, label, one[:, :count])
-    weight = one.scatter(1, again, size.reciprocal().gather(1, label))
+    assign = torch.full_like(ranked, -1).scatter_(1, ranked[:, : kept + count], slots)
+    size = torch.zeros_like(one[:, :clusters]).scatter_add_(1, label, one[:, :count])
+    weight = one.scatter_(1, again, size.reciprocal().gather(1, label))
     return TokenPlan(keep=keep, assign=assign, weight=weight)

@@ -50,7 +50,7 @@ def owners(
     target = rest[:, :: max(1, rest.shape[1] // contextual)][:, :contextual]
     x, y = (metric.take_along_dim(part[..., None], dim=1) for part in (rest, target))
     into = target.gather(1, assign_nearest(x, y, backend=backend)[0])
-    return owner.scatter(1, rest, into).scatter(1, target, target)
+    return owner.scatter(1, rest, into).scatter_(1, target, target)
 
 
 @final
@@ -114,7 +114,7 @@ class VisionZip(Compressor):
         keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
         into, owned = owner.clamp(min=0), owner >= 0
         folded = owned != survives
-        count = torch.zeros_like(score).scatter_add(1, into, folded.to(score)).gather(1, into)
+        count = torch.zeros_like(score).scatter_add_(1, into, folded.to(score)).gather(1, into)
         weight = torch.where(folded, count.clamp(min=1).reciprocal(), 1.0)
         assign = survives.cumsum(dim=1).gather(1, into) * owned - 1
         return TokenPlan(keep=keep, assign=assign, weight=weight, merge_on="vision_features")

@@ -53,7 +53,7 @@ def scan(
     share = num_keep // 2 // WINDOWS**2
     inside = window[:, None] == torch.arange(WINDOWS**2, device=window.device)[:, None]
     first = descending(torch.where(inside, local[:, None], float("-inf")))[..., :share]
-    chosen = (torch.zeros_like(inside).scatter(2, first, True) & inside).any(dim=1)
+    chosen = (torch.zeros_like(inside).scatter_(2, first, True) & inside).any(dim=1)
     best = descending(whole)
     before = chosen.gather(1, best).to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return best.gather(1, before)[:, :num_keep].sort(dim=1).values
@@ -70,7 +70,7 @@ def owners(
     """The kept token that each one is averaged into: the most similar, itself where it is kept."""
     keep = scan(local, whole, window, num_keep)
     nearest, _ = assign_nearest(x, gather_tokens(x, keep, backend=backend), backend=backend)
-    return keep.gather(1, nearest).scatter(1, keep, keep)
+    return keep.gather(1, nearest).scatter_(1, keep, keep)
 
 
 def fold(owner: Int[Tensor, "B N"], num_keep: int) -> TokenPlan:
@@ -79,6 +79,6 @@ def fold(owner: Int[Tensor, "B N"], num_keep: int) -> TokenPlan:
     keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
     into, folded = owner.clamp(min=0), owner >= 0
     one = folded.float()
-    members = torch.zeros_like(one).scatter_add(1, into, one).gather(1, into)
+    members = torch.zeros_like(one).scatter_add_(1, into, one).gather(1, into)
     assign = survives.cumsum(dim=1).gather(1, into) * folded - 1
     return TokenPlan(keep=keep, assign=assign, weight=members.clamp(min=1).reciprocal())
