@@ -189,7 +189,7 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
     They are normal tensors, which gradients may need, even if first asked for in inference mode.
     """
 
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=32)
     def made(*values: Hashable) -> Made:
         with torch.inference_mode(False), torch.device("cpu"):
             return make(*values)

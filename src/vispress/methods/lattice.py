@@ -42,7 +42,7 @@ Thin = Callable[[Places, int], Int[Tensor, "share"]]
 class Left:
     """Places of an image's original raster that were left; what is remembered of it."""
 
-    index: tuple[int, ...]
+    index: tuple[int, ...] | range
 
 
 def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
@@ -65,7 +65,7 @@ def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
 def _left(tokens: VisualTokens) -> list[Left]:
     """What is left of each image; from memory, if nothing was dropped since then."""
     if tokens.num_visual == tokens.num_original:
-        return [Left(tuple(range(tokens.num_original)))] * tokens.batch
+        return [Left(range(tokens.num_original))] * tokens.batch
     known = [m.value for m in tokens.memory if isinstance(m.value, Left)]
     if known and all(len(left.index) == tokens.num_visual for left in known):
         return known
