@@ -1,10 +1,11 @@
 """ADSC: steps, lattices and schedules, by hand."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 import torch
-from tests.methods.helpers import anyres, make_tokens, take
+from tests.methods.helpers import anyres, make_tokens, map_tensors, take
 from tests.methods.test_schedules import counts, layers, mean_tokens
 
 from vispress.errors import BudgetError, ConfigError
@@ -104,6 +105,26 @@ def test_images_that_were_pruned_apart_are_thinned_apart():
         # rows are the denser axis now
         [6, 8, 10, 18, 20, 22],
     ]
+
+
+def test_later_stages_know_what_was_left_without_a_look_at_it():
+    tokens = make_tokens(grid=(1, 4, 6))
+    first = ADSC().plan(tokens, 12)
+    left = take(tokens, first.keep)
+    told = replace(left, memory=first.memory)
+    expected = ADSC().plan(left, 6).keep
+    assert torch.equal(ADSC().plan(told, 6).keep, expected)
+    # meta tensors have no values: reading one on the host is an error
+    hidden = map_tensors(told, lambda t: t.to("meta"))
+    assert ADSC().plan(hidden, 6).counts == (6, 6)
+
+
+def test_what_another_method_dropped_since_is_looked_up():
+    tokens = make_tokens(grid=(1, 4, 6))
+    first = ADSC().plan(tokens, 12)
+    left = take(take(tokens, first.keep), torch.arange(3, 11).expand(2, -1))
+    told = replace(left, memory=first.memory)
+    assert torch.equal(ADSC().plan(told, 4).keep, ADSC().plan(left, 4).keep)
 
 
 @pytest.mark.parametrize("depth", [6, 12, 32])

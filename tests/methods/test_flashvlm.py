@@ -9,6 +9,7 @@ from tests.methods.helpers import make_tokens, only
 from vispress.errors import ConfigError
 from vispress.methods import FlashVLM, VisPruner
 from vispress.methods.flashvlm import sharpened, word_match
+from vispress.methods.question import quantile
 
 
 def test_worked_example_of_the_text_distribution():
@@ -18,6 +19,16 @@ def test_worked_example_of_the_text_distribution():
     expected = torch.tensor([1, 0.082, 0.0067, 0.00005], dtype=torch.float64)
     torch.testing.assert_close(ours[:4], expected, rtol=0.02, atol=1e-5)
     assert ours[4:].unique().tolist() == [1e-6]
+
+
+@pytest.mark.parametrize("count", [1, 2, 144, 201, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_quantile_is_torch_s(count, dtype):
+    score = make_tokens(3, count, dtype=dtype).mean_attention.to(dtype)
+    score[1] = float("nan")
+    for q in (0.0, 0.31, 0.995, 1.0):
+        expected = score.quantile(q, dim=1, keepdim=True)
+        assert torch.equal(quantile(score, q).nan_to_num(-1), expected.nan_to_num(-1))
 
 
 def test_the_word_that_fits_best_decides():

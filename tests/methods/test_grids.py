@@ -149,6 +149,15 @@ def test_gradients_reach_every_token(method):
     assert (source.grad.abs().sum(dim=-1) > 0).all()
 
 
+def test_a_grid_first_seen_in_inference_mode_serves_gradients():
+    tokens = make_tokens(1, grid=(2, 5, 11))
+    with torch.inference_mode():
+        AvgPool().plan(tokens, 26)
+    tokens.features.requires_grad_()
+    AvgPool().plan(tokens, 26).features.sum().backward()
+    assert (tokens.features.grad != 0).all()
+
+
 def test_frames_are_resampled_one_by_one():
     tokens = make_tokens(2, grid=(3, 4, 4))
     plan = AvgPool().plan(tokens, 12)

@@ -48,10 +48,14 @@ def test_golden_vector_of_the_clusters():
     assert label.tolist() == [[0, 0, 1, 1, 2, 0, 2, 0]]
 
 
-def test_blocks_do_not_change_the_clusters_and_equal_tokens_tie():
+def test_blocks_do_not_change_the_clusters_and_equal_tokens_tie(monkeypatch):
     x = make_tokens(2, 50).features
     for ours, whole in zip(dpc_scores(x, 4, block=7), dpc_scores(x, 4), strict=True):
         torch.testing.assert_close(ours, whole)
+    whole = dpc_clusters(x, 4)
+    with monkeypatch.context() as changed:
+        changed.setattr("vispress.methods.clusters.BLOCK", 7)
+        assert all(map(torch.equal, dpc_clusters(x, 4), whole))
     centres, label = dpc_clusters(torch.ones(1, 6, 3), 2)
     assert (centres.tolist(), label.tolist()) == ([[0, 1]], [[0, 1, 0, 0, 0, 0]])
 

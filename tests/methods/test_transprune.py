@@ -8,7 +8,7 @@ from tests.methods.helpers import make_tokens
 
 from vispress.errors import ConfigError
 from vispress.methods import TransPrune
-from vispress.methods.transitions import summed_variation, transition_variation
+from vispress.methods.transitions import summed_variation
 from vispress.types import Transition
 
 
@@ -33,13 +33,13 @@ COSINE, MAGNITUDE = [0.1, 0.5, -0.2], [1.2, 0.8, 0.5]
     [("signed", [0.3973, 0.1776, 0.2235]), ("abs", [0.4660, 0.2082, 0.1757])],
 )
 def test_worked_example_of_both_readings(direction, expected):
-    ours = transition_variation([transition(COSINE, MAGNITUDE)], direction)
+    ours = summed_variation([transition(COSINE, MAGNITUDE)], direction)
     torch.testing.assert_close(ours, torch.tensor([expected]), rtol=0, atol=5e-5)
 
 
 def test_padding_takes_no_part_in_the_softmax():
-    bare = transition_variation([transition(COSINE, MAGNITUDE)], "signed")
-    padded = transition_variation([transition(COSINE, MAGNITUDE, padding=3)], "signed")
+    bare = summed_variation([transition(COSINE, MAGNITUDE)], "signed")
+    padded = summed_variation([transition(COSINE, MAGNITUDE, padding=3)], "signed")
     torch.testing.assert_close(padded, bare)
 
 
@@ -51,7 +51,7 @@ def test_text_shares_the_softmax_and_the_two_modules_add():
         valid = step.sequence_cosine[0, module][step.sequence_valid[0]]
         weight = (1 - step.cosine[0, module]).exp() / (1 - valid).exp().sum()
         by_hand += step.magnitude[0, module] * weight
-    torch.testing.assert_close(transition_variation([step], "signed")[0], by_hand)
+    torch.testing.assert_close(summed_variation([step], "signed")[0], by_hand)
 
 
 def test_score_is_a_mean_of_two_shares_of_one():
@@ -91,6 +91,6 @@ def test_layers_with_the_same_rows_are_added_like_the_others():
         make_tokens(2, 7, seed=seed, transitions=(1,)).transition[0] for seed in range(3)
     )
     shared = replace(two, sequence_valid=one.sequence_valid)
-    apart = [transition_variation([step], "signed") for step in (one, shared, other)]
+    apart = [summed_variation([step], "signed") for step in (one, shared, other)]
     together = summed_variation([one, shared, other], "signed")
     torch.testing.assert_close(together, sum(apart))

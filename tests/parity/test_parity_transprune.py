@@ -8,7 +8,7 @@ from tests.parity.stages import attention_rows, drop, image_part, sequence_lengt
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.methods import TransPrune
-from vispress.methods.transitions import transition_variation
+from vispress.methods.transitions import summed_variation
 from vispress.types import Transition
 
 
@@ -31,7 +31,7 @@ def test_transition_weight_of_one_module(case):
     everything = torch.arange(len(before))
     # the second module gives nothing
     step = measure(0, [(before, after), (before, torch.zeros_like(after))], everything)
-    close(transition_variation([step], "signed"), case["out/weight"])
+    close(summed_variation([step], "signed"), case["out/weight"])
 
 
 @each_case("transprune", having="param/pruning_layers")

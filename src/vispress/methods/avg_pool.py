@@ -11,19 +11,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.devices import sent
-from vispress.methods.base import Compressor, Evidence, upcast
+from vispress.methods.base import Compressor, Evidence, remembered, upcast
 from vispress.methods.checks import check_choice
 from vispress.methods.grids import Values, resample, signals_for
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
 
-def window_means(large: int, small: int) -> Float[Tensor, "small large"]:
-    """Mean over the adaptive window of each of `small` places, as a matrix in fp64."""
+@remembered
+def window_means(
+    large: int, small: int, dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "small large"]:
+    """Mean over the adaptive window of each of `small` places, as a matrix."""
     place, window = torch.arange(large), torch.arange(small)[:, None]
     start, end = window * large // small, -((window + 1) * large // -small)
     inside = (place >= start) & (place < end)
-    return inside.double() / (end - start)
+    return (inside.double() / (end - start)).to(dtype)
 
 
 def shrink(
@@ -32,7 +35,7 @@ def shrink(
     """Window means of a raster, in at least fp32."""
     grid = torch.unflatten(upcast(x), 1, size)
     rows, columns = (
-        sent(window_means(a, b), grid.device).to(grid) for a, b in zip(size, small, strict=True)
+        sent(window_means(a, b, grid.dtype), grid.device) for a, b in zip(size, small, strict=True)
     )
     return torch.einsum("rh,bhwd,cw->brcd", rows, grid, columns).flatten(1, 2)
 

@@ -1,14 +1,17 @@
 """What every compression method is: hyper-parameters, placements, and a rule that makes a plan."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, final
+from functools import lru_cache, wraps
+from typing import Any, ClassVar, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
+from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
@@ -16,6 +19,8 @@ from vispress.methods.pair_masker import PairMasker
 from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
+
+Made = TypeVar("Made")
 
 BUDGETS = ("keep_ratio", "num_tokens", "mean_keep_ratio")
 """Fields of which at most one is given."""
@@ -178,6 +183,20 @@ class ScorePruner(Compressor):
         return TokenPlan(keep=top_per_segment(score, tokens.segments(), num_keep))
 
 
+def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what a function of plain values makes: host tensors, which nobody may change.
+
+    They are normal tensors, which gradients may need, even if first asked for in inference mode.
+    """
+
+    @lru_cache(maxsize=32)
+    def made(*values: Hashable) -> Made:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return make(*values)
+
+    return wraps(make)(made)
+
+
 def keep_none(tokens: VisualTokens) -> TokenPlan:
     """The plan that drops every token of a bucket."""
     none = torch.empty(tokens.batch, 0, dtype=torch.int64, device=tokens.features.device)
@@ -186,7 +205,7 @@ def keep_none(tokens: VisualTokens) -> TokenPlan:
 
 def upcast(x: Tensor) -> Tensor:
     """The tensor in at least fp32: half types are widened, fp64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
@@ -196,7 +215,8 @@ def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
 
 def descending(score: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
     """All indices, the highest score first; ties keep the earlier token first, NaN is lowest."""
-    clean = torch.where(score.isnan(), float("-inf"), score)
+    highest = float("inf")
+    clean = score.nan_to_num(nan=-highest, posinf=highest, neginf=-highest)
     return clean.argsort(dim=-1, descending=True, stable=True)
 
 
@@ -236,7 +256,7 @@ def top_per_segment(
 def _top_in_segments(score: Tensor, segments: Tensor, num_keep: int) -> Tensor:
     picked = []
     for segment, share in segment_shares(segments, num_keep).items():
-        places = torch.where(segments == segment)[0].to(score.device)
+        places = sent(torch.where(segments == segment)[0], score.device)
         picked.append(places[top_indices(score[:, places], share)])
     return torch.cat(picked, dim=1).sort(dim=1).values
 

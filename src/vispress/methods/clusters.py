@@ -1,6 +1,7 @@
 """Density-peak clustering (DPC-KNN) of tokens, with index order where noise would break ties."""
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
@@ -8,13 +9,16 @@ from torch import Tensor
 
 from vispress.methods.base import descending
 
+BLOCK = 1024
+"""Rows of a distance matrix that exist at a time."""
+
 
 def dpc_scores(
     x: Float[Tensor, "B n D"],
     neighbours: int,
     noise: Float[Tensor, "B n"] | None = None,
     *,
-    block: int = 1024,
+    block: int = BLOCK,
 ) -> tuple[Float[Tensor, "B n"], Float[Tensor, "B n"]]:
     """Density of each token, and its distance to the nearest denser one.
 
@@ -27,21 +31,25 @@ def dpc_scores(
         noise: Added to the density, where official code draws some.
         block: Rows of the distance matrix that exist at a time.
     """
-    n = x.shape[1]
-    nearest = [
-        rows.topk(min(neighbours, n), dim=2, largest=False).values for rows in _distances(x, block)
-    ]
-    density = torch.cat(nearest, dim=1).square().mean(dim=2).neg().exp()
+    return _scores(_Distances(x, block), neighbours, noise)
+
+
+def _scores(
+    distances: "_Distances", neighbours: int, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    n, device = distances.x.shape[1], distances.x.device
+    nearest = [rows.topk(min(neighbours, n), dim=2, largest=False).values for rows in distances]
+    density = _joined(nearest).square().mean(dim=2).neg().exp()
     density = density if noise is None else density + noise
-    largest = torch.stack([rows.amax(dim=(1, 2)) for rows in _distances(x, block)]).amax(dim=0)
-    place, parts, start = torch.arange(n, device=x.device), [], 0
-    for rows in _distances(x, block):
+    largest = reduce(torch.maximum, (rows.amax(dim=(1, 2), keepdim=True) for rows in distances))
+    place, parts, start = torch.arange(n, device=device), [], 0
+    for rows in distances:
         own = slice(start, start + rows.shape[1])
         here, there = density[:, own, None], density[:, None]
-        denser = (there > here) | ((there == here) & (place < place[own, None]))
-        parts.append(torch.where(denser, rows, largest[:, None, None]).amin(dim=2))
+        denser = torch.where(place < place[own, None], there >= here, there > here)
+        parts.append(torch.where(denser, rows, largest).amin(dim=2))
         start = own.stop
-    return density, torch.cat(parts, dim=1)
+    return density, _joined(parts)
 
 
 def dpc_clusters(
@@ -59,12 +67,30 @@ def dpc_clusters(
         noise: As in `dpc_scores`.
         neighbours: Tokens that a density looks at; as many as clusters, when left out.
     """
-    density, distance = dpc_scores(x, neighbours or count, noise)
+    distances = _Distances(x, BLOCK)
+    density, distance = _scores(distances, neighbours or count, noise)
     centres = descending(density * distance)[:, :count]
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    label = _distance(x, x[rows, centres]).argmin(dim=2)
-    own = torch.arange(centres.shape[1], device=x.device).expand_as(centres)
-    return centres, label.scatter(1, centres, own)
+    own = torch.arange(centres.shape[1], device=x.device).expand(len(x), -1)
+    return centres, distances.to(centres).argmin(dim=2).scatter_(1, centres, own)
+
+
+class _Distances:
+    """Rows of the distance matrix, `[B, block, n]` at a time; held where these are all."""
+
+    def __init__(self, x: Tensor, block: int) -> None:
+        self.x, self.block = x, block
+        self.held = [_distance(x, x)] if x.shape[1] <= block else None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        parts = torch.split(self.x, self.block, dim=1)
+        return iter(self.held or (_distance(rows, self.x) for rows in parts))
+
+    def to(self, tokens: Tensor) -> Tensor:
+        """`[B, n, C]`, of all tokens to those at `[B, C]`."""
+        if self.held is None:
+            width = self.x.shape[2]
+            return _distance(self.x, self.x.gather(1, tokens[..., None].expand(-1, -1, width)))
+        return self.held[0].gather(2, tokens[:, None].expand(-1, self.x.shape[1], -1))
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -74,7 +100,5 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return scaled
 
 
-def _distances(x: Tensor, block: int) -> Iterator[Tensor]:
-    """Rows of the distance matrix, `[B, block, n]` at a time."""
-    for rows in torch.split(x, block, dim=1):
-        yield _distance(rows, x)
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

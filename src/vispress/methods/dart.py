@@ -33,6 +33,7 @@ from vispress.types import (
     TokenPlan,
     VisualTokens,
 )
+from vispress_kernels.gather_tokens import gather_tokens
 
 PUBLISHED_LAYER = 2
 
@@ -51,12 +52,15 @@ def pull(
         taken: Tokens that are used already.
         counts: How many each pivot takes.
     """
-    for i, count in enumerate(counts):
-        cosine = (x * pivots[:, i : i + 1]).sum(dim=2)
-        # NaN is the last resort, but still before a second time
-        unlike = (-cosine).nan_to_num(nan=-3.0).scatter(1, taken, float("-inf"))
-        taken = torch.cat([taken, descending(unlike)[:, :count]], dim=1)
-    return taken
+    asking = [i for i, count in enumerate(counts) if count]
+    if not asking:
+        return taken
+    cosine = torch.stack([(x * pivots[:, i : i + 1]).sum(dim=2) for i in asking], dim=1)
+    like, parts = cosine.nan_to_num(nan=3.0), [taken]  # NaN: the last resort, before a second time
+    for number, i in enumerate(asking):
+        like.scatter_(2, parts[-1][:, None].expand(-1, len(asking), -1), float("inf"))
+        parts.append(like[:, number].argsort(dim=1, stable=True)[:, : counts[i]])
+    return torch.cat(parts, dim=1)
 
 
 @final
@@ -101,12 +105,12 @@ class DART(Compressor):
         assert tokens.key_norms is not None  # declared in `reads`, as the others
         assert tokens.text_states is not None
         assert tokens.final_norm is not None
-        image, text = tokens.key_norms.tensor_split([tokens.num_visual], dim=1)
-        rows = torch.arange(tokens.batch, device=image.device)[:, None]
-        own = descending(image)[:, : min(self.image_pivots, num_keep)]
-        words = descending(text)[:, : self.text_pivots]
+        norms, backend = tokens.key_norms, tokens.backend
+        own = descending(norms[:, : tokens.num_visual])[:, : min(self.image_pivots, num_keep)]
+        words = descending(norms[:, tokens.num_visual :])[:, : self.text_pivots]
         x = unit(tokens.final_norm(tokens.features))
-        pivots = [x[rows, own], unit(tokens.final_norm(tokens.text_states[rows, words]))]
+        text = tokens.final_norm(gather_tokens(tokens.text_states, words, backend=backend))
+        pivots = [gather_tokens(x, own, backend=backend), unit(text)]
         number, left = own.shape[1] + words.shape[1], num_keep - own.shape[1]
         counts = [left // number + (i < left % number) for i in range(number)]
         keep = pull(x, torch.cat(pivots, dim=1), own, counts)

@@ -24,7 +24,7 @@ from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.methods.checks import check_choice, check_flag, check_integer, check_number
 from vispress.methods.diversity import unit
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.question import scaled
+from vispress.methods.question import quantile, scaled
 from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
 from vispress.methods.thinning import thin_out
 from vispress.registry import register_method
@@ -49,7 +49,7 @@ def word_match(
 def sharpened(match: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
     """Text match as a peaked distribution in [1e-6, 1]: all but the top 0.5 % are damped."""
     peaked = scaled((match / TOKEN_TEMPERATURE).softmax(dim=1).pow(POWER))
-    top = peaked >= peaked.quantile(1 - TOP_SHARE, dim=1, keepdim=True)
+    top = peaked >= quantile(peaked, 1 - TOP_SHARE)
     return scaled(torch.where(top, peaked, DAMPING * peaked)).clamp(min=LOWEST)
 
 

@@ -7,6 +7,7 @@ seldom meets a budget exactly: it never exceeds it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from typing import Literal
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from vispress.devices import sent
 from vispress.errors import UnsupportedMethodError
-from vispress.methods.base import segment_shares
+from vispress.methods.base import remembered, segment_shares
 from vispress.methods.segments import GEOMETRY
-from vispress.types import Signal, TokenPlan, VisualTokens
+from vispress.types import CropLayout, Signal, TokenPlan, VisualTokens
 
 Values = Literal["vision_features", "features"]
 """What is resampled: the projector's input (then projected), or the visual tokens themselves."""
@@ -37,11 +38,13 @@ class Raster:
         places: `[h, w]`; the tokens in raster order.
         small: `(h', w')`, the grid it goes to.
         share: Its part of the budget.
+        whole: It is all of the image, in order.
     """
 
     places: Int[Tensor, "h w"]
     small: tuple[int, int]
     share: int
+    whole: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -56,6 +59,23 @@ class Raster:
         return self.places[middles(h, rows)][:, middles(w, cols)].flatten()
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a budget makes of an image; tensors on the host.
+
+    Args:
+        found: Every sub-image with its new grid.
+        newlines: Newline tokens that are kept.
+        keep: `[K]`, newlines and the centres of new cells, ascending.
+        order: `[K]`, place of each in the order of `found`, newlines last; None where it is that.
+    """
+
+    found: tuple[Raster, ...]
+    newlines: Int[Tensor, "newlines"]
+    keep: Int[Tensor, "K"]
+    order: Int[Tensor, "K"] | None
+
+
 def signals_for(on: Values) -> frozenset[Signal]:
     """What `resample` reads."""
     if on == "features":
@@ -63,6 +83,7 @@ def signals_for(on: Values) -> frozenset[Signal]:
     return GEOMETRY | {Signal.VISION_FEATURES, Signal.PROJECTOR}
 
 
+@remembered
 def middles(large: int, small: int) -> Int[Tensor, "small"]:
     """Centres of `small` equal cells over `large` places: `floor((i + 0.5) large / small)`."""
     return (2 * torch.arange(small) + 1) * large // (2 * small)
@@ -79,8 +100,20 @@ def small_grid(h: int, w: int, num_keep: int) -> tuple[int, int]:
     return min(whole, key=lambda g: (round(abs(log(g[0] * w / (g[1] * h))), 9), -g[0] * g[1], g[0]))
 
 
-def rasters(tokens: VisualTokens, num_keep: int) -> tuple[list[Raster], Int[Tensor, "newlines"]]:
+def rasters(
+    tokens: VisualTokens, num_keep: int
+) -> tuple[tuple[Raster, ...], Int[Tensor, "newlines"]]:
     """Every sub-image with its new grid, and the newline tokens that are kept.
+
+    Raises:
+        UnsupportedMethodError: As `layout`.
+    """
+    found = layout(tokens, num_keep)
+    return found.found, found.newlines
+
+
+def layout(tokens: VisualTokens, num_keep: int) -> Layout:
+    """What a budget makes of the images of a bucket.
 
     Raises:
         UnsupportedMethodError: The tokens are no full grids (pruned before, or a ragged layout).
@@ -90,25 +123,38 @@ def rasters(tokens: VisualTokens, num_keep: int) -> tuple[list[Raster], Int[Tens
             f"grid methods need whole images with a known grid, got {tokens.num_visual} of "
             f"{tokens.num_original} tokens, grid={tokens.grid}; let them act first"
         )
-    segments = tokens.segments()[0]
+    if tokens.grid is not None and tokens.crops is None:
+        return _of_frames(tokens.grid, num_keep)
+    assert tokens.crops is not None
+    return _layout(tokens.crops.segment, partial(_raster, tokens.crops), num_keep)
+
+
+@remembered
+def _of_frames(grid: tuple[int, int, int], num_keep: int) -> Layout:
+    t, h, w = grid
+    segments = torch.arange(t * h * w) // (h * w)
+    return _layout(segments, lambda places: places.view(h, w), num_keep)
+
+
+def _layout(segments: Tensor, raster_of: Callable[[Tensor], Tensor], num_keep: int) -> Layout:
     found, newlines = [], segments.new_empty(0)
     for segment, share in segment_shares(segments, num_keep).items():
         places = torch.where(segments == segment)[0]
         if segment == -1:
             newlines = places[:share]
         elif share:
-            raster = _raster(tokens, places)
+            raster = raster_of(places)
             h, w = raster.shape
-            found.append(Raster(raster, small_grid(h, w, share), share))
-    return found, newlines
+            whole = torch.equal(raster.flatten(), torch.arange(len(segments)))
+            found.append(Raster(raster, small_grid(h, w, share), share, whole))
+    keep, order = torch.cat([*(raster.centres for raster in found), newlines]).sort()
+    sorted_already = torch.equal(order, torch.arange(len(order)))
+    return Layout(tuple(found), newlines, keep, None if sorted_already else order)
 
 
-def _raster(tokens: VisualTokens, places: Tensor) -> Tensor:
-    if tokens.crops is None:
-        assert tokens.grid is not None
-        return places.view(tokens.grid[1:])
+def _raster(crops: CropLayout, places: Tensor) -> Tensor:
     # unpadded crops are a rectangle somewhere inside the encoder's grid
-    row, col = tokens.crops.row[places], tokens.crops.col[places]
+    row, col = crops.row[places], crops.col[places]
     row, col = row - row.min(), col - col.min()
     h, w = int(row.max()) + 1, int(col.max()) + 1
     order = (row * w + col).sort().indices
@@ -121,9 +167,8 @@ def _raster(tokens: VisualTokens, places: Tensor) -> Tensor:
 
 def sample(tokens: VisualTokens, num_keep: int) -> TokenPlan:
     """Keep the tokens at the centres of the new cells, as they are."""
-    found, newlines = rasters(tokens, num_keep)
-    keep = torch.cat([*(raster.centres for raster in found), newlines]).sort().values
-    return TokenPlan(keep=keep.to(tokens.features.device).expand(tokens.batch, -1))
+    keep = sent(layout(tokens, num_keep).keep, tokens.features.device)
+    return TokenPlan(keep=keep.expand(tokens.batch, -1))
 
 
 def resample(tokens: VisualTokens, num_keep: int, shrink: Shrink, on: Values) -> TokenPlan:
@@ -135,24 +180,20 @@ def resample(tokens: VisualTokens, num_keep: int, shrink: Shrink, on: Values) ->
         shrink: Mixes one sub-image.
         on: What is mixed.
     """
-    found, newlines = rasters(tokens, num_keep)
+    own = layout(tokens, num_keep)
     source = tokens.features if on == "features" else tokens.vision_features
     assert source is not None  # declared in `signals`
-    device = source.device
-    mixed = torch.cat(
-        [
-            shrink(source[:, sent(raster.places.flatten(), device)], raster.size, raster.small)
-            for raster in found
-        ],
-        dim=1,
-    ).to(source.dtype)
+    device, parts = source.device, []
+    for raster in own.found:
+        x = source if raster.whole else source[:, sent(raster.places.flatten(), device)]
+        parts.append(shrink(x, raster.size, raster.small).to(source.dtype))
+    mixed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     if on == "vision_features":
         assert tokens.projector is not None
         mixed = tokens.projector(mixed)
-    values = torch.cat(
-        [mixed.to(tokens.features.dtype), tokens.features[:, sent(newlines, device)]], 1
-    )
-    keep, order = torch.cat([*(raster.centres for raster in found), newlines]).sort()
-    return TokenPlan(
-        keep=sent(keep, device).expand(tokens.batch, -1), features=values[:, sent(order, device)]
-    )
+    values = mixed.to(tokens.features.dtype)
+    if len(own.newlines):
+        values = torch.cat([values, tokens.features[:, sent(own.newlines, device)]], dim=1)
+    if own.order is not None:
+        values = values[:, sent(own.order, device)]
+    return TokenPlan(keep=sent(own.keep, device).expand(tokens.batch, -1), features=values)

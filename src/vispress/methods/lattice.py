@@ -5,15 +5,15 @@ All of it is host arithmetic on places; nothing looks at a token.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from vispress.devices import sent
-from vispress.methods.base import segment_shares
-from vispress.types import TokenPlan, VisualTokens
+from vispress.methods.base import remembered, segment_shares
+from vispress.types import Memory, TokenPlan, VisualTokens
 
 Offset = Literal["first", "last"]
 """Which token of a group stays."""
@@ -38,34 +38,59 @@ Thin = Callable[[Places, int], Int[Tensor, "share"]]
 """Which tokens of a sub-image stay, ascending; their number is at least 1."""
 
 
+@dataclass(frozen=True)
+class Left:
+    """Places of an image's original raster that were left; what is remembered of it."""
+
+    index: tuple[int, ...] | range
+
+
 def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
     """Thin each sub-image and frame on its own, with the budget of `segment_shares`.
 
-    Synchronises only for images that were pruned before.
+    Synchronises only for images that something else pruned since.
     """
-    whole = tokens.num_visual == tokens.num_original
-    index = torch.arange(tokens.num_original)[None] if whole else tokens.index.cpu()
-    if bool((index == index[:1]).all()):
-        index = index[:1]
-    layout = _layout(tokens)
-    kept = torch.stack([_thin_image(own, layout, num_keep, thin) for own in index])
-    return TokenPlan(keep=sent(kept, tokens.features.device).expand(tokens.batch, -1))
+    geometry: tuple[object, ...] = tokens.grid or (1, 1, tokens.num_original)
+    if (crops := tokens.crops) is not None:
+        geometry = tuple(tuple(x.tolist()) for x in (crops.segment, crops.row, crops.col))
+    before = _left(tokens)
+    found = [_thin_image(each, geometry, num_keep, thin) for each in before]
+    kept = torch.stack([keep for keep, _ in (found[:1] if len({*before}) == 1 else found)])
+    return TokenPlan(
+        keep=sent(kept, tokens.features.device).expand(tokens.batch, -1),
+        memory=tuple(Memory(value=left) for _, left in found),
+    )
 
 
-def _layout(tokens: VisualTokens) -> tuple[Tensor, Tensor, Tensor]:
-    """Segment, row and column of each original token; without geometry, all are one row."""
-    if tokens.crops is not None:
-        return tokens.crops.segment, tokens.crops.row, tokens.crops.col
-    _, h, w = tokens.grid or (1, 1, tokens.num_original)
-    place = torch.arange(tokens.num_original)
-    return place // (h * w), place // w % h, place % w
+def _left(tokens: VisualTokens) -> list[Left]:
+    """What is left of each image; from memory, if nothing was dropped since then."""
+    if tokens.num_visual == tokens.num_original:
+        return [Left(range(tokens.num_original))] * tokens.batch
+    known = [m.value for m in tokens.memory if isinstance(m.value, Left)]
+    if known and all(len(left.index) == tokens.num_visual for left in known):
+        return known
+    return [Left(tuple(row)) for row in tokens.index.tolist()]
 
 
+@remembered
 def _thin_image(
-    own: Tensor, layout: tuple[Tensor, Tensor, Tensor], num_keep: int, thin: Thin
-) -> Tensor:
-    """Ascending indices into the places `own [N]` of one image."""
-    segment, row, col = layout
+    before: Left, geometry: tuple[Any, ...], num_keep: int, thin: Thin
+) -> tuple[Tensor, Left]:
+    """Ascending indices `[K]` into the places that were left, and what is left then.
+
+    Args:
+        before: What was left.
+        geometry: Segments, rows and columns of the original tokens; or `(t, h, w)`.
+        num_keep: K.
+        thin: Thins a part.
+    """
+    own = torch.tensor(before.index)
+    if isinstance(geometry[0], int):
+        t, h, w = geometry
+        place = torch.arange(t * h * w)
+        segment, row, col = place // (h * w), place // w % h, place % w
+    else:
+        segment, row, col = map(torch.tensor, geometry)
     picked = []
     for number, share in segment_shares(segment[own], num_keep).items():
         places = torch.where(segment[own] == number)[0]
@@ -75,7 +100,8 @@ def _thin_image(
             there = own[places]
             places = places[thin(Places(row[there], col[there], (h, w)), share)]
         picked.append(places[:share])
-    return torch.cat(picked).sort().values
+    keep = torch.cat(picked).sort().values
+    return keep, Left(tuple(own[keep].tolist()))
 
 
 def thin_run(count: int, num_keep: int, offset: Offset) -> Int[Tensor, "num_keep"]:

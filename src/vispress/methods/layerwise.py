@@ -112,4 +112,4 @@ class Layerwise(ScorePruner):
         """Mean over heads and queries; without words behind the image, zeros."""
         assert tokens.query_attention is not None  # declared in `reads`
         rows = upcast(tokens.query_attention).mean(dim=1)
-        return rows.sum(dim=1) / max(1, rows.shape[1])
+        return rows[:, 0] if rows.shape[1] == 1 else rows.sum(dim=1) / max(1, rows.shape[1])

@@ -1,10 +1,12 @@
 """The text that a text-guided method compares visual tokens with, in the LLM's embedding space."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vispress.methods.base import upcast
+from vispress.methods.base import remembered, upcast
 from vispress.methods.diversity import unit
 from vispress.types import VisualTokens
 
@@ -39,9 +41,23 @@ def scaled(
     """
     score = upcast(score)
     if counted is None:
-        counted = torch.ones_like(score, dtype=torch.bool)
-    low = score.masked_fill(~counted, float("inf")).amin(dim=1, keepdim=True)
-    high = score.masked_fill(~counted, float("-inf")).amax(dim=1, keepdim=True)
+        low, high = score.aminmax(dim=1, keepdim=True)
+    else:
+        low = torch.where(counted, score, float("inf")).amin(dim=1, keepdim=True)
+        high = torch.where(counted, score, float("-inf")).amax(dim=1, keepdim=True)
     spread = high - low
-    flat = spread <= 1e-6 * torch.maximum(high.abs(), low.abs())
-    return torch.where(flat, 1.0, (score - low + eps) / torch.where(flat, 1.0, spread))
+    flat = spread <= 1e-6 * torch.maximum(high, -low)  # the larger of both sizes
+    above = score - low + eps if eps else score - low
+    return (above / spread.masked_fill_(flat, 1.0)).masked_fill_(flat, 1.0)
+
+
+def quantile(score: Float[Tensor, "B N"], q: float) -> Float[Tensor, "B 1"]:
+    """As `torch.quantile`, which takes many calls to find where NaN is: here in all or in none."""
+    rank, ordered = _rank(q, score.shape[1], score.dtype), score.sort(dim=1).values
+    below, above = (ordered[:, int(at) : int(at) + 1] for at in (rank, math.ceil(rank)))
+    return below.lerp(above, rank - int(rank))
+
+
+@remembered
+def _rank(q: float, count: int, dtype: torch.dtype) -> float:
+    return float(torch.tensor(q, dtype=dtype) * (count - 1))

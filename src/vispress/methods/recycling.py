@@ -35,18 +35,16 @@ def fold_dropped(
 ) -> TokenPlan:
     """Keep the best, and put means of clusters of the best dropped tokens at their centres."""
     ranked, count = descending(score), recycled(score.shape[1] - kept)[0] if clusters else 0
-    again = ranked[:, kept : kept + count]
-    rows = torch.arange(len(x), device=x.device)[:, None]
-    empty = again[:, :0], again
-    again_x = upcast(x[rows, again])
-    centres, label = dpc_clusters(again_x, clusters, noise) if clusters else empty
-    centre = again.gather(1, centres)
-    keep = torch.cat([ranked[:, :kept], centre], dim=1).sort(dim=1).values
-    owner = torch.full_like(ranked, -1).scatter(1, ranked[:, :kept], ranked[:, :kept])
-    owner = owner.scatter(1, again, centre.gather(1, label))
+    first, again = ranked[:, :kept], ranked[:, kept : kept + count]
+    own, one = again[..., None].expand(-1, -1, x.shape[2]), torch.ones_like(score)
+    centres = label = again[:, :0]
+    if clusters:
+        centres, label = dpc_clusters(upcast(x.gather(1, own)), clusters, noise)
+    keep, order = torch.cat([first, again.gather(1, centres)], dim=1).sort(dim=1)
     number = torch.arange(keep.shape[1], device=x.device).expand_as(keep)
-    slot = torch.zeros_like(ranked).scatter(1, keep, number)
-    size = torch.zeros_like(centre).scatter_add(1, label, torch.ones_like(label))
-    weight = torch.ones_like(score).scatter(1, again, 1 / size.gather(1, label).to(score))
-    assign = slot.gather(1, owner.clamp(min=0)).where(owner >= 0, -1)
+    slot = torch.empty_like(order).scatter_(1, order, number)  # of what stays, of each centre
+    slots = torch.cat([slot[:, :kept], slot[:, kept:].gather(1, label)], dim=1)
+    assign = torch.full_like(ranked, -1).scatter_(1, ranked[:, : kept + count], slots)
+    size = torch.zeros_like(one[:, :clusters]).scatter_add_(1, label, one[:, :count])
+    weight = one.scatter_(1, again, size.reciprocal().gather(1, label))
     return TokenPlan(keep=keep, assign=assign, weight=weight)

@@ -14,7 +14,6 @@ stay. Schedules other than the published ones are ours.
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -86,10 +85,11 @@ class SparseVLMPlus(ScorePruner):
         assert tokens.query_attention is not None  # declared in `reads`, as the prior is
         assert tokens.rotary_prior is not None
         chosen, prior = raters(tokens), upcast(tokens.rotary_prior)
-        # a zero more: without words there is nothing to take the largest of
-        largest = torch.nn.functional.pad(prior.abs().flatten(1), (0, 1)).amax(dim=1)
-        size = prior.abs().maximum(LEAST * largest[:, None, None])
-        weight = chosen[..., None] / torch.where(prior < 0, -size, size)
+        if not prior.shape[1]:  # no words: zeros
+            return upcast(tokens.query_attention).sum(dim=(1, 2))
+        size = prior.abs()
+        size = size.maximum(LEAST * size.amax(dim=(1, 2), keepdim=True))
+        weight = chosen[..., None] / size.copysign(prior)
         total = (upcast(tokens.query_attention) * weight[:, None]).sum(dim=2)  # [B, H, N]
         best = descending(total.sum(dim=2))[:, : self.heads]
         mean = total.gather(1, best[..., None].expand(-1, -1, total.shape[2])).mean(dim=1)

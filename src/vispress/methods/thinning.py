@@ -31,6 +31,8 @@ def thin_out(
     if num_keep in (0, length):
         return ranked[:, :num_keep]
     together = max(1, (ON_DEVICE if x.is_cuda else ON_HOST) // length**2)
+    if len(x) <= together:
+        return _thin_out(ranked, x, num_keep, step)
     parts = zip(torch.split(ranked, together), torch.split(x, together), strict=True)
     return torch.cat([_thin_out(part, own, num_keep, step) for part, own in parts])
 
@@ -38,7 +40,7 @@ def thin_out(
 def _thin_out(ranked: Tensor, x: Tensor, num_keep: int, step: int) -> Tensor:
     """Works on places in `ranked`; a round is a few calls, which is what it costs on a device."""
     length = ranked.shape[1]
-    own = x[torch.arange(len(x), device=x.device)[:, None], ranked]
+    own = x.gather(1, ranked[..., None].expand(-1, -1, x.shape[2]))
     held = _bounded(own @ -own.mT) if length**2 <= MOST_HELD else None
     left = torch.arange(length, device=x.device).expand(len(x), -1)
     while length > num_keep:

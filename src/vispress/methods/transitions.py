@@ -14,32 +14,38 @@ Direction = Literal["signed", "abs"]
 
 
 def summed_variation(steps: Sequence[Transition], direction: Direction) -> Float[Tensor, "B N"]:
-    """TTV of several layers, added; those that ran on the same rows are worked on together.
+    """TTV of layers: `|y| / |x|` times the sequence softmax of `1 - cos`, all modules added.
 
     Args:
-        steps: Layers; the runtime gives those with the same rows one tensor of validity.
+        steps: Layers; the runtime gives those that ran on the same rows one tensor of validity.
         direction: `"signed"` or `"abs"` cosine.
     """
     same: dict[int, list[Transition]] = {}
     for step in steps:
         same.setdefault(id(step.sequence_valid), []).append(step)
-    return torch.stack([transition_variation(own, direction) for own in same.values()]).sum(dim=0)
+    groups = list(same.values())
+    ordered = [step for group in groups for step in group]
+    own = _reading(_joined([step.cosine for step in ordered]), direction)
+    scale = _joined([log_sum(group, direction) for group in groups])
+    share = (1 - own - scale).exp() * _joined([step.magnitude for step in ordered])
+    parts = torch.split(share, [2 * len(group) for group in groups], dim=1)
+    sums = [part.sum(dim=1) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
 
 
-def transition_variation(steps: Sequence[Transition], direction: Direction) -> Float[Tensor, "B N"]:
-    """TTV of layers: `|y| / |x|` times the sequence softmax of `1 - cos`, all modules added.
+def log_sum(steps: Sequence[Transition], direction: Direction) -> Float[Tensor, "B M 1"]:
+    """The softmax's normaliser of each module of layers that ran on the same rows."""
+    whole = _reading(_joined([step.sequence_cosine for step in steps]), direction)
+    valid = steps[0].sequence_valid[:, None]
+    return torch.where(valid, 1 - whole, float("-inf")).logsumexp(dim=-1, keepdim=True)
 
-    Args:
-        steps: Layers that ran on the same rows.
-        direction: `"signed"` or `"abs"` cosine.
-    """
-    magnitude, own, whole = (
-        torch.cat([upcast(getattr(step, name)) for step in steps], dim=1)
-        for name in ("magnitude", "cosine", "sequence_cosine")
-    )
-    if direction == "abs":
-        whole, own = whole.abs(), own.abs()
-    valid = steps[0].sequence_valid
-    whole = (1 - whole).masked_fill(~valid[:, None], float("-inf"))
-    share = (1 - own - whole.logsumexp(dim=-1, keepdim=True)).exp()
-    return (share * magnitude).sum(dim=1)
+
+def _reading(cosine: Tensor, direction: Direction) -> Tensor:
+    """The cosine that the direction asks for."""
+    return cosine.abs() if direction == "abs" else cosine
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Modules of all parts along the second axis, in at least fp32."""
+    wide = [upcast(part) for part in parts]
+    return wide[0] if len(wide) == 1 else torch.cat(wide, dim=1)

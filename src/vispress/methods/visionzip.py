@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vispress.methods.base import Compressor, Evidence, top_indices, upcast
+from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.methods.checks import check_choice, check_integer
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.segments import GEOMETRY, split
@@ -43,16 +43,14 @@ def owners(
 
     Targets are every step-th of the rest, the first `contextual`; cosines in `metric` choose one.
     """
-    top = top_indices(score, dominant)
-    owner = torch.full_like(score, -1, dtype=torch.int64).scatter(1, top, top)
+    rest = descending(score)[:, dominant:].sort(dim=1).values
+    owner = torch.arange(score.shape[1], device=score.device).expand(score.shape)
     if not contextual:
-        return owner
-    count = score.shape[1] - dominant
-    rest = (owner >= 0).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
-    target = rest[:, :: max(1, count // contextual)][:, :contextual]
-    rows = torch.arange(len(score), device=score.device)[:, None]
-    nearest, _ = assign_nearest(metric[rows, rest], metric[rows, target], backend=backend)
-    return owner.scatter(1, rest, target.gather(1, nearest)).scatter(1, target, target)
+        return owner.scatter(1, rest, -1)
+    target = rest[:, :: max(1, rest.shape[1] // contextual)][:, :contextual]
+    x, y = (metric.take_along_dim(part[..., None], dim=1) for part in (rest, target))
+    into = target.gather(1, assign_nearest(x, y, backend=backend)[0])
+    return owner.scatter(1, rest, into).scatter_(1, target, target)
 
 
 @final
@@ -103,18 +101,20 @@ class VisionZip(Compressor):
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.vision_keys is not None  # declared in `reads`
-        score = encoder_attention(tokens, self.scores)
-        metric = upcast(tokens.vision_keys).mean(dim=1)
-        owner = torch.full_like(score, -1, dtype=torch.int64)
-        for part in (part for parts in split(tokens, num_keep) for part in parts):
-            counts = (part.share, 0) if part.newline else self.split_budget(part.share)
-            here, keys = (t[part.rows][:, part.places] for t in (score, metric))
-            into = owners(here, keys, *counts, tokens.backend)
-            owner[part.rows, part.places] = torch.where(into < 0, into, part.places[into])
+        score, keys = encoder_attention(tokens, self.scores), upcast(tokens.vision_keys).mean(dim=1)
+        if tokens.segmented:
+            owner = torch.full_like(score, -1, dtype=torch.int64)
+            for part in (part for parts in split(tokens, num_keep) for part in parts):
+                counts = (part.share, 0) if part.newline else self.split_budget(part.share)
+                into = owners(part.of(score), part.of(keys), *counts, tokens.backend)
+                owner[part.rows, part.places] = torch.where(into < 0, into, part.places[into])
+        else:
+            owner = owners(score, keys, *self.split_budget(num_keep), tokens.backend)
         survives = owner == torch.arange(owner.shape[1], device=owner.device)
-        keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
-        folded, into = (owner >= 0) & ~survives, owner.clamp(min=0)
-        assign = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
-        count = torch.zeros_like(score).scatter_add(1, into, folded.to(score)).gather(1, into)
-        weight = torch.where(folded, 1 / count.clamp(min=1), 1.0).to(score)
+        keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
+        into, owned = owner.clamp(min=0), owner >= 0
+        folded = owned != survives
+        count = torch.zeros_like(score).scatter_add_(1, into, folded.to(score)).gather(1, into)
+        weight = torch.where(folded, count.clamp(min=1).reciprocal(), 1.0)
+        assign = survives.cumsum(dim=1).gather(1, into) * owned - 1
         return TokenPlan(keep=keep, assign=assign, weight=weight, merge_on="vision_features")

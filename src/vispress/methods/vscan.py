@@ -23,10 +23,9 @@ from vispress.methods.checks import check_choice, check_integer
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.schedules import entry_budgets
 from vispress.methods.segments import GEOMETRY, split
-from vispress.methods.windows import fold, scan, windows
+from vispress.methods.windows import fold, owners, windows
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
-from vispress_kernels.assign_nearest import assign_nearest
 
 PUBLISHED_LAYER = 16
 PUBLISHED_SHALLOW, PUBLISHED_ENCODER_DEPTH = 5, 24
@@ -99,16 +98,14 @@ class VScan(Compressor):
             return TokenPlan(keep=top_indices(score, num_keep))
         attention = encoder_attention(tokens, self.scores)
         local, whole = (attention, attention) if attention.ndim == 2 else attention.unbind(1)
-        window, x = windows(tokens), upcast(tokens.features)
+        x, window, backend = upcast(tokens.features), windows(tokens), tokens.backend
+        if not tokens.segmented:
+            return fold(owners(x, local, whole, window, num_keep, backend), num_keep)
         owner = torch.full_like(whole, -1, dtype=torch.int64)
         for part in (part for parts in split(tokens, num_keep) for part in parts):
-            places, own = part.places, part.of(x)
+            places = part.places
             if not part.newline:
-                keep = scan(part.of(local), part.of(whole), part.of(window), part.share)
-                rows = torch.arange(len(own), device=own.device)[:, None]
-                nearest = keep.gather(
-                    1, assign_nearest(own, own[rows, keep], backend=tokens.backend)[0]
-                )
-                places = places[nearest.scatter(1, keep, keep)]
+                own, near, far, there = (part.of(each) for each in (x, local, whole, window))
+                places = places[owners(own, near, far, there, part.share, backend)]
             owner[part.rows, part.places] = places
         return fold(owner, num_keep)

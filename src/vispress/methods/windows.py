@@ -4,8 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vispress.methods.base import descending
-from vispress.types import TokenPlan, VisualTokens
+from vispress.devices import sent
+from vispress.methods.base import descending, remembered
+from vispress.types import CropLayout, TokenPlan, VisualTokens
+from vispress_kernels import Backend
+from vispress_kernels.assign_nearest import assign_nearest
+from vispress_kernels.gather_tokens import gather_tokens
 
 WINDOWS = 4
 """Windows along each side of a sub-image."""
@@ -14,17 +18,29 @@ WINDOWS = 4
 def windows(tokens: VisualTokens) -> Int[Tensor, "B N"]:
     """Window of each token in its sub-image or frame, of 4 x 4; -1 for newlines."""
     if tokens.crops is not None:
-        segment, row, col = tokens.crops.segment, tokens.crops.row, tokens.crops.col
+        window = _of_crops(tokens.crops)
     else:
         _, h, w = tokens.grid or (1, 1, tokens.num_original)
-        place = torch.arange(tokens.num_original)
-        segment, row, col = place // (h * w), place % (h * w) // w, place % w
-    window = torch.full_like(segment, -1)
+        window = _of_frames(tokens.num_original, h, w)
+    window = sent(window, tokens.index.device)
+    if tokens.num_visual == tokens.num_original:
+        return window.expand(tokens.batch, -1)
+    return window[tokens.index]
+
+
+@remembered
+def _of_frames(count: int, h: int, w: int) -> Tensor:
+    place = torch.arange(count)
+    return place // w % h * WINDOWS // h * WINDOWS + place % w * WINDOWS // w
+
+
+def _of_crops(crops: CropLayout) -> Tensor:
+    segment, window = crops.segment, torch.full_like(crops.segment, -1)
     for each in torch.unique(segment[segment >= 0]).tolist():
         own = segment == each
-        r, c = (x[own] * WINDOWS // (int(x[own].max()) + 1) for x in (row, col))
+        r, c = (x[own] * WINDOWS // (int(x[own].max()) + 1) for x in (crops.row, crops.col))
         window[own] = r * WINDOWS + c
-    return window.to(tokens.index.device)[tokens.index]
+    return window
 
 
 def scan(
@@ -34,22 +50,35 @@ def scan(
     num_keep: int,
 ) -> Int[Tensor, "b K"]:
     """Half of the tokens by local score, equally many a window; the others by the global one."""
-    share, chosen = num_keep // 2 // WINDOWS**2, torch.zeros_like(local, dtype=torch.bool)
-    for each in range(WINDOWS**2):
-        inside = window == each
-        rank = descending(local.masked_fill(~inside, float("-inf"))).argsort(dim=1)
-        chosen = chosen | (inside & (rank < share))
+    share = num_keep // 2 // WINDOWS**2
+    inside = window[:, None] == torch.arange(WINDOWS**2, device=window.device)[:, None]
+    first = descending(torch.where(inside, local[:, None], float("-inf")))[..., :share]
+    chosen = (torch.zeros_like(inside).scatter_(2, first, True) & inside).any(dim=1)
     best = descending(whole)
-    later = (~chosen).gather(1, best).to(torch.int8)
-    return best.gather(1, later.argsort(dim=1, stable=True))[:, :num_keep].sort(dim=1).values
+    before = chosen.gather(1, best).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return best.gather(1, before)[:, :num_keep].sort(dim=1).values
+
+
+def owners(
+    x: Float[Tensor, "b n d"],
+    local: Float[Tensor, "b n"],
+    whole: Float[Tensor, "b n"],
+    window: Int[Tensor, "b n"],
+    num_keep: int,
+    backend: Backend,
+) -> Int[Tensor, "b n"]:
+    """The kept token that each one is averaged into: the most similar, itself where it is kept."""
+    keep = scan(local, whole, window, num_keep)
+    nearest, _ = assign_nearest(x, gather_tokens(x, keep, backend=backend), backend=backend)
+    return keep.gather(1, nearest).scatter_(1, keep, keep)
 
 
 def fold(owner: Int[Tensor, "B N"], num_keep: int) -> TokenPlan:
     """The plan that puts the mean of all tokens with one owner at the owner's place (-1: none)."""
-    place = torch.arange(owner.shape[1], device=owner.device)
-    survives = owner == place
-    keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :num_keep]
-    into, folded = owner.clamp(min=0), (owner >= 0).long()
-    members = torch.zeros_like(owner).scatter_add(1, into, folded).gather(1, into)
-    assign = (survives.cumsum(dim=1) - 1).gather(1, into).where(owner >= 0, -1)
-    return TokenPlan(keep=keep, assign=assign, weight=1 / members.clamp(min=1).float())
+    survives = owner == torch.arange(owner.shape[1], device=owner.device)
+    keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
+    into, folded = owner.clamp(min=0), owner >= 0
+    one = folded.float()
+    members = torch.zeros_like(one).scatter_add_(1, into, one).gather(1, into)
+    assign = survives.cumsum(dim=1).gather(1, into) * folded - 1
+    return TokenPlan(keep=keep, assign=assign, weight=members.clamp(min=1).reciprocal())

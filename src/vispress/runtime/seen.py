@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -77,6 +77,7 @@ class Wanted:
     seen: bool = False
     offset: int = 0  # slot of the chunk's first row
     seen_on: Rows | None = None  # rows of the call that was read
+    asked: Tensor | None = None  # [B, R], which of them ask
 
     def serves(self, placement: Placement, layer: int) -> bool:
         """Whether these are the rows that a placement reads of a layer."""
@@ -93,7 +94,11 @@ class Wanted:
 
     def forget(self) -> None:
         """Let go of what was read, once it is used: many queries are large."""
-        self.rows = self.means = self.key_norms = self.rotary = self.seen_on = None
+        self.rows = self.means = self.key_norms = self.rotary = self.seen_on = self.asked = None
+
+    def slots(self, local: Tensor) -> Tensor:
+        """Where rows of the call that was read are among its layer's keys."""
+        return local + self.offset if self.offset else local
 
     def tail(self, image: Image) -> list[int]:
         """Rows that ask about an image: of those behind one, the last ones of its sample."""
@@ -141,7 +146,10 @@ class Wanted:
         # as many scores at a time as the keys have elements
         size = max(1, key[0, :, 0].numel() // query.shape[1])
         if self.queries is not Queries.ALL:
-            local = rows.to(query.device).place.gather(1, sent(self.positions, query.device))
+            local = sent(self.positions, query.device)
+            if not rows.whole:
+                local = rows.to(query.device).place.gather(1, local)
+            self.asked = local
             if Signal.QUERY_ATTENTION in self.reads:
                 self.rows = ask(local)
             if Signal.MEAN_ATTENTION in self.reads:
@@ -201,7 +209,7 @@ def _attend(
     """Attention of the rows `local [B, R]` of a call: `[B, H, R, S]`, or `[B, R, S]`."""
     heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
     query, S = query.gather(2, heads), key.shape[2]
-    places: Tensor | None = local + offset
+    places: Tensor | None = local + offset if offset else local
     if mask is not None and mask.ndim == 4:  # causality is in the mask
         mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
         index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
@@ -235,9 +243,8 @@ class Seen:
     rows: Rows
     found: list[tuple[Tensor, Tensor]]
 
-    @cached_property
-    def measures(self) -> Tensor:
-        """`[B, 4, P]`: magnitudes of both modules, then cosines; takes the place of `found`."""
+    @property
+    def measures(self) -> list[Tensor]:
+        """`[B, P]` each: magnitudes of both modules, then cosines."""
         magnitudes, cosines = zip(*self.found, strict=True)
-        self.found = []
-        return torch.stack([*magnitudes, *cosines], dim=1)
+        return [*magnitudes, *cosines]
