@@ -54,6 +54,18 @@ def test_strided_input(randn):
     torch.testing.assert_close(kernel, dct_lowpass(x, (5, 7), (2, 3), backend="torch"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (17, 2)])
+def test_gradients_agree_between_backends(randn, size, dtype):
+    x, grad = randn(2, size[0] * size[1], 9, dtype=dtype), randn(2, 6, 9, dtype=dtype)
+    grads = []
+    for backend in ("torch", "triton"):
+        leaf = x.clone().requires_grad_()
+        dct_lowpass(leaf, size, (3, 2), backend=backend).backward(grad)
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.refusal
 def test_bad_input_is_refused():
     x = torch.ones(1, 12, 2)
