@@ -52,6 +52,15 @@ def test_nan_is_never_nearest_and_nothing_to_choose_is_said(device, backend):
     assert (index.item(), cosine.item()) == (0, float("-inf"))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_row_of_zeros_is_as_near_to_all(device, backend):
+    x = torch.tensor([[[0.0, 0.0], [-1.0, 0.0]]], device=device)
+    targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], device=device)
+    index, cosine = assign_nearest(x, targets, backend=backend)
+    assert index.tolist() == [[0, 1]]
+    assert cosine.tolist() == [[0.0, 0.0]]
+
+
 def test_strided_input(randn):
     x, targets = randn(2, 20, 37).transpose(1, 2), randn(2, 60, 20)[:, ::3]
     for got, want in zip(

@@ -62,6 +62,22 @@ def test_weightless_and_nan_tokens_come_last(device, backend):
     assert maxmin_select(x, 5, backend=backend)[0, -1].item() == 1
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_after_a_nan_token_distances_say_nothing(device, backend):
+    x = torch.tensor([TOKENS], device=device)
+    x[0, 3] = float("nan")
+    first = torch.tensor([3], device=device)
+    order = maxmin_select(x, 5, first=first, backend=backend)
+    assert order.tolist() == [[3, 0, 1, 2, 4]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_of_zeros_is_at_right_angles_to_all(device, backend):
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 0.0], [-1.0, 0.0]]], device=device)
+    first = torch.tensor([0], device=device)
+    assert maxmin_select(x, 4, first=first, backend=backend).tolist() == [[0, 3, 2, 1]]
+
+
 def test_strides_do_not_matter(randn):
     x = randn(2, 20, 15).transpose(1, 2)
     order = maxmin_select(x, 4, backend="triton")

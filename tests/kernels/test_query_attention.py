@@ -84,6 +84,9 @@ def test_splits_of_several_blocks(randn, assert_accurate, monkeypatch, mean_head
 def test_strided_inputs(randn, assert_accurate):
     q, k = randn(2, 3, 4, 32).transpose(1, 2), randn(2, 80, 2, 32)[:, ::2].transpose(1, 2)
     assert_accurate(*run(q, k, mean_heads=True))
+    valid = randn(2, 50) > -1
+    for mask in (valid[:, 3:43], valid[1:, :40].expand(2, -1)):
+        assert_accurate(*run(q, k, key_valid=mask, mean_heads=True))
 
 
 def test_the_last_shift_is_the_largest_logit(device):
