@@ -54,6 +54,13 @@ def test_equal_tokens_are_taken_once_each_in_order(device, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_copies_of_chosen_tokens_tie_whatever_rounding_leaves_of_them(randn, backend):
+    order = maxmin_select(randn(1, 6, 20).repeat(1, 3, 1), 18, backend=backend)[0].tolist()
+    assert sorted(order[:6]) == list(range(6))
+    assert order[6:] == list(range(6, 18))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weightless_and_nan_tokens_come_last(device, backend):
     x = torch.eye(5, device=device)[None].clone()
     weight = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]], device=device)
