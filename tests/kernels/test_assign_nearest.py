@@ -44,6 +44,19 @@ def test_ties_within_and_across_programs(device, monkeypatch, columns):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_targets_tie_whatever_a_product_makes_of_their_places(randn, device, backend):
+    for N, M, D in ((1, 9, 130), (2, 17, 300), (3, 37, 33)):
+        x, targets = randn(2, N, D), randn(2, 3, D)[:, torch.arange(M, device=device) % 3]
+        index, _ = assign_nearest(x, targets, backend=backend)
+        assert (index < 3).all()
+        # the first copy that is not the row itself
+        index, _ = assign_nearest(targets, targets, exclude_self=True, backend=backend)
+        own = torch.arange(M, device=device) % 3
+        own[:3] += 3
+        assert torch.equal(index, own.expand(2, -1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nan_is_never_nearest_and_nothing_to_choose_is_said(device, backend):
     targets = torch.tensor([[[float("nan"), 1.0], [1.0, 0.1]]], device=device)
     x = torch.tensor([[[0.0, 1.0]]], device=device)

@@ -5,7 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.methods.diversity import unit
-from vispress_kernels.maxmin_select.reference import first_equal, first_of_best
+from vispress_kernels.assign_nearest.reference import first_equal
+from vispress_kernels.maxmin_select.reference import first_of_best
 
 MOST_PRODUCTS = 1 << 24
 """Cosines that exist at a time: those of one image, or of as many small ones."""
