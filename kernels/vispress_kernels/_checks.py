@@ -57,10 +57,26 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def check_count(name: str, value: int, low: int, high: int) -> None:
-    """Refuse a count outside `[low, high]`.
+    """Refuse a count that is not an integer or is outside `[low, high]`.
 
     Raises:
+        TypeError: Names the value, which is not an integer.
         ValueError: Names the value and its range.
     """
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Refuse queries `[B, H, ...]` and keys `[B, Hk, ...]` that make no attention.
+
+    Raises:
+        ValueError: The heads of k do not divide those of q, or heads have no width.
+    """
+    H, Hk = q.shape[1], k.shape[1]
+    if Hk == 0 or H % Hk:
+        raise ValueError(f"q has {H} heads, which the {Hk} heads of k do not divide")
+    if q.shape[-1] == 0:
+        raise ValueError(f"heads must have a width of at least 1, got q of shape {tuple(q.shape)}")

@@ -19,6 +19,10 @@ from vispress_kernels.transition_scores import kernel as transition
 
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLAGS = (True, False)
+CUT_OFF = (40, 72, 200)
+"""Heads narrower than their block, SigLIP's among them; fp32 takes all heads in like chunks."""
+CUT_OFF_PARTS = (90, 112, 130, 150, 180)
+"""Such heads that `column_attention` takes in two parts or in blocks of their own."""
 
 
 @dataclass
@@ -108,8 +112,8 @@ def _copies() -> list[Variant]:
         types = {"assign_ptr": "*i64", "order_ptr": "*i32", "start_ptr": "*i32"}
         constants = merge.order_rule(1, places)
         found.append(Variant(merge.order_tokens_kernel, types, constants, ("stride_n",)))
-    # how it was ordered; the ratios and widths that the rule tells apart
-    rules = product(("i32", "i64"), (1, 4), (64, 256, 4096))
+    # how it was ordered; the ratios and widths that the rule tells apart, Qwen2.5-VL's among them
+    rules = product(("i32", "i64"), (1, 4), (64, 256, 3584, 4096))
     for order, ratio, D in rules:
         for dtype, weighted, mean in product(DTYPES, FLAGS, FLAGS):
             types = {"order_ptr": f"*{order}", "start_ptr": "*i32", "weight_ptr": "*fp32"}
@@ -124,15 +128,19 @@ def _copies() -> list[Variant]:
 
 def _attention() -> list[Variant]:
     found = []
-    for mean, N, splits in product(FLAGS, (576, 16384, 131072), (1, 16, query.MAX_SPLITS)):
-        constants = {"MEAN": mean, **query.weights_rule(28, N, splits, mean)}
+    sizes = product(FLAGS, (1, 28), (576, 16384, 131072), (1, 16, query.MAX_SPLITS))
+    for mean, heads, N, splits in sizes:
+        constants = {"MEAN": mean, **query.weights_rule(heads, N, splits, mean)}
         types = _fp32("logits_ptr", "stats_ptr", "out_ptr")
-        found.append(Variant(query.weights_kernel, types, constants))
+        default = heads > 1 or not mean
+        found.append(Variant(query.weights_kernel, types, constants, (), default))
     units = ("stride_qd", "stride_kd")
     masks = (("none", False, False), ("keys", True, False), ("queries", True, True))
-    # heads that the rules tell apart: CLIP, SigLIP and most LLMs, the widest
-    for dtype, head in product(DTYPES, (64, 128, 256)):
-        common = dtype != "fp16" and head != 256
+    # heads that the rules tell apart: CLIP, most LLMs, the widest; and those their blocks exceed
+    for dtype, head in product(DTYPES, (64, 128, 256, *CUT_OFF)):
+        if dtype != "bf16" and head in CUT_OFF:
+            continue
+        common = dtype != "fp16" and head in (64, 72, 128)
         qk = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "scale": "fp32", "valid_ptr": "*u8"}
         for rows, (mask, valid, own), count in product(FLAGS, masks, (16, 64)):
             types = qk | _fp32("logits_ptr", "stats_ptr") | {"rows_ptr": "*i64"}
@@ -148,8 +156,11 @@ def _columns() -> list[Variant]:
     found = []
     units = ("stride_qd", "stride_kd")
     # CLIP, Qwen's encoder (in two parts), the widest in one block, the widest; few rows and many
-    for dtype, head, blocks in product(DTYPES, (64, 80, 128, 256), (1, column.FEW_PROGRAMS)):
-        common = dtype != "fp16" and head in (64, 80)
+    heads = (64, 80, 128, 256, *CUT_OFF, *CUT_OFF_PARTS)
+    for dtype, head, blocks in product(DTYPES, heads, (1, column.FEW_PROGRAMS)):
+        if dtype != "bf16" and head not in (64, 80, 128, 256):
+            continue
+        common = dtype != "fp16" and head in (64, 72, 80)
         types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "scale": "fp32", "valid_ptr": "*u8"}
         types |= {"bounds_ptr": "*i64", "lse_ptr": "*fp32"}
         for causal, bounds, valid in product(FLAGS, FLAGS, FLAGS):
@@ -172,7 +183,10 @@ def _selections() -> list[Variant]:
         rule = {"BLOCK_P": greedy.MAX_BESTS, **greedy.launch_rule(N, D)}
         kernels = maxmin.maxmin_step_kernel, dpp.dpp_step_kernel
         found += _greedy(*kernels, dtype, rule, {}, default, weighted)
-    for dtype, D, P, weighted in product(DTYPES, (64, 256, 4096), (1, 128, 1024), FLAGS):
+    widths = (64, 128, 256, 512, 1024, 2048, 4096)
+    for dtype, D, P, weighted in product(DTYPES, widths, (1, 128, 1024), FLAGS):
+        if D not in (64, 256, 4096) and P != 128:
+            continue
         default = D == 4096 and P == 128 and dtype != "fp16"
         rule = {"BLOCK_P": P, **greedy.whole_rule(D, DTYPES[dtype])}
         more = {"first_ptr": "*i64", "given_ptr": "*fp32", "count_ptr": "*i32"}
@@ -221,12 +235,12 @@ def _arithmetic() -> list[Variant]:
             kernel = transition.transition_scores_kernel
             found.append(Variant(kernel, types, constants, units, default))
         types = {"x_ptr": x, "out_ptr": x, "rows_ptr": "*fp32", "columns_ptr": "*fp32"}
-        sizes = product((16, 24, 32, 64, 128, 256), (12, 32))
-        for H, new in sizes:
-            constants = dct.launch_rule(H, new, new, DTYPES[dtype])
+        sizes = product((16, 24, 32, 64, 128, 256), (12, 32), (12, 32))
+        for H, P, Q in sizes:
+            constants = dct.launch_rule(H, P, Q, DTYPES[dtype])
             constants |= {"ONE_H": constants["BLOCK_H"] >= H, "SPLIT": DTYPES[dtype] == 2}
             kernel = dct.dct_lowpass_kernel
-            found.append(Variant(kernel, types, constants, ("stride_c",), default))
+            found.append(Variant(kernel, types, constants, ("stride_c",), default and P == Q))
     return [*found, *_perturbation()]
 
 

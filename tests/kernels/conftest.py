@@ -17,16 +17,17 @@ def device():
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch):
-    """Fill `torch.empty` with NaN, or with nonsense integers, so that unwritten outputs show."""
-    empty = torch.empty
+    """Fill new tensors with NaN, or with nonsense integers, so that what is not written shows."""
 
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        if out.is_floating_point():
-            return out.fill_(float("nan"))
-        return out.fill_(77)
+    def poisoned(make):
+        def filled(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else 77)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 @pytest.fixture

@@ -44,12 +44,34 @@ def test_ties_within_and_across_programs(device, monkeypatch, columns):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_equal_targets_tie_whatever_a_product_makes_of_their_places(randn, device, backend):
+    for N, M, D in ((1, 9, 130), (2, 17, 300), (3, 37, 33)):
+        x, targets = randn(2, N, D), randn(2, 3, D)[:, torch.arange(M, device=device) % 3]
+        index, _ = assign_nearest(x, targets, backend=backend)
+        assert (index < 3).all()
+        # the first copy that is not the row itself
+        index, _ = assign_nearest(targets, targets, exclude_self=True, backend=backend)
+        own = torch.arange(M, device=device) % 3
+        own[:3] += 3
+        assert torch.equal(index, own.expand(2, -1))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nan_is_never_nearest_and_nothing_to_choose_is_said(device, backend):
     targets = torch.tensor([[[float("nan"), 1.0], [1.0, 0.1]]], device=device)
     x = torch.tensor([[[0.0, 1.0]]], device=device)
     assert assign_nearest(x, targets, backend=backend)[0].item() == 1
     index, cosine = assign_nearest(x, x, exclude_self=True, backend=backend)
     assert (index.item(), cosine.item()) == (0, float("-inf"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_row_of_zeros_is_as_near_to_all(device, backend):
+    x = torch.tensor([[[0.0, 0.0], [-1.0, 0.0]]], device=device)
+    targets = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]], device=device)
+    index, cosine = assign_nearest(x, targets, backend=backend)
+    assert index.tolist() == [[0, 1]]
+    assert cosine.tolist() == [[0.0, 0.0]]
 
 
 def test_strided_input(randn):

@@ -100,6 +100,9 @@ def test_bad_input_is_refused():
         column_attention(q, q[:, :, :4])
     with pytest.raises(ValueError, match="got 1 bounds"):
         column_attention(q, q, cu_seqlens=torch.tensor([0]))
+    for bounds in ([0, 4], [0, 4, 9], [1, 5], [0, 4, 2, 5]):
+        with pytest.raises(ValueError, match=r"cu_seqlens must run from 0 to 5 .* got \[[01], "):
+            column_attention(q, q, cu_seqlens=torch.tensor(bounds), backend="torch")
     with pytest.raises(TypeError, match="float32"):
         column_attention(q, q, cu_seqlens=torch.tensor([0.0, 5.0]))
     with pytest.raises(TypeError, match=r"valid must be torch.bool"):

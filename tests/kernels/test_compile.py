@@ -60,6 +60,29 @@ def test_every_configuration_compiles_without_spills(tmp_path, capability):
     check(probe(capability, tmp_path, "--all"))
 
 
+def test_the_variants_hold_every_choice_of_the_launch_rules():
+    missing = run_apart("-c", "from compile_reach import missing; print(*missing(), sep='\\n')")
+    assert not missing.strip(), missing
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"error": "CompilationError"},
+        {"stack": FEW_BYTES + 8},
+        {"shared": SHARED_LIMIT + 1},
+        {"narrow": ["%1 = arith.muli"]},
+        {"kernel": "another"},
+    ],
+    ids=lambda broken: next(iter(broken)),
+)
+def test_each_limit_can_fail(broken):
+    results = json.loads((RECORDS / "sm80.json").read_text())["variants"]
+    even = next(name for name, result in results.items() if result["even"])
+    with pytest.raises(AssertionError):
+        check(results | {even: results[even] | broken})
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_record_holds_every_configuration(capability):
     names = "from compile_variants import variants; print(*(v.name for v in variants()), sep='\\n')"

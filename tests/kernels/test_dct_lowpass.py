@@ -13,6 +13,7 @@ CASES = [
     (2, (5, 7), (3, 4), 37),
     (1, (24, 24), (12, 12), 5),
     (1, (3, 40), (2, 20), 33),
+    (1, (130, 2), (9, 1), 3),  # a height of several blocks
     (1, (4, 4), (4, 4), 8),
     (0, (2, 2), (1, 1), 4),
 ]
@@ -52,6 +53,18 @@ def test_strided_input(randn):
     x = randn(2, 10, 35).transpose(1, 2)
     kernel = dct_lowpass(x, (5, 7), (2, 3), backend="triton")
     torch.testing.assert_close(kernel, dct_lowpass(x, (5, 7), (2, 3), backend="torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (17, 2)])
+def test_gradients_agree_between_backends(randn, size, dtype):
+    x, grad = randn(2, size[0] * size[1], 9, dtype=dtype), randn(2, 6, 9, dtype=dtype)
+    grads = []
+    for backend in ("torch", "triton"):
+        leaf = x.clone().requires_grad_()
+        dct_lowpass(leaf, size, (3, 2), backend=backend).backward(grad)
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.refusal

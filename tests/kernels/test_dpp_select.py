@@ -42,6 +42,36 @@ def test_equal_tokens_and_no_relevance_are_taken_once_each(device, backend):
     assert dpp_select(x, 0 * x[..., 0], 9, backend=backend).tolist() == [list(range(9))]
 
 
+def by_relevance(order, relevance, found):
+    """Whether all but the first found tokens are in the order of relevance."""
+    most = relevance.argsort(descending=True).tolist()
+    return order[found:] == [i for i in most if i not in order[:found]][: len(order) - found]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rounding_is_no_gain_where_the_rank_is_below_the_width(randn, backend):
+    x, relevance = randn(1, 9, 2) @ randn(2, 8), randn(1, 9).abs()
+    assert by_relevance(dpp_select(x, relevance, 6, backend=backend)[0].tolist(), relevance[0], 2)
+
+
+def test_there_is_no_gain_beyond_the_width(randn, monkeypatch):
+    # as if what rounding leaves were more than the floor: the factor has no third column
+    monkeypatch.setattr("vispress_kernels.dpp_select.kernel.NOISE", -1.0)
+    x, relevance = randn(1, 9, 2), randn(1, 9).abs()
+    assert by_relevance(dpp_select(x, relevance, 6, backend="triton")[0].tolist(), relevance[0], 2)
+
+
+@pytest.mark.parametrize("launches", ["one", "a step"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nan_counts_as_no_relevance(device, monkeypatch, backend, launches):
+    if launches == "a step":
+        monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: 0)
+    x = torch.eye(4, device=device)[None]
+    relevance = torch.tensor([[0.0, float("nan"), 0.3, 0.2]], device=device)
+    for scale in (1.0, 1e-30):  # the square of the second is 0: relevance decides
+        assert dpp_select(x, scale * relevance, 4, backend=backend).tolist() == [[2, 3, 0, 1]]
+
+
 def test_each_step_maximises_the_determinant(randn):
     x, relevance = randn(1, 12, 8, dtype=torch.float64), randn(1, 12).abs().double()
     unit = x[0] / x[0].norm(dim=-1, keepdim=True) * relevance[0][:, None]

@@ -65,8 +65,11 @@ def test_tensors_of_different_width_dtype_and_stride_share_a_launch(randn, devic
     )
     outs = gather_tokens_many(xs, keep, backend="triton")
     for x, out in zip(xs, outs, strict=True):
+        reference = gather_tokens_reference(x, keep)
         assert out.dtype == x.dtype
-        assert torch.equal(out, gather_tokens_reference(x, keep))
+        assert torch.equal(out, reference)
+        assert out.is_contiguous()
+        assert reference.is_contiguous()
 
 
 def test_every_bit_is_kept(device):

@@ -54,12 +54,35 @@ def test_equal_tokens_are_taken_once_each_in_order(device, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_copies_of_chosen_tokens_tie_whatever_rounding_leaves_of_them(randn, backend):
+    order = maxmin_select(randn(1, 6, 20).repeat(1, 3, 1), 18, backend=backend)[0].tolist()
+    assert sorted(order[:6]) == list(range(6))
+    assert order[6:] == list(range(6, 18))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_weightless_and_nan_tokens_come_last(device, backend):
     x = torch.eye(5, device=device)[None].clone()
     weight = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]], device=device)
     assert maxmin_select(x, 5, weight=weight, backend=backend).tolist() == [[1, 2, 3, 4, 0]]
     x[0, 1] = float("nan")
     assert maxmin_select(x, 5, backend=backend)[0, -1].item() == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_after_a_nan_token_distances_say_nothing(device, backend):
+    x = torch.tensor([TOKENS], device=device)
+    x[0, 3] = float("nan")
+    first = torch.tensor([3], device=device)
+    order = maxmin_select(x, 5, first=first, backend=backend)
+    assert order.tolist() == [[3, 0, 1, 2, 4]]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_token_of_zeros_is_at_right_angles_to_all(device, backend):
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 0.0], [-1.0, 0.0]]], device=device)
+    first = torch.tensor([0], device=device)
+    assert maxmin_select(x, 4, first=first, backend=backend).tolist() == [[0, 3, 2, 1]]
 
 
 def test_strides_do_not_matter(randn):

@@ -114,6 +114,18 @@ def test_gradients_agree_between_backends(randn, device, reduce):
         torch.testing.assert_close(kernel, reference)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_pass_tokens_of_no_group_and_no_groups_by(device, backend):
+    assign = torch.tensor([[0, 1, -1, 2]], device=device)
+    x = torch.ones(1, 4, 1, device=device, requires_grad=True)
+    grad = torch.tensor([[[float("inf")], [3.0]]], device=device)
+    merge_tokens(x, assign, 2, backend=backend).backward(grad)
+    assert x.grad.flatten().tolist() == [float("inf"), 3.0, 0.0, 0.0]
+    x.grad = None
+    merge_tokens(x, assign, 0, backend=backend).sum().backward()
+    assert x.grad.flatten().tolist() == [0.0] * 4
+
+
 @pytest.mark.refusal
 def test_bad_input_is_refused():
     x, assign = torch.ones(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
@@ -125,5 +137,7 @@ def test_bad_input_is_refused():
         merge_tokens(x.long(), assign, 2)
     with pytest.raises(ValueError, match=r"num_keep must be in .* got -1"):
         merge_tokens(x, assign, -1)
+    with pytest.raises(TypeError, match=r"num_keep must be an integer, got 2\.0"):
+        merge_tokens(x, assign, 2.0)
     with pytest.raises(ValueError, match="'max'"):
         merge_tokens(x, assign, 2, reduce="max")

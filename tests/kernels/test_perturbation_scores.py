@@ -91,6 +91,20 @@ def test_gradients_pass_the_rounding(randn):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rms_is_the_limit_of_a_small_step_and_differentiable(randn, backend):
+    x, w1, b1, w2, u = make(randn, 2, 5, 8, 12, 10, 3)
+    x.requires_grad_()
+    out = perturbation_scores(x, w1, b1, w2, u, average="rms", backend=backend)
+    out.sum().backward()
+    assert x.grad.abs().sum() > 0
+    hidden = (x.detach().double() @ w1.double().T + b1).requires_grad_()
+    (slope,) = torch.autograd.grad(nn.functional.gelu(hidden).sum(), hidden)
+    moved = slope[None] * (u.double() @ w1.double().T)[:, None, None]
+    norms = (moved @ w2.double().T).norm(dim=-1)
+    torch.testing.assert_close(out.double(), norms.square().mean(0).sqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_factor_of_w2_gives_the_same_scores(randn, backend):
     x, w1, _, w2, u = make(randn, 1, 7, 8, 12, 30, 2)
     _, s, v = torch.linalg.svd(w2, full_matrices=False)

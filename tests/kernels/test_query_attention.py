@@ -59,6 +59,21 @@ def test_masks(randn, device, backend):
 
 
 @pytest.mark.parametrize("mean_heads", [False, True])
+@pytest.mark.parametrize("rows", [None, 30])
+def test_a_mask_row_for_each_query(randn, assert_accurate, rows, mean_heads):
+    # heads of 4: with the heads averaged, two queries at a time
+    q, k = randn(3, 2, 5, 4), randn(3, 1, 77, 4)
+    valid = randn(3, 5, 77) > 0
+    valid[1, 3] = False
+    for mask in (
+        valid,
+        valid.transpose(1, 2).contiguous().transpose(1, 2),
+        valid[:1].expand(3, -1, -1),
+    ):
+        assert_accurate(*run(q, k, rows=rows, key_valid=mask, mean_heads=mean_heads))
+
+
+@pytest.mark.parametrize("mean_heads", [False, True])
 def test_splits_of_several_blocks(randn, assert_accurate, monkeypatch, mean_heads):
     # as for more than 128 x 64 keys
     monkeypatch.setattr("vispress_kernels.query_attention.kernel.MAX_SPLITS", 2)
@@ -69,6 +84,9 @@ def test_splits_of_several_blocks(randn, assert_accurate, monkeypatch, mean_head
 def test_strided_inputs(randn, assert_accurate):
     q, k = randn(2, 3, 4, 32).transpose(1, 2), randn(2, 80, 2, 32)[:, ::2].transpose(1, 2)
     assert_accurate(*run(q, k, mean_heads=True))
+    valid = randn(2, 50) > -1
+    for mask in (valid[:, 3:43], valid[1:, :40].expand(2, -1)):
+        assert_accurate(*run(q, k, key_valid=mask, mean_heads=True))
 
 
 def test_the_last_shift_is_the_largest_logit(device):
@@ -98,5 +116,9 @@ def test_bad_input_is_refused():
         query_attention(q, k[:, :2].half())
     with pytest.raises(TypeError, match=r"key_valid must be torch.bool"):
         query_attention(q, k[:, :2], key_valid=torch.ones(1, 5))
+    with pytest.raises(TypeError, match=r"rows must be an int64 tensor, .* got 1\.5"):
+        query_attention(q, k[:, :2], rows=1.5)
+    with pytest.raises(ValueError, match=r"width of at least 1, got q of shape \(1, 4, 1, 0\)"):
+        query_attention(q[..., :0], k[:, :2, :, :0])
     with pytest.raises(ValueError, match=r"rows must have shape"):
         query_attention(q, k[:, :2], rows=torch.zeros(2, dtype=torch.int64))

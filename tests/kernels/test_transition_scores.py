@@ -30,6 +30,14 @@ def test_hand_worked_and_zero_rows(device, backend):
     torch.testing.assert_close(cosine.cpu(), torch.tensor([1.0, 0.0, 0.0]))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nan_stays_one(device, backend):
+    x = torch.tensor([[float("nan"), 1.0], [1.0, 1.0]], device=device)
+    for a, b in ((x, x.flip(0)), (x.flip(0), x)):
+        for score in transition_scores(a, b, backend=backend):
+            assert score.isnan().all()
+
+
 def test_slices_of_a_sequence_need_no_copy(randn):
     x, y = randn(2, 50, 40)[:, 3:40], randn(2, 40, 50).transpose(1, 2)[:, 3:40]
     kernel = transition_scores(x, y, backend="triton")

@@ -19,6 +19,32 @@ def inverse_norms(x: Tensor) -> Tensor:
     return norm.clamp(min=EPS).reciprocal()
 
 
+def first_equal(rows: Tensor, block: int = 1024) -> Tensor:
+    """Index of the first row equal to each row of `[B, N, D]`, itself where there is none.
+
+    A matrix product may round equal rows differently by their place; read through this index,
+    equal rows have equal products.
+
+    Args:
+        rows: Any values, N at least 1; a NaN equals nothing.
+        block: Rows compared at a time.
+    """
+    B, N, D = rows.shape
+    # summed token by token, so that equal rows have equal sums and stand side by side once sorted
+    mix = torch.arange(1, D + 1, device=rows.device).mul(0.61803398875).frac().to(rows.dtype)
+    parts = [(rows[:, i : i + block] * mix).sum(-1) for i in range(0, N, block)]
+    order = torch.cat(parts, 1).sort(dim=1, stable=True).indices
+    batch = torch.arange(B, device=rows.device)[:, None]
+    fresh = torch.ones(B, N, dtype=torch.bool, device=rows.device)
+    for i in range(1, N, block):
+        here = order[:, i : i + block]
+        same = rows[batch, here] == rows[batch, order[:, i - 1 : i - 1 + here.shape[1]]]
+        fresh[:, i : i + here.shape[1]] = ~same.all(-1)
+    places = torch.arange(N, device=rows.device)
+    leader = torch.where(fresh, places, 0).cummax(1).values  # where each run of equals starts
+    return torch.empty_like(order).scatter(1, order, order.gather(1, leader))
+
+
 def assign_nearest_reference(
     x: Tensor, targets: Tensor, exclude_self: bool
 ) -> tuple[Tensor, Tensor]:
@@ -28,13 +54,15 @@ def assign_nearest_reference(
     """
     B, N, D = x.shape
     M = targets.shape[1]
-    rows, columns = unit_rows(x), unit_rows(targets).transpose(1, 2)
+    rows, units = unit_rows(x), unit_rows(targets)
+    columns, twin = units.transpose(1, 2), first_equal(units)[:, None]
     index = torch.empty(B, N, dtype=torch.int64, device=x.device)
     cosine = rows.new_empty(B, N)
     places = torch.arange(M, device=x.device)
     for begin in range(0, N, max(D, 1)):
         part = slice(begin, begin + max(D, 1))
         similarity = (rows[:, part] @ columns).nan_to_num(nan=float("-inf"))
+        similarity = similarity.gather(2, twin.expand_as(similarity))
         if exclude_self:
             itself = places == torch.arange(N, device=x.device)[part, None]
             similarity = similarity.masked_fill(itself, float("-inf"))

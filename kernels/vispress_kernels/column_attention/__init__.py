@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from vispress_kernels._backend import Backend, resolve_backend
-from vispress_kernels._checks import check_device, check_dtype, check_floating, check_shape
+from vispress_kernels._checks import (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_heads,
+    check_shape,
+)
 from vispress_kernels.column_attention.reference import column_attention_reference, segment_bounds
 
 MAX_HEAD = 256  # wider ones do not fit shared memory
@@ -34,7 +40,8 @@ def column_attention(
         k: Keys `[B, Hk, S, Dh]` of the same dtype; Hk divides H.
         cu_seqlens: Bounds `[M + 1]` int32 or int64, from 0 to S, of segments packed along S, which
             attend only inside themselves. The mean is then over the key's own segment. The
-            reference reads them on the host.
+            reference reads them on the host and refuses bounds that do not run from 0 to S; the
+            kernel does not look (it would cost a device synchronisation).
         valid: `[B, S]` bool, False on padding, which counts neither as key nor as query.
         causal: Whether a query sees only keys up to its own place.
         scale: Factor on the logits; `Dh ** -0.5` when left out.
@@ -45,14 +52,14 @@ def column_attention(
         `[B, H, S]`, or `[B, S]` with `mean_heads`; fp32 (fp64 for fp64 inputs). Padding gets 0.
 
     Raises:
-        ValueError: Shapes or devices disagree, or Hk does not divide H.
+        ValueError: Shapes or devices disagree, Hk does not divide H, Dh is 0, or the reference
+            reads bounds that do not run from 0 to S.
         TypeError: A dtype is not one named above.
     """
     check_shape(q=(q, (None, None, None, None)))
-    B, H, S, Dh = q.shape
+    B, _H, S, Dh = q.shape
     check_shape(k=(k, (B, None, S, Dh)))
-    if k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(f"q has {H} heads, which the {k.shape[1]} heads of k do not divide")
+    check_heads(q, k)
     check_floating(q=q)
     check_dtype(q.dtype, k=k)
     check_device(q=q, k=k, cu_seqlens=cu_seqlens, valid=valid)

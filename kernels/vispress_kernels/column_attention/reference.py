@@ -44,6 +44,9 @@ def column_attention_reference(
     most as many scores as the keys have elements.
     """
     if cu_seqlens is not None:
+        bounds, S = cu_seqlens.tolist(), q.shape[2]
+        if bounds[0] != 0 or bounds[-1] != S or sorted(bounds) != bounds:
+            raise ValueError(f"cu_seqlens must run from 0 to {S} without a step back, got {bounds}")
         parts = [
             column_attention_reference(
                 q[:, :, a:b],
@@ -53,7 +56,7 @@ def column_attention_reference(
                 scale,
                 causal,
             )
-            for a, b in pairwise(cu_seqlens.tolist())
+            for a, b in pairwise(bounds)
         ]
         return torch.cat(parts, -1)
     B, H, S, Dh = q.shape

@@ -35,4 +35,4 @@ def dct_lowpass_reference(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`rows X columns^T` for each channel of `[B, H * W, C]`; differentiable."""
     grid = torch.unflatten(x.to(rows.dtype), 1, (rows.shape[1], columns.shape[1]))
     narrow = torch.einsum("qw,bhwc->bhqc", columns, grid)
-    return torch.einsum("ph,bhqc->bpqc", rows, narrow).flatten(1, 2).to(x.dtype)
+    return torch.einsum("ph,bhqc->bpqc", rows, narrow).flatten(1, 2).to(x.dtype).contiguous()

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from vispress_kernels.assign_nearest.reference import unit_rows
-from vispress_kernels.maxmin_select.reference import first_equal, first_of_best
+from vispress_kernels.assign_nearest.reference import first_equal, unit_rows
+from vispress_kernels.maxmin_select.reference import first_of_best
 
 
 def dpp_start(x: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,4 +6,5 @@ from torch import Tensor
 
 def gather_tokens_reference(x: Tensor, keep: Tensor) -> Tensor:
     """`out[b, k] = x[b, keep[b, k]]`; differentiable."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], keep]
+    # indexing keeps the order of strides
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], keep].contiguous()

@@ -33,7 +33,7 @@ def maxmin_select(
     within 8 units of rounding are 0 (copies of chosen tokens). Ties go to the lowest index, equal
     tokens tie, a NaN comes after all numbers, no token is chosen twice. Nothing of size
     `N x N` is stored: memory is O(N D). Bound by memory or cache: each of K steps reads the tokens
-    once; the kernel takes one launch a step, without a host sync. Not differentiable.
+    once; the kernel takes one launch, or one a step, without a host sync. Not differentiable.
 
     Args:
         x: Tokens `[B, N, D]`, fp16, bf16, fp32 or fp64, any strides; distances are in fp32.

@@ -6,7 +6,7 @@ All of them at once only where that takes no more memory than the tokens (N <= D
 import torch
 from torch import Tensor
 
-from vispress_kernels.assign_nearest.reference import unit_rows
+from vispress_kernels.assign_nearest.reference import first_equal, unit_rows
 
 
 def zero_distance(dtype: torch.dtype) -> float:
@@ -48,29 +48,3 @@ def first_of_best(score: Tensor, chosen: Tensor | None = None) -> Tensor:
     if chosen is not None:
         score = score.masked_fill(chosen, float("-inf"))
     return score.argmax(-1)
-
-
-def first_equal(rows: Tensor, block: int = 1024) -> Tensor:
-    """Index of the first row equal to each row of `[B, N, D]`, itself where there is none.
-
-    A matrix-vector product may round equal rows differently by their place; read through this
-    index, equal rows have equal products.
-
-    Args:
-        rows: Any values, N at least 1; a NaN equals nothing.
-        block: Rows compared at a time.
-    """
-    B, N, D = rows.shape
-    # summed token by token, so that equal rows have equal sums and stand side by side once sorted
-    mix = torch.arange(1, D + 1, device=rows.device).mul(0.61803398875).frac().to(rows.dtype)
-    parts = [(rows[:, i : i + block] * mix).sum(-1) for i in range(0, N, block)]
-    order = torch.cat(parts, 1).sort(dim=1, stable=True).indices
-    batch = torch.arange(B, device=rows.device)[:, None]
-    fresh = torch.ones(B, N, dtype=torch.bool, device=rows.device)
-    for i in range(1, N, block):
-        here = order[:, i : i + block]
-        same = rows[batch, here] == rows[batch, order[:, i - 1 : i - 1 + here.shape[1]]]
-        fresh[:, i : i + here.shape[1]] = ~same.all(-1)
-    places = torch.arange(N, device=rows.device)
-    leader = torch.where(fresh, places, 0).cummax(1).values  # where each run of equals starts
-    return torch.empty_like(order).scatter(1, order, order.gather(1, leader))

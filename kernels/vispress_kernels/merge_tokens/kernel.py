@@ -217,8 +217,9 @@ class _MergeTokens(torch.autograd.Function):
         x, assign, weight = ctx.saved_tensors
         inside = (assign >= 0) & (assign < ctx.num_keep)
         batch = torch.arange(x.shape[0], device=x.device)[:, None]
-        # [B, N, D]: what each token's group received
-        rows = grad[batch, torch.where(inside, assign, 0)].float() * inside[..., None]
+        # [B, N, D]: what each token's group received; tokens of none, a row of zeros behind them
+        padded = torch.nn.functional.pad(grad, (0, 0, 0, 1))
+        rows = padded[batch, torch.where(inside, assign, ctx.num_keep)].float()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = (rows if weight is None else rows * weight.float()[..., None]).to(x.dtype)

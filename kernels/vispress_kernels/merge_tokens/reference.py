@@ -13,7 +13,7 @@ def merge_tokens_reference(
     if weight is not None:
         rows = rows * weight.to(rows.dtype)[..., None]
     total = sum_by_group(rows.flatten(0, 1), _slots(assign, num_keep), B * (num_keep + 1))
-    return total.view(B, num_keep + 1, D)[:, :num_keep].to(x.dtype)
+    return total.view(B, num_keep + 1, D)[:, :num_keep].to(x.dtype).contiguous()
 
 
 def group_weights(assign: Tensor, weight: Tensor | None, num_keep: int) -> Tensor:

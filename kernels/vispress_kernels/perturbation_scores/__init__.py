@@ -74,7 +74,7 @@ def perturbation_scores(
         raise ValueError(f"activation must be one of {get_args(Activation)}, got {activation!r}")
     if average not in get_args(Average):
         raise ValueError(f"average must be one of {get_args(Average)}, got {average!r}")
-    chosen = resolve_backend(backend, x, w1, b1, w2, directions, has_backward=False)
+    chosen = resolve_backend(backend, x, w1, b1, w2, directions, has_backward=average == "rms")
     hidden, moves = first_products(x, w1, b1, directions, step)
     if average == "rms":
         return root_mean_square(hidden, moves, w2, activation) / (2 * step)

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from vispress_kernels._backend import Backend, resolve_backend
-from vispress_kernels._checks import check_device, check_dtype, check_floating, check_shape
+from vispress_kernels._checks import (
+    check_device,
+    check_dtype,
+    check_floating,
+    check_heads,
+    check_shape,
+)
 from vispress_kernels.query_attention.reference import query_attention_reference
 
 MAX_HEAD = 256  # wider ones do not fit shared memory
@@ -47,21 +53,22 @@ def query_attention(
         `[B, H, Q, N]`, or `[B, Q, N]` with `mean_heads`; fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: Shapes or devices disagree, or Hk does not divide H.
-        TypeError: `q` and `k` are not of one floating dtype, `rows` is not int64 or `key_valid` is
-            not bool.
+        ValueError: Shapes or devices disagree, Hk does not divide H, or Dh is 0.
+        TypeError: `q` and `k` are not of one floating dtype, `rows` is neither int64 nor an int,
+            or `key_valid` is not bool.
     """
     check_shape(q=(q, (None, None, None, None)))
-    B, H, Q, Dh = q.shape
+    B, _H, Q, Dh = q.shape
     check_shape(k=(k, (B, None, None, Dh)))
-    Hk, N = k.shape[1:3]
-    if Hk == 0 or H % Hk:
-        raise ValueError(f"q has {H} heads, which the {Hk} heads of k do not divide")
+    N = k.shape[2]
+    check_heads(q, k)
     check_floating(q=q)
     check_dtype(q.dtype, k=k)
     if isinstance(rows, int):
         rows = torch.arange(rows, rows + Q, device=q.device)
     if rows is not None:
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"rows must be an int64 tensor, an int or None, got {rows!r}")
         check_dtype(torch.int64, rows=rows)
         check_shape(rows=(rows, (B, Q) if rows.dim() == 2 else (Q,)))
         rows = rows.expand(B, Q)

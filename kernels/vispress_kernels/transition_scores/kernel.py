@@ -51,8 +51,9 @@ def transition_scores_kernel(
         xy += x * y
     x_norm = tl.sqrt(tl.sum(xx, axis=1))
     y_norm = tl.sqrt(tl.sum(yy, axis=1))
-    x_safe = tl.maximum(x_norm, EPS)
-    cosine = tl.sum(xy, axis=1) / x_safe / tl.maximum(y_norm, EPS)
+    # a NaN stays one
+    x_safe = tl.where(x_norm < EPS, EPS, x_norm)
+    cosine = tl.sum(xy, axis=1) / x_safe / tl.where(y_norm < EPS, EPS, y_norm)
     tl.store(magnitude_ptr + i_b * N + o_n, y_norm / x_safe, mask=m_n)
     tl.store(cosine_ptr + i_b * N + o_n, cosine, mask=m_n)
 

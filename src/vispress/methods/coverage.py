@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.methods.diversity import unit
-from vispress_kernels.maxmin_select.reference import first_equal
+from vispress_kernels.assign_nearest.reference import first_equal
 
 MOST_PRODUCTS = 1 << 24
 """Cosines that exist at a time: those of one image, or of as many small ones."""
