@@ -26,7 +26,7 @@ quick: install  ## tests without the slow ones
 
 integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \
-		-o addopts="-q --strict-markers --strict-config"
+		-n 2 -o addopts="-q --strict-markers --strict-config"
 
 # on top of VENV: what is there is not installed again; lmms-eval alone, without its judges and demos
 $(INTEGRATIONS)/.installed: $(VENV)/.installed tests/integrations/requirements.txt

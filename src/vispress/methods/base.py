@@ -213,7 +213,7 @@ def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
     return descending(score)[:, :num_keep].sort(dim=-1).values
 
 
-def descending(score: Float[Tensor, "B N"]) -> Int[Tensor, "B N"]:
+def descending(score: Float[Tensor, "*B N"]) -> Int[Tensor, "*B N"]:
     """All indices, the highest score first; ties keep the earlier token first, NaN is lowest."""
     highest = float("inf")
     clean = score.nan_to_num(nan=-highest, posinf=highest, neginf=-highest)

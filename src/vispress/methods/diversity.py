@@ -23,7 +23,7 @@ def largest_cosine(
     return torch.cat([(b @ others.mT).amax(dim=2) for b in torch.split(x, block, dim=1)], dim=1)
 
 
-def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "bP m *d"]]:
+def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "_ _ *d"]]:
     """The runs of `tensor_split` in order, those of one length as rows together unless large."""
     length, longer = divmod(x.shape[1], runs)
     split = longer * (length + 1)
@@ -37,6 +37,6 @@ def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "bP 
     ]
 
 
-def side_by_side(parts: list[Shaped[Tensor, "bP *m"]], batch: int) -> Shaped[Tensor, "b n"]:
+def side_by_side(parts: list[Shaped[Tensor, "_ ..."]], batch: int) -> Shaped[Tensor, "b n"]:
     """One row an image of values of runs, or of their tokens, as `equal_runs` orders them."""
     return torch.cat([part.view(batch, -1) for part in parts], dim=1)

@@ -27,7 +27,7 @@ class Tree:
         parts: `[L, n]`; children of that cell.
     """
 
-    present: tuple[Bool[Tensor, "h w 4"], ...]
+    present: tuple[Bool[Tensor, "_ _ 4"], ...]
     children: Int[Tensor, "C"]
     cell: Int[Tensor, "L n"]
     first: Int[Tensor, "L n"]
