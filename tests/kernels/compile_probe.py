@@ -102,7 +102,7 @@ def main(out: str, capability: str, *flags: str) -> None:
     """Compile, and write what was found, or the error, for each variant by name."""
     results = {}
     for variant in variants():
-        if not (variant.default or "--all" in flags):
+        if not (variant.default or "--all" in flags) or ("--even" in flags and not variant.even):
             continue
         try:
             found = compile_variant(variant, int(capability))
