@@ -27,15 +27,19 @@ class Part:
             those of p parts of one size and share, which count as rows of the bucket.
         share: How many of them are to be kept; for newlines, all or none.
         newline: Whether these are newline tokens, which carry no picture.
+        whole: Whether these are all tokens of all rows.
     """
 
     rows: slice
     places: Int[Tensor, "*p n"]
     share: int
     newline: bool = False
+    whole: bool = False
 
     def of(self, values: Tensor) -> Tensor:
         """The part of `[B, N, ...]` that belongs to these rows and places, `[b, n, ...]`."""
+        if self.whole:
+            return values
         own = values[self.rows][:, self.places]
         return own if self.places.ndim == 1 else own.flatten(0, 1)
 
@@ -58,7 +62,7 @@ def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[
     device = tokens.features.device
     if not tokens.segmented:
         places = torch.arange(tokens.num_visual, device=device)
-        return [[Part(slice(None), places, num_keep)]]
+        return [[Part(slice(None), places, num_keep, whole=True)]]
     segments = tokens.segments()
     if pooled:
         segments = segments.clamp(max=0)
@@ -87,6 +91,30 @@ def joined(parts: list[Part]) -> list[Part]:
         else first
         for first, *others in found.values()
     ]
+
+
+def owner_by_segment(
+    tokens: VisualTokens, num_keep: int, own: Callable[[Part], Int[Tensor, "b n"]]
+) -> Int[Tensor, "B N"]:
+    """The token that each one goes to, -1 for none; newlines that are kept are their own.
+
+    Args:
+        tokens: The bucket.
+        num_keep: K, per image.
+        own: Gives the same within a part, as indices into its places.
+    """
+    parts = [part for group in split(tokens, num_keep) for part in group]
+    if parts and parts[0].whole:
+        return own(parts[0])
+    shape, device = tokens.features.shape[:2], tokens.features.device
+    owner = torch.full(shape, -1, dtype=torch.int64, device=device)
+    for part in parts:
+        into = part.places
+        if not part.newline:
+            found = own(part)
+            into = torch.where(found < 0, found, part.places[found])
+        owner[part.rows, part.places] = into
+    return owner
 
 
 def keep_by_segment(

@@ -32,7 +32,7 @@ from vispress.methods.checks import check_flag, check_number
 from vispress.methods.encoder_merger import EncoderMerger, EncoderTokens
 from vispress.methods.groups import owners
 from vispress.methods.runs import mean_plan
-from vispress.methods.segments import GEOMETRY, split
+from vispress.methods.segments import GEOMETRY, Part, owner_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
@@ -90,16 +90,9 @@ class ToMe(Compressor, EncoderMerger):
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.encoder_groups is not None  # declared in `reads`
-        x = upcast(tokens.features)
-        if not tokens.segmented:
-            owner = owners(x, tokens.encoder_groups, num_keep, tokens.backend)
-            return mean_plan(owner, [num_keep], x.dtype)
-        owner = torch.full(x.shape[:2], -1, dtype=torch.int64, device=x.device)
-        for part in (part for parts in split(tokens, num_keep) for part in parts):
-            group = part.of(tokens.encoder_groups)
-            if part.newline:
-                into = torch.arange(group.shape[1], device=x.device).expand(group.shape)
-            else:
-                into = owners(part.of(x), group, part.share, tokens.backend)
-            owner[part.rows].index_copy_(1, part.places, part.places[into])
-        return mean_plan(owner, [num_keep], x.dtype)
+        x, groups = upcast(tokens.features), tokens.encoder_groups
+
+        def own(part: Part) -> Tensor:
+            return owners(part.of(x), part.of(groups), part.share, tokens.backend)
+
+        return mean_plan(owner_by_segment(tokens, num_keep, own), [num_keep], x.dtype)

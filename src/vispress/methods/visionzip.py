@@ -22,7 +22,7 @@ from torch import Tensor
 from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.methods.checks import check_choice, check_integer
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.segments import GEOMETRY, split
+from vispress.methods.segments import GEOMETRY, Part, owner_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels import Backend
@@ -102,14 +102,12 @@ class VisionZip(Compressor):
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.vision_keys is not None  # declared in `reads`
         score, keys = encoder_attention(tokens, self.scores), upcast(tokens.vision_keys).mean(dim=1)
-        if tokens.segmented:
-            owner = torch.full_like(score, -1, dtype=torch.int64)
-            for part in (part for parts in split(tokens, num_keep) for part in parts):
-                counts = (part.share, 0) if part.newline else self.split_budget(part.share)
-                into = owners(part.of(score), part.of(keys), *counts, tokens.backend)
-                owner[part.rows, part.places] = torch.where(into < 0, into, part.places[into])
-        else:
-            owner = owners(score, keys, *self.split_budget(num_keep), tokens.backend)
+
+        def own(part: Part) -> Tensor:
+            counts = self.split_budget(part.share)
+            return owners(part.of(score), part.of(keys), *counts, tokens.backend)
+
+        owner = owner_by_segment(tokens, num_keep, own)
         survives = owner == torch.arange(owner.shape[1], device=owner.device)
         keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
         into, owned = owner.clamp(min=0), owner >= 0

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import ClassVar, final, get_args
 
 import torch
+from torch import Tensor
 
 from vispress.budget import scaled_layer
 from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
 from vispress.methods.checks import check_choice, check_integer
 from vispress.methods.encoder import Scores, attention_signals, encoder_attention
 from vispress.methods.schedules import entry_budgets
-from vispress.methods.segments import GEOMETRY, split
+from vispress.methods.segments import GEOMETRY, Part, owner_by_segment
 from vispress.methods.windows import fold, owners, windows
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
@@ -98,14 +99,10 @@ class VScan(Compressor):
             return TokenPlan(keep=top_indices(score, num_keep))
         attention = encoder_attention(tokens, self.scores)
         local, whole = (attention, attention) if attention.ndim == 2 else attention.unbind(1)
-        x, window, backend = upcast(tokens.features), windows(tokens), tokens.backend
-        if not tokens.segmented:
-            return fold(owners(x, local, whole, window, num_keep, backend), num_keep)
-        owner = torch.full_like(whole, -1, dtype=torch.int64)
-        for part in (part for parts in split(tokens, num_keep) for part in parts):
-            places = part.places
-            if not part.newline:
-                own, near, far, there = (part.of(each) for each in (x, local, whole, window))
-                places = places[owners(own, near, far, there, part.share, backend)]
-            owner[part.rows, part.places] = places
-        return fold(owner, num_keep)
+        x, window = upcast(tokens.features), windows(tokens)
+
+        def own(part: Part) -> Tensor:
+            here, near, far, there = (part.of(each) for each in (x, local, whole, window))
+            return owners(here, near, far, there, part.share, tokens.backend)
+
+        return fold(owner_by_segment(tokens, num_keep, own), num_keep)

@@ -96,8 +96,7 @@ class ZOOPrune(Compressor):
         importance = sensitivity(tokens, F.normalize(drawn, dim=-1), self.h, self.average)
 
         def pick(part: Part) -> Tensor:
-            features = tokens.features[part.rows][:, part.places]
-            weight = importance[part.rows][:, part.places]
+            features, weight = part.of(tokens.features), part.of(importance)
             return sads_select(features, weight, part.share, tokens.backend)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))
