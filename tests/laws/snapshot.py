@@ -205,12 +205,12 @@ def main() -> None:
             found[name] = snapshot(*case)
             if args.out:
                 args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{len(found)} cases, {time.process_time() - started:.0f} s of CPU")
+    sys.stdout.write(f"{len(found)} cases, {time.process_time() - started:.0f} s of CPU\n")
     if args.compare:
         before = json.loads(args.compare.read_text())
         before = {k: v for k, v in before.items() if any(p in k for p in args.k.split("|"))}
         different = compare(before, found)
-        print("\n".join(different) or "the same")
+        sys.stdout.write(("\n".join(different) or "the same") + "\n")
         sys.exit(bool(different))
 
 
