@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ FLOORS: dict[str, int] = {
     "vispress.types": 1,
     "vispress.kinds": 1,
     "vispress.budget": 1,
+    "vispress.checks": 1,
     "vispress.placement": 1,
     "vispress.context": 1,
     "vispress.memory": 1,
@@ -46,6 +47,22 @@ FLOORS: dict[str, int] = {
     "vispress.listing": 5,
 }
 
+INNER: dict[str, dict[str, int]] = {
+    "vispress.methods": {
+        "vispress.methods.cached_selector": 0,
+        "vispress.methods.encoder_merger": 0,
+        "vispress.methods.pair_masker": 0,
+        "vispress.methods.base": 1,
+        "vispress.methods.wrapper": 2,
+        "vispress.methods._parts": 2,
+        "vispress.methods._parts.clustering": 3,
+        "vispress.methods._parts.geometry": 3,
+        "vispress.methods._parts.video": 4,
+        "vispress.methods": 5,  # each method
+    },
+}
+"""Floors inside a part of the house; there imports for type checkers count, too."""
+
 LATE = {("vispress.registry", "vispress.methods")}
 """Imports in a function that may go up: the registry loads the built-in methods on first use."""
 
@@ -72,12 +89,18 @@ def module_name(path: Path, root: Path = ROOT) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def longest_prefix(module: str, names: Iterable[str]) -> str | None:
+    """Find the longest of the names that a module is or belongs to."""
+    found = [name for name in names if module == name or module.startswith(name + ".")]
+    return max(found, key=len, default=None)
+
+
 def part_of(module: str) -> str:
-    """The entry of `FLOORS` that a module belongs to: the longest that is a prefix."""
-    found = [name for name in FLOORS if module == name or module.startswith(name + ".")]
-    if not found or (max(found, key=len) == "vispress" and module != "vispress"):
+    """Find the entry of `FLOORS` that a module belongs to."""
+    found = longest_prefix(module, FLOORS)
+    if found is None or (found == "vispress" and module != "vispress"):
         raise AssertionError(f"{module} stands on no floor; add it to FLOORS")
-    return max(found, key=len)
+    return found
 
 
 def imports(tree: ast.Module, module: str) -> Iterator[tuple[str, bool, bool]]:
@@ -106,6 +129,15 @@ def imports(tree: ast.Module, module: str) -> Iterator[tuple[str, bool, bool]]:
     yield from walk(tree, True, False)
 
 
+def goes_up_inside(module: str, target: str) -> bool:
+    """Tell whether an import goes up between the floors of one part of the house."""
+    for floors in INNER.values():
+        own, other = longest_prefix(module, floors), longest_prefix(target, floors)
+        if own is not None and other is not None and floors[other] > floors[own]:
+            return True
+    return False
+
+
 def is_module(name: str) -> bool:
     path = ROOT / "src" / Path(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").exists()
@@ -116,6 +148,9 @@ def bad_arrows(source: str, module: str) -> list[str]:
     own = part_of(module)
     bad = []
     for target, top, typing in imports(ast.parse(source), module):
+        if goes_up_inside(module, target):
+            bad.append(f"{module} -> {target}")
+            continue
         if typing:
             continue
         package = target.split(".")[0]
@@ -158,6 +193,12 @@ def test_arrows_point_down(path: Path) -> None:
         ("vispress.adapters.llava", "from vispress.methods.fastv import FastV"),
         ("vispress.methods.fastv", "from vispress.runtime import prefill"),
         ("vispress.methods.fastv", "import transformers.cache_utils"),
+        ("vispress.methods.base", "from vispress.methods.fastv import FastV"),
+        ("vispress.methods._parts.scoring.cosines", "from vispress.methods import fastv"),
+        (
+            "vispress.methods._parts.geometry.grids",
+            "if TYPE_CHECKING:\n    from vispress.methods._parts.video.frames import Frames",
+        ),
         ("vispress.methods.fastv", "def f():\n    from transformers import Cache"),
         ("vispress.runtime.state", "from vispress.api import compress_model"),
         ("vispress.runtime.state", "from vispress import api"),
@@ -181,6 +222,7 @@ def test_a_bad_arrow_is_found(module: str, line: str) -> None:
             "if TYPE_CHECKING:\n    from vispress.methods.base import Compressor",
         ),
         ("vispress.methods.fastv", "from vispress_kernels.dct_lowpass import dct_lowpass"),
+        ("vispress.methods.fastv", "from vispress.methods._parts.scoring.cosines import unit"),
         ("vispress.runtime.state", "from vispress.adapters.base import find_adapter"),
         ("vispress.bench.engine", "from vispress.reference.checkpoint import read"),
     ],

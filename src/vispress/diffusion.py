@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.budget import Budget, check_ratio
+from vispress.checks import check_flag, check_integer, check_number
 from vispress.errors import ConfigError
 from vispress.flops import flops
 from vispress.methods.base import upcast
-from vispress.methods.checks import check_flag, check_integer, check_number
 from vispress_kernels.maxmin_select import maxmin_select
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

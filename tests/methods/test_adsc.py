@@ -10,8 +10,8 @@ from tests.methods.test_schedules import counts, layers, mean_tokens
 
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import ADSC
-from vispress.methods.lattice import thin_run
-from vispress.methods.schedules import solve_layers
+from vispress.methods._parts.geometry.grid_thinning import thin_run
+from vispress.methods._parts.schedules.stage_budgets import solve_layers
 
 
 def stages(method, tokens, num_layers=32):

@@ -25,7 +25,7 @@ from vispress.methods import (
     TransPrune,
     VScan,
 )
-from vispress.methods.trend import FASTV_CURVE, trend_weight
+from vispress.methods._parts.scoring.trend import FASTV_CURVE, trend_weight
 from vispress.types import Signal
 
 INNERS = [FastV(), PyramidDrop(), SparseVLM()]

@@ -8,8 +8,8 @@ from tests.methods.helpers import make_tokens, only
 
 from vispress.errors import ConfigError
 from vispress.methods import FlashVLM, VisPruner
+from vispress.methods._parts.scoring.question import quantile
 from vispress.methods.flashvlm import sharpened, word_match
-from vispress.methods.question import quantile
 
 
 def test_worked_example_of_the_text_distribution():

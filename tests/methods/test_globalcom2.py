@@ -6,8 +6,8 @@ from tests.methods.helpers import anyres, make_tokens
 
 from vispress.errors import ConfigError
 from vispress.methods import GlobalCom2
+from vispress.methods._parts.geometry.crops import cut_of, guided_score
 from vispress.methods.base import top_indices
-from vispress.methods.crops import cut_of, guided_score
 from vispress.methods.globalcom2 import crop_scales
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import AvgPool, Fourier, Uniform
+from vispress.methods._parts.geometry.grids import middles, small_grid
 from vispress.methods.avg_pool import window_means
-from vispress.methods.grids import middles, small_grid
 from vispress.types import CropLayout
 from vispress_kernels.dct_lowpass import lowpass_basis
 

@@ -8,9 +8,9 @@ from tests.methods.helpers import make_tokens, merged, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import HoliTom
-from vispress.methods.absorb import absorbed
-from vispress.methods.scenes import saving_scenes
-from vispress.methods.video_groups import beside_top, cluster_weights, saving_groups
+from vispress.methods._parts.clustering.sequential_merge import absorbed
+from vispress.methods._parts.video.groups import beside_top, cluster_weights, saving_groups
+from vispress.methods._parts.video.scenes import saving_scenes
 from vispress.types import CropLayout, Queries, Stage
 
 SIMILAR = torch.tensor(

@@ -5,8 +5,9 @@ import torch
 from tests.methods.helpers import anyres, make_tokens, only
 
 from vispress.errors import ConfigError
-from vispress.methods import HoloV, diversity
-from vispress.methods.diversity import equal_runs, side_by_side
+from vispress.methods import HoloV
+from vispress.methods._parts.scoring import cosines
+from vispress.methods._parts.scoring.cosines import equal_runs, side_by_side
 from vispress.methods.holov import cosine_variance, holistic_score, quotas
 
 X = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]])
@@ -32,7 +33,7 @@ def test_worked_example_of_quotas():
 @pytest.mark.parametrize(("n", "runs"), [(11, 4), (12, 4), (5, 5), (7, 5), (7, 1)])
 @pytest.mark.parametrize("most", [1, 20, 1 << 22])
 def test_runs_are_those_of_tensor_split(n, runs, most, monkeypatch):
-    monkeypatch.setattr(diversity, "MOST_PAIRS", most)
+    monkeypatch.setattr(cosines, "MOST_PAIRS", most)
     x = torch.arange(2.0 * n * 3).view(2, n, 3)
     parts = equal_runs(x, runs)
     found = [run for part in parts for run in part.view(2, -1, *part.shape[1:]).unbind(1)]

@@ -11,7 +11,12 @@ from tests.methods.test_schedules import counts, layers, mean_tokens
 
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import Layerwise
-from vispress.methods.rates import bundle, mean_rate, sigmoid_rates, solve_sigmoid
+from vispress.methods._parts.schedules.layer_ratios import (
+    bundle,
+    mean_rate,
+    sigmoid_rates,
+    solve_sigmoid,
+)
 from vispress.types import Queries
 
 

@@ -8,9 +8,8 @@ from tests.methods.helpers import make_tokens, merged, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import PruneVid
-from vispress.methods.diversity import unit
-from vispress.methods.scenes import refined, scenes_of
-from vispress.methods.video_groups import (
+from vispress.methods._parts.scoring.cosines import unit
+from vispress.methods._parts.video.groups import (
     alike,
     cluster_weights,
     clusters,
@@ -18,6 +17,7 @@ from vispress.methods.video_groups import (
     shares,
     static_groups,
 )  # fmt: skip
+from vispress.methods._parts.video.scenes import refined, scenes_of
 from vispress.types import CropLayout, Queries, Stage
 
 SMALL = torch.eye(4)[:3]  # three tokens of a frame, at right angles

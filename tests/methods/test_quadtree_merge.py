@@ -6,7 +6,7 @@ from tests.methods.helpers import make_tokens, merged, only
 
 from vispress.errors import ConfigError
 from vispress.methods import QuadtreeMerge
-from vispress.methods.quadtree import tree_of
+from vispress.methods._parts.geometry.quadtree import tree_of
 from vispress.types import VisualTokens, full_index
 
 A, B = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])

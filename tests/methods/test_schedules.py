@@ -7,7 +7,7 @@ import pytest
 from vispress.budget import geometric_ratios
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import PyramidDrop, TransPrune
-from vispress.methods.schedules import power_ratios
+from vispress.methods._parts.schedules.stage_budgets import power_ratios
 from vispress.types import Queries
 
 

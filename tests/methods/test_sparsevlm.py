@@ -9,9 +9,9 @@ from tests.methods.test_divprune import GOLDEN
 
 from vispress.errors import ConfigError
 from vispress.methods import SparseVLM
-from vispress.methods.clusters import dpc_clusters, dpc_scores
-from vispress.methods.raters import raters, relation
-from vispress.methods.recycling import fold_dropped, kept_of, recycled
+from vispress.methods._parts.clustering.density_peaks import dpc_clusters, dpc_scores
+from vispress.methods._parts.clustering.recycling import fold_dropped, kept_of, recycled
+from vispress.methods._parts.scoring.text_raters import raters, relation
 from vispress.types import Queries
 
 VISUAL = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]])
@@ -54,7 +54,7 @@ def test_blocks_do_not_change_the_clusters_and_equal_tokens_tie(monkeypatch):
         torch.testing.assert_close(ours, whole)
     whole = dpc_clusters(x, 4)
     with monkeypatch.context() as changed:
-        changed.setattr("vispress.methods.clusters.BLOCK", 7)
+        changed.setattr("vispress.methods._parts.clustering.density_peaks.BLOCK", 7)
         assert all(map(torch.equal, dpc_clusters(x, 4), whole))
     centres, label = dpc_clusters(torch.ones(1, 6, 3), 2)
     assert (centres.tolist(), label.tolist()) == ([[0, 1]], [[0, 1, 0, 0, 0, 0]])

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress.errors import ConfigError
 from vispress.methods import VisPruner
-from vispress.methods.diversity import largest_cosine, unit
-from vispress.methods.thinning import thin_out
+from vispress.methods._parts.clustering.duplicate_removal import thin_out
+from vispress.methods._parts.scoring.cosines import largest_cosine, unit
 
 ATTENTION = torch.tensor([[0.20, 0.05, 0.15, 0.02, 0.18, 0.10, 0.12, 0.18]])
 
@@ -86,7 +86,7 @@ WAYS = pytest.mark.parametrize(
 
 def go(monkeypatch, way):
     for name, value in way.items():
-        monkeypatch.setattr(f"vispress.methods.thinning.{name}", value)
+        monkeypatch.setattr(f"vispress.methods._parts.clustering.duplicate_removal.{name}", value)
 
 
 @WAYS
@@ -135,7 +135,7 @@ def test_crops_of_one_size_are_worked_on_together(monkeypatch):
     monkeypatch.setattr("vispress.methods.vispruner.thin_out", spy)
     together = VisPruner().plan(tokens, 3 * 20 + 6).keep
     assert calls == [(6, 26)]  # 2 images of 3 crops; 10 of each 36 tokens are important
-    monkeypatch.setattr("vispress.methods.segments.joined", lambda parts: parts)
+    monkeypatch.setattr("vispress.methods._parts.geometry.segments.joined", lambda parts: parts)
     assert torch.equal(VisPruner().plan(tokens, 3 * 20 + 6).keep, together)
     assert calls[1:] == [(2, 26)] * 3
 

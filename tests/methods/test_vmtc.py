@@ -6,7 +6,7 @@ from tests.methods.helpers import anyres, make_tokens, merged, only
 
 from vispress.errors import ConfigError
 from vispress.methods import VMTC
-from vispress.methods.kmeans import _filled, kmeans
+from vispress.methods._parts.clustering.kmeans import _filled, kmeans
 from vispress.methods.vmtc import clustered
 
 # three directions, tokens of any length, out of order

@@ -8,8 +8,8 @@ from tests.methods.helpers import anyres, make_tokens, merged
 
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import VScan
+from vispress.methods._parts.geometry.windows import fold, scan, windows
 from vispress.methods.base import top_indices
-from vispress.methods.windows import fold, scan, windows
 from vispress.types import Queries, Stage
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vispress.errors import ConfigError
 from vispress.methods import ZOOPrune
-from vispress.methods.sensitivity import of_any_projector, sensitivity
+from vispress.methods._parts.scoring.sensitivity import of_any_projector, sensitivity
 from vispress.methods.zoo_prune import sads_select
 from vispress.types import PatchNorm, TwoLayer
 from vispress_kernels.maxmin_select import maxmin_select
@@ -138,7 +138,7 @@ MERGERS = pytest.mark.parametrize(
 @pytest.mark.parametrize("average", ["mean", "rms"])
 @MERGERS
 def test_a_norm_before_the_mlp_shares_work_too(patches, layer, average, at_a_time, monkeypatch):
-    monkeypatch.setattr("vispress.methods.normed_mlp.ON_HOST", at_a_time)
+    monkeypatch.setattr("vispress.methods._parts.scoring.normed_mlp.ON_HOST", at_a_time)
     mlp, project = merger(patches, layer=layer)
     tokens, units = merged(mlp, project), directions_of(7, 6 * patches).double()
     x = tokens.vision_features.double()
@@ -193,7 +193,7 @@ def test_a_merger_never_waits_for_the_device():
 
 
 def test_memory_does_not_grow_with_directions(monkeypatch):
-    monkeypatch.setattr("vispress.methods.normed_mlp.ON_HOST", 1 << 14)
+    monkeypatch.setattr("vispress.methods._parts.scoring.normed_mlp.ON_HOST", 1 << 14)
     mlp, project = merger(4, layer=True, dtype=torch.float32)
     tokens, peaks = merged(mlp, project, 512), []
     for m in (8, 64):

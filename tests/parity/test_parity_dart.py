@@ -2,9 +2,9 @@
 
 from tests.parity.vectors import each_case
 
+from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods.base import descending
 from vispress.methods.dart import pull
-from vispress.methods.diversity import unit
 
 
 @each_case("dart_port")

@@ -7,8 +7,8 @@ from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.adapters.padding import share_outside
 from vispress.methods import Debias, FastV, PyramidDrop
-from vispress.methods.padding import padding_mask
-from vispress.methods.trend import FASTV_CURVE, SLOPES
+from vispress.methods._parts.geometry.padding import padding_mask
+from vispress.methods._parts.scoring.trend import FASTV_CURVE, SLOPES
 
 EXPONENTIAL_TO = 1e-4
 """Weights nearer than this to an exponential through their ends are one."""

@@ -5,7 +5,7 @@ from tests.methods.helpers import anyres
 from tests.parity.vectors import close, each_case
 
 from vispress.methods import GlobalCom2
-from vispress.methods.crops import cut_of, resized
+from vispress.methods._parts.geometry.crops import cut_of, resized
 from vispress.methods.globalcom2 import crop_scales
 
 

@@ -7,9 +7,9 @@ from tests.methods.helpers import merged, only
 from tests.parity.vectors import close, each_case
 
 from vispress.methods import SparseVLM, SparseVLMPlus
-from vispress.methods.clusters import dpc_clusters, dpc_scores
-from vispress.methods.raters import raters, relation
-from vispress.methods.recycling import fold_dropped, recycled
+from vispress.methods._parts.clustering.density_peaks import dpc_clusters, dpc_scores
+from vispress.methods._parts.clustering.recycling import fold_dropped, recycled
+from vispress.methods._parts.scoring.text_raters import raters, relation
 
 
 def bucket(case):

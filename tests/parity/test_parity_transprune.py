@@ -8,7 +8,7 @@ from tests.parity.stages import attention_rows, drop, image_part, sequence_lengt
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.methods import TransPrune
-from vispress.methods.transitions import summed_variation
+from vispress.methods._parts.scoring.transitions import summed_variation
 from vispress.types import Transition
 
 

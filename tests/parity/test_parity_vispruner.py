@@ -5,7 +5,7 @@ from tests.methods.helpers import only
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.methods import VisPruner
-from vispress.methods.encoder import encoder_attention
+from vispress.methods._parts.scoring.encoder_attention import encoder_attention
 
 
 @each_case("vispruner")

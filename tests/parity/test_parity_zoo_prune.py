@@ -7,7 +7,7 @@ from tests.parity.vectors import close, each_case
 from torch.nn.functional import gelu, normalize
 
 from vispress.methods import ZOOPrune
-from vispress.methods.sensitivity import sensitivity
+from vispress.methods._parts.scoring.sensitivity import sensitivity
 from vispress.methods.zoo_prune import sads_select
 from vispress.types import TwoLayer
 

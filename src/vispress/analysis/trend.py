@@ -15,10 +15,10 @@ from vispress.bench.subjects import Subject
 from vispress.bench.tasks import Prompt
 from vispress.budget import Budget
 from vispress.errors import BudgetError, ConfigError
+from vispress.methods._parts.geometry.padding import padding_mask
+from vispress.methods._parts.scoring.text_raters import relation
+from vispress.methods._parts.scoring.trend import STEEPEST
 from vispress.methods.base import Compressor
-from vispress.methods.padding import padding_mask
-from vispress.methods.raters import relation
-from vispress.methods.trend import STEEPEST
 from vispress.methods.wrapper import Wrapper
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens, full_index
 

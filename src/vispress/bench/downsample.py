@@ -25,7 +25,7 @@ from vispress.bench.pictures import (
 from vispress.bench.tasks import Prompt
 from vispress.budget import Budget
 from vispress.errors import BudgetError, UnsupportedMethodError
-from vispress.methods.grids import small_grid
+from vispress.methods._parts.geometry.grids import small_grid
 
 
 @dataclass(frozen=True, kw_only=True)

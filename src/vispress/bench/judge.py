@@ -21,11 +21,11 @@ from vispress.bench.subjects import Subject
 from vispress.bench.targets import check_target
 from vispress.bench.tasks import get_task
 from vispress.bench.treatment import changes_encoder, treated
+from vispress.checks import check_choice, check_integer, check_number
 from vispress.config import save_config, to_mapping
 from vispress.errors import ConfigError
 from vispress.flops import flops, visual_per_layer
 from vispress.methods.base import Compressor
-from vispress.methods.checks import check_choice, check_integer, check_number
 
 Metric = Literal["accuracy", "loyalty", "kl"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from vispress.bench.pictures import Grid, Steps, check_family, picture_grids, video_grids
 from vispress.bench.tasks import EVIDENCE_GRID, Prompt
 from vispress.errors import ConfigError, UnsupportedMethodError
+from vispress.methods._parts.geometry.grids import middles, small_grid
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.grids import middles, small_grid
 from vispress.types import Placement, Stage, TokenPlan, VisualTokens
 
 _CELLS = EVIDENCE_GRID**2

@@ -8,11 +8,11 @@ from typing import Any, Final, Literal, get_args
 
 from vispress.bench.judge import Found, Judge
 from vispress.budget import check_ratio
+from vispress.checks import check_choice, check_integer
 from vispress.config import make_compressor
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import Layerwise
-from vispress.methods.checks import check_choice, check_integer
-from vispress.methods.rates import solve_sigmoid
+from vispress.methods._parts.schedules.layer_ratios import solve_sigmoid
 
 STEEPNESS, FLOOR = (2.0, 40.0), (0.0, 0.1)
 """What is tried; the midpoint follows from the budget."""

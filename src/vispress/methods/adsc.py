@@ -18,11 +18,21 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vispress.budget import Rounding
+from vispress.checks import check_ascending, check_choice, check_integer
+from vispress.methods._parts.geometry.grid_thinning import (
+    Offset,
+    Places,
+    thin_each,
+    thin_lattice,
+    thin_run,
+)
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.schedules.stage_budgets import (
+    solve_layers,
+    stage_budgets,
+    stage_layers,
+)
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_ascending, check_choice, check_integer
-from vispress.methods.lattice import Offset, Places, thin_each, thin_lattice, thin_run
-from vispress.methods.schedules import solve_layers, stage_budgets, stage_layers
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 

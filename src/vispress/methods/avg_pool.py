@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_choice
 from vispress.devices import sent
+from vispress.methods._parts.geometry.grids import Values, resample, signals_for
 from vispress.methods.base import Compressor, Evidence, remembered, upcast
-from vispress.methods.checks import check_choice
-from vispress.methods.grids import Values, resample, signals_for
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 

@@ -20,11 +20,11 @@ from typing import ClassVar, final
 import torch
 
 from vispress.budget import Budget, check_ratio, scaled_layer
+from vispress.checks import check_integer, check_number
 from vispress.errors import BudgetError
+from vispress.methods._parts.scoring.coverage import cover
+from vispress.methods._parts.scoring.question import mean_cosine
 from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
-from vispress.methods.checks import check_integer, check_number
-from vispress.methods.coverage import cover
-from vispress.methods.question import mean_cosine
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, TokenPlan, VisualTokens
 

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_choice, check_flag
 from vispress.devices import sent
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods._parts.scoring.question import mean_cosine, question, scaled
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_choice, check_flag
-from vispress.methods.question import mean_cosine, question, scaled
-from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels.dpp_select import dpp_select

@@ -21,8 +21,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vispress.budget import Budget, scaled_layer
+from vispress.checks import check_integer, check_number
 from vispress.methods.base import Compressor, Evidence, check_layer
-from vispress.methods.checks import check_integer, check_number
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Stage, TokenPlan, VisualTokens

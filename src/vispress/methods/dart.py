@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.budget import scaled_layer
+from vispress.checks import check_integer
+from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods.base import Compressor, Evidence, check_layer, descending
-from vispress.methods.checks import check_integer
-from vispress.methods.diversity import unit
 from vispress.registry import register_method
 from vispress.types import (
     Placement,

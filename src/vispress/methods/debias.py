@@ -17,12 +17,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vispress.checks import check_choice, check_flag, check_number
 from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.padding import padding_mask
+from vispress.methods._parts.scoring.trend import (
+    Trend,
+    Variant,
+    check_trend,
+    published_trend,
+    trend_weight,
+)
 from vispress.methods.base import Compressor
-from vispress.methods.checks import check_choice, check_flag, check_number
 from vispress.methods.fastv import FastV
-from vispress.methods.padding import padding_mask
-from vispress.methods.trend import Trend, Variant, check_trend, published_trend, trend_weight
 from vispress.methods.wrapper import Wrapper
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens

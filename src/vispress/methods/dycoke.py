@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.budget import Budget, scaled_layer
+from vispress.checks import check_flag, check_integer, check_number
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.video.frame_windows import frame_shares, references
+from vispress.methods._parts.video.frames import frames
 from vispress.methods.base import Compressor, Evidence, check_layer, descending, upcast
 from vispress.methods.cached_selector import CachedSelector, Selection
-from vispress.methods.checks import check_flag, check_integer, check_number
-from vispress.methods.frame_windows import frame_shares, references
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import frames
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_choice, check_number
 from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.scoring.scales import Normalise, normalised
+from vispress.methods._parts.wrapping.same_placement import check_one_place
 from vispress.methods.base import Compressor, Evidence, ScorePruner
-from vispress.methods.checks import check_choice, check_number
 from vispress.methods.fastervlm import FasterVLM
 from vispress.methods.max_norm import MaxNorm
-from vispress.methods.one_place import check_one_place
-from vispress.methods.scales import Normalise, normalised
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import get_method, register_method
 from vispress.types import Placement, Signal, VisualTokens
 

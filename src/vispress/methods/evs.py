@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.budget import Rounding
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.video.frames import check_whole
 from vispress.methods.base import Evidence, ScorePruner, upcast
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import check_whole
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Positions, Signal, Stage, VisualTokens
 

@@ -16,10 +16,14 @@ from typing import ClassVar, final, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_choice
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.scoring.encoder_attention import (
+    Scores,
+    attention_signals,
+    encoder_attention,
+)
 from vispress.methods.base import Evidence, ScorePruner
-from vispress.methods.checks import check_choice
-from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, VisualTokens
 

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import scaled_layer
+from vispress.checks import check_integer
 from vispress.methods.base import Evidence, ScorePruner, check_layer, upcast
-from vispress.methods.checks import check_integer
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, VisualTokens
 

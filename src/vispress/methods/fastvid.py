@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.budget import Rounding, allocate
-from vispress.methods.anchors import anchor_frames, centres, fold_into
+from vispress.checks import check_integer, check_number
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.scoring.encoder_attention import encoder_attention
+from vispress.methods._parts.video.anchors import anchor_frames, centres, fold_into
+from vispress.methods._parts.video.frames import frames
+from vispress.methods._parts.video.scenes import Scene, adjacent_cosine, dynamic_scenes
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
-from vispress.methods.checks import check_integer, check_number
-from vispress.methods.encoder import encoder_attention
-from vispress.methods.scenes import Scene, adjacent_cosine, dynamic_scenes
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import frames
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels import Backend

@@ -17,10 +17,10 @@ from typing import ClassVar, final, get_args
 
 from torch import Tensor
 
+from vispress.checks import check_choice
 from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.grids import Values, resample, signals_for
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_choice
-from vispress.methods.grids import Values, resample, signals_for
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels.dct_lowpass import dct_lowpass

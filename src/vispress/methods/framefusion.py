@@ -23,13 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Budget, ratio_for_mean
+from vispress.checks import check_number
 from vispress.kinds import Need, Positions, Queries, Signal, Stage
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.schedules.mean_budget_tracker import Course, last_layer
+from vispress.methods._parts.video.frames import frames
+from vispress.methods._parts.video.temporal_runs import likeness, mean_plan, run_starts
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
-from vispress.methods.checks import check_number
-from vispress.methods.course import Course, last_layer
-from vispress.methods.runs import likeness, mean_plan, run_starts
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import frames
 from vispress.registry import register_method
 from vispress.types import Placement, TokenPlan, VisualTokens, full_index
 

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_choice, check_flag, check_number
+from vispress.methods._parts.geometry.crops import Cut, cut_of, guided_score
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.scoring.encoder_attention import Scores, attention_signals
 from vispress.methods.base import Compressor, Evidence, descending, top_per_segment, upcast
-from vispress.methods.checks import check_choice, check_flag, check_number
-from vispress.methods.crops import Cut, cut_of, guided_score
-from vispress.methods.encoder import Scores, attention_signals
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Signal, Stage, TokenPlan, VisualTokens
 

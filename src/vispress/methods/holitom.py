@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from vispress.budget import scaled_layer
+from vispress.checks import check_flag, check_integer, check_number
 from vispress.errors import ConfigError
-from vispress.methods import video_groups as parts
-from vispress.methods.absorb import absorbed
+from vispress.methods._parts.clustering.sequential_merge import absorbed
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.schedules.stage_budgets import pair_budgets
+from vispress.methods._parts.scoring.encoder_attention import encoder_attention
+from vispress.methods._parts.video import groups as parts
+from vispress.methods._parts.video.frames import frames
 from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
-from vispress.methods.checks import check_flag, check_integer, check_number
-from vispress.methods.encoder import encoder_attention
-from vispress.methods.schedules import pair_budgets
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import frames
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 

@@ -19,11 +19,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_choice, check_integer, check_number
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods._parts.scoring.cosines import equal_runs, side_by_side, unit
+from vispress.methods._parts.scoring.encoder_attention import (
+    Scores,
+    attention_signals,
+    encoder_attention,
+)
 from vispress.methods.base import Compressor, Evidence, descending
-from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.diversity import equal_runs, side_by_side, unit
-from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 

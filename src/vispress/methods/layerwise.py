@@ -17,11 +17,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Budget, Rounding
+from vispress.checks import check_ascending, check_choice, check_number
 from vispress.errors import BudgetError, ConfigError
+from vispress.methods._parts.schedules.layer_ratios import (
+    bundle,
+    mean_rate,
+    sigmoid_rates,
+    solve_sigmoid,
+)
+from vispress.methods._parts.schedules.stage_budgets import (
+    check_schedule,
+    stage_budgets,
+    stage_layers,
+)
 from vispress.methods.base import Evidence, ScorePruner, upcast
-from vispress.methods.checks import check_ascending, check_choice, check_number
-from vispress.methods.rates import bundle, mean_rate, sigmoid_rates, solve_sigmoid
-from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, VisualTokens
 

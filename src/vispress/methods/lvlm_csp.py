@@ -19,11 +19,11 @@ from typing import ClassVar, Literal, final, get_args
 import torch
 
 from vispress.budget import Budget, check_ratio
+from vispress.checks import check_choice, check_integer
 from vispress.devices import sent
 from vispress.errors import BudgetError
+from vispress.methods._parts.schedules.stage_budgets import check_schedule, stage_layers
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
-from vispress.methods.checks import check_choice, check_integer
-from vispress.methods.schedules import check_schedule, stage_layers
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, TokenPlan, VisualTokens
 

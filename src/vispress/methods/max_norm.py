@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods.base import Evidence, ScorePruner, upcast
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, VisualTokens
 

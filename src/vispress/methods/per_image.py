@@ -10,11 +10,11 @@ from typing import ClassVar, final
 from jaxtyping import Int
 from torch import Tensor
 
+from vispress.checks import check_number
 from vispress.errors import ConfigError
+from vispress.methods._parts.wrapping.select_images import rows_of
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_number
 from vispress.methods.fastv import FastV
-from vispress.methods.rows import rows_of
 from vispress.methods.wrapper import Wrapper
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens, full_index

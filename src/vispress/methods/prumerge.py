@@ -18,11 +18,11 @@ from typing import ClassVar, final, get_args
 
 import torch
 
+from vispress.checks import check_choice, check_flag, check_integer
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, split
+from vispress.methods._parts.scoring.encoder_attention import Scores, attention_signals
+from vispress.methods._parts.scoring.outliers import add_neighbours, choose
 from vispress.methods.base import Compressor, Evidence, upcast
-from vispress.methods.checks import check_choice, check_flag, check_integer
-from vispress.methods.encoder import Scores, attention_signals
-from vispress.methods.outliers import add_neighbours, choose
-from vispress.methods.segments import GEOMETRY, Part, split
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 

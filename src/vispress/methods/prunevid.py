@@ -22,12 +22,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Budget, scaled_layer
-from vispress.methods import video_groups as parts
+from vispress.checks import check_integer, check_number
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.schedules.stage_budgets import pair_budgets
+from vispress.methods._parts.video import groups as parts
+from vispress.methods._parts.video.frames import frames
 from vispress.methods.base import Compressor, Evidence, check_layer, upcast
-from vispress.methods.checks import check_integer, check_number
-from vispress.methods.schedules import pair_budgets
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import frames
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 

@@ -7,7 +7,7 @@ Follows the code's inference path: at each stage the attention of the *next* lay
 and RoPE) ranks the tokens that are left; counts are truncated shares of the original count;
 positions are renumbered.
 Differs: each image has its own budget; schedules other than the published one are ours
-(`vispress.methods.schedules`). The training path, which queries before every answer, is not
+(`_parts.schedules.stage_budgets`). The training path, which queries before every answer, is not
 covered.
 """
 
@@ -18,8 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Rounding
+from vispress.methods._parts.schedules.stage_budgets import (
+    check_schedule,
+    stage_budgets,
+    stage_layers,
+)
 from vispress.methods.base import Evidence, ScorePruner, upcast
-from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
 

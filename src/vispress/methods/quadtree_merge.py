@@ -17,11 +17,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from vispress.checks import check_integer, check_number
 from vispress.devices import sent
+from vispress.methods._parts.geometry.grids import Raster, rasters, signals_for
+from vispress.methods._parts.geometry.quadtree import costs, merged_cells, tree_of
 from vispress.methods.base import Compressor, Evidence, upcast
-from vispress.methods.checks import check_integer, check_number
-from vispress.methods.grids import Raster, rasters, signals_for
-from vispress.methods.quadtree import costs, merged_cells, tree_of
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 

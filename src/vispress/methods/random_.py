@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_integer
 from vispress.devices import sent
+from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods.base import Evidence, ScorePruner
-from vispress.methods.checks import check_integer
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, VisualTokens
 

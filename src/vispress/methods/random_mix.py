@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_integer, check_number
 from vispress.devices import sent
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor, Evidence, top_indices
-from vispress.methods.checks import check_integer, check_number
 from vispress.methods.fastv import FastV
 from vispress.methods.wrapper import Wrapper
 from vispress.registry import register_method

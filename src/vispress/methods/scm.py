@@ -19,11 +19,11 @@ from typing import ClassVar, final
 import torch
 
 from vispress.budget import Rounding
+from vispress.checks import check_integer
 from vispress.devices import sent
 from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods.base import Compressor, Evidence, descending, upcast
-from vispress.methods.checks import check_integer
-from vispress.methods.segments import GEOMETRY
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from vispress.budget import Budget
+from vispress.checks import check_choice, check_number
+from vispress.methods._parts.clustering.recycling import fold_dropped, kept_of, recycled
+from vispress.methods._parts.schedules.stage_budgets import (
+    check_schedule,
+    stage_budgets,
+    stage_layers,
+)
+from vispress.methods._parts.scoring.text_raters import relation
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_choice, check_number
-from vispress.methods.raters import relation
-from vispress.methods.recycling import fold_dropped, kept_of, recycled
-from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 
@@ -38,7 +42,7 @@ PRESETS = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82
 class SparseVLM(Compressor):
     """Prune at several depths by the attention of visual words; recycle some of what is dropped.
 
-    Without a budget the preset applies; `vispress.methods.schedules` says what others mean.
+    Without a budget the preset applies; `_parts.schedules.stage_budgets` says what others mean.
 
     Args:
         preset: Mean of kept tokens that the published lists are named by: 192, 128, 96 or 64.

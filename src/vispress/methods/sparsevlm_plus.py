@@ -17,10 +17,14 @@ from typing import ClassVar, final
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.checks import check_choice, check_integer
+from vispress.methods._parts.schedules.stage_budgets import (
+    check_schedule,
+    stage_budgets,
+    stage_layers,
+)
+from vispress.methods._parts.scoring.text_raters import raters
 from vispress.methods.base import Evidence, ScorePruner, descending, upcast
-from vispress.methods.checks import check_choice, check_integer
-from vispress.methods.raters import raters
-from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, VisualTokens
 
@@ -38,7 +42,7 @@ LEAST = 1e-6
 class SparseVLMPlus(ScorePruner):
     """Prune at several depths by the attention of visual words, freed of their positions' share.
 
-    Without a budget the preset applies; `vispress.methods.schedules` says what others mean.
+    Without a budget the preset applies; `_parts.schedules.stage_budgets` says what others mean.
 
     Args:
         preset: Mean of kept tokens that the published lists are named by: 192, 128, 96 or 64.

@@ -26,13 +26,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vispress.budget import Budget
+from vispress.checks import check_flag, check_number
+from vispress.methods._parts.clustering.bipartite import fold, match, schedule
+from vispress.methods._parts.clustering.groups import owners
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, owner_by_segment
+from vispress.methods._parts.video.temporal_runs import mean_plan
 from vispress.methods.base import Compressor, Evidence, upcast
-from vispress.methods.bipartite import fold, match, schedule
-from vispress.methods.checks import check_flag, check_number
 from vispress.methods.encoder_merger import EncoderMerger, EncoderTokens
-from vispress.methods.groups import owners
-from vispress.methods.runs import mean_plan
-from vispress.methods.segments import GEOMETRY, Part, owner_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 

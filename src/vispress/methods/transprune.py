@@ -10,7 +10,7 @@ Differs: padding and other samples stay out of the softmax (the code is for batc
 half the code's (`alpha=0.5` against 1 + 1: same ranking); where no text follows the image, TTV
 alone decides (ours).
 Reconstructed: `preset="low"` (unreleased ratios; these meet its published FLOPs), and schedules
-for other budgets (`vispress.methods.schedules`).
+for other budgets (`_parts.schedules.stage_budgets`).
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Rounding
+from vispress.checks import check_ascending, check_choice, check_number
 from vispress.errors import ConfigError
+from vispress.methods._parts.schedules.stage_budgets import (
+    check_schedule,
+    stage_budgets,
+    stage_layers,
+)
+from vispress.methods._parts.scoring.transitions import Direction, summed_variation
 from vispress.methods.base import Evidence, ScorePruner, upcast
-from vispress.methods.checks import check_ascending, check_choice, check_number
-from vispress.methods.schedules import check_schedule, stage_budgets, stage_layers
-from vispress.methods.transitions import Direction, summed_variation
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
 
@@ -38,7 +42,7 @@ PRESETS = {"high": (0.875, 0.625, 0.125), "low": (0.625, 0.1875, 0.0625)}
 class TransPrune(ScorePruner):
     """Prune at several depths, by how much layers turn and stretch a token, and text attention.
 
-    Without a budget the preset's ratios apply; `vispress.methods.schedules` says what others mean.
+    Without a budget the preset applies; `_parts.schedules.stage_budgets` says what others mean.
 
     Args:
         preset: `"high"` (published) or `"low"` (reconstructed).

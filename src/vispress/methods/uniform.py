@@ -9,11 +9,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from vispress.checks import check_choice
 from vispress.devices import sent
+from vispress.methods._parts.geometry.grids import middles, sample
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_choice
-from vispress.methods.grids import middles, sample
-from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 

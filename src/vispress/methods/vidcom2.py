@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_number
+from vispress.methods._parts.geometry.segments import GEOMETRY
+from vispress.methods._parts.scoring.cosines import unit
+from vispress.methods._parts.video.frames import frames
 from vispress.methods.base import Compressor, Evidence, descending, top_indices, upcast
-from vispress.methods.checks import check_number
-from vispress.methods.diversity import unit
-from vispress.methods.segments import GEOMETRY
-from vispress.methods.videos import frames
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Signal, Stage, TokenPlan, VisualTokens
 

@@ -19,10 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_choice, check_integer
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, owner_by_segment
+from vispress.methods._parts.scoring.encoder_attention import (
+    Scores,
+    attention_signals,
+    encoder_attention,
+)
 from vispress.methods.base import Compressor, Evidence, descending, upcast
-from vispress.methods.checks import check_choice, check_integer
-from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.segments import GEOMETRY, Part, owner_by_segment
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels import Backend

@@ -20,12 +20,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_choice, check_integer, check_number
+from vispress.methods._parts.clustering.duplicate_removal import thin_out
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods._parts.scoring.cosines import unit
+from vispress.methods._parts.scoring.encoder_attention import (
+    Scores,
+    attention_signals,
+    encoder_attention,
+)
 from vispress.methods.base import Compressor, Evidence, descending
-from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.diversity import unit
-from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
-from vispress.methods.thinning import thin_out
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 

@@ -19,12 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_choice, check_integer, check_number
+from vispress.methods._parts.clustering.kmeans import kmeans, take
+from vispress.methods._parts.geometry.segments import GEOMETRY, split
+from vispress.methods._parts.geometry.windows import fold
+from vispress.methods._parts.scoring.encoder_attention import (
+    Scores,
+    attention_signals,
+    encoder_attention,
+)
 from vispress.methods.base import Compressor, Evidence, descending
-from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.kmeans import kmeans, take
-from vispress.methods.segments import GEOMETRY, split
-from vispress.methods.windows import fold
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 

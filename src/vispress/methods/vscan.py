@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 
 from vispress.budget import scaled_layer
+from vispress.checks import check_choice, check_integer
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, owner_by_segment
+from vispress.methods._parts.geometry.windows import fold, owners, windows
+from vispress.methods._parts.schedules.stage_budgets import entry_budgets
+from vispress.methods._parts.scoring.encoder_attention import (
+    Scores,
+    attention_signals,
+    encoder_attention,
+)
 from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
-from vispress.methods.checks import check_choice, check_integer
-from vispress.methods.encoder import Scores, attention_signals, encoder_attention
-from vispress.methods.schedules import entry_budgets
-from vispress.methods.segments import GEOMETRY, Part, owner_by_segment
-from vispress.methods.windows import fold, owners, windows
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from vispress.budget import PUBLISHED_DEPTH, Budget, scaled_layer
+from vispress.checks import check_integer
 from vispress.methods.base import Compressor, Evidence, check_layer, keep_none
-from vispress.methods.checks import check_integer
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Stage, TokenPlan, VisualTokens
 

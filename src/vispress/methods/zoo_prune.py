@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.budget import Rounding
+from vispress.checks import check_choice, check_integer, check_number
 from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods._parts.scoring.sensitivity import Average, sensitivity
 from vispress.methods.base import Compressor, Evidence
-from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.segments import GEOMETRY, Part, keep_by_segment
-from vispress.methods.sensitivity import Average, sensitivity
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels import Backend

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor
 
 from vispress.adapters.base import ModelAdapter, find_adapter
+from vispress.checks import check_choice, check_integer, check_number
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
+from vispress.methods._parts.scoring.encoder_attention import Scores
 from vispress.methods.base import descending
-from vispress.methods.checks import check_choice, check_integer, check_number
-from vispress.methods.encoder import Scores
 from vispress.runtime.attention import watch, watching
 from vispress.runtime.cache_name import CACHE
 from vispress.runtime.capture import Capture, EncoderSink

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.methods._parts.clustering.density_peaks import dpc_clusters
 from vispress.methods.base import descending, upcast
-from vispress.methods.clusters import dpc_clusters
 from vispress.types import TokenPlan
 
 

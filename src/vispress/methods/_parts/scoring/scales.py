@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vispress.methods._parts.scoring.question import scaled
 from vispress.methods.base import descending
-from vispress.methods.question import scaled
 
 Normalise = Literal["minmax", "rank"]
 

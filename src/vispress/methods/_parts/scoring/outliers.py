@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods.base import descending
-from vispress.methods.diversity import unit
 
 
 def outliers(a: Float[Tensor, "n"]) -> int:

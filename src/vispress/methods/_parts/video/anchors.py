@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.methods._parts.clustering.density_peaks import dpc_scores
 from vispress.methods.base import descending
-from vispress.methods.clusters import dpc_scores
 from vispress_kernels import Backend
 from vispress_kernels.assign_nearest import assign_nearest
 from vispress_kernels.merge_tokens import merge_tokens

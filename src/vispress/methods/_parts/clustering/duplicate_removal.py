@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vispress.methods.diversity import largest_cosine
+from vispress.methods._parts.scoring.cosines import largest_cosine
 
 MOST_HELD = 1 << 24
 """Cosines of one list that are held: those of 4,096 tokens. Longer lists compute each round's."""

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods.base import remembered, upcast
-from vispress.methods.diversity import unit
 from vispress.types import VisualTokens
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vispress.devices import sent
 from vispress.errors import UnsupportedMethodError
+from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods.base import remembered, segment_shares
-from vispress.methods.segments import GEOMETRY
 from vispress.types import CropLayout, Signal, TokenPlan, VisualTokens
 
 Values = Literal["vision_features", "features"]

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vispress.methods.diversity import unit
+from vispress.methods._parts.scoring.cosines import unit
 from vispress_kernels.assign_nearest.reference import first_equal
 
 MOST_PRODUCTS = 1 << 24

@@ -12,11 +12,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vispress.budget import allocate
+from vispress.methods._parts.clustering.density_peaks import dpc_clusters
+from vispress.methods._parts.scoring.cosines import unit
+from vispress.methods._parts.video.frames import Frames
+from vispress.methods._parts.video.scenes import (
+    Scene,
+    adjacent_cosine,
+    refined,
+    saving_scenes,
+    scenes_of,
+)
 from vispress.methods.base import descending, top_per_segment, upcast
-from vispress.methods.clusters import dpc_clusters
-from vispress.methods.diversity import unit
-from vispress.methods.scenes import Scene, adjacent_cosine, refined, saving_scenes, scenes_of
-from vispress.methods.videos import Frames
 from vispress.types import TokenPlan, VisualTokens
 
 FEW = 14

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from vispress.methods.bipartite import fold, match
+from vispress.methods._parts.clustering.bipartite import fold, match
 from vispress_kernels import Backend
 from vispress_kernels.merge_tokens import merge_tokens
 

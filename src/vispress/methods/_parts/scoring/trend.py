@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.checks import check_number
 from vispress.errors import ConfigError
-from vispress.methods.checks import check_number
 
 Trend = float | tuple[float, ...]
 """The slope of `exp(slope i / size)`, or coefficients of a polynomial in `i / (size - 1)`."""

@@ -17,9 +17,9 @@ from functools import cache
 from itertools import pairwise, product
 
 from vispress.budget import Budget, check_ratio, scaled_layers
+from vispress.checks import check_ascending
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor, check_layer
-from vispress.methods.checks import check_ascending
 
 
 def check_schedule(

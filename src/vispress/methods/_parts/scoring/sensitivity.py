@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vispress.methods._parts.scoring.normed_mlp import changes_of_normed_mlp
 from vispress.methods.base import upcast
-from vispress.methods.normed_mlp import changes_of_normed_mlp
 from vispress.types import VisualTokens
 from vispress_kernels.perturbation_scores import perturbation_scores
 

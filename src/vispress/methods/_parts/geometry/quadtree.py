@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.devices import sent
-from vispress.methods.diversity import unit
+from vispress.methods._parts.scoring.cosines import unit
 from vispress_kernels.maxmin_select.reference import zero_distance
 
 

@@ -1,0 +1,1 @@
+"""Which tokens go together: matching, clusters, duplicates."""

@@ -1,0 +1,1 @@
+"""Where visual tokens stand: grids, crops, segments, windows."""

@@ -1,0 +1,1 @@
+"""Layers and budgets of methods that act at several depths."""

@@ -1,0 +1,1 @@
+"""Scores of tokens, and what they are made of."""

@@ -1,0 +1,1 @@
+"""What compressors around other compressors need."""
