@@ -11,7 +11,7 @@ from tests.methods.helpers import merged, only, take
 from vispress.budget import ratio_left
 from vispress.errors import BudgetError, UnsupportedMethodError
 from vispress.methods import FrameFusion
-from vispress.methods._parts.schedules.mean_budget_tracker import Course, last_layer
+from vispress.methods._parts.schedules.mean_budget_tracker import MeanBudgetTracker, last_layer
 from vispress.methods._parts.video.temporal_runs import likeness, run_starts
 from vispress.types import CropLayout, Queries, Stage
 
@@ -33,7 +33,7 @@ def test_the_goal_is_what_the_cap_leaves():
     for sparsity in ([], [0.6], [0.5, 0.3, 0.05]):
         shares = tuple(accumulate((1 - s for s in sparsity), mul))
         left = (shares[-1] if shares else 1.0) * (1 - cap(sparsity))
-        assert Course(shares).goal(0.3, 28, 10_000) == round(10_000 * left)
+        assert MeanBudgetTracker(shares).goal(0.3, 28, 10_000) == round(10_000 * left)
 
 
 def video(angles, **signals):

@@ -8,7 +8,7 @@ from tests.methods.helpers import make_tokens, merged, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import HoliTom
-from vispress.methods._parts.clustering.sequential_merge import absorbed
+from vispress.methods._parts.clustering.sequential_merge import sequential_merge
 from vispress.methods._parts.video.groups import beside_top, cluster_weights, saving_groups
 from vispress.methods._parts.video.scenes import saving_scenes
 from vispress.types import CropLayout, Queries, Stage
@@ -133,7 +133,7 @@ def test_a_still_video_keeps_fewer_than_its_budget_and_others_all_of_it():
 
 def test_dropped_tokens_are_averaged_in_one_after_another():
     x = torch.tensor([[[1.0, 0], [2, 0], [0, 1], [4, 0.1], [8, 0.1], [0, 3]]])
-    plan = absorbed(x, torch.tensor([[0, 2]]))
+    plan = sequential_merge(x, torch.tensor([[0, 2]]))
     first, second = x[0, 0], x[0, 2]
     for place in (1, 3, 4):
         first = (first + x[0, place]) / 2
@@ -141,12 +141,12 @@ def test_dropped_tokens_are_averaged_in_one_after_another():
     torch.testing.assert_close(merged(plan, x)[0], torch.stack([first, second]))
     # of two equal kept tokens both stay, the first takes in
     twins = torch.tensor([[[1.0, 0], [1, 0], [3, 0]]])
-    plan = absorbed(twins, torch.tensor([[0, 1]]))
+    plan = sequential_merge(twins, torch.tensor([[0, 1]]))
     assert merged(plan, twins).tolist() == [[[2.0, 0], [1, 0]]]
     # with random tokens, rows of their own
     x = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[1, 4, 19], [0, 7, 8]])
-    plan = absorbed(x, keep)
+    plan = sequential_merge(x, keep)
     direction = torch.nn.functional.normalize(x, dim=2)
     for b in range(2):
         new = x[b, keep[b]].clone()

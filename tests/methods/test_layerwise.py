@@ -13,8 +13,8 @@ from vispress.errors import BudgetError, ConfigError
 from vispress.methods import Layerwise
 from vispress.methods._parts.schedules.layer_ratios import (
     bundle,
-    mean_rate,
-    sigmoid_rates,
+    mean_ratio,
+    sigmoid_ratios,
     solve_sigmoid,
 )
 from vispress.types import Queries
@@ -25,20 +25,20 @@ def sigmoid(layer, a=12.0, b=0.35, depth=32):
 
 
 def test_worked_example_of_the_sigmoid():
-    rates = sigmoid_rates(12.0, 0.35, 0.0, 32)
+    rates = sigmoid_ratios(12.0, 0.35, 0.0, 32)
     published = {0: 0.985, 8: 0.769, 11: 0.519, 16: 0.142, 24: 0.0082}
     first, last = sigmoid(0), sigmoid(32)
     for layer, value in published.items():
         assert sigmoid(layer) == pytest.approx(value, abs=5e-4)
         assert rates[layer] == pytest.approx((sigmoid(layer) - last) / (first - last))
-    raised = sigmoid_rates(12.0, 0.35, 0.1, 32)
+    raised = sigmoid_ratios(12.0, 0.35, 0.1, 32)
     assert raised == pytest.approx([0.9 * rate + 0.1 for rate in rates])
 
 
 @pytest.mark.parametrize("midpoint", [-1.0, 0.5, 2.0])
 @pytest.mark.parametrize("steepness", [0.01, 40.0, 100.0])
 def test_rates_fall_from_one_whatever_the_shape(steepness, midpoint):
-    rates = sigmoid_rates(steepness, midpoint, 0.05, 32)
+    rates = sigmoid_ratios(steepness, midpoint, 0.05, 32)
     assert rates[0] == 1.0
     assert list(rates) == sorted(rates, reverse=True)
     assert rates[-1] >= 0.05
@@ -47,11 +47,11 @@ def test_rates_fall_from_one_whatever_the_shape(steepness, midpoint):
 @pytest.mark.parametrize("target", [0.2, 0.5, 0.95, 1.0])
 def test_the_sigmoid_is_solved_for_a_budget_of_any_kind(target):
     def quadratic(rates):
-        return mean_rate([rate * rate for rate in rates])
+        return mean_ratio([rate * rate for rate in rates])
 
-    for cost in (mean_rate, quadratic):
+    for cost in (mean_ratio, quadratic):
         midpoint, floor = solve_sigmoid(8.0, 0.02, 32, cost, target)
-        assert cost(sigmoid_rates(8.0, midpoint, floor, 32)) == pytest.approx(target, abs=1e-9)
+        assert cost(sigmoid_ratios(8.0, midpoint, floor, 32)) == pytest.approx(target, abs=1e-9)
         assert (floor == 0.02) == (target < 0.87)
 
 
@@ -59,7 +59,7 @@ def test_a_budget_that_no_midpoint_meets_is_refused():
     with pytest.raises(BudgetError, match=r"at least 0\.100, the budget is 0\.050"):
         Layerwise(keep_ratio=0.05).placements(32)
     with pytest.raises(BudgetError, match="more than all tokens cost"):
-        solve_sigmoid(8.0, 0.0, 32, mean_rate, 1.1)
+        solve_sigmoid(8.0, 0.0, 32, mean_ratio, 1.1)
 
 
 def test_a_bundle_is_the_best_cut_and_keeps_the_mean():
@@ -81,12 +81,12 @@ def test_a_bundle_is_the_best_cut_and_keeps_the_mean():
 
 
 def test_at_most_eight_placements_and_the_mean_stays():
-    rates = sigmoid_rates(6.0, 0.4, 0.0, 80)
+    rates = sigmoid_ratios(6.0, 0.4, 0.0, 80)
     where, values = bundle(rates)
     assert len(where) == 8
     spans = [b - a for a, b in pairwise((*where, 80))]
     mean = (where[0] + fsum(v * s for v, s in zip(values, spans, strict=True))) / 80
-    assert mean == pytest.approx(mean_rate(rates))
+    assert mean == pytest.approx(mean_ratio(rates))
 
 
 @pytest.mark.parametrize("mean", [0.2, 0.5, 0.9, 1.0])

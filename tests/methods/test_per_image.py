@@ -15,7 +15,7 @@ from tests.methods.helpers import (
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import ConfigError
 from vispress.methods import AvgPool, DivPrune, FastV, PerImage, PyramidDrop, SparseVLM, TransPrune
-from vispress.methods._parts.wrapping.select_images import rows_of
+from vispress.methods._parts.wrapping.select_images import select_images
 from vispress.types import Memory
 
 
@@ -59,7 +59,7 @@ def test_it_acts_where_the_inner_method_acts():
 def test_rows_of_a_bucket_hold_what_each_image_has():
     tokens = make_tokens(3, grid=(1, 4, 6))
     memory = tuple(Memory(value=number) for number in range(3))
-    picked = rows_of(replace(tokens, views=(tokens,), memory=memory), [2, 0])
+    picked = select_images(replace(tokens, views=(tokens,), memory=memory), [2, 0])
     assert picked.memory == (memory[2], memory[0])
     assert picked.features.equal(tokens.features[[2, 0]])
     assert picked.views[0].index.shape == (2, 24)

@@ -11,7 +11,7 @@ from vispress.errors import ConfigError
 from vispress.methods import SparseVLM
 from vispress.methods._parts.clustering.density_peaks import dpc_clusters, dpc_scores
 from vispress.methods._parts.clustering.recycling import fold_dropped, kept_of, recycled
-from vispress.methods._parts.scoring.text_raters import raters, relation
+from vispress.methods._parts.scoring.text_raters import relation, text_raters
 from vispress.types import Queries
 
 VISUAL = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]])
@@ -23,7 +23,7 @@ def worded(**more):
 
 
 def test_golden_vector_of_the_raters():
-    assert raters(worded(text_after=4)).tolist() == [[True, True, False, False]]
+    assert text_raters(worded(text_after=4)).tolist() == [[True, True, False, False]]
     rating = (VISUAL @ WORDS.mT).softmax(dim=2).mean(dim=1)
     expected = torch.tensor([[0.4849, 0.2599, 0.0366, 0.2186]])
     torch.testing.assert_close(rating, expected, rtol=0, atol=5e-5)
@@ -95,7 +95,7 @@ def test_counts_by_rank():
     method = SparseVLM(rank_scale=3.0, rank_bias=1.0)
     assert all(p.adaptive for p in method.placements(32))
     rows = tokens.query_attention.mean(dim=1)
-    chosen = raters(tokens)
+    chosen = text_raters(tokens)
     ranks = chosen.sum(dim=1).tolist()  # random rows are independent
     assert method.counts(rows, chosen, 40) == [3 * r + 1 for r in ranks]
     kept = [3 * r + 1 + recycled(40 - 3 * r - 1)[1] for r in ranks]

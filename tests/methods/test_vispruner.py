@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress.errors import ConfigError
 from vispress.methods import VisPruner
-from vispress.methods._parts.clustering.duplicate_removal import thin_out
+from vispress.methods._parts.clustering.duplicate_removal import remove_duplicates
 from vispress.methods._parts.scoring.cosines import largest_cosine, unit
 
 ATTENTION = torch.tensor([[0.20, 0.05, 0.15, 0.02, 0.18, 0.10, 0.12, 0.18]])
@@ -26,7 +26,7 @@ def test_golden_vectors(step, kept):
 def test_survivors_stand_in_descending_similarity_before_the_odd_ones():
     # even places 0, 2, 4 with cosines .8, 1, .6 to the nearest odd one; 2 is dropped
     x = torch.tensor([[[0.8, 0.6], [1, 0], [1, 0], [1, 0], [0.6, 0.8]]])
-    assert thin_out(torch.arange(5)[None], x, 4, 1).tolist() == [[0, 4, 1, 3]]
+    assert remove_duplicates(torch.arange(5)[None], x, 4, 1).tolist() == [[0, 4, 1, 3]]
 
 
 def test_a_count_that_crashes_the_official_code_is_met():
@@ -41,7 +41,7 @@ def test_attention_alone_and_duplicates_alone():
     top = score[0].topk(9).indices.sort().values
     assert torch.equal(VisPruner(important_ratio=1.0).plan(tokens, 9).keep[0], top)
     ranked = score.argsort(descending=True)
-    alone = thin_out(ranked, unit(tokens.vision_features), 9, 8).sort().values
+    alone = remove_duplicates(ranked, unit(tokens.vision_features), 9, 8).sort().values
     assert torch.equal(VisPruner(important_ratio=0.0).plan(tokens, 9).keep, alone)
 
 
@@ -95,7 +95,7 @@ def go(monkeypatch, way):
 def test_the_same_list_as_round_by_round(num_keep, step, way, monkeypatch):
     go(monkeypatch, way)
     ranked, x = ranked_tokens(3, 70)
-    ours = thin_out(ranked, x, num_keep, step)
+    ours = remove_duplicates(ranked, x, num_keep, step)
     assert torch.equal(ours, rounds(ranked, x, num_keep, step))
 
 
@@ -107,11 +107,13 @@ def test_equal_tokens_fall_in_the_order_of_the_list(way, monkeypatch):
         exact = rounds(
             ranked, ranked_tokens(2, 90, seed=seed, twins=True, dtype=torch.float64)[1], 20, 8
         )
-        ours = thin_out(ranked, x, 20, 8)
+        ours = remove_duplicates(ranked, x, 20, 8)
         assert torch.equal(ours, exact)
         assert torch.equal(
             ours,
-            torch.cat([thin_out(r[None], o[None], 20, 8) for r, o in zip(ranked, x, strict=True)]),
+            torch.cat(
+                [remove_duplicates(r[None], o[None], 20, 8) for r, o in zip(ranked, x, strict=True)]
+            ),
         )
 
 
@@ -121,7 +123,9 @@ def test_tokens_that_are_not_numbers_are_similar_to_none(way, monkeypatch):
     ranked, x = ranked_tokens(2, 40)
     x[0, ranked[0, 4]] = float("nan")  # at an even place
     for num_keep in (28, 10):
-        assert torch.equal(thin_out(ranked, x, num_keep, 8), rounds(ranked, x, num_keep, 8))
+        assert torch.equal(
+            remove_duplicates(ranked, x, num_keep, 8), rounds(ranked, x, num_keep, 8)
+        )
 
 
 def test_crops_of_one_size_are_worked_on_together(monkeypatch):
@@ -130,7 +134,7 @@ def test_crops_of_one_size_are_worked_on_together(monkeypatch):
 
     def spy(*args):
         calls.append(args[0].shape)
-        return thin_out(*args)
+        return remove_duplicates(*args)
 
     monkeypatch.setattr("vispress.methods.vispruner.thin_out", spy)
     together = VisPruner().plan(tokens, 3 * 20 + 6).keep
@@ -150,7 +154,7 @@ def test_a_round_is_few_calls(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     with Count():
-        thin_out(ranked, x, 140, 8)
+        remove_duplicates(ranked, x, 140, 8)
     assert len(calls) <= 16 * 50 + 20  # 50 rounds, views included
 
 

@@ -9,7 +9,7 @@ from tests.parity.vectors import close, each_case
 from vispress.methods import SparseVLM, SparseVLMPlus
 from vispress.methods._parts.clustering.density_peaks import dpc_clusters, dpc_scores
 from vispress.methods._parts.clustering.recycling import fold_dropped, recycled
-from vispress.methods._parts.scoring.text_raters import raters, relation
+from vispress.methods._parts.scoring.text_raters import relation, text_raters
 
 
 def bucket(case):
@@ -32,7 +32,7 @@ def bucket(case):
 
 @each_case("sparsevlm", having="out/rater_scores")
 def test_raters_are_the_official_ones(case):
-    (chosen,) = raters(bucket(case))
+    (chosen,) = text_raters(bucket(case))
     assert chosen.nonzero()[:, 0].tolist() == case["out/rater_index_in_text"].tolist()
 
 

@@ -23,7 +23,7 @@ from vispress.methods._parts.geometry.grid_thinning import (
     Offset,
     Places,
     thin_each,
-    thin_lattice,
+    thin_grid,
     thin_run,
 )
 from vispress.methods._parts.geometry.segments import GEOMETRY
@@ -102,4 +102,4 @@ class ADSC(Compressor):
     def _thin(self, places: Places, num_keep: int) -> Int[Tensor, "share"]:
         if self.mode == "1d":
             return thin_run(len(places.row), num_keep, self.offset)
-        return thin_lattice(places, num_keep, self.stride, self.offset)
+        return thin_grid(places, num_keep, self.stride, self.offset)

@@ -16,7 +16,7 @@ from vispress.checks import check_choice, check_number
 from vispress.errors import ConfigError
 from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods._parts.scoring.scales import Normalise, normalised
-from vispress.methods._parts.wrapping.same_placement import check_one_place
+from vispress.methods._parts.wrapping.same_placement import check_same_placement
 from vispress.methods.base import Compressor, Evidence, ScorePruner
 from vispress.methods.fastervlm import FasterVLM
 from vispress.methods.max_norm import MaxNorm
@@ -90,7 +90,7 @@ class Ensemble(ScorePruner):
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         found = [replace(part, keep_ratio=0.5).placements(num_layers) for part in self.members()]
-        check_one_place([part.name for part in self.members()], found)
+        check_same_placement([part.name for part in self.members()], found)
         first = found[0][0]
         measured = sorted({done for own in found for done in own[0].transitions})
         budget = self.budget(num_layers, first.layer)

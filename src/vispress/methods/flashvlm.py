@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vispress.checks import check_choice, check_flag, check_integer, check_number
-from vispress.methods._parts.clustering.duplicate_removal import thin_out
+from vispress.methods._parts.clustering.duplicate_removal import remove_duplicates
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
 from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.scoring.encoder_attention import (
@@ -116,7 +116,7 @@ class FlashVLM(Compressor):
             ranked = descending(self.fused(part.of(attention), part.of(match)))
             important = int(part.share * self.important_ratio)
             rest = ranked[:, important:]
-            rest = thin_out(rest, part.of(x), part.share - important, self.step)
+            rest = remove_duplicates(rest, part.of(x), part.share - important, self.step)
             return torch.cat([ranked[:, :important], rest], dim=1)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick, alike=True))

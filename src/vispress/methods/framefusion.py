@@ -26,7 +26,7 @@ from vispress.budget import Budget, ratio_for_mean
 from vispress.checks import check_number
 from vispress.kinds import Need, Positions, Queries, Signal, Stage
 from vispress.methods._parts.geometry.segments import GEOMETRY
-from vispress.methods._parts.schedules.mean_budget_tracker import Course, last_layer
+from vispress.methods._parts.schedules.mean_budget_tracker import MeanBudgetTracker, last_layer
 from vispress.methods._parts.video.frames import frames
 from vispress.methods._parts.video.temporal_runs import likeness, mean_plan, run_starts
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
@@ -88,8 +88,8 @@ class FrameFusion(Compressor):
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        course = tokens.memory[0].value if tokens.memory else Course()
-        assert isinstance(course, Course)  # one for all rows: they part where counts do
+        course = tokens.memory[0].value if tokens.memory else MeanBudgetTracker()
+        assert isinstance(course, MeanBudgetTracker)  # one for all rows: they part where counts do
         assert tokens.depth is not None  # declared in `reads`
         video, x = frames(tokens, self.name, pruned=bool(tokens.memory)), upcast(tokens.features)
         place, count = video.place_of(tokens.index), tokens.num_visual

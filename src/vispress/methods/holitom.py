@@ -25,7 +25,7 @@ from torch import Tensor
 from vispress.budget import scaled_layer
 from vispress.checks import check_flag, check_integer, check_number
 from vispress.errors import ConfigError
-from vispress.methods._parts.clustering.sequential_merge import absorbed
+from vispress.methods._parts.clustering.sequential_merge import sequential_merge
 from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods._parts.schedules.stage_budgets import pair_budgets
 from vispress.methods._parts.scoring.encoder_attention import encoder_attention
@@ -97,7 +97,7 @@ class HoliTom(Compressor):
         if self.inner and tokens.query_attention is not None:
             score = upcast(tokens.query_attention).mean(dim=(1, 2))
             keep = top_indices(score, num_keep)
-            return absorbed(upcast(tokens.features), keep, tokens.backend)
+            return sequential_merge(upcast(tokens.features), keep, tokens.backend)
         video = frames(tokens, self.name)
         count, newlines = video.split(num_keep)
         x = video.of(upcast(tokens.features))

@@ -21,8 +21,8 @@ from vispress.checks import check_ascending, check_choice, check_number
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods._parts.schedules.layer_ratios import (
     bundle,
-    mean_rate,
-    sigmoid_rates,
+    mean_ratio,
+    sigmoid_ratios,
     solve_sigmoid,
 )
 from vispress.methods._parts.schedules.stage_budgets import (
@@ -111,11 +111,11 @@ class Layerwise(ScorePruner):
         midpoint, floor = self.midpoint, self.floor
         mean = self.keep_ratio if self.mean_keep_ratio is None else self.mean_keep_ratio
         if mean is not None:
-            midpoint, floor = solve_sigmoid(self.steepness, floor, num_layers, mean_rate, mean)
+            midpoint, floor = solve_sigmoid(self.steepness, floor, num_layers, mean_ratio, mean)
         elif midpoint is None:
             self.budget(num_layers)  # refuses, unless there is a count
             midpoint = PUBLISHED_MIDPOINT
-        return bundle(sigmoid_rates(self.steepness, midpoint, floor, num_layers))
+        return bundle(sigmoid_ratios(self.steepness, midpoint, floor, num_layers))
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
         """Mean over heads and queries; without words behind the image, zeros."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vispress.checks import check_number
 from vispress.errors import ConfigError
-from vispress.methods._parts.wrapping.select_images import rows_of
+from vispress.methods._parts.wrapping.select_images import select_images
 from vispress.methods.base import Compressor, Evidence
 from vispress.methods.fastv import FastV
 from vispress.methods.wrapper import Wrapper
@@ -85,7 +85,7 @@ class PerImage(Wrapper):
         for place in sorted(set(places)):
             rows = [row for row, own in enumerate(places) if own == place]
             count = max(1, round(self.factors[place] * min(num_keep, tokens.num_visual)))
-            keep |= dict(zip(rows, self._keep(rows_of(tokens, rows), count), strict=True))
+            keep |= dict(zip(rows, self._keep(select_images(tokens, rows), count), strict=True))
         return TokenPlan(keep=tuple(keep[row] for row in range(tokens.batch)))
 
     def _keep(self, tokens: VisualTokens, count: int) -> Int[Tensor, "B K"]:

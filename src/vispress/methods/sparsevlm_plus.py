@@ -23,7 +23,7 @@ from vispress.methods._parts.schedules.stage_budgets import (
     stage_budgets,
     stage_layers,
 )
-from vispress.methods._parts.scoring.text_raters import raters
+from vispress.methods._parts.scoring.text_raters import text_raters
 from vispress.methods.base import Evidence, ScorePruner, descending, upcast
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, VisualTokens
@@ -88,7 +88,7 @@ class SparseVLMPlus(ScorePruner):
         """Mean over raters and chosen heads of attention divided by the rotary prior."""
         assert tokens.query_attention is not None  # declared in `reads`, as the prior is
         assert tokens.rotary_prior is not None
-        chosen, prior = raters(tokens), upcast(tokens.rotary_prior)
+        chosen, prior = text_raters(tokens), upcast(tokens.rotary_prior)
         if not prior.shape[1]:  # no words: zeros
             return upcast(tokens.query_attention).sum(dim=(1, 2))
         size = prior.abs()

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.checks import check_choice, check_integer, check_number
-from vispress.methods._parts.clustering.duplicate_removal import thin_out
+from vispress.methods._parts.clustering.duplicate_removal import remove_duplicates
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
 from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.scoring.encoder_attention import (
@@ -75,7 +75,9 @@ class VisPruner(Compressor):
         """Important tokens by descending score, then diverse ones in the order of the last list."""
         important = int(num_keep * self.important_ratio)
         ranked = descending(score)
-        rest = thin_out(ranked[:, important:], unit(features), num_keep - important, self.step)
+        rest = remove_duplicates(
+            ranked[:, important:], unit(features), num_keep - important, self.step
+        )
         return torch.cat([ranked[:, :important], rest], dim=1)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ ON_HOST, ON_DEVICE = 1 << 16, MOST_HELD
 """Cosines of the lists that are worked on together, where these are several."""
 
 
-def thin_out(
+def remove_duplicates(
     ranked: Int[Tensor, "b R"], x: Float[Tensor, "b n d"], num_keep: int, step: int
 ) -> Int[Tensor, "b K"]:
     """Drop duplicates from a ranked list until `num_keep` are left, in the list's last order.
@@ -32,12 +32,12 @@ def thin_out(
         return ranked[:, :num_keep]
     together = max(1, (ON_DEVICE if x.is_cuda else ON_HOST) // length**2)
     if len(x) <= together:
-        return _thin_out(ranked, x, num_keep, step)
+        return _remove_duplicates(ranked, x, num_keep, step)
     parts = zip(torch.split(ranked, together), torch.split(x, together), strict=True)
-    return torch.cat([_thin_out(part, own, num_keep, step) for part, own in parts])
+    return torch.cat([_remove_duplicates(part, own, num_keep, step) for part, own in parts])
 
 
-def _thin_out(ranked: Tensor, x: Tensor, num_keep: int, step: int) -> Tensor:
+def _remove_duplicates(ranked: Tensor, x: Tensor, num_keep: int, step: int) -> Tensor:
     """Works on places in `ranked`; a round is a few calls, which is what it costs on a device."""
     length = ranked.shape[1]
     own = x.gather(1, ranked[..., None].expand(-1, -1, x.shape[2]))

@@ -10,7 +10,7 @@ from vispress_kernels.assign_nearest import assign_nearest
 
 
 @torch.no_grad()
-def absorbed(
+def sequential_merge(
     x: Float[Tensor, "B N D"], keep: Int[Tensor, "B K"], backend: Backend = "auto"
 ) -> TokenPlan:
     """The plan in which each dropped token, in order, is averaged into the kept one nearest to it.

@@ -116,7 +116,7 @@ def thin_run(count: int, num_keep: int, offset: Offset) -> Int[Tensor, "num_keep
     return (step + 1) * count // num_keep - 1 if offset == "last" else step * count // num_keep
 
 
-def thin_lattice(
+def thin_grid(
     places: Places, num_keep: int, stride: int, offset: Offset
 ) -> Int[Tensor, "num_keep"]:
     """Thin along columns and rows in turn, by `stride` at a time, whichever axis is denser.

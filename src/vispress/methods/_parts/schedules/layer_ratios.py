@@ -1,6 +1,6 @@
-"""Keep rates by decoder layer: a sigmoid in depth, and few placements that stand for many rates.
+"""Keep ratios by decoder layer: a sigmoid in depth, and few placements that stand for many ratios.
 
-A rate is the share of an image's original visual tokens that enters a layer; layer 0 has all.
+A ratio is the share of an image's original visual tokens that enters a layer; layer 0 has all.
 """
 
 import math
@@ -16,7 +16,7 @@ LEAST_CHANGE = 0.01
 _MIDPOINTS = (-1.0, 2.0)
 
 
-def sigmoid_rates(
+def sigmoid_ratios(
     steepness: float, midpoint: float, floor: float, num_layers: int
 ) -> tuple[float, ...]:
     """`1 / (1 + exp(a (l / L - b)))`, stretched to 1 at layer 0 and to `floor` at depth L.
@@ -42,13 +42,13 @@ def solve_sigmoid(
     cost: Callable[[Sequence[float]], float],
     target: float,
 ) -> tuple[float, float]:
-    """Midpoint and floor whose rates cost what is asked; the floor rises where no midpoint does.
+    """Midpoint and floor whose ratios cost what is asked; the floor rises where no midpoint does.
 
     Args:
         steepness: a.
         floor: The least one.
         num_layers: L.
-        cost: Of rates; growing with each of them.
+        cost: Of ratios; growing with each of them.
         target: In the unit of `cost`.
 
     Raises:
@@ -56,7 +56,7 @@ def solve_sigmoid(
     """
 
     def of(midpoint: float, least: float) -> float:
-        return cost(sigmoid_rates(steepness, midpoint, least, num_layers))
+        return cost(sigmoid_ratios(steepness, midpoint, least, num_layers))
 
     low, high = _MIDPOINTS
     if (cheapest := of(low, floor)) > target:
@@ -79,29 +79,29 @@ def _bisect(f: Callable[[float], float], low: float, high: float, target: float)
     return high
 
 
-def mean_rate(rates: Sequence[float]) -> float:
+def mean_ratio(ratios: Sequence[float]) -> float:
     """Mean over decoder layers."""
-    return math.fsum(rates) / len(rates)
+    return math.fsum(ratios) / len(ratios)
 
 
 @cache
-def bundle(rates: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Layers and rates of at most 8 placements, each the mean of the rates it stands for.
+def bundle(ratios: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Layers and ratios of at most 8 placements, each the mean of the ratios it stands for.
 
     Of all ways to cut the layers behind the first into runs, the one with the smallest squared
-    distance from the rates; as many runs as drop at least 1 % of the tokens each.
+    distance from the ratios; as many runs as drop at least 1 % of the tokens each.
 
     Args:
-        rates: Not growing; the first is 1.
+        ratios: Not growing; the first is 1.
 
     Returns:
         Layers (ascending, from 1) and what enters them; the mean over layers is unchanged.
     """
-    for stages in range(min(STAGES, len(rates) - 1), 0, -1):
-        starts = _cut(rates[1:], stages)
-        ends = [*starts[1:], len(rates) - 1]
+    for stages in range(min(STAGES, len(ratios) - 1), 0, -1):
+        starts = _cut(ratios[1:], stages)
+        ends = [*starts[1:], len(ratios) - 1]
         means = [
-            math.fsum(rates[1 + a : 1 + b]) / (b - a) for a, b in zip(starts, ends, strict=True)
+            math.fsum(ratios[1 + a : 1 + b]) / (b - a) for a, b in zip(starts, ends, strict=True)
         ]
         drops = [a - b for a, b in zip([1.0, *means[:-1]], means, strict=True)]
         if stages == 1 or min(drops) >= LEAST_CHANGE:
@@ -109,13 +109,13 @@ def bundle(rates: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]
     return tuple(1 + start for start in starts), tuple(means)
 
 
-def _cut(rates: Sequence[float], runs: int) -> list[int]:
+def _cut(ratios: Sequence[float], runs: int) -> list[int]:
     """Starts of the runs that fit best (dynamic programming over prefixes)."""
-    n = len(rates)
+    n = len(ratios)
     sums, squares = [0.0], [0.0]
-    for rate in rates:
-        sums.append(sums[-1] + rate)
-        squares.append(squares[-1] + rate * rate)
+    for ratio in ratios:
+        sums.append(sums[-1] + ratio)
+        squares.append(squares[-1] + ratio * ratio)
 
     def error(a: int, b: int) -> float:
         return squares[b] - squares[a] - (sums[b] - sums[a]) ** 2 / (b - a)

@@ -13,7 +13,7 @@ def last_layer(mean: float, num_layers: int) -> int:
 
 
 @dataclass(frozen=True)
-class Course:
+class MeanBudgetTracker:
     """What each layer so far has seen.
 
     Args:
@@ -29,7 +29,7 @@ class Course:
         ratio = min(1.0, ratio_left(mean, self.shares, num_layers))
         return Budget(keep_ratio=ratio).resolve(entered)
 
-    def after(self, left: int, entered: int, least: float) -> "Course":
+    def after(self, left: int, entered: int, least: float) -> "MeanBudgetTracker":
         """The course with one more layer, which sees `left` tokens.
 
         Merging ends where it took less than `least` of what there was.

@@ -7,7 +7,7 @@ from vispress.methods.base import upcast
 from vispress.types import VisualTokens
 
 
-def raters(tokens: VisualTokens) -> Bool[Tensor, "B T"]:
+def text_raters(tokens: VisualTokens) -> Bool[Tensor, "B T"]:
     """Which words behind the image are about it more than the mean."""
     assert tokens.text_embeddings is not None  # declared in `reads`, as the image's
     assert tokens.input_embeddings is not None
@@ -21,6 +21,6 @@ def relation(
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B T N"], Bool[Tensor, "B T"]]:
     """Mean attention that raters pay each token, that of every word, and which words are raters."""
     assert tokens.query_attention is not None  # declared in `reads`
-    rows, chosen = upcast(tokens.query_attention).mean(dim=1), raters(tokens)
+    rows, chosen = upcast(tokens.query_attention).mean(dim=1), text_raters(tokens)
     total = (rows * chosen[..., None]).sum(dim=1)
     return total / chosen.sum(dim=1, keepdim=True).clamp(min=1), rows, chosen

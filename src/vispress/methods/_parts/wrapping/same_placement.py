@@ -8,7 +8,7 @@ from vispress.errors import ConfigError
 from vispress.types import Placement
 
 
-def check_one_place(names: Sequence[str], placements: Sequence[Sequence[Placement]]) -> None:
+def check_same_placement(names: Sequence[str], placements: Sequence[Sequence[Placement]]) -> None:
     """Refuse methods whose placements differ in more than counts and what is measured on the way.
 
     Args:

@@ -14,7 +14,7 @@ _SHARED = ("crops", "two_layer", "projector", "final_norm")
 """What is the same for all images of a bucket, though it holds tensors."""
 
 
-def rows_of(tokens: VisualTokens, rows: Sequence[int]) -> VisualTokens:
+def select_images(tokens: VisualTokens, rows: Sequence[int]) -> VisualTokens:
     """The bucket of the images at `rows`, each in `[0, B)`, in that order."""
 
     def pick(value: Any) -> Any:
