@@ -45,6 +45,7 @@ FLOORS: dict[str, int] = {
     "vispress.cli_search": 5,
     "vispress.doctor": 5,
     "vispress.listing": 5,
+    "vispress.model_folders": 5,
 }
 
 INNER: dict[str, dict[str, int]] = {

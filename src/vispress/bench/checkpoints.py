@@ -5,7 +5,6 @@ no code that comes with a checkpoint is run.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,14 @@ from vispress.adapters.base import find_adapter, list_families
 from vispress.bench.subjects import REFERENCES, Subject, to_device
 from vispress.bench.tasks import Prompt
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
+from vispress.model_folders import (
+    check_folder,
+    first_line,
+    load_model,
+    load_part,
+    read_settings,
+    skeleton,
+)
 
 MARK: Final = "<image>"
 """Where a picture stands in a prompt's text."""
@@ -86,9 +93,14 @@ class Checkpoint(Subject):
                 words = {"type": "text", "text": _ANSWER}
                 messages.append({"role": "assistant", "content": [words]})
             messages.append({"role": "user", "content": content_of(turn)})
-        text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # jinja's own (the sandbox's too), or whatever a template raises
+            raise CheckpointError(
+                f"the chat template of {self.name} fails: {first_line(error)}"
+            ) from error
         return str(text)
 
 
@@ -143,18 +155,6 @@ def load_checkpoint(
     return Checkpoint(name, model.eval(), processor, weights_hash(folder))
 
 
-def skeleton(config: Any) -> Any:
-    """The model of a configuration without weights (on the meta device).
-
-    Raises:
-        Exception: transformers has no image-text-to-text model of this kind.
-    """
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
-
-
 def weights_hash(folder: Path) -> str:
     """Hash of a checkpoint: small files whole; of weights the size and 64 blocks of 64 KiB.
 
@@ -190,7 +190,7 @@ def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     except Exception as error:  # of the hub, of its HTTP client, of the disk
         raise CheckpointError(
             f"cannot fetch {repo}{f' at {revision}' if revision else ''} from the hub: "
-            f"{_first_line(error)}. "
+            f"{first_line(error)}. "
             "It must be in the local cache, or the hub must be reachable (HF_HUB_OFFLINE unset) "
             "and the id right; a folder with a copy works too"
         ) from error
@@ -202,17 +202,15 @@ def _check_architecture(folder: Path, name: str) -> None:
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name} has no config.json: it is no Hugging Face checkpoint")
+    check_folder(folder, name)
+    kind = read_settings(folder / "config.json", name)["model_type"]
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{name}: config.json is damaged: {error!r}") from error
-    try:
-        bare = skeleton(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except Exception as error:  # unknown types, remote code, sizes that do not fit
+        bare = skeleton(load_part(AutoConfig, folder, name, local_files_only=True))
+    except CheckpointError as error:
         families = ", ".join(list_families())
         raise UnsupportedModelError(
             f"{name} is of type {kind!r}, which transformers does not build as an image-text-to-"
-            f"text model ({_first_line(error)}); supported families: {families}"
+            f"text model ({error}); supported families: {families}"
         ) from error
     find_adapter(bare)
 
@@ -225,19 +223,9 @@ def _read_model(
     options: dict[str, Any] = {"device_map": "auto"} if spread else {}
     if attention is not None:
         options["attn_implementation"] = attention
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except ImportError as error:
-        raise ConfigError(f"loading {name} needs a package that is missing: {error}") from error
-    except Exception as error:  # safetensors' own, and every kind of mismatch
-        raise CheckpointError(f"cannot load the weights of {name}: {_first_line(error)}") from error
+    model, info = load_model(
+        AutoModelForImageTextToText, folder, f"the weights of {name}", dtype=dtype, **options
+    )
     # transformers only warns, and fills the gaps with random weights
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys")}
     if any(wrong.values()):
@@ -249,25 +237,10 @@ def _read_model(
 def _read_processor(folder: Path, name: str) -> Any:
     from transformers import AutoProcessor
 
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError as error:
-        raise ConfigError(
-            f"the processor of {name} needs a package that is missing ({_first_line(error)}); "
-            "run: pip install 'vispress[hub]'"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot load the processor of {name}: {_first_line(error)}"
-        ) from error
+    processor = load_part(AutoProcessor, folder, f"the processor of {name}", local_files_only=True)
     if not hasattr(processor, "tokenizer"):
         raise CheckpointError(f"{name} has no processor for text and pictures, only a tokenizer")
     return processor
-
-
-def _first_line(error: Exception) -> str:
-    lines = (line.strip() for line in str(error).splitlines())
-    return f"{type(error).__name__}: {next(filter(None, lines), '')}"
 
 
 def _complete(model: Any, processor: Any) -> None:

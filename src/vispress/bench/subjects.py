@@ -163,5 +163,5 @@ def _is_reference(folder: Path) -> bool:
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return bool(json.loads(text)["model"]["type"] == "WordLevel")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False

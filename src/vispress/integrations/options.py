@@ -4,6 +4,7 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
@@ -12,6 +13,7 @@ from vispress.adapters.base import find_adapter
 from vispress.api import compress_model, compression_report
 from vispress.config import load_config, make_compressor
 from vispress.errors import ConfigError
+from vispress.model_folders import check_folder, load_part, skeleton
 from vispress.registry import get_method
 from vispress.report import CompressionReport
 
@@ -47,14 +49,16 @@ class Compression:
             **options: For `AutoConfig.from_pretrained`.
 
         Raises:
+            CheckpointError: The configuration cannot be reached or read, or the folder holds code
+                or weights that are not loaded; see `vispress.model_folders`.
             VispressError: As `compress_model`.
         """
         from transformers import AutoConfig
 
-        from vispress.bench.checkpoints import skeleton
-
+        if Path(pretrained).is_dir():
+            check_folder(Path(pretrained), pretrained)
         if self.method is not None:
-            self.apply(skeleton(AutoConfig.from_pretrained(pretrained, **options)))
+            self.apply(skeleton(load_part(AutoConfig, pretrained, pretrained, **options)))
 
 
 def read_compression(given: Mapping[str, Any], others: Iterable[str] = ()) -> Compression:

@@ -25,7 +25,7 @@ from vispress.bench.checkpoints import HUB_ID, MARK, load_checkpoint
 from vispress.bench.rows import open_pictures
 from vispress.bench.subjects import DTYPES
 from vispress.bench.tasks import Prompt, suggest
-from vispress.errors import ConfigError, UnsupportedModelError, VispressError
+from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError, VispressError
 from vispress.integrations.options import Compression, Tally, read_compression, watch
 from vispress.listing import parse_options
 
@@ -175,9 +175,7 @@ def _check_early(path: str | None, compression: Compression) -> None:
         return
     try:
         compression.check(path)
-    except VispressError:
-        raise
-    except Exception:  # a configuration of another kind or not at hand: loading will tell
+    except CheckpointError:  # not at hand, or of a kind that VLMEvalKit loads: loading will tell
         return
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlavaProcessor
 
+from vispress.model_folders import load_part
 from vispress.reference.attention import FULL, PACKED
 from vispress.reference.dense import DenseBatch, DenseHeads, Seen, collate
 from vispress.reference.model import (
@@ -128,7 +129,7 @@ class LlavaReference(Architecture):
 
     def load_processor(self, folder: Path) -> Any:
         """See `Architecture.load_processor`."""
-        return LlavaProcessor.from_pretrained(folder, local_files_only=True)
+        return load_part(LlavaProcessor, folder, "its processor", local_files_only=True)
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """The tower and the projector."""
@@ -183,7 +184,7 @@ class QwenReference(Architecture):
 
     def load_processor(self, folder: Path) -> Any:
         """See `Architecture.load_processor`."""
-        return PicturesProcessor.from_pretrained(folder, local_files_only=True)
+        return load_part(PicturesProcessor, folder, "its processor", local_files_only=True)
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
         """The merger counts as the projector, not as part of the encoder that holds it."""

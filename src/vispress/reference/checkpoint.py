@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
+from vispress.errors import CheckpointError
+from vispress.model_folders import load_model, read_settings
 from vispress.reference.architecture import ARCHITECTURES, Architecture
 
 SHIPPED: Final = Path(__file__).parent / "checkpoint"
@@ -77,15 +78,15 @@ def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
         raise _error(folder, f"{', '.join(missing)} missing")
     try:
         kind = _architecture(folder)
-        model, info = getattr(transformers, kind.model_class).from_pretrained(
+        model, info = load_model(
+            getattr(transformers, kind.model_class),
             folder,
+            "its weights",
             dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
             attn_implementation="sdpa",
         )
         processor = kind.load_processor(folder)
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
         raise _error(folder, f"{type(error).__name__}: {error}") from error
     # transformers only warns and fills the gaps with random weights
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
@@ -96,15 +97,13 @@ def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
 
 def _architecture(folder: Path) -> Architecture:
     """What the configuration in a folder says it holds."""
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    name = read_settings(folder / "config.json", "the model")["model_type"]
     if name not in ARCHITECTURES:
         raise ValueError(f"model_type {name!r} is none of {[*ARCHITECTURES]}")
     return ARCHITECTURES[name]
 
 
 def _error(folder: Path, what: str) -> Exception:
-    from vispress.errors import CheckpointError
-
     return CheckpointError(
         f"the reference checkpoint in {folder} is damaged ({what}). Reinstall the package, or "
         "write a new one with `vispress train-reference`"
