@@ -136,7 +136,7 @@ def test_crops_of_one_size_are_worked_on_together(monkeypatch):
         calls.append(args[0].shape)
         return remove_duplicates(*args)
 
-    monkeypatch.setattr("vispress.methods.vispruner.thin_out", spy)
+    monkeypatch.setattr("vispress.methods.vispruner.remove_duplicates", spy)
     together = VisPruner().plan(tokens, 3 * 20 + 6).keep
     assert calls == [(6, 26)]  # 2 images of 3 crops; 10 of each 36 tokens are important
     monkeypatch.setattr("vispress.methods._parts.geometry.segments.joined", lambda parts: parts)
