@@ -10,8 +10,8 @@ from transformers import LogitsProcessorList
 from tests.laws.cases import model_of
 from tests.tiny import Image, Sample, Text, features, make_inputs, visual_positions
 from vispress import compressed
+from vispress.decoding.damro import DAMRO, contrast
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
-from vispress.runtime.damro import DAMRO, contrast
 
 SAMPLES = [
     Sample([Text(3), Image(4, 4), Text(5), Image(4, 4), Text(2)]),

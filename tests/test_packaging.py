@@ -37,7 +37,7 @@ def test_listing_methods_needs_no_transformers_and_no_triton() -> None:
 
 def test_the_probe_can_fail() -> None:
     assert "transformers" in loaded_after("import transformers")
-    assert "transformers" in loaded_after("import vispress.runtime.cache")
+    assert "transformers" in loaded_after("import vispress.runtime.kv_cache.dynamic")
 
 
 @pytest.fixture(scope="module")

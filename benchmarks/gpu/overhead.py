@@ -11,9 +11,9 @@ import torch
 
 from vispress import compress_model, remove_compression
 from vispress.methods.base import Compressor
-from vispress.runtime import prefill
-from vispress.runtime.capture import Capture, EncoderSink
-from vispress.runtime.state import ForwardState
+from vispress.runtime.encoder.capture import EncoderCapture, EncoderSink
+from vispress.runtime.forward import prefill
+from vispress.runtime.forward.state import ForwardState
 from vispress.types import TokenPlan, VisualTokens
 
 HOOKS: tuple[tuple[Any, str], ...] = (
@@ -23,7 +23,7 @@ HOOKS: tuple[tuple[Any, str], ...] = (
     (prefill, "finish"),
     (EncoderSink, "observe"),
     (ForwardState, "observe"),
-    (Capture, "__init__"),
+    (EncoderCapture, "__init__"),
 )
 """Everything that a compressed prefill runs beside the model: signals, choice, gather, expand."""
 

@@ -79,12 +79,12 @@ def compress_model(
     check_versions()
     adapter = find_adapter(model)
 
-    from vispress.runtime.attach import ATTRIBUTE, Attachment
-    from vispress.runtime.decode_stage import find_decode_step
-    from vispress.runtime.encoder_step import find_encoder_step
-    from vispress.runtime.masks import check_implementation
-    from vispress.runtime.pair_step import find_pair_step
-    from vispress.runtime.steps import make_steps
+    from vispress.runtime.attachment import ATTRIBUTE, Attachment
+    from vispress.runtime.plan.placements import bind_placements
+    from vispress.runtime.stages.decode import find_decode_step
+    from vispress.runtime.stages.encoder import find_encoder_step
+    from vispress.runtime.stages.mask import find_pair_step
+    from vispress.runtime.tokens.masks import check_implementation
 
     if ATTRIBUTE in adapter.base.__dict__:
         current = ", ".join(m.name for m in adapter.base.__dict__[ATTRIBUTE].methods)
@@ -99,7 +99,7 @@ def compress_model(
         methods, note = share_mean(methods, mean, len(adapter.decoder_layers))
         notes.append(note)
     inside = find_encoder_step(methods, adapter)
-    steps, remarks = make_steps(methods, adapter, positions)
+    steps, remarks = bind_placements(methods, adapter, positions)
     notes += remarks
     decoding, remarks = find_decode_step(methods, steps, adapter)
     notes += remarks
@@ -191,7 +191,7 @@ class ReportView:
 
 
 def _attachment(model: nn.Module) -> Any:
-    from vispress.runtime.attach import ATTRIBUTE
+    from vispress.runtime.attachment import ATTRIBUTE
 
     base = find_adapter(model).base
     if ATTRIBUTE not in base.__dict__:

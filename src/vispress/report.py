@@ -10,8 +10,8 @@ from torch import Tensor
 from vispress.flops import CONVENTIONS, flops
 
 if TYPE_CHECKING:
-    from vispress.runtime.images import Image
-    from vispress.runtime.record import Record
+    from vispress.runtime.forward.prefill_record import PrefillRecord
+    from vispress.runtime.tokens.images import Image
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class CompressionReport:
         return "\n".join([*lines, *self.notes])
 
 
-def build_report(record: "Record") -> CompressionReport:
+def build_report(record: "PrefillRecord") -> CompressionReport:
     """Turn the record of a prefill into data (copies small tensors to the host)."""
     layers = len(record.layer_alive)
     batch = record.layer_alive[0].shape[0]
@@ -221,7 +221,7 @@ def build_report(record: "Record") -> CompressionReport:
     )
 
 
-def _pairs(record: "Record") -> list[str]:
+def _pairs(record: "PrefillRecord") -> list[str]:
     """What share of the pairs of text rows and visual tokens before them was masked."""
     if record.pairs is None or not record.pairs.counts:
         return []
@@ -230,7 +230,7 @@ def _pairs(record: "Record") -> list[str]:
     return [f"{name}: {share:.1%} of the pairs of text rows and image tokens were masked"]
 
 
-def _encoder(record: "Record", image: "Image") -> EncoderReport | None:
+def _encoder(record: "PrefillRecord", image: "Image") -> EncoderReport | None:
     """What the encoder call of an image merged of it."""
     if record.encoder is None:
         return None
@@ -238,7 +238,7 @@ def _encoder(record: "Record", image: "Image") -> EncoderReport | None:
     return EncoderReport(record.encoder, first, per_layer[-1], tuple(per_layer))
 
 
-def _visual_per_layer(record: "Record", batch: int) -> tuple[tuple[int, ...], ...]:
+def _visual_per_layer(record: "PrefillRecord", batch: int) -> tuple[tuple[int, ...], ...]:
     """Counts of this prefill's visual tokens that are alive in each layer."""
     visual = torch.zeros(batch, record.layer_alive[0].shape[1], dtype=torch.bool)
     for image in record.images:

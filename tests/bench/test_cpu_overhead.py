@@ -10,7 +10,7 @@ from benchmarks.gpu.budgets import compressor_of, published
 from benchmarks.gpu.overhead import Meter, metered_hooks, metered_plan
 
 from vispress import list_methods
-from vispress.runtime import prefill
+from vispress.runtime.forward import prefill
 
 
 def test_nested_calls_count_once() -> None:

@@ -50,7 +50,7 @@ from torchao.quantization import (
 from transformers import AutoModelForImageTextToText, TorchAoConfig
 
 from vispress import compress_model, compressed, remove_compression
-from vispress.runtime.cache_name import cache_of
+from vispress.runtime.kv_cache.hf_compat import cache_of
 
 FP32 = torch.float32
 LAW = 1e-3

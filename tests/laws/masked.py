@@ -14,7 +14,7 @@ from tests.laws.decoding import Stepping, noting_attention
 from tests.laws.oracle import bypassing, language_model
 from torch import Tensor, nn
 
-from vispress.runtime.cache_name import cache_of
+from vispress.runtime.kv_cache.hf_compat import cache_of
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from vispress import compress_model, compressed
 from vispress.errors import ConfigError
 from vispress.methods import FastV
 from vispress.methods.base import Compressor
-from vispress.runtime.attention import current_sink
-from vispress.runtime.bypass import _INSIDE
-from vispress.runtime.call import CALLS
+from vispress.runtime.forward.model_call import MODEL_CALLS
+from vispress.runtime.hooks.attention import current_sink
+from vispress.runtime.stages.skip import _INSIDE
 from vispress.types import Placement, Stage, TokenPlan, VisualTokens
 
 
@@ -85,7 +85,7 @@ def test_an_error_in_the_span_leaves_nothing_behind(monkeypatch: Any) -> None:
             with pytest.raises(RuntimeError, match="in the layer"):
                 logits_of(model, inputs)
         assert len(_INSIDE.get()) == 0
-        assert len(CALLS.get()) == 0
+        assert len(MODEL_CALLS.get()) == 0
         assert current_sink() is None
         assert torch.equal(logits_of(model, inputs), expected)
 

@@ -9,7 +9,7 @@ from tests.tiny import Image, Part, Sample, Text, Video, build, make_inputs
 from transformers import CompileConfig, StaticCache
 
 from vispress import compress_model, remove_compression
-from vispress.runtime.cache_name import cache_of
+from vispress.runtime.kv_cache.hf_compat import cache_of
 
 GRAPHS: list[int] = []
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from vispress import compressed
 from vispress.errors import UnsupportedModelError
 from vispress.methods import DyCoke
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE
 
 
 def tokens_of(count: int) -> torch.Tensor:

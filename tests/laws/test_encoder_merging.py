@@ -20,7 +20,7 @@ from vispress.adapters.base import find_adapter
 from vispress.budget import allocate
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
 from vispress.methods import DivPrune, FasterVLM, FastV, ToMe
-from vispress.runtime.capture import _pure_groups
+from vispress.runtime.encoder.capture import _pure_groups
 
 EXACT = 1e-5
 

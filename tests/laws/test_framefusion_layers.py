@@ -18,8 +18,8 @@ from vispress.budget import Budget
 from vispress.errors import ConfigError
 from vispress.methods import FastV, FrameFusion
 from vispress.methods.base import Compressor
-from vispress.runtime.cache_name import CACHE
-from vispress.runtime.seen import Wanted
+from vispress.runtime.forward.attention_reads import AttentionRead
+from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens, full_index
 
 
@@ -81,13 +81,13 @@ def test_attention_is_read_of_the_layer_before_the_prune_alone(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    plain = Wanted.read
+    plain = AttentionRead.read
 
-    def noted(self: Wanted, *args: Any) -> None:
+    def noted(self: AttentionRead, *args: Any) -> None:
         read.append(self.layer)
         plain(self, *args)
 
-    monkeypatch.setattr(Wanted, "read", noted)
+    monkeypatch.setattr(AttentionRead, "read", noted)
     model = model_of(family)
     videos = make_inputs(family, samples(family)[:1])
     images = make_inputs(family, [Sample([Text(3), Image(4, 4), Text(6)])])

@@ -6,7 +6,7 @@ from tests.laws import cases
 from tests.tiny import FAMILIES
 
 from vispress import compressed
-from vispress.runtime.call import Call, by_name
+from vispress.runtime.forward.model_call import ModelCall, by_name
 
 
 @pytest.mark.parametrize("padding", ["left", "none"])
@@ -16,7 +16,7 @@ def test_ids_and_mask_are_read_from_copies_made_before_the_encoder(family, paddi
     inputs = cases.inputs_of(family, "left")
     if padding == "none":
         inputs = cases.make_inputs(family, cases.SAMPLES[:1])
-    fetch, on_host, fetched, missed = Call.fetch, Call.on_host, [], []
+    fetch, on_host, fetched, missed = ModelCall.fetch, ModelCall.on_host, [], []
 
     def fetching(call):
         assert not call.captures  # no encoder ran in this call
@@ -28,8 +28,8 @@ def test_ids_and_mask_are_read_from_copies_made_before_the_encoder(family, paddi
             missed.append(tensor)
         return on_host(call, tensor)
 
-    monkeypatch.setattr(Call, "fetch", fetching)
-    monkeypatch.setattr(Call, "on_host", reading)
+    monkeypatch.setattr(ModelCall, "fetch", fetching)
+    monkeypatch.setattr(ModelCall, "on_host", reading)
     with compressed(model, method="uniform", keep_ratio=0.5):
         cases.logits_of(model, inputs)
     sized = [name for name in inputs if name == "image_sizes"]
@@ -39,7 +39,7 @@ def test_ids_and_mask_are_read_from_copies_made_before_the_encoder(family, paddi
 
 def test_a_copy_is_made_where_none_was_fetched():
     ids = torch.arange(6).view(2, 3)
-    call = Call(None, {"input_ids": ids, "attention_mask": ids[:, :2] > 0})  # shapes differ
+    call = ModelCall(None, {"input_ids": ids, "attention_mask": ids[:, :2] > 0})  # shapes differ
     call.fetch()
     assert torch.equal(call.on_host(ids), ids)
     assert torch.equal(call.on_host(ids + 1), ids + 1)

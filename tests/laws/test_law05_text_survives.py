@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from vispress import compressed, compression_report
 from vispress.errors import BudgetError, CompressionStateError
 from vispress.methods import DivPrune, FastV, TransPrune
-from vispress.runtime.cache_name import CACHE, cache_of
+from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 
 LAYOUTS = {
     "mixed": [

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from vispress import compressed
 from vispress.methods import DivPrune, FastV
 from vispress.report import CompressionReport
-from vispress.runtime.cache_name import CACHE, cache_of
+from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 
 HEADS, DIM = 2, 16
 """Key-value heads and head width of the tiny models."""

@@ -27,7 +27,7 @@ from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 from vispress import compress_model, compressed, compression_report, remove_compression
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE
 
 METHODS = ["fastv", "divprune", "pyramiddrop", "visionzip"]
 MODES: dict[str, dict[str, Any]] = {

@@ -342,7 +342,7 @@ def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
 
 
 def test_a_detached_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vispress.runtime import select
+    from vispress.runtime.stages import select
 
     values = select._values
     monkeypatch.setattr(select, "_values", lambda *a: values(*a).detach())

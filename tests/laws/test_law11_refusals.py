@@ -36,7 +36,7 @@ from vispress.errors import (
 from vispress.methods import DivPrune, FastV, PyramidDrop
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.types import CLS_SIGNALS, Placement, Stage, TokenPlan, VisualTokens
 
 WITHOUT_CLS = ("llava_onevision", *QWEN)

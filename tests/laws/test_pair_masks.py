@@ -22,7 +22,7 @@ from vispress import compress_model, compressed
 from vispress.config import load_config
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods import CMAI, SCM, VMTC, FastV, PyramidDrop
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE
 
 CHAIN = Path(__file__).parents[2] / "configs" / "chains" / "vmtc_cmai.yaml"
 
@@ -291,8 +291,8 @@ def test_loss_and_gradients_are_those_of_the_model_with_a_mask_made_by_hand(fami
 
 
 def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
-    from vispress.runtime.pair_masks import PairMasks
-    from vispress.runtime.pair_step import PairStep
+    from vispress.runtime.stages.mask import PairStep
+    from vispress.runtime.tokens.pair_masks import PairMasks
 
     pairs = PairMasks(PairStep(CMAI(), CMAI(), 1), None, (2,), 5, keeps=True)
     one = torch.ones(1, 2, 2, dtype=torch.bool)
@@ -302,7 +302,7 @@ def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
 
 
 def test_layers_share_what_is_the_same_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vispress.runtime import pair_masks
+    from vispress.runtime.tokens import pair_masks
 
     made: list[Any] = []
     shared = pair_masks._Shared

@@ -16,8 +16,8 @@ from vispress.budget import Budget
 from vispress.errors import ConfigError
 from vispress.methods import SCM, Uniform
 from vispress.methods.base import ScorePruner
-from vispress.runtime import prefill
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.forward import prefill
+from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
 
 

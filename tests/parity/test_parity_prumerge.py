@@ -7,7 +7,7 @@ from tests.parity.vectors import close, each_case
 from vispress.methods import PruMerge
 from vispress.methods._parts.scoring.outliers import add_neighbours, choose, equal_steps, outliers
 from vispress.methods.base import descending
-from vispress.runtime.attention import attention_rows
+from vispress.runtime.hooks.attention import attention_rows
 
 
 def inputs(case):

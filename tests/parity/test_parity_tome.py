@@ -8,7 +8,7 @@ from vispress.methods import ToMe
 from vispress.methods._parts.clustering.bipartite import fold, match, schedule
 from vispress.methods.base import descending
 from vispress.methods.encoder_merger import EncoderTokens
-from vispress.runtime.merging import size_bias
+from vispress.runtime.encoder.merging import size_bias
 from vispress_kernels.merge_tokens import merge_tokens
 
 

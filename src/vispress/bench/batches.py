@@ -12,9 +12,9 @@ from torch import Tensor
 from vispress.adapters.base import find_adapter
 from vispress.bench.subjects import Subject
 from vispress.bench.tasks import Prompt
-from vispress.runtime.attention import current_sink
-from vispress.runtime.capture import EncoderSink
-from vispress.runtime.shadow import Original, shadow
+from vispress.runtime.encoder.capture import EncoderSink
+from vispress.runtime.hooks.attention import current_sink
+from vispress.runtime.hooks.instance_patch import Original, patch_instance
 
 LIMIT = 2 * 2**30
 """Bytes that are kept of processed batches, and as many of encoder output."""
@@ -124,7 +124,7 @@ class Memory:
             return copy.copy(self._features.held[batch][1])  # compression marks what it gets
 
         name = "get_video_features" if video else "get_image_features"
-        undo = shadow(find_adapter(self._subject.model).base, name, seen)
+        undo = patch_instance(find_adapter(self._subject.model).base, name, seen)
         try:
             yield
         finally:

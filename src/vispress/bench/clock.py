@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vispress.adapters.base import find_adapter
-from vispress.runtime.shadow import shadow
+from vispress.runtime.hooks.instance_patch import patch_instance
 
 
 class Clock:
@@ -117,7 +117,7 @@ def marked(model: Any, clock: Clock) -> Iterator[Marks]:
     undo: list[Callable[[], None]] = []
     for modality in adapter.placeholders():
         if hasattr(adapter.base, name := f"get_{modality}_features"):
-            undo.append(shadow(adapter.base, name, marks.features))
+            undo.append(patch_instance(adapter.base, name, marks.features))
     # first of all pre-hooks: what compression does when the language model is called is prefill
     handle = adapter.language_model.register_forward_pre_hook(marks.enter, prepend=True)
     undo.append(handle.remove)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE
 
 _GROWING = {"input_ids": None, "attention_mask": 1, "mm_token_type_ids": 0}
 """Inputs as long as the sequence, and what new tokens add to them."""

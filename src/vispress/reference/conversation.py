@@ -26,7 +26,7 @@ from vispress.reference.episode_sets import Episode, held_out_episodes
 from vispress.reference.evaluate import by_kind, share_right
 from vispress.reference.model import MAX_NEW_TOKENS
 from vispress.reference.words import EPISODE_KINDS, EpisodeKind
-from vispress.runtime.cache_name import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE
 
 
 @torch.inference_mode()

@@ -1,0 +1,1 @@
+"""Decode with visual tokens in mind: stand-alone procedures that need no compression."""

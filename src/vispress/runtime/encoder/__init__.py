@@ -1,0 +1,1 @@
+"""Read and merge inside the vision encoder."""

@@ -1,0 +1,1 @@
+"""Run one language-model call: the spine, its state, the signals it reads, its record."""

@@ -1,0 +1,250 @@
+"""What was seen while decoder layers ran: attention rows and module transitions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vispress.devices import sent
+from vispress.methods.base import upcast
+from vispress.runtime.hooks.attention import attention_rows
+from vispress.runtime.tokens.images import Bucket, Image, numbered
+from vispress.runtime.tokens.live_tokens import LiveTokens
+from vispress.types import Need, Placement, Queries, Signal
+from vispress_kernels import Backend
+from vispress_kernels.column_attention import column_attention
+from vispress_kernels.query_attention import query_attention
+
+Mode = Literal["run", "peek", "probe"]
+"""When rows are read: while a layer runs, ahead of it on the rows still there, or in a probe."""
+
+
+def mode_of(placement: Placement) -> Mode:
+    """When the rows of a placement are read."""
+    if placement.probe is not None:
+        return "probe"
+    return "peek" if placement.attention_of == "next" else "run"
+
+
+def attention_layers(placement: Placement) -> tuple[int, ...]:
+    """Decoder layers whose rows a placement reads, ascending."""
+    if placement.queries is None:
+        return ()
+    if placement.probe is not None:
+        return (placement.probe,)
+    last = placement.layer - (0 if placement.attention_of == "next" else 1)
+    return tuple(range(last - placement.attention_depth + 1, last + 1))
+
+
+class EnoughRead(Exception):  # noqa: N818  (control flow, not an error)
+    """Ends a peek at a layer's attention, or a probe, once its rows are read."""
+
+
+@dataclass(eq=False)
+class AttentionRead:
+    """Attention rows to read from one layer.
+
+    Args:
+        layer: Decoder layer that computes them.
+        queries: Whose rows.
+        mode: When they are read.
+        positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
+            one); R = 0 for the mean over all.
+        lengths: Real rows of each sample, on the host.
+        images: Images of the call.
+        reads: Which of attention rows, their means and key norms are wanted.
+        until: Decoder layer of the last placement that reads them.
+        readers: What each compressor that reads them is made for, by its number in the chain.
+    """
+
+    layer: int
+    queries: Queries
+    mode: Mode
+    positions: Tensor
+    lengths: Sequence[int]
+    images: Sequence[Image]
+    reads: set[Signal]
+    until: int
+    readers: dict[int, Need | None] = field(default_factory=dict)
+    rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
+    means: Tensor | None = None  # [B, M, S], fp32, for the images of each sample in order
+    key_norms: Tensor | None = None  # [B, S], fp32
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, [B or 1, P, D]
+    scaling: float = 1.0
+    seen: bool = False
+    offset: int = 0  # slot of the chunk's first row
+    seen_on: LiveTokens | None = None  # rows of the call that was read
+    asked: Tensor | None = None  # [B, R], which of them ask
+
+    def serves(self, placement: Placement, layer: int) -> bool:
+        """Whether these are the rows that a placement reads of a layer."""
+        asked = (layer, mode_of(placement), placement.queries)
+        return (self.layer, self.mode, self.queries) == asked
+
+    def needed(self, buckets: Sequence[Bucket]) -> bool:
+        """Whether a compressor reads them for any of these images."""
+        return any(
+            not bucket.passes(needs) and bucket.reads_attention(number)
+            for bucket in buckets
+            for number, needs in self.readers.items()
+        )
+
+    def forget(self) -> None:
+        """Let go of what was read, once it is used: many queries are large."""
+        self.rows = self.means = self.key_norms = self.rotary = self.seen_on = self.asked = None
+
+    def slots(self, local: Tensor) -> Tensor:
+        """Where rows of the call that was read are among its layer's keys."""
+        return local + self.offset if self.offset else local
+
+    def tail(self, image: Image) -> list[int]:
+        """Rows that ask about an image: of those behind one, the last ones of its sample."""
+        length = self.lengths[image.sample]
+        count = length
+        if self.queries is Queries.TEXT_AFTER:
+            count = len(image.text_after)
+        elif self.queries is Queries.AFTER:
+            own = self.positions[image.sample, :length]
+            count = max(1, int((own > image.positions[-1]).sum()))
+        return list(range(length - count, length))
+
+    @torch.no_grad()
+    def read(
+        self,
+        rows: LiveTokens,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        valid: Tensor | None,
+        plain: bool,
+        scaling: float,
+        rotary: tuple[Tensor, Tensor] | None,
+        backend: Backend,
+    ) -> None:
+        """Compute the rows from what the layer's attention is called with.
+
+        Args:
+            rows: Rows of that call; `offset` is set.
+            query: `[B, H, P, D]`, post-RoPE.
+            key: `[B, Hkv, S, D]`, the past included.
+            mask: 4-D, `[B, S]` (FlashAttention), or None.
+            valid: `[B, P]` bool, queries that are no padding; None for all.
+            plain: There are no keys but the queries' own, and no mask but causality and padding.
+            scaling: Factor on the logits.
+            rotary: Tables that the layer rotated q and k by.
+            backend: Kernels to use.
+        """
+        self.seen, self.seen_on = True, rows
+        if Signal.KEY_NORMS in self.reads:
+            self.key_norms = upcast(key).abs().sum(dim=(1, 3))
+        if Signal.ROTARY_PRIOR in self.reads:
+            self.rotary, self.scaling = rotary, scaling
+        ask = partial(_attend, query, key, mask, self.offset, scaling, backend)
+        # as many scores at a time as the keys have elements
+        size = max(1, key[0, :, 0].numel() // query.shape[1])
+        if self.queries is not Queries.ALL:
+            local = sent(self.positions, query.device)
+            if not rows.whole:
+                local = rows.to(query.device).place.gather(1, local)
+            self.asked = local
+            if Signal.QUERY_ATTENTION in self.reads:
+                self.rows = ask(local)
+            if Signal.MEAN_ATTENTION in self.reads:
+                self.means = self._means(ask, local, size)
+        elif Signal.QUERY_ATTENTION in self.reads and plain:
+            key = key[:, :, : query.shape[2]]  # a static buffer is longer
+            self.rows = column_attention(
+                query, key, valid=valid, causal=True, scale=scaling, backend=backend
+            ).unsqueeze(2)
+        elif Signal.QUERY_ATTENTION in self.reads:
+            self.rows = _mean_of_all(ask, query, valid, size)
+
+    def _means(self, ask: Callable[..., Tensor], local: Tensor, size: int) -> Tensor:
+        """`[B, M, S]`: mean over heads and over the rows that ask about each image of a sample."""
+        places, counts = numbered(self.images)
+        asks = torch.zeros(len(local), max(counts.values()), local.shape[1])
+        for image, place in places.items():
+            asks[image.sample, place, self.tail(image)] = 1.0
+        asks = sent(asks, local.device)
+        total: Tensor | None = None
+        for start in range(0, local.shape[1], size):
+            part = slice(start, start + size)
+            rows = ask(local[:, part], mean_heads=True)
+            found = asks[:, :, part].to(rows) @ rows
+            total = found if total is None else total + found
+        assert total is not None
+        return total / asks.sum(dim=2, keepdim=True).clamp(min=1.0)
+
+
+def _mean_of_all(
+    ask: Callable[..., Tensor], query: Tensor, valid: Tensor | None, size: int
+) -> Tensor:
+    """`[B, H, 1, S]`: mean over real queries, `size` of them at a time."""
+    B, _, P, _ = query.shape
+    every = torch.arange(P, device=query.device).expand(B, P)
+    real = torch.ones_like(every) if valid is None else valid.to(every)
+    total: Tensor | None = None
+    for start in range(0, P, size):
+        part = slice(start, start + size)
+        found = (ask(every[:, part]) * real[:, None, part, None]).sum(dim=2, keepdim=True)
+        total = found if total is None else total + found
+    assert total is not None
+    return total / real.sum(dim=1).clamp(min=1)[:, None, None, None]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    offset: int,
+    scaling: float,
+    backend: Backend,
+    local: Tensor,
+    *,
+    mean_heads: bool = False,
+) -> Tensor:
+    """Attention of the rows `local [B, R]` of a call: `[B, H, R, S]`, or `[B, R, S]`."""
+    heads = local[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+    query, S = query.gather(2, heads), key.shape[2]
+    places: Tensor | None = local + offset if offset else local
+    if mask is not None and mask.ndim == 4:  # causality is in the mask
+        mask = mask.expand(query.shape[0], *mask.shape[1:])[..., :S]
+        index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
+        mask, places = mask.gather(2, index), None
+        if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
+            found = attention_rows(query, key, mask, scaling)
+            return found.mean(dim=1) if mean_heads else found
+        mask = mask[:, 0]
+    elif mask is not None:
+        mask = mask[:, :S].bool()
+    return query_attention(
+        query,
+        key,
+        rows=places,
+        key_valid=mask,
+        scale=scaling,
+        mean_heads=mean_heads,
+        backend=backend,
+    )
+
+
+@dataclass(eq=False)
+class TransitionMeasure:
+    """Transition measures of one decoder layer.
+
+    Args:
+        rows: Rows of that layer.
+        found: Magnitude and cosine, `[B, P]` each, of attention and (once it ran) the MLP.
+    """
+
+    rows: LiveTokens
+    found: list[tuple[Tensor, Tensor]]
+
+    @property
+    def measures(self) -> list[Tensor]:
+        """`[B, P]` each: magnitudes of both modules, then cosines."""
+        magnitudes, cosines = zip(*self.found, strict=True)
+        return [*magnitudes, *cosines]

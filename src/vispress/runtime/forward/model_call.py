@@ -1,0 +1,96 @@
+"""What a base model's forward was called with: one entry a running call, in the calling context."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import FunctionType, MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vispress.adapters.base import Modality
+from vispress.errors import CompressionStateError
+from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture
+
+if TYPE_CHECKING:
+    from vispress.runtime.attachment import Attachment
+
+
+@dataclass(eq=False)
+class ModelCall:
+    """What the base model's forward was called with; lives as long as that call."""
+
+    attachment: "Attachment"
+    arguments: Mapping[str, Any]
+    captures: dict[Modality, EncoderCapture] = field(default_factory=dict)
+    _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def fetch(self) -> None:
+        """Copy what is read here to the host, before the encoder is launched: no wait for work."""
+        found = (self.arguments.get(name) for name in ("input_ids", "attention_mask"))
+        given = [t for t in found if isinstance(t, Tensor) and t.ndim == 2]
+        if len({(t.shape, t.device) for t in given}) == 1:  # one copy for both
+            copies = torch.stack([t.long() for t in given]).cpu().unbind()
+        else:
+            copies = tuple(t.cpu() for t in given)
+        self._fetched = list(zip(given, copies, strict=True))
+        if isinstance(sizes := self.arguments.get(SIZES), Tensor):
+            self._fetched.append((sizes, sizes.cpu()))
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Its copy on the host (int64 where it was fetched ahead; else work is waited for)."""
+        known = next((copy for given, copy in self._fetched if given is tensor), None)
+        return tensor.cpu() if known is None else known
+
+
+SIZES = "image_sizes"
+"""What AnyRes models are told of each image; read number by number."""
+LATEST: ContextVar[Mapping[tuple[int, Modality], "weakref.ref[EncoderCapture]"]] = ContextVar(
+    "vispress_latest", default=MappingProxyType({})
+)
+MODEL_CALLS: ContextVar[tuple[ModelCall, ...]] = ContextVar("vispress_calls", default=())
+
+
+def brings_images(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a base model is called with something to look at."""
+    names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    return any(kwargs.get(name) is not None for name in names)
+
+
+def capture_of(attachment: "Attachment", modality: Modality, output: Any) -> EncoderCapture:
+    """What was seen when these features were computed (by `generate`, ahead of the forward)."""
+    capture: EncoderCapture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
+    if capture is None:  # accelerate rebuilds containers on their way to a device
+        seen = LATEST.get().get((id(attachment), modality))
+        latest = None if seen is None else seen()
+        if latest is not None and latest.gave(attachment.adapter.features(modality, output)):
+            capture = latest
+    if capture is None:
+        raise CompressionStateError(
+            f"{modality} features were computed apart from this forward (chunked prefill with "
+            "prefill_chunk_size, or before compress_model): the signals that compression "
+            "reads are "
+            "missing. Pass pixel values, or let generate encode them"
+        )
+    return capture
+
+
+@lru_cache(maxsize=64)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def by_name(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, those of its `**kwargs` among them (defaults left out)."""
+    # a bound method would keep its model alive in the cache
+    plain = isinstance(function, FunctionType)
+    signature = _signature(function) if plain else inspect.signature(function)
+    bound: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
+    more: dict[str, Any] = bound.get("kwargs", {})
+    return {name: value for name, value in bound.items() if name != "kwargs"} | more

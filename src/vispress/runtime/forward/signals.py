@@ -1,0 +1,297 @@
+"""Fill a bucket's VisualTokens with the signals a compressor declares, and nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispress.devices import sent
+from vispress.methods.base import Compressor, upcast
+from vispress.runtime.encoder.capture import projector_function
+from vispress.runtime.forward.attention_reads import AttentionRead, attention_layers
+from vispress.runtime.forward.prompt_context import context_of
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.tokens.images import Bucket, numbered
+from vispress.runtime.tokens.live_tokens import LiveTokens
+from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
+from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
+
+
+@dataclass(eq=False)
+class _View:
+    """What of a call's tensors belongs to a bucket."""
+
+    bucket: Bucket
+    _local: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the bucket's tensors."""
+        return self.bucket.index.device
+
+    def own(self, x: Tensor) -> Tensor:
+        """`[Bk, ...]` of `[B, ...]`: a row an image; no copy where these are the batch."""
+        x, samples = _on(x, self.device), [image.sample for image in self.bucket.images]
+        return x if samples == list(range(len(x))) else x[self.bucket.sample]
+
+    def places(self, rows: LiveTokens, positions: Tensor) -> Tensor:
+        """`[Bk, K]`: rows of logical positions."""
+        return positions if rows.whole else self.own(rows.place).gather(1, positions)
+
+    def local(self, rows: LiveTokens) -> Tensor:
+        """`[Bk, N]`: rows of the tokens that are still there; several signals ask for them."""
+        if id(rows) not in self._local:
+            self._local[id(rows)] = self.places(rows, self.bucket.positions)
+        return self._local[id(rows)]
+
+    def behind(self, rows: LiveTokens) -> Tensor:
+        """`[Bk, T]`: rows of the text behind each image."""
+        text = _stacked([image.text_after for image in self.bucket.images])
+        return self.places(rows, sent(text, self.device))
+
+
+def _on(x: Tensor, device: torch.device) -> Tensor:
+    return x if x.device == device else x.to(device)
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """As `torch.stack`, without a copy of a single one."""
+    return values[0][None] if len(values) == 1 else torch.stack(list(values))
+
+
+def visual_tokens(
+    state: ForwardState,
+    compressor: int,
+    method: Compressor,
+    placement: Placement,
+    bucket: Bucket,
+    rows: LiveTokens,
+    hidden: Tensor,
+) -> VisualTokens:
+    """The bucket as a method sees it.
+
+    Args:
+        state: The call.
+        compressor: Number of the compressor in the chain.
+        method: Whose signals to fill: the compressor, or one of its views.
+        placement: Where the method acts.
+        bucket: Images with equal N.
+        rows: Rows that enter the placement's layer.
+        hidden: `[B, P, D]`, their hidden states.
+    """
+    parts = method.views()
+    reads = frozenset() if parts else method.signals()
+    sample, view = bucket.sample.unsqueeze(1), _View(bucket)
+    first = bucket.images[0]
+    signals = _encoder_signals(state, method, bucket, reads)
+    asked = placement.queries is not None and bucket.reads_attention(compressor)
+    if asked and Signal.QUERY_ATTENTION in reads:
+        signals["query_attention"] = _query_attention(state, placement, view)
+    if asked and Signal.MEAN_ATTENTION in reads:
+        signals["mean_attention"] = _mean_attention(state, placement, view)
+    if asked and Signal.ROTARY_PRIOR in reads:
+        signals["rotary_prior"] = _rotary_prior(state, placement, view)
+    if asked and Signal.KEY_NORMS in reads:
+        signals["key_norms"] = _key_norms(state, placement, view)
+    if Signal.TEXT_STATES in reads:
+        signals["text_states"] = hidden[sample, view.behind(rows)]
+    if Signal.FINAL_NORM in reads:
+        signals["final_norm"] = state.attachment.adapter.language_model.norm
+    if Signal.TRANSITION in reads:
+        signals["transition"] = _transitions(state, placement, view)
+    if Signal.TEXT_EMBEDDINGS in reads:
+        signals["text_embeddings"] = _text_embeddings(state, bucket)
+        signals["text_after"] = len(first.text_after)
+    if Signal.INPUT_EMBEDDINGS in reads:
+        signals["input_embeddings"] = _input_embeddings(state, bucket)
+    if Signal.CONTEXT in reads:
+        inside = placement.layer > 0
+        signals["context"] = context_of(state, bucket, rows, hidden, inside=inside)
+    if Signal.DEPTH in reads:
+        depth = len(state.attachment.adapter.decoder_layers)
+        signals["depth"] = (placement.layer, depth)
+    numbers, counts = numbered(state.images)
+    if Signal.IMAGE_COUNT in reads:
+        signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
+    if Signal.IMAGE_NUMBER in reads:
+        signals["image_number"] = torch.tensor([numbers[image] for image in bucket.images])
+    return VisualTokens(
+        features=hidden[sample, view.local(rows)],
+        index=bucket.index,
+        num_original=first.num_visual,
+        grid=first.grid,
+        crops=first.crops,
+        num_entered=bucket.entered[compressor],
+        memory=bucket.memory.get(compressor, ()),
+        views=tuple(
+            visual_tokens(state, compressor, one, placement, bucket, rows, hidden) for one in parts
+        ),
+        backend=state.attachment.backend,
+        **signals,
+    )
+
+
+def _encoder_signals(
+    state: ForwardState, method: Compressor, bucket: Bucket, reads: frozenset[Signal]
+) -> dict[str, Any]:
+    adapter = state.attachment.adapter
+    device = bucket.index.device
+    out: dict[str, Any] = {}
+
+    def stacked(values: list[Tensor], axis: int) -> Tensor:
+        """Images to rows; only the tokens that are still there."""
+        whole = _on(_stacked(values), device)
+        if bucket.num_visual == bucket.images[0].num_visual:
+            return whole
+        return _pick(whole, axis, bucket.index, state.attachment.backend)
+
+    for signal in ATTENTION_SIGNALS:
+        if signal in reads:
+            layers = state.attachment.encoder_layers(method, signal)
+            values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
+            out[signal.value] = stacked(values, values[0].ndim)
+    if Signal.VISION_KEYS in reads:
+        (*_, layer) = state.attachment.encoder_layers(method, Signal.VISION_KEYS)
+        out["vision_keys"] = stacked([i.capture.keys(layer, i.number) for i in bucket.images], 2)
+    if Signal.VISION_FEATURES in reads:
+        inputs = [i.capture.vision_features(i.number) for i in bucket.images]
+        out["vision_features"] = stacked(inputs, 1)
+    if Signal.ENCODER_GROUPS in reads:
+        alone = torch.arange(bucket.images[0].num_visual, device=device)
+        groups = [i.capture.encoder_groups(i.number) for i in bucket.images]
+        values = [alone if group is None else group.to(device) for group in groups]
+        out["encoder_groups"] = stacked(values, 1)
+    if Signal.PROJECTOR in reads:
+        out["projector"] = projector_function(adapter)
+        two_layer = adapter.two_layer()
+        out["two_layer"] = None if two_layer is None else two_layer.to(device)
+    if Signal.PADDING in reads and adapter.square_encoder() is not None:
+        out["padding"] = stacked([i.capture.padding(i.number) for i in bucket.images], 1)
+    return out
+
+
+def _query_attention(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+    """`[Bk, H, Q, N]` of the rows that the placement names, or `[Bk, E, H, Q, N]` of E layers."""
+    layers = [
+        _rows_of(_wanted(state, placement, layer), placement, view, state.attachment.backend)
+        for layer in attention_layers(placement)
+    ]
+    return layers[0] if len(layers) == 1 else torch.stack(layers, dim=1)
+
+
+def _wanted(state: ForwardState, placement: Placement, layer: int) -> AttentionRead:
+    return next(want for want in state.wanted if want.serves(placement, layer))
+
+
+def _rows_of(want: AttentionRead, placement: Placement, view: _View, backend: Backend) -> Tensor:
+    """`[Bk, H, Q, N]` of one layer."""
+    assert want.rows is not None
+    assert want.seen_on is not None
+    probs = view.own(want.rows)  # [Bk, H, R, S]
+    if (picks := _tails(want, placement, view)) is not None:
+        probs = _pick(probs, 2, picks, backend)
+    # other steps before the same layer may have dropped rows since
+    return _pick(probs, 3, want.slots(view.local(want.seen_on)), backend)
+
+
+def _mean_attention(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+    """`[Bk, N]` of the layer that the placement names."""
+    (layer,) = attention_layers(placement)
+    want = _wanted(state, placement, layer)
+    assert want.means is not None
+    assert want.seen_on is not None
+    places = numbered(state.images)[0]
+    number = sent(torch.tensor([places[image] for image in view.bucket.images]), view.device)
+    means = _on(want.means, view.device)[view.bucket.sample, number]
+    return means.gather(1, want.slots(view.local(want.seen_on)))
+
+
+def _tails(want: AttentionRead, placement: Placement, view: _View) -> Tensor | None:
+    """`[Bk, Q]` of a sample's rows that stand behind each image; None for all of them.
+
+    Rows of a sample are its text behind the first image; behind this image is a tail of them.
+    """
+    if placement.queries is not Queries.TEXT_AFTER:
+        return None
+    tails = [want.tail(image) for image in view.bucket.images]
+    if all(tail == list(range(want.positions.shape[1])) for tail in tails):
+        return None
+    return sent(torch.tensor(tails, dtype=torch.int64), view.device)
+
+
+def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
+    """Places `index [B, K]` along one axis of `[B, ...]`."""
+    return gather_tokens(x.movedim(axis, 1), index, backend=backend).movedim(1, axis)
+
+
+def _rotary_prior(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+    """`[Bk, Q, N]`: a pair of ones at frequency f scores `2 cos(f (q - k))`, whatever the axes."""
+    (layer,) = attention_layers(placement)
+    want = _wanted(state, placement, layer)
+    assert want.rotary is not None
+    assert want.seen_on is not None
+    assert want.asked is not None
+    asked, backend = view.own(want.asked), state.attachment.backend
+    if (picks := _tails(want, placement, view)) is not None:
+        asked = asked.gather(1, picks)
+    batch = len(state.last.index)
+    tables = [view.own(upcast(table).expand(batch, -1, -1)) for table in want.rotary]
+    queries, keys = (
+        gather_tokens_many(tables, where, backend=backend)
+        for where in (asked, view.local(want.seen_on))
+    )
+    cos, sin = (q @ k.mT * want.scaling for q, k in zip(queries, keys, strict=True))
+    return cos + sin
+
+
+def _key_norms(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+    """`[Bk, N + T]` of the layer that the placement names."""
+    (layer,) = attention_layers(placement)
+    want = _wanted(state, placement, layer)
+    assert want.key_norms is not None
+    assert want.seen_on is not None
+    local = torch.cat([view.local(want.seen_on), view.behind(want.seen_on)], dim=1)
+    return view.own(want.key_norms).gather(1, want.slots(local))
+
+
+def _transitions(state: ForwardState, placement: Placement, view: _View) -> tuple[Transition, ...]:
+    same: dict[int, list[int]] = {}  # layers that ran on the same rows
+    for layer in placement.transitions:
+        same.setdefault(id(state.transitions[layer].rows), []).append(layer)
+    out = []
+    for layers in same.values():
+        rows: LiveTokens = state.transitions[layers[0]].rows
+        found = [_on(x, view.device) for layer in layers for x in state.transitions[layer].measures]
+        whole = view.own(torch.stack(found, dim=1))  # [Bk, 4 E, P]
+        own = whole.gather(2, view.local(rows).unsqueeze(1).expand(-1, len(found), -1))
+        valid = view.own(state.row_validity(rows))
+        parts = zip(layers, torch.split(whole, 4, 1), torch.split(own, 4, 1), strict=True)
+        for layer, of_all, of_own in parts:
+            out.append(
+                Transition(
+                    layer=layer,
+                    magnitude=of_own[:, :2],
+                    cosine=of_own[:, 2:],
+                    sequence_cosine=of_all[:, 2:],
+                    sequence_valid=valid,
+                )
+            )
+    return tuple(out)
+
+
+def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
+    """`[Bk, T, D]`, right-aligned; samples of one bucket have equally many text tokens."""
+    assert state.text_embeddings is not None
+    return _stacked([state.text_embeddings[image.sample] for image in bucket.images])
+
+
+def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
+    """`[Bk, N0, D]`, dropped tokens included."""
+    assert state.input_embeddings is not None
+    device = state.input_embeddings.device
+    positions = sent(_stacked([image.positions for image in bucket.images]), device)
+    sample = _on(bucket.sample, device).unsqueeze(1)
+    return _on(state.input_embeddings[sample, positions], bucket.index.device)

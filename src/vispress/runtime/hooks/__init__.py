@@ -1,0 +1,1 @@
+"""Reach into a model instance: observed attention, patched methods, paused checkpointing."""

@@ -1,0 +1,196 @@
+"""Attention rows, recomputed from the q and k that the model's own attention is called with.
+
+One attention function is registered per underlying implementation. Attention modules that are to be
+watched get a view of their config that names it; it shows q and k to the sink of the current
+context, if there is one, and then calls the model's own implementation.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+_PREFIX = "vispress_watching_"
+ATTENTION_OBSERVER = "vispress_reader"
+"""Keyword argument of a decoder layer: an object whose `read` is shown its attention's q, k, mask
+and scaling; unlike a sink it is found inside a compiled graph, too."""
+
+MASK_HOOK = "vispress_narrower"
+"""Keyword argument of a decoder layer: an object whose `narrow` gives the mask that its attention
+is to use, from q, k, mask and scaling; found again when a checkpointed layer runs a second time."""
+
+
+class Sink(Protocol):
+    """Receives what a watched attention module is about to compute."""
+
+    def observe(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Args: module, post-RoPE query `[B, H, Q, D]` and key `[B, Hkv, S, D]`, mask as passed."""
+
+
+_SINK: ContextVar[Sink | None] = ContextVar("vispress_sink", default=None)
+
+
+@contextmanager
+def watching(sink: Sink | None) -> Iterator[None]:
+    """Send what watched attention modules compute to `sink` inside the block (this
+    context only).
+    """
+    token = _SINK.set(sink)
+    try:
+        yield
+    finally:
+        _SINK.reset(token)
+
+
+def current_sink() -> Sink | None:
+    """The sink of this context; none inside a compiled graph, which has nothing to record."""
+    return None if torch.compiler.is_compiling() else _SINK.get()
+
+
+class Merge(Protocol):
+    """What is merged in the vision encoder (`merging.EncoderMerge`)."""
+
+    def attend(self, key: Tensor, mask: Tensor | None, implementation: str) -> Tensor | None:
+        """The mask for these keys, with the sizes of merged tokens on top."""
+
+
+_MERGE: ContextVar[Any] = ContextVar("vispress_merge", default=None)
+
+
+@contextmanager
+def merging(merge: Merge) -> Iterator[None]:
+    """Let the hooks of the vision encoder see `merge` inside the block (this context only)."""
+    token = _MERGE.set(merge)
+    try:
+        yield
+    finally:
+        _MERGE.reset(token)
+
+
+def current_merge() -> Any:
+    """The merge of this context, or None; none in a graph, which reading a context would break."""
+    return None if torch.compiler.is_compiling() else _MERGE.get()
+
+
+class ConfigView:
+    """A config seen through, with another attention implementation named on top."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_vispress_config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_vispress_config":  # not there yet while being copied
+            raise AttributeError(name)
+        return getattr(self._vispress_config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._vispress_config, name, value)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _register(self._vispress_config._attn_implementation or "eager")
+
+
+def watch(module: nn.Module) -> Callable[[], None]:
+    """Let a module's attention be seen by sinks; returns the undo."""
+    original = module.config
+    if isinstance(original, ConfigView):  # several placements may want one layer
+        return lambda: None
+    module.config = ConfigView(original)  # type: ignore[assignment]
+    return partial(setattr, module, "config", original)
+
+
+def _register(implementation: str) -> str:
+    """Make sure the watching twin of an implementation exists; returns its name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if implementation.startswith(_PREFIX):
+        return implementation
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(_watched_attention, implementation))
+    return name
+
+
+def _watched_attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if (narrower := kwargs.pop(MASK_HOOK, None)) is not None:
+        attention_mask = narrower.narrow(query, key, attention_mask, kwargs["scaling"])
+    if (reader := kwargs.pop(ATTENTION_OBSERVER, None)) is not None:
+        reader.read(query, key, attention_mask, kwargs["scaling"])
+    sink = current_sink()
+    if sink is not None:
+        sink.observe(module, query, key, attention_mask, kwargs)
+    if (merge := current_merge()) is not None:
+        attention_mask = merge.attend(key, attention_mask, implementation)
+    if implementation == "eager":  # not in the registry: each modeling file has its own
+        run = sys.modules[_defining_module(module)].eager_attention_forward
+    else:
+        run = ALL_ATTENTION_FUNCTIONS[implementation]
+    return run(module, query, key, value, attention_mask, **kwargs)
+
+
+def _defining_module(module: nn.Module) -> str:
+    for cls in type(module).__mro__:
+        if hasattr(sys.modules.get(cls.__module__), "eager_attention_forward"):
+            return cls.__module__
+    raise RuntimeError(f"no eager attention found for {type(module).__name__}")
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    *,
+    blocked: Tensor | None = None,
+) -> Tensor:
+    """Post-softmax attention of a few queries, not for gradients.
+
+    Args:
+        query: `[B, H, R, D]`, the wanted rows.
+        key: `[B, Hkv, S, D]`; heads are shared in groups (GQA).
+        allowed: `[B, 1, R, S]` bool (True = attend), or float (added), or None for all keys.
+        scaling: Factor on the logits.
+        blocked: The opposite of a bool `allowed`, which may then be None.
+
+    Returns:
+        `[B, H, R, S]` in fp32 (fp64 for fp64 inputs).
+    """
+    B, H, R, D = query.shape
+    groups = H // key.shape[1]
+    dtype = query.dtype if query.dtype.itemsize >= 4 else torch.float32
+    if query.dtype != dtype or key.dtype != dtype:
+        query, key = query.to(dtype), key.to(dtype)
+    grouped = query.reshape(B, key.shape[1], groups * R, D)
+    # in place: all heads of many rows are large
+    logits = (grouped @ key.transpose(-1, -2)).mul_(scaling).view(B, H, R, key.shape[2])
+    if allowed is not None and allowed.dtype == torch.bool:
+        blocked = ~allowed
+    elif allowed is not None:
+        logits += allowed.to(dtype)
+    if blocked is not None:
+        logits.masked_fill_(blocked, float("-inf"))
+    # a row with no key at all (padding) gives zeros, not NaN
+    return logits.softmax(dim=-1).nan_to_num_(0.0)

@@ -1,0 +1,1 @@
+"""Bind compressors to one model: an immutable plan, made once by `compress_model`."""

@@ -1,0 +1,176 @@
+"""Which rows of the current chunk live from a decoder layer on, and how tensors follow them."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vispress.devices import sent
+from vispress_kernels import Backend
+from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
+
+
+@dataclass
+class LiveTokens:
+    """The rows of one stage: a right-aligned selection of the chunk's logical positions.
+
+    Args:
+        index: `[B, P]` int64, logical position within the chunk; arbitrary where invalid.
+        valid: `[B, P]` bool, or None when every row is a real token. Invalid rows stand left.
+        length: Logical length of the chunk (Q).
+        counts: Valid rows of each sample, on the host.
+        dropped: `[B, Q]` bool, visual tokens dropped so far by placements with compact positions.
+        whole: The stage before any placement: every logical position, padding included.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    length: int
+    counts: tuple[int, ...]
+    dropped: Tensor | None = None
+    whole: bool = False
+    _twins: dict[torch.device, "LiveTokens"] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Physical rows (P)."""
+        return self.index.shape[1]
+
+    @cached_property
+    def alive(self) -> Tensor:
+        """`[B, Q]` bool: which logical positions have a row."""
+        if self.whole:
+            return torch.ones_like(self.index, dtype=torch.bool)
+        alive = torch.zeros(
+            self.index.shape[0], self.length + 1, dtype=torch.bool, device=self.index.device
+        )
+        target = (
+            self.index if self.valid is None else self.index.masked_fill(~self.valid, self.length)
+        )
+        return alive.scatter(1, target, True)[:, :-1]
+
+    @cached_property
+    def place(self) -> Tensor:
+        """`[B, Q]` int64: the row of each logical position; for dead ones, of the nearest earlier.
+
+        Positions before the first survivor point to it.
+        """
+        if self.whole:
+            return self.index
+        number = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        if self.valid is None:  # rows of all samples begin at the left
+            return number
+        empty = torch.tensor([self.size - count for count in self.counts])
+        first = sent(empty, self.index.device).unsqueeze(1)
+        return first + number
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """`[B, P]` int64: by how much compact position ids are smaller, or None for no change."""
+        if self.dropped is None:
+            return None
+        before = self.dropped.long().cumsum(
+            1
+        )  # a survivor is never dropped: inclusive == exclusive
+        return before.gather(1, self.index)
+
+    @cached_property
+    def total_shift(self) -> Tensor | None:
+        """`[B]` int64: the shift of everything behind the chunk."""
+        return None if self.dropped is None else self.dropped.sum(1)
+
+    def to(self, device: torch.device) -> "LiveTokens":
+        """The same rows on another device (sharded models); one twin a device."""
+        if self.index.device == device:
+            return self
+        if device not in self._twins:
+            self._twins[device] = LiveTokens(
+                self.index.to(device),
+                None if self.valid is None else self.valid.to(device),
+                self.length,
+                self.counts,
+                None if self.dropped is None else self.dropped.to(device),
+                self.whole,
+            )
+        return self._twins[device]
+
+
+def all_live(batch: int, length: int, counts: tuple[int, ...], device: torch.device) -> LiveTokens:
+    """The stage before any placement: every logical position has its row, padding included."""
+    index = torch.arange(length, device=device).expand(batch, length)
+    return LiveTokens(index, None, length, counts, whole=True)
+
+
+def narrow(
+    rows: LiveTokens,
+    drop: Tensor,
+    drop_counts: tuple[int, ...],
+    *,
+    compact: bool,
+    valid: Tensor | None,
+) -> tuple[LiveTokens, Tensor]:
+    """Drop logical positions (and, at the first placement, padding).
+
+    Args:
+        rows: Current rows.
+        drop: `[B, Q]` bool, visual tokens to drop now.
+        drop_counts: How many that is for each sample, on the host.
+        compact: Whether later position ids close the gap.
+        valid: `[B, P]` bool, current rows that are real tokens, or None for all.
+
+    Returns:
+        The new rows, and `[B, P']` the place of each in the current ones.
+    """
+    counts = tuple(have - gone for have, gone in zip(rows.counts, drop_counts, strict=True))
+    size = max(counts)
+    keep = ~drop.gather(1, rows.index)
+    if valid is not None:
+        keep = keep & valid
+    # stable: survivors keep their order and end up at the right, whatever fills the left is invalid
+    local = keep.long().argsort(dim=1, stable=True)[:, rows.size - size :]
+    new_valid = None
+    if min(counts) < size:
+        pad = sent(torch.tensor([size - count for count in counts]), keep.device)
+        new_valid = torch.arange(size, device=keep.device) >= pad.unsqueeze(1)
+    dropped = rows.dropped
+    if compact:
+        dropped = drop if dropped is None else dropped | drop
+    return LiveTokens(rows.index.gather(1, local), new_valid, rows.length, counts, dropped), local
+
+
+def gather_rows(x: Tensor, local: Tensor, backend: Backend) -> Tensor:
+    """`x[b, local[b, p]]` for `[B, P, D]`, differentiable."""
+    return gather_tokens(x, local, backend=backend)
+
+
+def gather_rotary(
+    tables: tuple[Tensor, Tensor], index: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Rows of both rotary tables `[B or 1, Q, D]` or `[3, B or 1, Q, D]`, in one launch."""
+    B = index.shape[0]
+    # a table may hold three axes (M-RoPE) and one batch row for all: neither is copied
+    rows = [table.movedim((-3, -2), (0, 1)) for table in tables]
+    cos, sin = gather_tokens_many(
+        [table.expand(B, *table.shape[1:]) for table in rows], index, backend=backend
+    )
+    return cos.movedim((0, 1), (-3, -2)), sin.movedim((0, 1), (-3, -2))
+
+
+def live_deepstack(
+    rows: LiveTokens, device: torch.device, visual: Tensor, embeds: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Marks of visual places and their values (one a mark), for the rows that still live.
+
+    Args:
+        rows: Which those are.
+        device: Where the layer runs.
+        visual: `[B, Q]` bool.
+        embeds: `[marks, D]`.
+        backend: Kernels to use.
+    """
+    rows, visual = rows.to(device), visual.to(device)
+    number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
+    here, number = gather_tokens_many((visual, number), rows.index, backend=backend)
+    here = here if rows.valid is None else here & rows.valid
+    return here, embeds.to(device)[number[here]]
