@@ -8,7 +8,10 @@ from vispress import compress_model, compression_report, remove_compression
 from vispress.chain import Chain, chain_mean, share_mean
 from vispress.config import from_mapping, load_config
 from vispress.errors import BudgetError, ConfigError
+from vispress.flops import visual_per_layer
 from vispress.methods import (
+    CATP,
+    LVLMCSP,
     VTW,
     Debias,
     DivPrune,
@@ -26,6 +29,57 @@ def test_the_mean_of_a_chain_counts_each_part_on_what_the_one_before_left():
     assert chain_mean(chain, 32) == pytest.approx(0.3125)
     assert chain_mean([PyramidDrop()], 32) == pytest.approx((8 + 4 + 2 + 1) / 32)
     assert chain_mean([DivPrune(keep_ratio=0.5), VTW()], 32) == pytest.approx(0.25)
+
+
+def test_tokens_that_bypass_layers_count_again_behind_them():
+    # a third runs in layers 0 to 7 and from 16 on, all of them between
+    assert chain_mean([LVLMCSP(keep_ratio=0.5)], 32) == pytest.approx(0.5)
+    assert chain_mean([LVLMCSP()], 32) == pytest.approx((8 / 8 + 8 + 16 / 8) / 32)
+    assert chain_mean([DivPrune(keep_ratio=0.5), LVLMCSP(keep_ratio=0.5)], 32) == pytest.approx(
+        0.25
+    )
+    (solved,), _ = share_mean([LVLMCSP()], 0.4, 32)
+    assert solved.keep_ratio == pytest.approx(0.4)
+
+
+def test_an_image_counts_as_the_last_of_its_prompt():
+    # the placement on demonstrations passes it
+    assert chain_mean([CATP(keep_ratio=0.5)], 32) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [LVLMCSP(keep_ratio=0.6)],
+        [LVLMCSP(num_tokens=3, layers=(2, 4))],
+        [DivPrune(keep_ratio=0.5), LVLMCSP(ratio=0.3, layers=(2, 3)), FastV(num_tokens=2, layer=5)],
+        [CATP(keep_ratio=0.6)],
+    ],
+    ids=lambda chain: "+".join(part.name for part in chain),
+)
+def test_counts_and_flops_are_those_of_a_compressed_model(chain):
+    model, inputs = model_of("llava"), inputs_of("llava")
+    compress_model(model, chain)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+        report = compression_report(model)
+    finally:
+        remove_compression(model)
+    placements = [part.placements(report.num_layers) for part in chain]
+    for b, sample in enumerate(report.samples):
+        counts = [
+            visual_per_layer(
+                image.num_visual,
+                report.num_layers,
+                *placements,
+                last=image is sample.images[-1],
+            )
+            for image in sample.images
+        ]
+        expected = [sum(layer) for layer in zip(*counts, strict=True)]
+        if expected:
+            assert [layer[b] for layer in report.visual_per_layer] == expected
 
 
 @pytest.mark.parametrize("mean", [0.05, 0.25, 0.6, 1.0])

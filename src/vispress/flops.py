@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CONVENTIONS = ("mac3", "flop3", "fastv2")
 
+HIDING = ("pre_llm", "in_llm")
+"""Stages whose placements keep rows from decoder layers in a prefill."""
+
 
 def flops(
     tokens_per_layer: Sequence[int], width: int, mlp_width: int, convention: str = "mac3"
@@ -78,14 +81,21 @@ def kv_bytes(tokens_per_layer: Sequence[int], kv_width: int, itemsize: int = 2) 
 
 
 def visual_per_layer(
-    num_visual: int, num_layers: int, *chain: Sequence["Placement"]
+    num_visual: int, num_layers: int, *chain: Sequence["Placement"], last: bool = True
 ) -> tuple[int, ...]:
-    """Visual tokens of one image that enter each decoder layer, from the placements alone.
+    """Count the visual tokens of one image that enter each decoder layer in a prefill.
 
     Args:
         num_visual: Visual tokens of the image.
         num_layers: Decoder layers.
         *chain: Placements of each compressor, in the order of the chain.
+        last: Whether it is the last image of its prompt, as a lone one is; placements on the
+            earlier images pass it, or those on the last one do.
+
+    Returns:
+        A count for each layer. Placements that hide nothing in a prefill (in the encoder, on pairs,
+        while decoding) do not show; rows that bypass layers are missing there and counted again
+        behind them.
 
     Raises:
         ConfigError: A count is out of range.
@@ -97,11 +107,15 @@ def visual_per_layer(
     for placements in chain:
         reached = left
         for placement in placements:
-            if placement.stage == "encoder":  # hides nothing from the LLM
+            passes = placement.images == ("earlier" if last else "last")
+            if passes or placement.stage not in HIDING:
                 continue
-            left = min(left, placement.budget.resolve(reached))
-            layer = placement.layer if placement.stage == "in_llm" else 0
-            counts[layer:] = [left] * (num_layers - layer)
+            count = min(left, placement.budget.resolve(reached))
+            # what bypasses comes back as it was: later placements and layers have it again
+            end = num_layers if placement.until is None else placement.until
+            counts[placement.layer : end] = [count] * (end - placement.layer)
+            if placement.until is None:
+                left = count
     _check_counts(counts)
     return tuple(counts)
 
