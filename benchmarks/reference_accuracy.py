@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vispress.reference import load
-from vispress.reference.clip_sets import clip_accuracy
-from vispress.reference.conversation import episode_accuracy
-from vispress.reference.evaluate import accuracy
+from vispress.reference.evaluation.clip_sets import clip_accuracy
+from vispress.reference.evaluation.conversation import episode_accuracy
+from vispress.reference.evaluation.evaluate import accuracy
 
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = {"llava": "reference", "qwen2_5_vl": "reference_qwen2_5_vl"}

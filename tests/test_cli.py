@@ -228,7 +228,7 @@ def test_families_are_those_of_the_adapters():
 @pytest.mark.parametrize("name", ["quickstart", "new_method"])
 def test_examples_run(name, monkeypatch, capsys, request):
     from vispress import reference
-    from vispress.reference.checkpoint import read
+    from vispress.reference.model.checkpoint import read
 
     folder = request.getfixturevalue("checkpoint")
     monkeypatch.setattr(reference, "load", lambda: read(folder))

@@ -62,6 +62,24 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.methods._parts.video": 4,
         "vispress.methods": 5,  # each method
     },
+    "vispress.bench": {
+        "vispress.bench.tasks": 0,
+        "vispress.bench.model": 1,
+        "vispress.bench.plan": 2,
+        "vispress.bench.results": 3,
+        "vispress.bench.timing": 4,
+        "vispress.bench.run": 5,
+        "vispress.bench.search": 6,
+        "vispress.bench.page": 7,
+        "vispress.bench": 8,  # public faces
+    },
+    "vispress.reference": {
+        "vispress.reference.world": 0,
+        "vispress.reference.model": 1,
+        "vispress.reference.evaluation": 2,
+        "vispress.reference.train": 3,
+        "vispress.reference": 4,  # public faces
+    },
 }
 """Floors inside a part of the house; there imports for type checkers count, too."""
 
@@ -186,6 +204,13 @@ def test_arrows_point_down(path: Path) -> None:
     assert bad_arrows(path.read_text(encoding="utf-8"), module_name(path)) == []
 
 
+def test_every_package_with_inner_floors_stands_on_one() -> None:
+    for part, floors in INNER.items():
+        home = ROOT / "src" / Path(*part.split("."))
+        packages = {f"{part}.{path.parent.name}" for path in home.glob("*/__init__.py")}
+        assert packages <= set(floors), part
+
+
 @pytest.mark.parametrize(
     ("module", "line"),
     [
@@ -196,6 +221,13 @@ def test_arrows_point_down(path: Path) -> None:
         ("vispress.methods.fastv", "from vispress.runtime.forward import prefill"),
         ("vispress.methods.fastv", "import transformers.cache_utils"),
         ("vispress.methods.base", "from vispress.methods.fastv import FastV"),
+        ("vispress.bench.tasks.task", "from vispress.bench.model.loaded_model import DTYPES"),
+        ("vispress.bench.results.store", "def f():\n    import vispress.bench.run.engine"),
+        (
+            "vispress.reference.world.words",
+            "if TYPE_CHECKING:\n    from vispress.reference.model.qwen import QWEN_ID",
+        ),
+        ("vispress.reference.model.checkpoint", "from vispress.reference import load"),
         ("vispress.methods._parts.scoring.cosines", "from vispress.methods import fastv"),
         (
             "vispress.methods._parts.geometry.grids",
@@ -205,7 +237,7 @@ def test_arrows_point_down(path: Path) -> None:
         ("vispress.runtime.forward.state", "from vispress.api import compress_model"),
         ("vispress.runtime.forward.state", "from vispress import api"),
         ("vispress.adapters.llava", "def f():\n    from vispress.runtime.forward import prefill"),
-        ("vispress.api", "from vispress.bench.engine import run"),
+        ("vispress.api", "from vispress.bench.run.engine import run"),
         ("vispress_kernels.dct_lowpass", "from vispress.errors import VispressError"),
         ("vispress.runtime.forward.state", "import triton"),
         ("vispress.runtime.forward.state", "if x:\n    from vispress.cli import main"),
@@ -226,7 +258,9 @@ def test_a_bad_arrow_is_found(module: str, line: str) -> None:
         ("vispress.methods.fastv", "from vispress_kernels.dct_lowpass import dct_lowpass"),
         ("vispress.methods.fastv", "from vispress.methods._parts.scoring.cosines import unit"),
         ("vispress.runtime.forward.state", "from vispress.adapters.base import find_adapter"),
-        ("vispress.bench.engine", "from vispress.reference.checkpoint import read"),
+        ("vispress.bench.run.engine", "from vispress.reference.model.checkpoint import read"),
+        ("vispress.bench.run.engine", "from vispress.bench.run.applied_cell import answer"),
+        ("vispress.reference", "from vispress.reference.train.train import train_reference"),
     ],
 )
 def test_a_good_arrow_is_let_through(module: str, line: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.tiny_checkpoints import picture, save_checkpoint
-from vispress.bench.checkpoints import load_checkpoint
-from vispress.bench.tasks import Prompt
+from vispress.bench.model.checkpoints import load_checkpoint
+from vispress.bench.tasks.task import Prompt
 from vispress.errors import (
     BudgetError,
     ConfigError,

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoints import picture, save_checkpoint
-from vispress.bench.checkpoints import load_checkpoint
-from vispress.bench.subjects import load_subject
-from vispress.bench.tasks import Prompt
+from vispress.bench.model.checkpoints import load_checkpoint
+from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.tasks.task import Prompt
 from vispress.errors import CheckpointError, VispressError
 from vispress.integrations.options import read_compression
-from vispress.reference.checkpoint import SHIPPED, read
+from vispress.reference.model.checkpoint import SHIPPED, read
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(

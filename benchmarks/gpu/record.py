@@ -204,7 +204,7 @@ def source_hash(root: Path = ROOT) -> str:
 
 def identity(device: torch.device, dry: bool) -> dict[str, Any]:
     """What a result is tied to: commit (or VISPRESS_COMMIT), source, device and versions."""
-    from vispress.bench.provenance import commit, device_name, versions
+    from vispress.bench.plan.provenance import commit, device_name, versions
 
     return {
         "commit": os.environ.get("VISPRESS_COMMIT") or commit(),

@@ -14,7 +14,7 @@ from vispress.cli_search import search
 from vispress.errors import ConfigError, VispressError
 
 if TYPE_CHECKING:
-    from vispress.bench.plan import Plan
+    from vispress.bench.plan.plan import Plan
     from vispress.methods.base import Compressor
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def methods(
     if model is not None:
         known = [family for family in known if family.name == model]
         if not known:
-            from vispress.bench.tasks import suggest
+            from vispress.bench.tasks.task import suggest
 
             names = [family.name for family in families()]
             raise ConfigError(f"unknown model family {model!r}; {suggest(model, names)}")
@@ -96,16 +96,16 @@ def bench(
     force: Force = False,
 ) -> None:
     """Measure accuracy, kept tokens, prefill time and cache size of methods at keep ratios."""
-    from vispress.bench.plan import load_plan
+    from vispress.bench.plan.plan import load_plan
 
     overrides: dict[str, Any] = {"model": model, "questions": questions, "seed": seed}
     _bench(load_plan(plan, batch_size=batch_size, **overrides), out, device, force)
 
 
 def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
-    from vispress.bench.engine import run
-    from vispress.bench.progress import progress_bar
-    from vispress.bench.shards import this_shard
+    from vispress.bench.results.shards import this_shard
+    from vispress.bench.run.engine import run
+    from vispress.bench.run.progress import progress_bar
 
     prepare()
     shard = this_shard()
@@ -122,9 +122,9 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
 
 def _summary(out: Path, console: Console) -> None:
     """Show the tables of a results folder, and write them and the plots beside the cells."""
-    from vispress.bench.plots import write_plots
-    from vispress.bench.summary import summarise, write_summary
-    from vispress.bench.table import tables
+    from vispress.bench.results.plots import write_plots
+    from vispress.bench.results.summary import summarise, write_summary
+    from vispress.bench.results.table import tables
 
     summary = summarise(out)
     console.print(tables(summary))
@@ -140,7 +140,7 @@ def join(
     force: Force = False,
 ) -> None:
     """Put runs of the same questions in one folder, to report on all their methods together."""
-    from vispress.bench.join import join_results
+    from vispress.bench.results.merge_runs import join_results
 
     prepare()
     console = terminal()
@@ -203,7 +203,7 @@ def _show(
     prepare()
     from vispress.analysis.inspect import inspect, open_prompt, unknown_words
     from vispress.analysis.overlay import draw_views, seen_picture
-    from vispress.bench.subjects import load_subject
+    from vispress.bench.model.loaded_model import load_subject
 
     prompt = open_prompt(image, question)
     subject = load_subject(model, device)
@@ -232,7 +232,7 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """A small benchmark of the reference model, and a picture of kept tokens; some minutes."""
-    from vispress.bench.plan import load_plan
+    from vispress.bench.plan.plan import load_plan
     from vispress.listing import make_all
 
     # a demo of another commit is moved aside, not refused
@@ -260,8 +260,8 @@ def train_reference(
 ) -> None:
     """Train the reference model from nothing."""
     prepare()
-    from vispress.reference.architecture import ARCHITECTURES
-    from vispress.reference.train import train_reference as train
+    from vispress.reference.model.architecture import ARCHITECTURES
+    from vispress.reference.train.train import train_reference as train
 
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")

@@ -10,7 +10,7 @@ from vispress.cli_options import Device, prepare, terminal
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vispress.bench.judge import Found, Judge
+    from vispress.bench.search.objective import Found, Judge
 
 STRATEGIES = ("greedy", "sigmoid")
 _OWN_TASKS = ("attribute", "place", "existence", "needle", "digit", "reading", "where", "relation")
@@ -65,7 +65,7 @@ def search(
     device: Device = "cpu",
 ) -> None:
     """Search how many tokens each layer needs; writes schedule.yaml for compress_model."""
-    from vispress.bench.subjects import REFERENCES
+    from vispress.bench.model.loaded_model import REFERENCES
     from vispress.listing import parse_options
 
     unit, share = _budget(strategy, keep_ratio, flops)
@@ -73,8 +73,8 @@ def search(
         raise ConfigError(f"--task is needed for the model {model!r}; GQA, say, is --task gqa")
     values = parse_options(option or [])
     prepare()
-    from vispress.bench.judge import Calibration
-    from vispress.bench.search import Wish
+    from vispress.bench.search.greedy import Wish
+    from vispress.bench.search.objective import Calibration
 
     calibration = Calibration(
         tasks=tuple(task or _OWN_TASKS),
@@ -103,9 +103,9 @@ def _budget(strategy: str, keep_ratio: float | None, flops: float | None) -> tup
 
 
 def _search(wish: Any, calibration: Any, out: Path, model: str, device: str) -> None:
-    from vispress.bench.judge import Judge
-    from vispress.bench.progress import counting
-    from vispress.bench.subjects import load_subject
+    from vispress.bench.model.loaded_model import load_subject
+    from vispress.bench.run.progress import counting
+    from vispress.bench.search.objective import Judge
 
     subject = load_subject(model, device)
     console = terminal()

@@ -159,7 +159,7 @@ def _family(family: Family) -> str:
 
 
 def _reference() -> str:
-    from vispress.bench.subjects import load_subject
+    from vispress.bench.model.loaded_model import load_subject
 
     subject = load_subject("reference")
     size = sum(p.numel() for p in subject.model.parameters())

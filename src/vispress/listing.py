@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from vispress.bench.cells import BUDGETS, takes_ratio
+from vispress.bench.plan.cells import BUDGETS, takes_ratio
 from vispress.budget import PUBLISHED_DEPTH
 from vispress.config import make_compressor
 from vispress.doctor import Family

@@ -2,14 +2,14 @@
 
 import pytest
 
-from vispress.bench.plan import plan_from_mapping
-from vispress.bench.subjects import load_subject
+from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.plan.plan import plan_from_mapping
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    from vispress.reference.checkpoint import export
-    from vispress.reference.model import build_model, reference_config
+    from vispress.reference.model.checkpoint import export
+    from vispress.reference.model.llava import build_model, reference_config
 
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     export(build_model(reference_config(vision_layers=2, text_layers=4), seed=0), folder)

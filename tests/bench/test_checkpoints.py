@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tests.tiny_checkpoints import picture, save_checkpoint
 
-from vispress.bench.checkpoints import content_of, load_checkpoint, weights_hash
-from vispress.bench.subjects import load_subject
-from vispress.bench.tasks import Prompt
+from vispress.bench.model.checkpoints import content_of, load_checkpoint, weights_hash
+from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.tasks.task import Prompt
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 ROWS = [("What is red?", "A", 20, 30), ("What is green?", "B", 24, 24), ("And blue?", "A", 40, 20)]
@@ -57,7 +57,8 @@ def test_answers_are_those_of_the_documented_calls(checkpoint):
 def test_later_turns_get_the_words_between_turns(checkpoint, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "vispress.bench.subjects.converse", lambda *arguments: seen.append(arguments[3]) or []
+        "vispress.bench.model.loaded_model.converse",
+        lambda *arguments: seen.append(arguments[3]) or [],
     )
     talk = Prompt((), "First?", "", followups=(("Second?", "b"), ("Third?", "c")))
     checkpoint.converse([talk], None, 1)

@@ -9,22 +9,22 @@ import torch
 
 from vispress import compressed
 from vispress.analysis.inspect import open_prompt
-from vispress.bench.batches import Memory, make_batches
-from vispress.bench.cells import Cell
-from vispress.bench.cost import measure_cost, timed_batch
-from vispress.bench.downsample import Downsample, smaller
-from vispress.bench.engine import run
-from vispress.bench.oracle import Oracle, choose, evidence_tokens, told
+from vispress.bench.model.batches import Memory, make_batches
+from vispress.bench.model.loaded_model import load_subject
 from vispress.bench.page.exhibits import pictures_of
-from vispress.bench.pictures import video_grids
-from vispress.bench.plan import plan_from_mapping
-from vispress.bench.replay import recorders, replays
-from vispress.bench.subjects import load_subject
-from vispress.bench.tasks import EVIDENCE_GRID, Prompt, get_task
-from vispress.bench.treatment import check_cell, treated
+from vispress.bench.plan.cells import Cell
+from vispress.bench.plan.downsample import Downsample, smaller
+from vispress.bench.plan.grids import video_grids
+from vispress.bench.plan.oracle import Oracle, choose, evidence_tokens, told
+from vispress.bench.plan.plan import plan_from_mapping
+from vispress.bench.run.applied_cell import check_cell, treated
+from vispress.bench.run.engine import run
+from vispress.bench.tasks.task import EVIDENCE_GRID, Prompt, get_task
+from vispress.bench.timing.cost import measure_cost, timed_batch
+from vispress.bench.timing.replay import recorders, replays
 from vispress.config import make_compressor
 from vispress.errors import ConfigError, UnsupportedMethodError
-from vispress.reference.words import CLIP_KINDS
+from vispress.reference.world.words import CLIP_KINDS
 from vispress.registry import get_method
 
 VIDEO_METHODS = ("evs", "vidcom2", "dycoke", "prunevid", "fastvid", "holitom", "framefusion")
@@ -33,8 +33,8 @@ CELLS = EVIDENCE_GRID**2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from vispress.reference.checkpoint import export
-    from vispress.reference.qwen import build_qwen, qwen_config
+    from vispress.reference.model.checkpoint import export
+    from vispress.reference.model.qwen import build_qwen, qwen_config
 
     folder = tmp_path_factory.mktemp("qwen") / "checkpoint"
     export(build_qwen(qwen_config(vision_layers=3, text_layers=4), seed=0), folder)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from vispress.bench.compare import compare, loyalty
-from vispress.bench.stats import bootstrap_difference, holm, sign_flip_test
-from vispress.bench.summary import summarise, write_summary
-from vispress.bench.table import tables
+from vispress.bench.results.compare import compare, loyalty
+from vispress.bench.results.stats import bootstrap_difference, holm, sign_flip_test
+from vispress.bench.results.summary import summarise, write_summary
+from vispress.bench.results.table import tables
 
 
 def cell(group, right, *, method="fastv", ratio=0.5, seed=None, answers=None):
@@ -93,7 +93,7 @@ def test_loyalty_counts_equal_answers_right_or_wrong():
 def test_a_run_reports_loyalty_and_comparisons(make_plan, tmp_path):
     from rich.console import Console
 
-    from vispress.bench.engine import run
+    from vispress.bench.run.engine import run
 
     run(make_plan(), tmp_path)
     summary = summarise(tmp_path)

@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress.api import compress_model, compressed, remove_compression
-from vispress.bench.clock import Clock, Marks, Sample, marked, timed_generate
-from vispress.bench.cost import TIMES, in_rounds, measure_cost, timed_batch
-from vispress.bench.downsample import Downsample
-from vispress.bench.plan import Timing
-from vispress.bench.replay import Replay, recorders, replays
-from vispress.bench.subjects import Subject
-from vispress.bench.tasks import get_task
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.plan.downsample import Downsample
+from vispress.bench.plan.plan import Timing
+from vispress.bench.tasks.task import get_task
+from vispress.bench.timing.cost import TIMES, in_rounds, measure_cost, timed_batch
+from vispress.bench.timing.replay import Replay, recorders, replays
+from vispress.bench.timing.timer import Clock, Marks, Sample, marked, timed_generate
 from vispress.config import make_compressor
 from vispress.errors import BudgetError
 from vispress.flops import flops
@@ -188,7 +188,7 @@ def test_ratios_hold_on_a_machine_that_slows_down(subject, prompts, make_plan, m
             encoder_ms=slow, prefill_ms=10 * slow * own, ttft_ms=12 * slow * own, decode_ms=slow
         )
 
-    monkeypatch.setattr("vispress.bench.cost.timed_generate", run)
+    monkeypatch.setattr("vispress.bench.timing.cost.timed_generate", run)
     plan = make_plan(timing={"batch": 2, "rounds": 4, "repeats": 2})
     cost = measure_cost(subject, [Random(keep_ratio=0.5)], prompts, plan)
     for name, ratio in {"encoder": 1.0, "prefill": 0.75, "ttft": 0.75, "decode": 1.0}.items():
@@ -350,7 +350,7 @@ def test_a_failed_measurement_leaves_the_model_as_it_was(subject, prompts, make_
         measure_cost(subject, [make_compressor("divprune")], prompts, plan)
     chain = [make_compressor("divprune", keep_ratio=0.5)]
     with monkeypatch.context() as patched:
-        patched.setattr("vispress.bench.cost.peak_bytes", {}.__getitem__)
+        patched.setattr("vispress.bench.timing.cost.peak_bytes", {}.__getitem__)
         with pytest.raises(TypeError):
             measure_cost(subject, chain, prompts, plan)
     compress_model(subject.model, chain)

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from vispress.bench.cost_rows import CSV_COLUMNS, cost_of, csv_cells
-from vispress.bench.cost_table import cost_table
-from vispress.bench.store import ResultsError
+from vispress.bench.results.cost_rows import CSV_COLUMNS, cost_of, csv_cells
+from vispress.bench.results.cost_table import cost_table
+from vispress.bench.results.store import ResultsError
 
 
 def spread(value):

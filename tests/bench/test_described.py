@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from tests.tiny_checkpoints import picture
 
-from vispress.bench.described import describe, make_task, shipped_tasks, task_name
-from vispress.bench.drawing import DatasetPrompt
-from vispress.bench.rows import fingerprint, open_pictures
-from vispress.bench.tasks import get_task
+from vispress.bench.tasks.prompts import DatasetPrompt
+from vispress.bench.tasks.rows import fingerprint, open_pictures
+from vispress.bench.tasks.task import get_task
+from vispress.bench.tasks.yaml_task import describe, make_task, shipped_tasks, task_name
 from vispress.errors import ConfigError
 
 ROW = {"question": "What?", "answer": "red", "image": "a.png"}

@@ -15,9 +15,9 @@ from tests.tiny_models import (
     build,
 )
 
-from vispress.bench.downsample import Downsample, any_size, smaller
-from vispress.bench.subjects import Subject
-from vispress.bench.tasks import Prompt, get_task
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.plan.downsample import Downsample, any_size, smaller
+from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import BudgetError, UnsupportedMethodError
 
 
@@ -152,7 +152,7 @@ def test_qwen_resizes_each_picture_by_its_own_grid(qwen):
 def test_more_tokens_than_asked_are_an_error(subject, monkeypatch):
     prompts = questions(subject)
     inputs = subject.encode(prompts)
-    monkeypatch.setattr("vispress.bench.downsample._resized_llava", lambda *_: inputs)
+    monkeypatch.setattr("vispress.bench.plan.downsample._resized_llava", lambda *_: inputs)
     with pytest.raises(BudgetError, match="off target: 720 visual tokens"):
         smaller(Downsample(keep_ratio=0.5), subject, inputs, prompts)
 

@@ -11,30 +11,30 @@ import time
 import pytest
 import yaml
 
-from vispress.bench import engine
-from vispress.bench.cost import timed_batch
-from vispress.bench.engine import run
-from vispress.bench.plots import write_plots
-from vispress.bench.store import ResultsError
-from vispress.bench.summary import summarise, write_summary
-from vispress.bench.table import tables
-from vispress.bench.tasks import get_task
+from vispress.bench.results.plots import write_plots
+from vispress.bench.results.store import ResultsError
+from vispress.bench.results.summary import summarise, write_summary
+from vispress.bench.results.table import tables
+from vispress.bench.run import engine
+from vispress.bench.run.engine import run
+from vispress.bench.tasks.task import get_task
+from vispress.bench.timing.cost import timed_batch
 from vispress.errors import BudgetError
 
 KEYS = ["none", "fastv--0.5", "random--0.5--seed0", "random--0.5--seed1", "no_image"]
 
 RUN = """
 import sys
-from vispress.bench.engine import run
-from vispress.bench.plan import load_plan
+from vispress.bench.run.engine import run
+from vispress.bench.plan.plan import load_plan
 run(load_plan(sys.argv[1]), sys.argv[2])
 """
 
 RUN_AND_DIE = """
 import os, signal, sys
-from vispress.bench import store
-from vispress.bench.engine import run
-from vispress.bench.plan import load_plan
+from vispress.bench.results import store
+from vispress.bench.run.engine import run
+from vispress.bench.plan.plan import load_plan
 step, left = sys.argv[3], int(sys.argv[4])
 def dying(call):
     def wrapper(*arguments):
@@ -72,7 +72,7 @@ def results(out):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, checkpoint):
     """A finished run with timing."""
-    from vispress.bench.plan import plan_from_mapping
+    from vispress.bench.plan.plan import plan_from_mapping
 
     plan = plan_from_mapping(
         {
@@ -226,7 +226,7 @@ def test_a_budget_that_cannot_be_met_is_a_refused_cell_with_its_reason(make_plan
 
 
 def test_an_off_target_run_is_an_error_and_leaves_no_cell(make_plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("vispress.bench.targets.expected", lambda *_, **__: [71])
+    monkeypatch.setattr("vispress.bench.run.budget_check.expected", lambda *_, **__: [71])
     with pytest.raises(BudgetError, match="off target"):
         run(make_plan(), tmp_path)
     assert list(stored(tmp_path)) == ["none"]

@@ -5,9 +5,9 @@ import json
 import pytest
 from tests.bench.stored import IDENTITY, write_results
 
-from vispress.bench.join import join_results
-from vispress.bench.store import ResultsError, open_results, read_results
-from vispress.bench.summary import summarise
+from vispress.bench.results.merge_runs import join_results
+from vispress.bench.results.store import ResultsError, open_results, read_results
+from vispress.bench.results.summary import summarise
 
 LATER = {"plan": "def", "commit": "ba9876543210"}
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from vispress.bench.compare import compare, rankings
-from vispress.bench.measures import gain, gap_closed, hard_subset, leakage, turns
-from vispress.bench.ranking import rank
-from vispress.bench.stats import bootstrap_mean, bootstrap_ratio, sign_flip_test
-from vispress.bench.table import ranking_text
+from vispress.bench.results.compare import compare, rankings
+from vispress.bench.results.derived_metrics import gain, gap_closed, hard_subset, leakage, turns
+from vispress.bench.results.ranking import rank
+from vispress.bench.results.stats import bootstrap_mean, bootstrap_ratio, sign_flip_test
+from vispress.bench.results.table import ranking_text
 
 
 def cell(right, *, group="m", control=False, talk=None, ratio=0.5):

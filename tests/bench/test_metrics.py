@@ -2,7 +2,7 @@
 
 import pytest
 
-from vispress.bench.metrics import LETTERS, METRICS, chosen_letter
+from vispress.bench.tasks.metrics import LETTERS, METRICS, chosen_letter
 
 CHOICES = ("a dog", "a cat", "none")
 

@@ -5,9 +5,9 @@ import torch
 from tests.tiny import Image, Sample, Text, build, make_inputs
 
 from vispress import compressed
-from vispress.bench.oracle import Oracle, choose, evidence_tokens, told
-from vispress.bench.pictures import picture_grids
-from vispress.bench.tasks import Prompt, get_task
+from vispress.bench.plan.grids import picture_grids
+from vispress.bench.plan.oracle import Oracle, choose, evidence_tokens, told
+from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 

@@ -14,7 +14,7 @@ from vispress.bench.page.questions import failures, samples, shown_budget, shown
 from vispress.bench.page.render import _TEMPLATES, page, write_page
 from vispress.bench.page.results import read as read_folder
 from vispress.bench.page.verdicts import findings, verdict_tables
-from vispress.bench.store import ResultsError
+from vispress.bench.results.store import ResultsError
 
 SKILLS = {"good": 0.95, "poor": 0.35, "random": 0.7, "uniform": 0.75, "no_image": 0.13}
 
@@ -311,7 +311,7 @@ def test_the_plan_on_the_page_is_the_plan(make_plan, tmp_path):
     import yaml
 
     from vispress.bench.page.sources import _yaml
-    from vispress.bench.plan import plan_from_mapping
+    from vispress.bench.plan.plan import plan_from_mapping
 
     plan = make_plan(positions="compact")
     assert plan_from_mapping(yaml.safe_load(_yaml(plan.to_dict()))).digest() == plan.digest()

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from tests.bench.html_checks import faults, outside, read, visible
 
-from vispress.bench.engine import run
 from vispress.bench.page.exhibits import make_picture, outline, runs, shot_of, words
 from vispress.bench.page.gallery import gallery
 from vispress.bench.page.render import page, write_page
 from vispress.bench.page.results import read as read_folder
-from vispress.bench.plan import plan_from_mapping
-from vispress.bench.tasks import Prompt, Task, register_task
+from vispress.bench.plan.plan import plan_from_mapping
+from vispress.bench.run.engine import run
+from vispress.bench.tasks.task import Prompt, Task, register_task
 from vispress.report import ImageReport, PlacementReport
 
 
@@ -157,7 +157,7 @@ def test_an_unknown_task_is_named(folder, tmp_path):
 
 
 def test_several_pictures_and_turns_are_shown_together(checkpoint, tmp_path, monkeypatch):
-    from vispress.bench import tasks
+    from vispress.bench.tasks import task as tasks
 
     monkeypatch.setattr(tasks, "_TASKS", {})
     images = [Image.new("RGB", (96, 96), color) for color in ("red", "green")]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vispress.bench.clock import Clock
-from vispress.bench.memory import LiveBytes, peak_bytes
+from vispress.bench.timing.memory import LiveBytes, peak_bytes
+from vispress.bench.timing.timer import Clock
 
 CPU = torch.device("cpu")
 KB = 256

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vispress.bench.plan import load_plan, plan_from_mapping
+from vispress.bench.plan.plan import load_plan, plan_from_mapping
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
-from vispress.reference.words import CLIP_KINDS, EPISODE_KINDS, KINDS
+from vispress.reference.world.words import CLIP_KINDS, EPISODE_KINDS, KINDS
 from vispress.registry import get_method, list_methods
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"

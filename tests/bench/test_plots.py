@@ -4,8 +4,8 @@ import pytest
 from matplotlib.figure import Figure
 from tests.bench.stored import write_results
 
-from vispress.bench import plots
-from vispress.bench.summary import summarise
+from vispress.bench.results import plots
+from vispress.bench.results.summary import summarise
 
 
 @pytest.mark.parametrize("count", [3, 12, 30])

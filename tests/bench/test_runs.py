@@ -10,21 +10,23 @@ import torch
 from rich.console import Console
 from tests.bench.test_engine import results, stored
 
-from vispress.bench import engine, store, tasks
-from vispress.bench.batches import Memory, make_batches
-from vispress.bench.engine import Bank, run, run_cell
-from vispress.bench.store import ResultsError
-from vispress.bench.subjects import Subject
-from vispress.bench.summary import summarise, write_summary
-from vispress.bench.table import tables
-from vispress.bench.tasks import Prompt, Task, get_task
+from vispress.bench.model.batches import Memory, make_batches
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.results import store
+from vispress.bench.results.store import ResultsError
+from vispress.bench.results.summary import summarise, write_summary
+from vispress.bench.results.table import tables
+from vispress.bench.run import engine
+from vispress.bench.run.engine import Bank, run, run_cell
+from vispress.bench.tasks import task as tasks
+from vispress.bench.tasks.task import Prompt, Task, get_task
 from vispress.errors import ConfigError, UnsupportedModelError, VispressError
 
 
 @pytest.fixture(scope="module")
 def beside_controls(tmp_path_factory, checkpoint):
     """A finished run of one method and the standard controls."""
-    from vispress.bench.plan import plan_from_mapping
+    from vispress.bench.plan.plan import plan_from_mapping
 
     plan = plan_from_mapping(
         {

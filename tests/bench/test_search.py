@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from vispress import compress_model, compression_report, remove_compression
-from vispress.bench.judge import Calibration, Judge
-from vispress.bench.search import GRID, Wish, greedy_steps, grid_for, scheduled, search_greedy
-from vispress.bench.sigmoid import search_sigmoid
+from vispress.bench.search.greedy import (
+    GRID,
+    Wish,
+    greedy_steps,
+    grid_for,
+    scheduled,
+    search_greedy,
+)
+from vispress.bench.search.objective import Calibration, Judge
+from vispress.bench.search.sigmoid import search_sigmoid
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import Layerwise, NoImage

@@ -15,10 +15,11 @@ import yaml
 from filelock import FileLock
 from tests.bench.test_engine import results, stored
 
-from vispress.bench import engine, shards
-from vispress.bench.engine import run
-from vispress.bench.shards import Shard, this_shard
-from vispress.bench.store import ResultsError, ResultsFolder, open_results
+from vispress.bench.results import shards
+from vispress.bench.results.shards import Shard, this_shard
+from vispress.bench.results.store import ResultsError, ResultsFolder, open_results
+from vispress.bench.run import engine
+from vispress.bench.run.engine import run
 from vispress.errors import ConfigError
 
 IDENTITY = {"plan": "a", "commit": "c", "version": "1", "weights": "w"}
@@ -26,8 +27,8 @@ ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 RUN = """
 import sys
-from vispress.bench.engine import run
-from vispress.bench.plan import load_plan
+from vispress.bench.run.engine import run
+from vispress.bench.plan.plan import load_plan
 run(load_plan(sys.argv[1]), sys.argv[2], advance=lambda what, _: print(what, flush=True))
 """
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vispress.bench.stats import bootstrap_mean, quantiles
+from vispress.bench.results.stats import bootstrap_mean, quantiles
 
 
 def binomial_quantile(n, p, q):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from vispress.bench import store
-from vispress.bench.store import ResultsError, open_results, read_results
+from vispress.bench.results import store
+from vispress.bench.results.store import ResultsError, open_results, read_results
 
 IDENTITY = {"plan": "a", "commit": "c", "version": "1", "weights": "w"}
 MANIFEST = {"plan": {"cells": [{"key": "one"}, {"key": "two"}]}}
@@ -17,7 +17,7 @@ MANIFEST = {"plan": {"cells": [{"key": "one"}, {"key": "two"}]}}
 HOLD = """
 import sys, time
 from pathlib import Path
-from vispress.bench.store import open_results
+from vispress.bench.results.store import open_results
 with open_results(Path(sys.argv[1]), {"plan": "a"}, {}):
     print("held", flush=True)
     time.sleep(60)

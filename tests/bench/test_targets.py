@@ -2,8 +2,8 @@
 
 import pytest
 
-from vispress.bench.cells import Cell
-from vispress.bench.targets import Kept, check_target, expected
+from vispress.bench.plan.cells import Cell
+from vispress.bench.run.budget_check import Kept, check_target, expected
 from vispress.config import make_compressor
 from vispress.errors import BudgetError
 from vispress.report import CompressionReport, ImageReport, PlacementReport, SampleReport

@@ -2,9 +2,16 @@
 
 import pytest
 
-from vispress.bench.tasks import EVIDENCE_GRID, Prompt, Task, all_tasks, get_task, register_task
+from vispress.bench.tasks.task import (
+    EVIDENCE_GRID,
+    Prompt,
+    Task,
+    all_tasks,
+    get_task,
+    register_task,
+)
 from vispress.errors import ConfigError
-from vispress.reference.words import EPISODE_KINDS, KINDS
+from vispress.reference.world.words import EPISODE_KINDS, KINDS
 
 
 def test_the_fourteen_tasks_have_cards():

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vispress.bench.cells import Cell, cells_of
-from vispress.bench.targets import expected
-from vispress.bench.treatment import changes_encoder, check_cell
+from vispress.bench.plan.cells import Cell, cells_of
+from vispress.bench.run.applied_cell import changes_encoder, check_cell
+from vispress.bench.run.budget_check import expected
 from vispress.config import make_compressor
 from vispress.errors import UnsupportedMethodError
 from vispress.registry import get_method, list_methods

@@ -5,9 +5,9 @@ import torch
 from tests.tiny import Image, Sample, Text, build, make_inputs
 
 from vispress import compressed, compression_report
-from vispress.bench.batches import make_batches
-from vispress.bench.tasks import Prompt, get_task
-from vispress.bench.turns import converse
+from vispress.bench.model.batches import make_batches
+from vispress.bench.model.multi_turn import converse
+from vispress.bench.tasks.task import Prompt, get_task
 
 LATER = ("what color is the circle ? :", "how many red shapes ? :", "where is the blue ring ? :")
 

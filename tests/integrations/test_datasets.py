@@ -7,8 +7,8 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from tests.tiny_checkpoints import picture
 
-from vispress.bench.described import describe, make_task
-from vispress.bench.tasks import get_task
+from vispress.bench.tasks.task import get_task
+from vispress.bench.tasks.yaml_task import describe, make_task
 from vispress.errors import ConfigError
 
 FEATURES = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})

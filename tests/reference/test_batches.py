@@ -4,14 +4,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vispress.reference.batches import COST, ROUND, EpisodeStream, shrink
-from vispress.reference.checkpoint import for_inference, for_training
-from vispress.reference.conversation import episode_accuracy, episode_answers
-from vispress.reference.episode_sets import held_out_episodes
-from vispress.reference.model import build_model, normalise, reference_config
-from vispress.reference.processor import build_processor
-from vispress.reference.train_episodes import embed_and_run, extend_vocabulary, see
-from vispress.reference.words import EPISODE_KINDS, VOCABULARY, WORD_ID
+from vispress.reference.evaluation.conversation import episode_accuracy, episode_answers
+from vispress.reference.evaluation.episode_sets import held_out_episodes
+from vispress.reference.model.checkpoint import for_inference, for_training
+from vispress.reference.model.llava import build_model, normalise, reference_config
+from vispress.reference.model.processor import build_processor
+from vispress.reference.train.batches import COST, ROUND, EpisodeStream, shrink
+from vispress.reference.train.episodes import embed_and_run, extend_vocabulary, see
+from vispress.reference.world.words import EPISODE_KINDS, VOCABULARY, WORD_ID
 
 
 def tiny():

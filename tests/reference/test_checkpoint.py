@@ -7,10 +7,10 @@ import torch
 
 from vispress.errors import CheckpointError
 from vispress.reference import KINDS, heldout, load
-from vispress.reference.checkpoint import SHIPPED, export, read
-from vispress.reference.evaluate import accuracy
-from vispress.reference.model import build_model, reference_config
-from vispress.reference.processor import build_processor
+from vispress.reference.evaluation.evaluate import accuracy
+from vispress.reference.model.checkpoint import SHIPPED, export, read
+from vispress.reference.model.llava import build_model, reference_config
+from vispress.reference.model.processor import build_processor
 
 needs_shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="no checkpoint is built in")
 

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vispress.reference.clip_sets import held_out_clips
-from vispress.reference.clips import CLIP_CHANCE, FRAMES, STEPS, show_clip
-from vispress.reference.scenes import NUM_PATCHES
-from vispress.reference.words import CLIP_KINDS, COLORS, SHAPES, WORD_ID
+from vispress.reference.evaluation.clip_sets import held_out_clips
+from vispress.reference.world.clips import CLIP_CHANCE, FRAMES, STEPS, show_clip
+from vispress.reference.world.scenes import NUM_PATCHES
+from vispress.reference.world.words import CLIP_KINDS, COLORS, SHAPES, WORD_ID
 
 CLIPS = [show_clip(0, "test", index) for index in range(40)]
 

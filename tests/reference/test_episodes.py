@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vispress.reference.episode_sets import held_out_episodes
-from vispress.reference.episodes import (
+from vispress.reference.evaluation.episode_sets import held_out_episodes
+from vispress.reference.world.episodes import (
     EPISODE_CHANCE,
     ORDINALS,
     TURN_KINDS,
@@ -14,9 +14,9 @@ from vispress.reference.episodes import (
     show_examples,
     show_pair,
 )
-from vispress.reference.scenes import draw_scene
-from vispress.reference.videos import show_video
-from vispress.reference.words import (
+from vispress.reference.world.scenes import draw_scene
+from vispress.reference.world.videos import show_video
+from vispress.reference.world.words import (
     COLOR_WORDS,
     COLORS,
     EPISODE_KINDS,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from vispress.errors import CheckpointError, ConfigError
-from vispress.reference.loop import Budget, Run, learning_rate, read_state
-from vispress.reference.optim import make_optimizer
+from vispress.reference.train.loop import Budget, Run, learning_rate, read_state
+from vispress.reference.train.optim import make_optimizer
 
 
 def make_run(folder, **settings):

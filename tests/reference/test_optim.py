@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vispress.reference.optim import make_optimizer, orthogonalise
+from vispress.reference.train.optim import make_optimizer, orthogonalise
 
 
 def test_newton_schulz_brings_singular_values_near_one():
@@ -54,7 +54,7 @@ def test_a_module_without_gradients_stays_as_it_is(monkeypatch):
         assert stacks
         return [work(stack) for stack in stacks]
 
-    monkeypatch.setattr("vispress.reference.optim.shared", nothing_to_share)
+    monkeypatch.setattr("vispress.reference.train.optim.shared", nothing_to_share)
     moved = modules["moving"].weight.detach().clone()
     optimizer.step()
     assert not torch.equal(modules["moving"].weight, moved)

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from vispress.reference.architecture import ARCHITECTURES
-from vispress.reference.checkpoint import for_inference, for_training
-from vispress.reference.model import build_model, normalise, reference_config
-from vispress.reference.packing import SLOT, LanguageStream, pack
-from vispress.reference.scenes import NUM_PATCHES
-from vispress.reference.train_language import answer_loss
-from vispress.reference.words import VOCABULARY
+from vispress.reference.model.architecture import ARCHITECTURES
+from vispress.reference.model.checkpoint import for_inference, for_training
+from vispress.reference.model.llava import build_model, normalise, reference_config
+from vispress.reference.model.packing import SLOT, LanguageStream, pack
+from vispress.reference.train.language import answer_loss
+from vispress.reference.world.scenes import NUM_PATCHES
+from vispress.reference.world.words import VOCABULARY
 
 LLAVA = ARCHITECTURES["llava"]
 PREFIX = 1 + NUM_PATCHES

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from vispress.reference import KINDS, heldout
-from vispress.reference.questions import ask
-from vispress.reference.scenes import Scene, draw_scene
-from vispress.reference.words import COLORS, NUMBERS, PLURALS, SHAPES, WORD_ID
+from vispress.reference.world.questions import ask
+from vispress.reference.world.scenes import Scene, draw_scene
+from vispress.reference.world.words import COLORS, NUMBERS, PLURALS, SHAPES, WORD_ID
 
 SCENES = [draw_scene(11, "test", i) for i in range(40)]
 

@@ -10,19 +10,32 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vispress.bench.subjects import load_subject
+from vispress.bench.model.loaded_model import load_subject
 from vispress.errors import CheckpointError, ConfigError
 from vispress.reference import KINDS, heldout, load, train_reference
-from vispress.reference.architecture import ARCHITECTURES
-from vispress.reference.checkpoint import SHIPPED_QWEN, export, for_inference, for_training, read
-from vispress.reference.clip_sets import clip_accuracy
-from vispress.reference.evaluate import accuracy, generate_answers, held_out
-from vispress.reference.packing import LanguageStream
-from vispress.reference.processor import build_processor, build_qwen_processor, with_marks
-from vispress.reference.qwen import QWEN_VOCABULARY, encode_qwen
-from vispress.reference.qwen_data import SIDES, collate_tokens, resize, side_of, token_labels
-from vispress.reference.scenes import draw_scene
-from vispress.reference.words import COLOR_WORDS, COLORS, DOT_WORDS, SHAPES, VOCABULARY, WHAT_WORDS
+from vispress.reference.evaluation.clip_sets import clip_accuracy
+from vispress.reference.evaluation.evaluate import accuracy, generate_answers, held_out
+from vispress.reference.model.architecture import ARCHITECTURES
+from vispress.reference.model.checkpoint import (
+    SHIPPED_QWEN,
+    export,
+    for_inference,
+    for_training,
+    read,
+)
+from vispress.reference.model.packing import LanguageStream
+from vispress.reference.model.processor import build_processor, build_qwen_processor, with_marks
+from vispress.reference.model.qwen import QWEN_VOCABULARY, encode_qwen
+from vispress.reference.model.qwen_data import SIDES, collate_tokens, resize, side_of, token_labels
+from vispress.reference.world.scenes import draw_scene
+from vispress.reference.world.words import (
+    COLOR_WORDS,
+    COLORS,
+    DOT_WORDS,
+    SHAPES,
+    VOCABULARY,
+    WHAT_WORDS,
+)
 
 QWEN = ARCHITECTURES["qwen2_5_vl"]
 needs_shipped = pytest.mark.skipif(not SHIPPED_QWEN.exists(), reason="no checkpoint is built in")
@@ -315,7 +328,7 @@ def test_the_one_that_has_seen_clips_answers_about_them_and_about_pictures():
 
 
 def test_packed_attention_shares_keys_between_groups_of_heads():
-    from vispress.reference.attention import packed_attention
+    from vispress.reference.model.attention import packed_attention
 
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 
 from vispress.reference import load, train_reference
-from vispress.reference.architecture import ARCHITECTURES
-from vispress.reference.checkpoint import export, for_inference, for_training
-from vispress.reference.clip_batches import ROUND, SINGLES, ClipStream
-from vispress.reference.clip_sets import clip_accuracy, clip_answers, held_out_clips
-from vispress.reference.clips import STEPS, show_clip
-from vispress.reference.model import build_model, reference_config
-from vispress.reference.optim import make_optimizer
-from vispress.reference.processor import build_processor, build_qwen_processor, with_marks
-from vispress.reference.qwen import TOKENS_PER_SECOND, encode_clips, encode_qwen
-from vispress.reference.train_language import answer_loss
-from vispress.reference.words import CLIP_KINDS
+from vispress.reference.evaluation.clip_sets import clip_accuracy, clip_answers, held_out_clips
+from vispress.reference.model.architecture import ARCHITECTURES
+from vispress.reference.model.checkpoint import export, for_inference, for_training
+from vispress.reference.model.llava import build_model, reference_config
+from vispress.reference.model.processor import build_processor, build_qwen_processor, with_marks
+from vispress.reference.model.qwen import TOKENS_PER_SECOND, encode_clips, encode_qwen
+from vispress.reference.train.clip_batches import ROUND, SINGLES, ClipStream
+from vispress.reference.train.language import answer_loss
+from vispress.reference.train.optim import make_optimizer
+from vispress.reference.world.clips import STEPS, show_clip
+from vispress.reference.world.words import CLIP_KINDS
 
 QWEN = ARCHITECTURES["qwen2_5_vl"]
 

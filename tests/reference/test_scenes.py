@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vispress.reference.digits import handwritten
-from vispress.reference.scenes import NUM_PATCHES, draw_scene
-from vispress.reference.words import COLOR_WORDS, COLORS, DOT_WORDS, SHAPES, WHAT_WORDS
+from vispress.reference.world.digits import handwritten
+from vispress.reference.world.scenes import NUM_PATCHES, draw_scene
+from vispress.reference.world.words import COLOR_WORDS, COLORS, DOT_WORDS, SHAPES, WHAT_WORDS
 
 SCENES = [draw_scene(7, "test", i) for i in range(12)]
 

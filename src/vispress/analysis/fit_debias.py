@@ -13,8 +13,8 @@ from vispress.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from vispress.analysis.trend import Fit
-    from vispress.bench.subjects import Subject
-    from vispress.bench.tasks import Prompt
+    from vispress.bench.model.loaded_model import Subject
+    from vispress.bench.tasks.task import Prompt
     from vispress.methods.base import Compressor
     from vispress.methods.debias import Debias
 
@@ -55,7 +55,7 @@ def fit_debias(
     """Measure how attention grows along the picture, and write what takes it out again."""
     prepare()
     from vispress.analysis.trend import fit_trend, measure
-    from vispress.bench.subjects import DTYPES, load_subject
+    from vispress.bench.model.loaded_model import DTYPES, load_subject
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -149,8 +149,8 @@ def draw_prompts(
 
 
 def _of_tasks(name: str | None, samples: int, seed: int) -> Iterator["Prompt"]:
-    from vispress.bench.tasks import get_task
-    from vispress.reference.words import KINDS
+    from vispress.bench.tasks.task import get_task
+    from vispress.reference.world.words import KINDS
 
     tasks = [get_task(kind) for kind in (KINDS if name is None else (name,))]
     for number, task in enumerate(tasks):
@@ -197,7 +197,7 @@ def _opened(rows: Sequence[tuple[Path, str]], subject: "Subject") -> Iterator["P
     from dataclasses import replace
 
     from vispress.analysis.inspect import open_prompt
-    from vispress.bench.checkpoints import MARK, Checkpoint
+    from vispress.bench.model.checkpoints import MARK, Checkpoint
 
     for file, question in rows:
         prompt = open_prompt(str(file), question)  # asks in the reference model's manner

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from vispress.api import compress_model, compression_report, remove_compression
-from vispress.bench.subjects import Subject
-from vispress.bench.tasks import Prompt, get_task
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
 from vispress.report import ImageReport

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vispress.analysis.inspect import View
-from vispress.bench.plots import save_figure
-from vispress.bench.subjects import Subject
-from vispress.bench.tasks import Prompt
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.results.plots import save_figure
+from vispress.bench.tasks.task import Prompt
 from vispress.report import ImageReport
 
 _DIMMEST, _BRIGHTEST = 0.16, 0.6

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.api import compress_model, remove_compression
-from vispress.bench.subjects import Subject
-from vispress.bench.tasks import Prompt
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.tasks.task import Prompt
 from vispress.budget import Budget
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods._parts.geometry.padding import padding_mask

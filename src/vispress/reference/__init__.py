@@ -1,19 +1,29 @@
 """The reference VLMs: a small, real LLaVA and a Qwen2.5-VL trained from nothing, shipped.
 
 `load()` gives model and processor offline; `heldout()` gives questions they were never trained on.
+
+Packages, each of which knows only those below it:
+
+* `train`: three resumable stages of training, and the model card
+* `evaluation`: held-out questions, and exact match of what a model answers
+* `model`: two architectures, their processors and checkpoints
+* `world`: drawn scenes and clips, and questions about them
+
+The shipped checkpoints lie beside these. `vispress.reference.processor` is the public path of
+`model.processor`.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from vispress.reference.words import KINDS
+from vispress.reference.world.words import KINDS
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from vispress.reference.questions import Question
-    from vispress.reference.train import train_reference
-    from vispress.reference.words import QuestionKind
+    from vispress.reference.train.train import train_reference
+    from vispress.reference.world.questions import Question
+    from vispress.reference.world.words import QuestionKind
 
 __all__ = ["KINDS", "heldout", "load", "train_reference"]
 
@@ -40,7 +50,7 @@ def load(
     """
     import torch
 
-    from vispress.reference.checkpoint import SHIPPED_BY_NAME, SHIPPED_CLIPS, read
+    from vispress.reference.model.checkpoint import SHIPPED_BY_NAME, SHIPPED_CLIPS, read
 
     if architecture not in SHIPPED_BY_NAME:
         known = [*SHIPPED_BY_NAME]
@@ -68,7 +78,7 @@ def heldout(
     Raises:
         ValueError: `kind` is unknown or `n` is not positive.
     """
-    from vispress.reference.evaluate import held_out
+    from vispress.reference.evaluation.evaluate import held_out
 
     return [
         (e.image, e.question.prompt, e.question.answer, e.question)
@@ -78,7 +88,7 @@ def heldout(
 
 def __getattr__(name: str) -> object:
     if name == "train_reference":
-        from vispress.reference.train import train_reference
+        from vispress.reference.train.train import train_reference
 
         return train_reference
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from vispress.bench.cost_rows import Cost
 from vispress.bench.page.geometry import Scale, nice_ticks, number
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import TIMES, accuracy, percent
-from vispress.bench.stats import Quantiles
-from vispress.bench.summary import BLIND, Row
+from vispress.bench.results.cost_rows import Cost
+from vispress.bench.results.stats import Quantiles
+from vispress.bench.results.summary import BLIND, Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vispress.analysis.overlay import brightness, seen_picture
-from vispress.bench.oracle import evidence_tokens
+from vispress.bench.model.loaded_model import Subject
 from vispress.bench.page.questions import Pick
 from vispress.bench.page.words import name_of
-from vispress.bench.subjects import Subject
-from vispress.bench.tasks import EVIDENCE_GRID, Prompt
+from vispress.bench.plan.oracle import evidence_tokens
+from vispress.bench.tasks.task import EVIDENCE_GRID, Prompt
 from vispress.report import ImageReport
 
 _LONGEST = 256  # pixels of a stored picture

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vispress.bench.compare import ORACLE
 from vispress.bench.page.axes import Axis, by_group, references, x_scale, y_scale
 from vispress.bench.page.geometry import MARKERS, Scale, number, path, spread
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import TIMES, accuracy, budget, percent
-from vispress.bench.summary import Row
+from vispress.bench.results.compare import ORACLE
+from vispress.bench.results.summary import Row
 
 HIGHLIGHTED = len(MARKERS)
 COLOUR_RULE = (

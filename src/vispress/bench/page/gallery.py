@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 
 from vispress.api import compression_report
-from vispress.bench.cells import Cell
-from vispress.bench.engine import Advance
+from vispress.bench.model.loaded_model import Subject, load_subject
 from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
 from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
 from vispress.bench.page.results import Results, Stored
 from vispress.bench.page.sources import stored_plan
 from vispress.bench.page.tables import kind_of
 from vispress.bench.page.words import counted, listed
-from vispress.bench.plan import plan_from_mapping
-from vispress.bench.subjects import Subject, load_subject
-from vispress.bench.summary import BLIND
-from vispress.bench.tasks import Prompt, get_task
-from vispress.bench.treatment import treated
+from vispress.bench.plan.cells import Cell
+from vispress.bench.plan.plan import plan_from_mapping
+from vispress.bench.results.summary import BLIND
+from vispress.bench.run.applied_cell import treated
+from vispress.bench.run.engine import Advance
+from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import ConfigError, VispressError
 
 Shots = dict[tuple[str, str, int], tuple[Shot, ...]]

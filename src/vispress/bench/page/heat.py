@@ -6,12 +6,12 @@ from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
 
-from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.compare import per_question
-from vispress.bench.controls import RANDOM
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import name_of, percent, points
-from vispress.bench.summary import BLIND, Row
+from vispress.bench.plan.cells import UNCOMPRESSED
+from vispress.bench.plan.controls import RANDOM
+from vispress.bench.results.compare import per_question
+from vispress.bench.results.summary import BLIND, Row
 
 _FULL = 0.4  # a difference of 40 points has the full colour
 _WIDE = 1.96

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from vispress.bench.cells import UNCOMPRESSED
 from vispress.bench.page.results import Results, Stored
-from vispress.bench.summary import BLIND
-from vispress.bench.tasks import Prompt
+from vispress.bench.plan.cells import UNCOMPRESSED
+from vispress.bench.results.summary import BLIND
+from vispress.bench.tasks.task import Prompt
 
 FAILURES = 8
 _PER_TASK = 2

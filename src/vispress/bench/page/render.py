@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.engine import Advance
 from vispress.bench.page.axes import AXES
 from vispress.bench.page.frontier import COLOUR_RULE, overview
 from vispress.bench.page.gallery import Gallery, gallery
@@ -20,8 +18,10 @@ from vispress.bench.page.sources import sources
 from vispress.bench.page.tables import cost_table, results_table, task_cards
 from vispress.bench.page.verdicts import findings, places, verdict_tables
 from vispress.bench.page.words import accuracy, counted, listed, percent, ratio
-from vispress.bench.store import write_text
-from vispress.bench.summary import BLIND
+from vispress.bench.plan.cells import UNCOMPRESSED
+from vispress.bench.results.store import write_text
+from vispress.bench.results.summary import BLIND
+from vispress.bench.run.engine import Advance
 
 PAGE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"

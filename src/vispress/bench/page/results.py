@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import vispress
-from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.store import MANIFEST, ResultsError
-from vispress.bench.summary import Summary, summarise
+from vispress.bench.plan.cells import UNCOMPRESSED
+from vispress.bench.results.store import MANIFEST, ResultsError
+from vispress.bench.results.summary import Summary, summarise
 
 Stored = Mapping[str, Any]
 

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from vispress.bench.compare import ORACLE
-from vispress.bench.cost_rows import Cost
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import (
     DASH,
@@ -16,8 +14,10 @@ from vispress.bench.page.words import (
     ratio,
     signed,
 )
-from vispress.bench.stats import Interval, Quantiles
-from vispress.bench.summary import BLIND, Row
+from vispress.bench.results.compare import ORACLE
+from vispress.bench.results.cost_rows import Cost
+from vispress.bench.results.stats import Interval, Quantiles
+from vispress.bench.results.summary import BLIND, Row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from vispress.bench.compare import Against, Comparison
-from vispress.bench.controls import RANDOM
 from vispress.bench.page.geometry import nice_ticks
 from vispress.bench.page.results import Results
 from vispress.bench.page.words import listed, p_value, points, ratio
+from vispress.bench.plan.controls import RANDOM
+from vispress.bench.results.compare import Against, Comparison
 
 
 @dataclass(frozen=True, kw_only=True)

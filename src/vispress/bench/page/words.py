@@ -1,8 +1,8 @@
 """Numbers in words, the same everywhere on the page."""
 
-from vispress.bench.cells import UNCOMPRESSED
-from vispress.bench.stats import Interval
-from vispress.bench.summary import BLIND, Row
+from vispress.bench.plan.cells import UNCOMPRESSED
+from vispress.bench.results.stats import Interval
+from vispress.bench.results.summary import BLIND, Row
 
 TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"

@@ -1,0 +1,1 @@
+"""The model under test: loading it, batches for it, conversations with it."""

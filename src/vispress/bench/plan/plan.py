@@ -1,0 +1,206 @@
+"""A benchmark plan: which questions, which model, compressed how. YAML in, cells out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from vispress.bench.model.loaded_model import DTYPES, Dtype
+from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
+from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
+from vispress.bench.plan.provenance import digest
+from vispress.bench.tasks.task import get_task, suggest
+from vispress.bench.tasks.yaml_task import task_name
+from vispress.errors import ConfigError
+from vispress.types import Positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How cost is measured, interleaved with the uncompressed model.
+
+    Args:
+        batch: Prompts of equal length in the timed batch; 0 measures nothing.
+        rounds: Alternations; the first is warm-up.
+        repeats: Timed runs of each variant a round.
+        decode_tokens: Tokens generated behind the first in a timed run; 0 times no decoding.
+    """
+
+    batch: int = 8
+    rounds: int = 6
+    repeats: int = 3
+    decode_tokens: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a benchmark does; `load_plan` reads one from YAML.
+
+    Args:
+        tasks: Names of tasks. A YAML plan may also describe one in place, or name a YAML file that
+            does (see `Description`).
+        methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
+            may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
+            place of the plan's; `[]` for the method's own budget). `"all"` is every registered
+            method that is no control; those that cannot reach a budget are listed as not run.
+        keep_ratios: Each in `(0, 1]`.
+        budget: What a keep ratio means: `"mean"` is the mean of visual tokens over decoder layers,
+            equal cost for all; `"placement"` is what one placement keeps.
+        model: `"reference"`, `"reference-qwen"`, `"reference-qwen-clips"`, or a folder that
+            `vispress train-reference` wrote.
+        questions: For each task, at least 1.
+        batch_size: Prompts a batch.
+        seed: Of questions and bootstrap.
+        positions: As in `compress_model`; None for each method's default.
+        max_new_tokens: Longest answer.
+        timing: How cost is measured.
+        overrides: Hyper-parameters by method, for the methods of `"all"`.
+        controls: `"standard"` adds what is missing of random (three seeds), uniform, average
+            pooling, down-sampling and oracle at every keep ratio, no image and VTW; `"none"` adds
+            nothing.
+        dtype: Of weights and computation.
+
+    Raises:
+        ConfigError: A value is out of range, or a task is unknown.
+        UnsupportedMethodError: A method is unknown.
+        BudgetError: A keep ratio is out of range.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[Entry, ...]
+    keep_ratios: tuple[float, ...]
+    budget: BudgetMeaning = "mean"
+    model: str = "reference"
+    questions: int = 100
+    batch_size: int = 32
+    seed: int = 0
+    positions: Positions | None = None
+    max_new_tokens: int = 4
+    timing: Timing = field(default_factory=Timing)
+    overrides: Overrides = field(default_factory=dict)
+    controls: Controls = "standard"
+    dtype: Dtype = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "batch_size", "max_new_tokens"):
+            _integer(name, getattr(self, name), low=1)
+        _integer("seed", self.seed, low=0)
+        for name, low in (("batch", 0), ("rounds", 2), ("repeats", 1), ("decode_tokens", 0)):
+            _integer(f"timing.{name}", getattr(self.timing, name), low=low)
+        _choice("budget", self.budget, get_args(BudgetMeaning))
+        _choice("positions", self.positions, (None, *get_args(Positions)))
+        names = [str(task) for task in self.tasks]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"tasks must be a list of different names, got {names}")
+        for name in names:
+            get_task(name)
+        _choice("controls", self.controls, get_args(Controls))
+        _choice("dtype", self.dtype, tuple(DTYPES))
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must be a mapping by method, got {self.overrides!r}")
+        self.cells()
+
+    def cells(self) -> tuple[Cell, ...]:
+        """The uncompressed model first, then every method at every keep ratio."""
+        cells = [Cell(group=UNCOMPRESSED)]
+        methods: Sequence[Entry] = self.methods
+        if self.controls == "standard":
+            methods = with_controls(methods, budgets=bool(self.keep_ratios))
+        for entry, optional in expand(methods, self.overrides):
+            cells += cells_of(entry, self.keep_ratios, self.budget, optional=optional)
+        keys = [cell.key for cell in cells]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"two cells are called {key!r}; give their methods a label each")
+        return tuple(cells)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with every cell spelt out."""
+        data = asdict(self) | {"cells": [cell.to_dict() for cell in self.cells()]}
+        sources = {name: get_task(name).source for name in self.tasks}
+        data |= {"sources": found} if (found := {k: v for k, v in sources.items() if v}) else {}
+        return cast("dict[str, Any]", json.loads(json.dumps(data)))
+
+    def digest(self) -> str:
+        """Hash of everything that decides the results."""
+        return digest(self.to_dict())
+
+
+def plan_path(name: str) -> Path:
+    """The file of a plan: a path, or the name of a shipped one.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    package = Path(__file__).parents[2]
+    # an installed package holds the configs; in a checkout they lie beside src/
+    homes = (package / "configs" / "bench", package.parents[1] / "configs" / "bench")
+    for home in homes:
+        if (path := home / f"{name}.yaml").is_file():
+            return path
+    shipped = sorted({p.stem for home in homes if home.is_dir() for p in home.glob("*.yaml")})
+    raise ConfigError(f"no plan {name!r}: no such file, and {suggest(name, shipped)}")
+
+
+def load_plan(source: str | Path, **overrides: Any) -> Plan:
+    """Read a plan.
+
+    Args:
+        source: A file, or the name of a shipped plan.
+        **overrides: Fields that replace the file's, where not None.
+
+    Raises:
+        ConfigError: The file is missing or malformed; see also `Plan`.
+    """
+    import yaml
+
+    path = plan_path(str(source))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the plan {path}: {error}") from error
+    plan = plan_from_mapping(data, str(path))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return replace(plan, **given) if given else plan
+
+
+def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
+    """A plan from parsed YAML.
+
+    Raises:
+        ConfigError: A key is unknown, missing or of the wrong type; see also `Plan`.
+    """
+    data = _mapping(data, Plan, where)
+    if data.get("methods") == ALL:
+        data["methods"] = [ALL]
+    for name in ("tasks", "methods", "keep_ratios"):
+        if not isinstance(data.get(name), list):
+            raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")
+        data[name] = tuple(data[name])
+    base = Path(where).parent if Path(where).is_file() else Path()
+    data["tasks"] = tuple(task_name(entry, base) for entry in data["tasks"])
+    data["timing"] = Timing(**_mapping(data.get("timing") or {}, Timing, f"{where}, timing"))
+    return Plan(**data)
+
+
+def _mapping(data: Any, cls: type, where: str) -> dict[str, Any]:
+    known = [f.name for f in fields(cls)]
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be a mapping with the keys {', '.join(known)}")
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {suggest(key, known)}")
+    return dict(data)
+
+
+def _integer(name: str, value: Any, *, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} must be an integer >= {low}, got {value!r}")
+
+
+def _choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} must be one of {known}, got {value!r}")

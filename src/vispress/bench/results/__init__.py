@@ -1,0 +1,1 @@
+"""Results folders: one file a cell, read back as statistics, tables and plots."""

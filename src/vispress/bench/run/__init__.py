@@ -1,0 +1,1 @@
+"""Running a plan: each cell applied to the model, checked against its budget, stored."""

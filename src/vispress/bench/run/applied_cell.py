@@ -1,0 +1,151 @@
+"""What a cell does to the model, for one batch: compress it, or hand it smaller pictures."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vispress.adapters.base import find_adapter
+from vispress.api import compress_model, compression_report, remove_compression
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.plan.cells import Cell
+from vispress.bench.plan.downsample import any_size, smaller
+from vispress.bench.plan.oracle import Oracle, told
+from vispress.bench.run.budget_check import Kept, check_target
+from vispress.bench.tasks.task import Prompt
+from vispress.errors import UnsupportedMethodError
+from vispress.methods.base import Compressor
+from vispress.types import Positions
+
+
+@dataclass(frozen=True)
+class Treated:
+    """A batch while the model is as the cell has it.
+
+    Args:
+        inputs: For the model.
+        tokens: Visual tokens of the batch at the usual size, and now; None where the compression
+            report says it.
+    """
+
+    inputs: Any
+    tokens: tuple[int, int] | None = None
+
+
+@contextmanager
+def treated(
+    cell: Cell,
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    inputs: Any,
+    positions: Positions | None = None,
+) -> Iterator[Treated]:
+    """The model as a cell has it, for one batch; as it was afterwards.
+
+    Args:
+        cell: What is done.
+        subject: The model, uncompressed.
+        prompts: The batch.
+        inputs: As the subject encodes it.
+        positions: As in `compress_model`.
+
+    Raises:
+        UnsupportedMethodError: The model cannot run the cell, or the prompts lack what it needs.
+        BudgetError: A budget cannot be reached.
+    """
+    if cell.picture is not None:
+        made = smaller(cell.picture, subject, inputs, prompts)
+        with any_size(subject.model):
+            yield Treated(made.inputs, (sum(made.native), sum(made.kept)))
+        return
+    if not cell.chain:
+        ids = [*find_adapter(subject.model).placeholders().values()]
+        marks = torch.isin(inputs["input_ids"], torch.tensor(ids, device=subject.device))
+        yield Treated(inputs, (int(marks.sum()),) * 2)
+        return
+    chain = compressors(cell, subject, prompts, inputs)
+    compress_model(subject.model, chain, positions=positions)
+    try:
+        yield Treated(inputs)
+    finally:
+        remove_compression(subject.model)
+
+
+def compressors(
+    cell: Cell, subject: Subject, prompts: Sequence[Prompt], inputs: Any
+) -> list[Compressor]:
+    """The chain of a cell for one batch: the oracle is told where its evidence is.
+
+    Raises:
+        UnsupportedMethodError: The prompts do not say it, or the model has no grid for it.
+    """
+    return [
+        told(method, subject.model, inputs, prompts) if isinstance(method, Oracle) else method
+        for method in cell.chain
+    ]
+
+
+def changes_encoder(cell: Cell) -> bool:
+    """Whether the vision encoder computes something else than for the uncompressed model."""
+    inside = any(method.encoder_merger() is not None for method in cell.chain)
+    return cell.picture is not None or inside
+
+
+def check_cell(
+    cell: Cell, subject: Subject, positions: Positions | None, *, pictures: Sequence[str]
+) -> None:
+    """Whether the model can run a cell at all, as far as that shows before any prompt.
+
+    Args:
+        cell: What is to be done.
+        subject: The model.
+        positions: As in `compress_model`.
+        pictures: Tasks that show pictures.
+
+    Raises:
+        UnsupportedMethodError: It cannot.
+        BudgetError: A budget is missing or cannot be reached.
+        ConfigError: A hyper-parameter does not fit the model.
+    """
+    if cell.picture is not None:
+        with any_size(subject.model):
+            return
+    for method in cell.chain:
+        if method.needs == "video" and pictures:
+            raise UnsupportedMethodError(
+                f"{method.name} is made for videos and leaves pictures whole, which these tasks "
+                f"show: {', '.join(pictures)}"
+            )
+    if cell.chain:
+        compress_model(subject.model, list(cell.chain), positions=positions)
+        remove_compression(subject.model)
+
+
+def answer(
+    cell: Cell,
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    inputs: Any,
+    *,
+    max_new_tokens: int,
+    positions: Positions | None,
+    kept: Kept,
+) -> list[tuple[str, ...]]:
+    """Answers of one batch; what the first turn's prefill kept is checked and added to `kept`.
+
+    Raises:
+        BudgetError: A method kept another number of tokens than asked.
+        UnsupportedMethodError: As `treated`.
+    """
+    with treated(cell, subject, prompts, inputs, positions) as now:
+        turns = subject.converse(prompts, now.inputs, max_new_tokens)
+        images = sum(prompt.visuals for prompt in prompts)
+        if now.tokens is not None:
+            kept.add_plain(images, *now.tokens)
+        elif images:
+            report = compression_report(subject.model)
+            check_target(cell, report)
+            kept.add(report)
+    return turns

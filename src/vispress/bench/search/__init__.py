@@ -1,0 +1,1 @@
+"""Searching schedules: an objective on calibration questions, and two searches of it."""

@@ -1,0 +1,290 @@
+"""What a schedule is worth on calibration questions: accuracy, loyalty or first-token KL."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+import vispress
+from vispress.adapters.base import find_adapter
+from vispress.api import compression_report
+from vispress.bench.model.batches import Batch, Memory, make_batches
+from vispress.bench.model.loaded_model import Subject
+from vispress.bench.plan.cells import Cell
+from vispress.bench.plan.provenance import commit, digest
+from vispress.bench.run.applied_cell import changes_encoder, treated
+from vispress.bench.run.budget_check import check_target
+from vispress.bench.run.engine import Advance
+from vispress.bench.tasks.task import get_task
+from vispress.checks import check_choice, check_integer, check_number
+from vispress.config import save_config, to_mapping
+from vispress.errors import ConfigError
+from vispress.flops import flops, visual_per_layer
+from vispress.methods.base import Compressor
+
+Metric = Literal["accuracy", "loyalty", "kl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """On what and how schedules are compared.
+
+    Args:
+        tasks: Names of tasks.
+        metric: `"accuracy"`: mean score, tasks weighing the same. `"loyalty"`: share of answers
+            that are word for word the uncompressed model's. `"kl"`: minus the mean divergence (in
+            nats) of the first answer token from the uncompressed model's.
+        questions: For each task, at least 1.
+        seed: Of questions.
+        batch_size: Prompts a batch.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ConfigError: A value is out of range, or a task is unknown.
+    """
+
+    tasks: tuple[str, ...]
+    metric: Metric = "kl"
+    questions: int = 25
+    seed: int = 0
+    batch_size: int = 32
+    max_new_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        check_choice("metric", self.metric, get_args(Metric))
+        check_integer("seed", self.seed, low=0)
+        for name in ("questions", "batch_size", "max_new_tokens"):
+            check_integer(name, getattr(self, name), low=1)
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError(f"tasks must be a list of different names, got {list(self.tasks)}")
+        for task in self.tasks:
+            get_task(task)
+
+
+class Judge:
+    """Values schedules on one model; remembers every value, in a file if there is one.
+
+    Args:
+        subject: The model, uncompressed.
+        calibration: Questions and metric.
+        log: JSON lines of what was found, read again by a later run on the same model, questions
+            and commit; None to keep nothing.
+        advance: Progress, called with what is being done and how many questions were finished.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        calibration: Calibration,
+        log: Path | None = None,
+        advance: Advance = lambda _what, _questions: None,
+    ) -> None:
+        self.subject, self.calibration, self.advance = subject, calibration, advance
+        adapter = find_adapter(subject.model)
+        self.num_layers = len(adapter.decoder_layers)
+        self._text = subject.model.config.get_text_config()
+        self._placeholders = list(adapter.placeholders().values())
+        self._batches: list[Batch] = []
+        self._memory = Memory(subject)
+        self._log, self._known = log, dict(_read(log, self.identity))
+        self._reference: list[Any] | None = None
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything that decides a value, but for the schedule."""
+        own = {"weights": self.subject.weights, "commit": commit()}
+        own |= {"version": vispress.__version__, "dtype": str(self.subject.model.dtype)}
+        return digest(own | asdict(self.calibration))
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All questions."""
+        if not self._batches:
+            own = self.calibration
+            for name in own.tasks:
+                prompts = get_task(name).draw(own.questions, own.seed)
+                self._batches += make_batches(self.subject, name, prompts, own.batch_size)
+        return self._batches
+
+    @property
+    def num_questions(self) -> int:
+        """Over all tasks."""
+        return self.calibration.questions * len(self.calibration.tasks)
+
+    # --- values
+
+    def value(self, method: Compressor, what: str = "") -> float:
+        """The metric under a compressor, higher is better.
+
+        Args:
+            method: Compresses.
+            what: For progress.
+
+        Raises:
+            BudgetError: It kept another number of tokens than asked.
+            ConfigError: It does not fit the model.
+        """
+        made = to_mapping(method)
+        key = json.dumps(made, sort_keys=True)
+        if key in self._known:
+            self.advance(what, self.num_questions)
+            return self._known[key]
+        reference = self._uncompressed()
+        cell = Cell(group=what or method.name, chain=(method,))
+        value = self._mean(self._outputs(cell, what), reference)
+        self._known[key] = value
+        if self._log is not None:
+            line = {"identity": self.identity, "method": made, "value": value}
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return value
+
+    @property
+    def uncompressed(self) -> float:
+        """The metric of the uncompressed model: 1 for loyalty, 0 for KL."""
+        return self._mean(self._uncompressed(), self._uncompressed())
+
+    def least(self, tolerance: float) -> float:
+        """The value that is still good enough: a share of accuracy less, or so many nats."""
+        check_number("tolerance", tolerance, low=0.0)
+        whole = self.uncompressed
+        return whole - tolerance * (1.0 if self.calibration.metric == "kl" else whole)
+
+    # --- costs
+
+    def share_of_tokens(self, method: Compressor) -> float:
+        """Mean over decoder layers of the visual tokens of the mean prompt, of all of them."""
+        return sum(self._left(method)) / self.num_layers / self.num_visual
+
+    def share_of_flops(self, method: Compressor) -> float:
+        """Multiply-adds of its visual tokens in the decoder, of the uncompressed model's."""
+        return self.flops_of(self._left(method))
+
+    def flops_of(self, tokens_per_layer: Sequence[float]) -> float:
+        """The same for a count a layer."""
+        size = (self._text.hidden_size, self._text.intermediate_size)
+        whole = flops([self.num_visual] * self.num_layers, *size)
+        return flops(tokens_per_layer, *size) / whole  # type: ignore[arg-type]
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens of a prompt, their mean over all questions."""
+        ids = [self._memory.inputs(batch)["input_ids"] for batch in self.batches]
+        marks = torch.tensor(self._placeholders, device=self.subject.device)
+        return max(1, round(sum(int(torch.isin(x, marks).sum()) for x in ids) / self.num_questions))
+
+    def _left(self, method: Compressor) -> tuple[int, ...]:
+        placements = method.placements(self.num_layers)
+        return visual_per_layer(self.num_visual, self.num_layers, placements)
+
+    # --- runs
+
+    def _uncompressed(self) -> list[Any]:
+        if self._reference is None:
+            self._reference = list(self._outputs(Cell(group="none"), "uncompressed"))
+        return self._reference
+
+    def _outputs(self, cell: Cell, what: str) -> Iterator[Any]:
+        """Of each batch: answers, or log-probabilities `[B, V]` of the first token on the host."""
+        run = self._first_tokens if self.calibration.metric == "kl" else self._answers
+        for batch in self.batches:
+            with (
+                self._memory.shown(batch, anew=changes_encoder(cell)) as inputs,
+                treated(cell, self.subject, batch.prompts, inputs) as now,
+            ):
+                out = run(batch, now.inputs)
+                if cell.chain and any(prompt.visuals for prompt in batch.prompts):
+                    check_target(cell, compression_report(self.subject.model))
+            self.advance(f"{what}, {batch.task}", len(batch.prompts))
+            yield out
+
+    def _answers(self, batch: Batch, inputs: Any) -> list[str]:
+        turns = self.subject.converse(batch.prompts, inputs, self.calibration.max_new_tokens)
+        return [" / ".join(answers) for answers in turns]
+
+    @torch.inference_mode()
+    def _first_tokens(self, batch: Batch, inputs: Any) -> Tensor:
+        out = self.subject.model.generate(
+            **inputs,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        chances: Tensor = out.logits[0].float().log_softmax(dim=-1)
+        return chances.cpu()
+
+    def _mean(self, found: Iterable[Any], reference: Iterable[Any]) -> float:
+        """Mean over tasks of the mean over questions."""
+        tasks: dict[str, list[float]] = {name: [] for name in self.calibration.tasks}
+        for batch, own, whole in zip(self.batches, found, reference, strict=True):
+            tasks[batch.task] += self._scores(batch, own, whole)
+        return fmean(map(fmean, tasks.values()))
+
+    def _scores(self, batch: Batch, found: Any, reference: Any) -> list[float]:
+        if self.calibration.metric == "kl":
+            divergence = (reference.exp() * (reference - found)).sum(dim=-1)
+            return (-divergence.clamp(min=0)).tolist()  # type: ignore[no-any-return]
+        if self.calibration.metric == "loyalty":
+            return [float(a == b) for a, b in zip(found, reference, strict=True)]
+        score = get_task(batch.task).score
+        return [score(answer, prompt) for answer, prompt in zip(found, batch.prompts, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A schedule and what it is worth.
+
+    Args:
+        method: Takes the schedule to a model.
+        value: Of the metric, on the calibration questions.
+        uncompressed: The same of the uncompressed model.
+        tokens: Mean over decoder layers, of all visual tokens.
+        flops: In the decoder, of those of all visual tokens.
+    """
+
+    method: Compressor
+    value: float
+    uncompressed: float
+    tokens: float
+    flops: float
+
+    @classmethod
+    def of(cls, judge: Judge, method: Compressor) -> "Found":
+        """What a judge says of a schedule."""
+        return cls(
+            method=method,
+            value=judge.value(method, "found"),
+            uncompressed=judge.uncompressed,
+            tokens=judge.share_of_tokens(method),
+            flops=judge.share_of_flops(method),
+        )
+
+    def save(self, path: Path, judge: Judge, how: str) -> None:
+        """Write the YAML that `compress_model(model, config=path)` takes, with its origin above."""
+        own = judge.calibration
+        origin = (
+            f"vispress search {how}: {own.metric} {self.value:.4f}, uncompressed "
+            f"{self.uncompressed:.4f}, at {100 * self.tokens:.1f} % of visual tokens and\n"
+            f"{100 * self.flops:.1f} % of their FLOPs; {own.questions} questions each of "
+            f"{', '.join(own.tasks)} (seed {own.seed}), {judge.subject.name}"
+        )
+        save_config(self.method, path, origin=origin)
+
+
+def _read(log: Path | None, identity: str) -> Iterator[tuple[str, float]]:
+    """Values that an earlier run noted; a line that was cut off is left out."""
+    if log is None or not log.is_file():
+        return
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            noted = json.loads(line)
+            if noted["identity"] == identity:
+                yield json.dumps(noted["method"], sort_keys=True), float(noted["value"])
+        except (ValueError, KeyError, TypeError):
+            continue

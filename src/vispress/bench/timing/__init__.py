@@ -1,0 +1,1 @@
+"""What compression costs: time, memory, KV bytes and FLOPs."""

@@ -1,0 +1,1 @@
+"""The two reference architectures: building, loading, processing and packed forwards."""

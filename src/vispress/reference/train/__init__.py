@@ -1,0 +1,1 @@
+"""Training the reference models from nothing, in three resumable stages."""

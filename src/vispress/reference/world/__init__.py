@@ -1,0 +1,1 @@
+"""The drawn world: scenes, clips and episodes, and questions about them."""
