@@ -5,7 +5,7 @@ INTEGRATIONS ?= .venv-integrations
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test quick check style integrations
+.PHONY: install demo test quick full check style integrations
 
 install: $(VENV)/.installed
 
@@ -18,11 +18,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## compress the shipped reference model: a table, a plot, a picture
 	$(BIN)/vispress demo --out demo
 
-test: install  ## all tests
+test: install  ## all tests; laws on every way through the runtime and every layout
 	$(BIN)/python -m pytest -n 2
 
-quick: install  ## tests without the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+quick: install  ## one case of each test, without the slow ones
+	$(BIN)/python -m pytest -n 2 --quick
+
+full: install  ## everything: laws on every method and every family
+	$(BIN)/python -m pytest -n 2 -m full
 
 integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \

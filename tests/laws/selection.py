@@ -1,0 +1,231 @@
+"""Which cases a law runs over by default: worked out of compressors and adapters, none typed.
+
+A *way* is what distinguishes a compressor's path through the runtime. A family *stands for a
+layout* when its adapter has a feature that no family chosen before it has; the others are its
+*kin*. By default a law meets
+
+* every way on every layout,
+* every method, on a family that changes from law to law,
+* every way on one of the kin, and there every method whose signals the adapter computes with code
+  of its own, each in one law of three.
+
+`pytest -m full` (`make full`) runs the whole product; a case that is asked for by its node id runs
+in any case.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import cache
+from inspect import signature
+from typing import Any
+from zlib import crc32
+
+import pytest
+from tests.laws.running import Spy
+from tests.laws.table import (
+    CASES,
+    FAMILIES,
+    METHODS,
+    VIDEO_ONLY,
+    VIDEO_SAMPLES,
+    fits,
+    logits_of,
+    make,
+    model_of,
+)
+from tests.tiny import Image, Sample, Text, make_inputs
+
+from vispress import compressed
+from vispress.adapters.base import ModelAdapter, find_adapter
+from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Signal, Stage
+from vispress.methods.base import Compressor
+from vispress.types import Placement, TokenPlan
+
+Case = tuple[str, str]
+SPREAD = 3
+"""Laws among which the kin's methods with signals of the adapter's own are dealt out."""
+
+_BY_ADAPTER: dict[Signal, tuple[str, ...]] = {
+    **dict.fromkeys(ATTENTION_SIGNALS | {Signal.VISION_KEYS}, ("pack", "encoder_attentions")),
+    Signal.VISION_FEATURES: ("pack", "projector_inputs"),
+    Signal.PROJECTOR: ("project", "two_layer"),
+    Signal.ENCODER_GROUPS: ("sequences", "patch_order"),
+    Signal.PADDING: ("padding",),
+    Signal.GRID: ("layouts",),
+    Signal.CROPS: ("layouts",),
+}
+"""Signals that adapters compute, and by which of their methods; the runtime computes the others."""
+
+
+# --- ways
+
+
+@cache
+def way(method: str) -> frozenset[str]:
+    """What distinguishes a method's path through the runtime."""
+    family = next(family for family in FAMILIES if fits(family, method))
+    compressor, model = make(family, method), model_of(family)
+    placements = compressor.placements(len(find_adapter(model).decoder_layers))
+    inside = [one for one in placements if one.stage is Stage.IN_LLM]
+    found = {f"positions={compressor.default_positions}"}
+    found |= {trait for placement in placements for trait in _of_placement(placement)}
+    found |= {f"reads {signal}" for signal in compressor.signals() if signal not in _BY_ADAPTER}
+    found |= {trait for plan in _plans(family, method) for trait in _of_plan(plan)}
+    found |= {name for name in _parts() if getattr(compressor, name)() is not None}
+    found |= {"views"} if compressor.views() else set()
+    found |= {"layers"} if len(inside) > 1 else set()
+    if compressor.signals() & ENCODER_SIGNALS:
+        found |= {"reads the encoder" + (" late" if any(p.layer for p in placements) else "")}
+    return frozenset(found)
+
+
+def _of_placement(placement: Placement) -> set[str]:
+    """The stage, what else is not as by default, and whether all, some or none are kept."""
+    kept = placement.budget.resolve(1000)
+    found = {f"stage={placement.stage}", {0: "keeps none", 1000: "keeps all"}.get(kept, "prunes")}
+    for field in fields(placement):
+        value = getattr(placement, field.name)
+        if field.name in ("stage", "budget", "layer") or value == field.default:
+            continue
+        found.add(f"{field.name}={value}" if isinstance(value, str) else field.name)
+    return found
+
+
+def _of_plan(plan: TokenPlan) -> set[str]:
+    found = {"ragged"} if isinstance(plan.keep, tuple) else set()
+    found |= {f"merges {plan.merge_on}"} if plan.assign is not None else set()
+    found |= {"replaces"} if plan.features is not None else set()
+    return found | ({"remembers"} if plan.memory else set())
+
+
+def _plans(family: str, method: str) -> list[TokenPlan]:
+    """Plans of one prefill."""
+    spy, model = Spy(), model_of(family)
+    samples = VIDEO_SAMPLES[:1] if method in VIDEO_ONLY else [Sample([Text(3), Image(), Text(4)])]
+    with compressed(model, spy.watch(make(family, method))):
+        logits_of(model, make_inputs(family, samples))
+    return [plan for _, plan in spy.seen]
+
+
+@cache
+def _parts() -> tuple[str, ...]:
+    """Methods by which a compressor says that it has a part of another kind, or None."""
+    return tuple(
+        name
+        for name, value in vars(Compressor).items()
+        if callable(value)
+        and list(signature(value).parameters) == ["self"]
+        and "None" in str(signature(value).return_annotation).split(" | ")[1:]
+    )
+
+
+def ways(methods: Iterable[str] = METHODS) -> dict[frozenset[str], list[str]]:
+    """Methods by their way, in order."""
+    found: dict[frozenset[str], list[str]] = {}
+    for method in methods:
+        found.setdefault(way(method), []).append(method)
+    return found
+
+
+# --- layouts
+
+
+@cache
+def features(family: str) -> frozenset[str]:
+    """What an adapter has that asks for code of its own in the runtime or in methods."""
+    adapter = find_adapter(model_of(family))
+    has = {
+        "three-axis positions": adapter.mrope,
+        "packed encoder": adapter.packed,
+        "[CLS]": adapter.has_cls,
+        "encoder windows": len(adapter.global_layers()) < len(adapter.encoder_attentions()),
+        "DeepStack": bool(adapter.encoder_taps()),
+        "joined patches": adapter.patches_per_token() > 1,
+        "padded squares": adapter.square_encoder() is not None,
+    }
+    return frozenset({name for name, value in has.items() if value} | adapter.kinds)
+
+
+@cache
+def layouts() -> tuple[str, ...]:
+    """Families that stand for a layout: the one with most that is new comes first."""
+    chosen: list[str] = []
+    covered: set[str] = set()
+    while True:
+        new = {family: len(features(family) - covered) for family in FAMILIES}
+        best = max(FAMILIES, key=new.__getitem__)
+        if not new[best]:
+            return tuple(family for family in FAMILIES if family in chosen)
+        chosen.append(best)
+        covered |= features(best)
+
+
+def kin() -> tuple[str, ...]:
+    """The other families."""
+    return tuple(family for family in FAMILIES if family not in layouts())
+
+
+@cache
+def computes(family: str) -> frozenset[Signal]:
+    """Signals that a family's adapter computes by code that no family with a layout runs."""
+    own = type(find_adapter(model_of(family)))
+    others = [type(find_adapter(model_of(other))) for other in layouts() if other != family]
+
+    def differs(name: str) -> bool:
+        return all(_code(own, name) is not _code(other, name) for other in others)
+
+    return frozenset(s for s, names in _BY_ADAPTER.items() if any(map(differs, names)))
+
+
+def _code(adapter: type[ModelAdapter], name: str) -> Callable[..., Any]:
+    return getattr(adapter, name)  # type: ignore[no-any-return]
+
+
+# --- the choice
+
+
+def number(law: int | str) -> int:
+    """Where a law's rotation stands: numbered laws follow each other."""
+    return law if isinstance(law, int) else crc32(law.encode())
+
+
+def chosen(law: int | str, among: Sequence[Case] = CASES) -> set[Case]:
+    """The cases that a law runs over by default (see the module)."""
+    turn = number(law)
+    by_method: dict[str, list[str]] = {}
+    for family, method in among:
+        by_method.setdefault(method, []).append(family)
+    found = {
+        (families[(METHODS.index(method) + turn) % len(families)], method)
+        for method, families in by_method.items()
+    }
+    for place, methods in enumerate(ways(by_method).values()):
+        of_way = [case for case in among if case[1] in methods]
+        for family in layouts():
+            _add_one(found, [case for case in of_way if case[0] == family], turn)
+        _add_one(found, [case for case in of_way if case[0] in kin()], turn + place)
+    for family, method in among:
+        own = computes(family) & frozenset(make(family, method).signals())
+        dealt = (METHODS.index(method) + turn) % SPREAD == 0
+        if family in kin() and own and dealt:
+            found.add((family, method))
+    return found
+
+
+def _add_one(found: set[Case], candidates: Sequence[Case], turn: int) -> None:
+    """Add one of the candidates, unless one of them is there."""
+    if candidates and not found & set(candidates):
+        found.add(candidates[turn % len(candidates)])
+
+
+def cases(law: int | str, among: Sequence[Case] = CASES) -> list[Any]:
+    """Parameters `(family, method)` of a law's test; those left out by default are marked `full`.
+
+    Args:
+        law: Its number, or a name for tests beside the numbered laws: it turns the rotation.
+        among: The whole product.
+    """
+    default = chosen(law, among)
+    return [
+        pytest.param(*case, marks=() if case in default else pytest.mark.full) for case in among
+    ]

@@ -1,0 +1,131 @@
+"""The table that laws run over: every registered method on every family, and the prompts."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, Video, build, make_inputs
+from torch import Tensor
+
+from vispress import list_methods
+from vispress.adapters.base import find_adapter
+from vispress.config import make_compressor
+from vispress.methods.base import Compressor
+from vispress.methods.pair_masker import PairMasker
+from vispress.registry import get_method
+from vispress.types import CLS_SIGNALS
+
+METHODS = tuple(list_methods())
+NO_BUDGET = frozenset(name for name in METHODS if not get_method(name).takes_budget)
+"""Methods that take no budget; a contract test holds them to it."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    name: {}
+    for name in (
+        *sorted(NO_BUDGET),
+        "adsc",
+        "pyramiddrop",
+        "sparsevlm",
+        "sparsevlm_plus",
+        "transprune",
+    )
+}
+"""What `compress_model` gets beside the name; others get a ratio."""
+
+VIDEO_ONLY = frozenset(name for name in METHODS if get_method(name).needs == "video")
+"""Methods that leave the images of the common batch whole; laws on videos run over them."""
+
+# two images and one, a text-only sample, unequal lengths; sizes differ where the family allows it
+SAMPLES = (
+    Sample([Text(5), Image(4, 4), Text(7)]),
+    Sample([Text(3)]),
+    Sample([Text(2), Image(4, 6), Text(3), Image(6, 4), Text(4)]),
+)
+VIDEO_SAMPLES = (
+    Sample([Text(3), Video(3, 4, 4), Text(6)]),
+    Sample([Text(2), Video(3, 4, 6), Text(3)]),
+)
+VIDEO_CASES = [(family, method) for family in VIDEO for method in sorted(VIDEO_ONLY)]
+
+
+@cache
+def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa") -> Any:
+    """One model a family; tests must leave it as they found it."""
+    return build(family, dtype=dtype, attn=attn)
+
+
+def fits(family: str, method: str) -> bool:
+    """Whether the family has the kind of input that the method is made for."""
+    needs = get_method(method).needs
+    return needs is None or needs in find_adapter(model_of(family)).kinds
+
+
+def on_videos() -> list[tuple[str, str]]:
+    """Every method on every family that takes videos."""
+    return [(f, m) for f in FAMILIES if f in VIDEO for m in METHODS if fits(f, m)]
+
+
+CASES = [
+    (family, method)
+    for family in FAMILIES
+    for method in METHODS
+    if method not in VIDEO_ONLY and fits(family, method)
+]
+
+MASKING = frozenset(name for name in METHODS if issubclass(get_method(name), PairMasker))
+"""Methods that drop nothing; `test_pair_masks` has the masked model that they equal."""
+DROPPING = [case for case in CASES if case[1] not in MASKING]
+DROPS = [name for name in METHODS if name not in MASKING]
+
+
+@cache
+def inputs_of(
+    family: str, padding: str = "left", dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """The common batch of a family."""
+    return make_inputs(family, SAMPLES, padding=padding, dtype=dtype)
+
+
+def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
+    """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
+    chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
+    adapter = find_adapter(model_of(family))
+    if get_method(method).reads & CLS_SIGNALS and not adapter.has_cls:
+        chosen["scores"] = "column_mean"
+    return chosen
+
+
+def make(family: str, method: str, **more: Any) -> Compressor:
+    """The compressor of a case."""
+    return make_compressor(method, **settings(family, method, **more))
+
+
+def real_positions(family: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with position ids that do not count padding, as `generate` gives them.
+
+    Qwen models work them out by themselves; others count padding in when they are left to it.
+    """
+    if family in QWEN:
+        return dict(inputs)
+    ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return dict(inputs) | {"position_ids": ids}
+
+
+def logits_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of a forward without gradients."""
+    with torch.no_grad():
+        return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def greedy(model: Any, inputs: Mapping[str, Any], new_tokens: int = 3) -> tuple[Tensor, Tensor]:
+    """Sequences and the logits of every step of greedy decoding."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
