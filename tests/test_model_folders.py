@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoints import picture, save_checkpoint
 from vispress.bench.model.checkpoints import load_checkpoint
-from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import CheckpointError, VispressError
 from vispress.integrations.options import read_compression
@@ -258,7 +258,7 @@ def test_a_deep_tokenizer_of_what_may_be_a_reference(copy):
     (copy / "chat_template.jinja").unlink()
     (copy / "tokenizer.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
     with pytest.raises(CheckpointError, match="processor"):
-        load_subject(str(copy))
+        load_named_model(str(copy))
 
 
 @pytest.mark.parametrize(

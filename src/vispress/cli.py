@@ -140,11 +140,11 @@ def join(
     force: Force = False,
 ) -> None:
     """Put runs of the same questions in one folder, to report on all their methods together."""
-    from vispress.bench.results.merge_runs import join_results
+    from vispress.bench.results.merge_runs import merge_runs
 
     prepare()
     console = terminal()
-    shared = join_results(results, out, force=force)
+    shared = merge_runs(results, out, force=force)
     console.print(f"{shared} cells were measured more than once, and agree")
     _summary(out, console)
 
@@ -203,14 +203,14 @@ def _show(
     prepare()
     from vispress.analysis.inspect import inspect, open_prompt, unknown_words
     from vispress.analysis.overlay import draw_views, seen_picture
-    from vispress.bench.model.loaded_model import load_subject
+    from vispress.bench.model.loaded_model import load_named_model
 
     prompt = open_prompt(image, question)
-    subject = load_subject(model, device)
+    loaded = load_named_model(model, device)
     console = terminal()
-    if words := unknown_words(subject, prompt):
+    if words := unknown_words(loaded, prompt):
         console.print(f"the model does not know: {', '.join(words)}", style="yellow")
-    views = inspect(subject, prompt, chosen, None)
+    views = inspect(loaded, prompt, chosen, None)
     asked = prompt.text.removeprefix("<image>").removesuffix(":").strip()
     table = Table("method", "answer", "kept at the end", "mean over layers", title=asked)
     for view in views:
@@ -219,7 +219,7 @@ def _show(
     console.print(table)
     if prompt.answer:
         console.print(f"right answer: {prompt.answer}")
-    picture = seen_picture(subject, prompt)
+    picture = seen_picture(loaded, prompt)
     evidence = prompt.evidence[0] if prompt.evidence else ()
     draw_views(picture, views, asked, out, evidence=evidence, truth=prompt.answer)
     console.print(f"written: {out}", soft_wrap=True)

@@ -10,7 +10,7 @@ from vispress.cli_options import Device, prepare, terminal
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vispress.bench.search.objective import Found, Judge
+    from vispress.bench.search.objective import ScheduleObjective, SearchResult
 
 STRATEGIES = ("greedy", "sigmoid")
 _OWN_TASKS = ("attribute", "place", "existence", "needle", "digit", "reading", "where", "relation")
@@ -73,7 +73,7 @@ def search(
         raise ConfigError(f"--task is needed for the model {model!r}; GQA, say, is --task gqa")
     values = parse_options(option or [])
     prepare()
-    from vispress.bench.search.greedy import Wish
+    from vispress.bench.search.greedy import SearchRequest
     from vispress.bench.search.objective import Calibration
 
     calibration = Calibration(
@@ -85,8 +85,10 @@ def search(
         max_new_tokens=max_new_tokens,
     )
     # what is wrong with the options shows before the model is loaded
-    wish = Wish.of(method, values, unit, share, tolerance=tolerance, trials=trials, seed=seed)
-    _search(wish, calibration, out, model, device)
+    request = SearchRequest.of(
+        method, values, unit, share, tolerance=tolerance, trials=trials, seed=seed
+    )
+    _search(request, calibration, out, model, device)
 
 
 def _budget(strategy: str, keep_ratio: float | None, flops: float | None) -> tuple[Any, float]:
@@ -102,34 +104,34 @@ def _budget(strategy: str, keep_ratio: float | None, flops: float | None) -> tup
     return found[0] if found else (None, 1.0)
 
 
-def _search(wish: Any, calibration: Any, out: Path, model: str, device: str) -> None:
-    from vispress.bench.model.loaded_model import load_subject
+def _search(request: Any, calibration: Any, out: Path, model: str, device: str) -> None:
+    from vispress.bench.model.loaded_model import load_named_model
     from vispress.bench.run.progress import counting
-    from vispress.bench.search.objective import Judge
+    from vispress.bench.search.objective import ScheduleObjective
 
-    subject = load_subject(model, device)
+    loaded = load_named_model(model, device)
     console = terminal()
     path = out / "schedule.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        judge = Judge(subject, calibration, out / "values.jsonl")
+        objective = ScheduleObjective(loaded, calibration, out / "values.jsonl")
         # the uncompressed model, what is tried, and what is found
-        runs = 2 + wish.most(judge.num_layers)
-        with counting(runs * judge.num_questions, console) as judge.advance:
-            found = wish.search(judge, out / "trials.journal")
-        found.save(path, judge, wish.words)
+        runs = 2 + request.most(objective.num_layers)
+        with counting(runs * objective.num_questions, console) as objective.advance:
+            found = request.search(objective, out / "trials.journal")
+        found.save(path, objective, request.words)
     except KeyboardInterrupt:
         console.print(f"\nstopped; the same command goes on from what is in {out}")
         raise typer.Exit(130) from None
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
-    console.print(_table(found, judge))
+    console.print(_table(found, objective))
     console.print(f'written: {path}; use: compress_model(model, config="{path}")', soft_wrap=True)
 
 
-def _table(found: "Found", judge: "Judge") -> Table:
+def _table(found: "SearchResult", objective: "ScheduleObjective") -> Table:
     """Placements of the schedule, and what it is worth."""
-    metric = judge.calibration.metric
+    metric = objective.calibration.metric
     title = (
         f"{found.method.name}: {metric} {found.value:.4f} (uncompressed {found.uncompressed:.4f})"
     )
@@ -138,7 +140,7 @@ def _table(found: "Found", judge: "Judge") -> Table:
         f"{100 * found.flops:.1f} % of their FLOPs"
     )
     table = Table("before layer", "tokens kept", title=title, caption=caption)
-    for placement in found.method.placements(judge.num_layers):
-        count = placement.budget.resolve(judge.num_visual)
-        table.add_row(str(placement.layer), f"{count} of {judge.num_visual}")
+    for placement in found.method.placements(objective.num_layers):
+        count = placement.budget.resolve(objective.num_visual)
+        table.add_row(str(placement.layer), f"{count} of {objective.num_visual}")
     return table

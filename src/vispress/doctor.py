@@ -159,8 +159,8 @@ def _family(family: Family) -> str:
 
 
 def _reference() -> str:
-    from vispress.bench.model.loaded_model import load_subject
+    from vispress.bench.model.loaded_model import load_named_model
 
-    subject = load_subject("reference")
-    size = sum(p.numel() for p in subject.model.parameters())
-    return f"loads, {size / 1e6:.1f} M parameters, weights {subject.weights}"
+    loaded = load_named_model("reference")
+    size = sum(p.numel() for p in loaded.model.parameters())
+    return f"loads, {size / 1e6:.1f} M parameters, weights {loaded.weights}"

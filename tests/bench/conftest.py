@@ -2,7 +2,7 @@
 
 import pytest
 
-from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.plan.plan import plan_from_mapping
 
 
@@ -18,7 +18,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def subject(checkpoint):
-    return load_subject(str(checkpoint))
+    return load_named_model(str(checkpoint))
 
 
 @pytest.fixture

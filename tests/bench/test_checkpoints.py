@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_checkpoints import picture, save_checkpoint
 
 from vispress.bench.model.checkpoints import content_of, load_checkpoint, weights_hash
-from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
 
@@ -79,12 +79,12 @@ def test_without_a_template_the_text_is_given_as_it_is(tmp_path):
 
 
 def test_load_subject_knows_which_folder_is_which(folder, tmp_path):
-    subject = load_subject(str(folder), dtype="bf16")
+    subject = load_named_model(str(folder), dtype="bf16")
     assert type(subject).__name__ == "Checkpoint"
     assert subject.model.dtype == torch.bfloat16
-    assert type(load_subject("reference")).__name__ == "Subject"
+    assert type(load_named_model("reference")).__name__ == "LoadedModel"
     with pytest.raises(ConfigError, match="a folder with a checkpoint, or a hub id"):
-        load_subject("nowhere")
+        load_named_model("nowhere")
 
 
 def test_the_hash_follows_weights_and_template(copy):

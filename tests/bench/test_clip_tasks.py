@@ -10,14 +10,14 @@ import torch
 from vispress import compressed
 from vispress.analysis.inspect import open_prompt
 from vispress.bench.model.batches import Memory, make_batches
-from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.page.exhibits import pictures_of
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.downsample import Downsample, smaller
 from vispress.bench.plan.grids import video_grids
 from vispress.bench.plan.oracle import Oracle, choose, evidence_tokens, told
 from vispress.bench.plan.plan import plan_from_mapping
-from vispress.bench.run.applied_cell import check_cell, treated
+from vispress.bench.run.applied_cell import apply_cell, check_cell
 from vispress.bench.run.engine import run
 from vispress.bench.tasks.task import EVIDENCE_GRID, Prompt, get_task
 from vispress.bench.timing.cost import measure_cost, timed_batch
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def qwen(folder):
-    return load_subject(str(folder))
+    return load_named_model(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_encoder_runs_once_for_all_cells(qwen, prompts):
             chain = () if method is None else (make_compressor(method, keep_ratio=0.5),)
             with memory.shown(batch, anew=False) as shown:
                 cell = Cell(group="x", chain=chain)
-                with treated(cell, qwen, prompts, shown) as now:
+                with apply_cell(cell, qwen, prompts, shown) as now:
                     answers = [t[0] for t in qwen.converse(prompts, now.inputs, 2)]
             if method is None:
                 assert answers == alone

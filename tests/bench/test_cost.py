@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress.api import compress_model, compressed, remove_compression
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.downsample import Downsample
 from vispress.bench.plan.plan import Timing
 from vispress.bench.tasks.task import get_task
 from vispress.bench.timing.cost import TIMES, in_rounds, measure_cost, timed_batch
 from vispress.bench.timing.replay import Replay, recorders, replays
-from vispress.bench.timing.timer import Clock, Marks, Sample, marked, timed_generate
+from vispress.bench.timing.timer import Marks, Sample, Timer, marked, timed_generate
 from vispress.config import make_compressor
 from vispress.errors import BudgetError
 from vispress.flops import flops
@@ -32,7 +32,7 @@ STEP = 2.0**-10
 
 
 class Operations(TorchDispatchMode):
-    """A clock that does not depend on the machine: each operation takes `STEP` seconds."""
+    """A timer that does not depend on the machine: each operation takes `STEP` seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     @property
-    def clock(self) -> Clock:
-        return Clock(CPU, now=lambda: self.count * STEP)
+    def timer(self) -> Timer:
+        return Timer(CPU, now=lambda: self.count * STEP)
 
 
 @final
@@ -65,9 +65,9 @@ class Slow(Compressor):
 
 
 def ticking():
-    """A clock that shows 0, 1, 2... ms."""
+    """A timer that shows 0, 1, 2... ms."""
     seen = iter(range(1000))
-    return Clock(CPU, now=lambda: next(seen) / 1e3)
+    return Timer(CPU, now=lambda: next(seen) / 1e3)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def prompts(subject):
 
 @pytest.fixture
 def measure(subject, prompts, make_plan):
-    """Costs by the clock that counts operations."""
+    """Costs by the timer that counts operations."""
 
     def run(*chain, subject=subject, picture=None, **timing):
         plan = make_plan(
@@ -85,7 +85,7 @@ def measure(subject, prompts, make_plan):
         )
         with Operations() as operations:
             return measure_cost(
-                subject, chain, prompts, plan, picture=picture, clock=operations.clock
+                subject, chain, prompts, plan, picture=picture, timer=operations.timer
             )
 
     return run
@@ -127,10 +127,10 @@ def test_compression_inside_encoder_and_prefill_is_timed_there(subject, prompts,
     """Marks lie outside of what compression adds, and nothing of them stays."""
     model, inputs = subject.model, subject.encode(prompts)
     with Operations() as operations:
-        plain = timed_generate(model, inputs, 1, operations.clock)
+        plain = timed_generate(model, inputs, 1, operations.timer)
         with compressed(model, "fastervlm", keep_ratio=0.5) if method else nullcontext():
             before = model.model.__dict__.get("get_image_features")
-            sample = timed_generate(model, inputs, 1, operations.clock)
+            sample = timed_generate(model, inputs, 1, operations.timer)
             assert model.model.__dict__.get("get_image_features") is before
     if method:
         assert sample.encoder_ms > plain.encoder_ms  # the [CLS] rows
@@ -178,7 +178,7 @@ def test_ratios_hold_on_a_machine_that_slows_down(subject, prompts, make_plan, m
     """Every round runs at half the speed of the one before; the compressed model takes 3/4."""
     taken = []
 
-    def run(model, inputs, decode_tokens, clock):
+    def run(model, inputs, decode_tokens, timer):
         slow = 2.0 ** (len(taken) // 9)  # three variants, three runs each
         taken.append(None)
         attached = model.model.__dict__.get("_vispress_attachment")
@@ -337,7 +337,7 @@ def test_half_precision_models_are_measured(subject, measure):
     import copy
 
     model = copy.deepcopy(subject.model).to(torch.bfloat16)
-    half = Subject(subject.name, model, subject.processor, subject.weights)
+    half = LoadedModel(subject.name, model, subject.processor, subject.weights)
     full = measure(Random(keep_ratio=0.5))
     cost = measure(Random(keep_ratio=0.5), subject=half)
     assert cost["kv_bytes"] == full["kv_bytes"] / 2

@@ -15,7 +15,7 @@ from tests.tiny_models import (
     build,
 )
 
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.downsample import Downsample, any_size, smaller
 from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import BudgetError, UnsupportedMethodError
@@ -55,7 +55,7 @@ def qwen():
             ProcessorMixin.__init__(self, image_processor, tokenizer)
 
     processor = Pictures(pictures, words)
-    return Subject("tiny", build("qwen2_5_vl", dtype=torch.float32), processor, "none")
+    return LoadedModel("tiny", build("qwen2_5_vl", dtype=torch.float32), processor, "none")
 
 
 def questions(subject):

@@ -226,7 +226,7 @@ def test_a_budget_that_cannot_be_met_is_a_refused_cell_with_its_reason(make_plan
 
 
 def test_an_off_target_run_is_an_error_and_leaves_no_cell(make_plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("vispress.bench.run.budget_check.expected", lambda *_, **__: [71])
+    monkeypatch.setattr("vispress.bench.run.budget_check.expected_counts", lambda *_, **__: [71])
     with pytest.raises(BudgetError, match="off target"):
         run(make_plan(), tmp_path)
     assert list(stored(tmp_path)) == ["none"]

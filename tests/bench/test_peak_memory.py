@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vispress.bench.timing.memory import LiveBytes, peak_bytes
-from vispress.bench.timing.timer import Clock
+from vispress.bench.timing.timer import Timer
 
 CPU = torch.device("cpu")
 KB = 256
@@ -106,10 +106,10 @@ def test_a_gpu_is_timed_by_events_on_the_devices_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append(("all", device)))
     device = torch.device("cuda", 1)
-    clock = Clock(device, now=lambda: pytest.fail("the host's clock was asked"))
-    first, last = clock.mark(), clock.mark()
-    clock.synchronize()
-    assert clock.between(first, last) == 2.5
+    timer = Timer(device, now=lambda: pytest.fail("the host's timer was asked"))
+    first, last = timer.mark(), timer.mark()
+    timer.synchronize()
+    assert timer.between(first, last) == 2.5
     assert log[:3] == [
         ("record", 0, "stream of cuda:1"), ("record", 1, "stream of cuda:1"), ("all", device),
     ]  # fmt: skip

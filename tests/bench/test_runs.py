@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.bench.test_engine import results, stored
 
 from vispress.bench.model.batches import Memory, make_batches
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.results import store
 from vispress.bench.results.store import ResultsError
 from vispress.bench.results.summary import summarise, write_summary
@@ -127,7 +127,7 @@ def test_a_conversation_is_right_when_all_turns_are(make_plan, tmp_path, monkeyp
             ("nothing" if place == 2 else drawn[place].answer, *later[place]) for place in places
         ]
 
-    monkeypatch.setattr(Subject, "converse", converse)
+    monkeypatch.setattr(LoadedModel, "converse", converse)
     run(make_plan(tasks=["talk"], methods=[], questions=3), tmp_path)
     data = json.loads(stored(tmp_path)["none"].read_text())["tasks"]["talk"]
     assert data["right"] == "100"
@@ -255,7 +255,9 @@ def test_a_model_that_no_adapter_knows_is_refused_before_anything_is_written(
     sizes = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 9}
     config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(config)
-    monkeypatch.setattr(engine, "load_subject", lambda *_: Subject("text", model, None, "none"))
+    monkeypatch.setattr(
+        engine, "load_named_model", lambda *_: LoadedModel("text", model, None, "none")
+    )
     with pytest.raises(UnsupportedModelError, match=r"no adapter for LlamaForCausalLM.*llava"):
         run(make_plan(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

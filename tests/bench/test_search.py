@@ -9,13 +9,13 @@ import torch
 from vispress import compress_model, compression_report, remove_compression
 from vispress.bench.search.greedy import (
     GRID,
-    Wish,
+    SearchRequest,
     greedy_steps,
     grid_for,
     scheduled,
     search_greedy,
 )
-from vispress.bench.search.objective import Calibration, Judge
+from vispress.bench.search.objective import Calibration, ScheduleObjective
 from vispress.bench.search.sigmoid import search_sigmoid
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError
@@ -25,7 +25,7 @@ SMALL = Calibration(tasks=("count", "attribute"), questions=3, batch_size=2, max
 
 
 class Told:
-    """A judge that knows the rate every layer needs; good is all of them or more."""
+    """An objective that knows the rate every layer needs; good is all of them or more."""
 
     num_layers, uncompressed = 7, 1.0
 
@@ -53,8 +53,8 @@ class Told:
 
 
 @pytest.fixture
-def judge(subject):
-    return Judge(subject, SMALL)
+def objective(subject):
+    return ScheduleObjective(subject, SMALL)
 
 
 # --- greedy
@@ -81,13 +81,13 @@ def test_greedy_finds_the_least_rate_of_every_layer(need):
 
 def test_other_rankings_follow_the_same_schedule():
     told = Told(1.0, 0.9, 0.3, 0.3, 0.0, 0.0, 0.0)
-    wish = Wish.of("pyramiddrop", {}, None, 1.0)
-    found = wish.search(told)
+    request = SearchRequest.of("pyramiddrop", {}, None, 1.0)
+    found = request.search(told)
     assert found.method.name == "pyramiddrop"
     assert (found.method.layers, found.method.ratios) == ((1, 2, 4), (0.9, 0.3, 0.05))
     assert 0.0 not in grid_for("pyramiddrop")
     assert scheduled("layerwise", queries="text")([1.0, 1.0, 0.5]).queries == "text"
-    assert wish.most(7) == 6 * 4
+    assert request.most(7) == 6 * 4
 
 
 @pytest.mark.refusal
@@ -101,7 +101,7 @@ def test_what_a_search_cannot_use_is_refused():
         ("layerwise", {"midpoint": 0.5}, "flops", "midpoint is what the search finds"),
     ):
         with pytest.raises(ConfigError, match=words):
-            Wish.of(name, options, unit, 0.5)
+            SearchRequest.of(name, options, unit, 0.5)
     with pytest.raises(ConfigError, match="grid must hold"):
         search_greedy(Told(*[1.0] * 7), scheduled("layerwise"), grid=(0.5, 0.1))
     for bad in ({"metric": "speed"}, {"questions": 0}, {"tasks": ("cuont",)}, {"tasks": ()}):
@@ -112,12 +112,12 @@ def test_what_a_search_cannot_use_is_refused():
 # --- values
 
 
-def test_divergence_is_that_of_the_first_answer_token(judge):
-    assert judge.uncompressed == 0.0
-    assert judge.value(Layerwise(keep_ratio=1.0)) == 0.0
-    subject, method = judge.subject, Layerwise(midpoint=0.2)
+def test_divergence_is_that_of_the_first_answer_token(objective):
+    assert objective.uncompressed == 0.0
+    assert objective.value(Layerwise(keep_ratio=1.0)) == 0.0
+    subject, method = objective.loaded, Layerwise(midpoint=0.2)
     means = {}
-    for batch in judge.batches:
+    for batch in objective.batches:
         inputs = subject.encode(batch.prompts)
         with torch.no_grad():
             p = subject.model(**inputs).logits[:, -1].log_softmax(-1)
@@ -126,17 +126,17 @@ def test_divergence_is_that_of_the_first_answer_token(judge):
             remove_compression(subject.model)
         means.setdefault(batch.task, []).extend((p.exp() * (p - q)).sum(-1).tolist())
     expected = -sum(sum(own) / len(own) for own in means.values()) / len(means)
-    assert judge.value(method) == pytest.approx(expected, abs=1e-6)
+    assert objective.value(method) == pytest.approx(expected, abs=1e-6)
     assert expected < 0
-    assert judge.least(0.25) == -0.25
+    assert objective.least(0.25) == -0.25
 
 
 def test_loyalty_and_accuracy_are_of_whole_answers(subject):
-    loyal = Judge(subject, replace(SMALL, metric="loyalty"))
+    loyal = ScheduleObjective(subject, replace(SMALL, metric="loyalty"))
     assert loyal.uncompressed == loyal.value(Layerwise(keep_ratio=1.0)) == 1.0
     assert loyal.least(0.25) == 0.75
     answers = [loyal._answers(b, subject.encode(b.prompts)) for b in loyal.batches]
-    right = Judge(subject, replace(SMALL, metric="accuracy"))
+    right = ScheduleObjective(subject, replace(SMALL, metric="accuracy"))
     scores = {}
     for batch, own in zip(loyal.batches, answers, strict=True):
         for prompt, answer in zip(batch.prompts, own, strict=True):
@@ -147,46 +147,46 @@ def test_loyalty_and_accuracy_are_of_whole_answers(subject):
     assert round(blind * 6) == pytest.approx(blind * 6)
 
 
-def test_costs_are_shares_of_all_visual_tokens(judge):
+def test_costs_are_shares_of_all_visual_tokens(objective):
     half = Layerwise(layers=(2,), ratios=(0.5,))
-    assert judge.num_visual == 144
-    assert judge.share_of_tokens(half) == 0.75
-    d, m = judge._text.hidden_size, judge._text.intermediate_size
+    assert objective.num_visual == 144
+    assert objective.share_of_tokens(half) == 0.75
+    d, m = objective._text.hidden_size, objective._text.intermediate_size
 
     def cost(n):
         return 4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m
 
-    assert judge.share_of_flops(half) == pytest.approx((cost(144) + cost(72)) / 2 / cost(144))
+    assert objective.share_of_flops(half) == pytest.approx((cost(144) + cost(72)) / 2 / cost(144))
 
 
 def test_a_stopped_search_goes_on_without_the_model(subject, tmp_path, monkeypatch):
     log, make = tmp_path / "values.jsonl", scheduled("layerwise")
-    first = search_greedy(Judge(subject, SMALL, log), make, tolerance=0.05)
+    first = search_greedy(ScheduleObjective(subject, SMALL, log), make, tolerance=0.05)
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:-1]) + '\n{"identity": "cut o')
-    again = Judge(subject, SMALL, log)
+    again = ScheduleObjective(subject, SMALL, log)
     assert len(again._known) == len(lines) - 1
     log.write_text("\n".join(lines) + "\n")
-    last = Judge(subject, SMALL, log)
+    last = ScheduleObjective(subject, SMALL, log)
     monkeypatch.setattr(last, "_outputs", None)
-    monkeypatch.setattr(Judge, "uncompressed", 0.0)
+    monkeypatch.setattr(ScheduleObjective, "uncompressed", 0.0)
     assert search_greedy(last, make, tolerance=0.05) == first
     # other questions: nothing of it counts
-    assert not Judge(subject, replace(SMALL, seed=1), log)._known
+    assert not ScheduleObjective(subject, replace(SMALL, seed=1), log)._known
 
 
-def test_what_is_found_is_a_file_that_compresses(judge, tmp_path):
-    found = search_greedy(judge, scheduled("layerwise"), tolerance=0.05)
-    assert found.value >= judge.least(0.05)
-    found.save(path := tmp_path / "schedule.yaml", judge, "greedy")
+def test_what_is_found_is_a_file_that_compresses(objective, tmp_path):
+    found = search_greedy(objective, scheduled("layerwise"), tolerance=0.05)
+    assert found.value >= objective.least(0.05)
+    found.save(path := tmp_path / "schedule.yaml", objective, "greedy")
     assert path.read_text().startswith("# vispress search greedy: kl ")
     assert load_config(path) == found.method
-    model = judge.subject.model
+    model = objective.loaded.model
     compress_model(model, config=path)
-    model(**judge.subject.encode(judge.batches[0].prompts))
+    model(**objective.loaded.encode(objective.batches[0].prompts))
     (image,) = compression_report(model).samples[0].images
     remove_compression(model)
-    mean = sum(compression_report_counts(image, judge.num_layers)) / judge.num_layers
+    mean = sum(compression_report_counts(image, objective.num_layers)) / objective.num_layers
     assert mean / 144 == pytest.approx(found.tokens)
 
 
@@ -201,39 +201,39 @@ def compression_report_counts(image, num_layers):
 # --- sigmoid
 
 
-def test_the_best_sigmoid_meets_its_budget_and_goes_on(judge, tmp_path):
+def test_the_best_sigmoid_meets_its_budget_and_goes_on(objective, tmp_path):
     storage = tmp_path / "trials.journal"
     asked = []
-    judge.advance = lambda what, _n: asked.append(what.partition(",")[0])
-    first = search_sigmoid(judge, 0.6, trials=3, storage=storage)
+    objective.advance = lambda what, _n: asked.append(what.partition(",")[0])
+    first = search_sigmoid(objective, 0.6, trials=3, storage=storage)
     assert first.tokens == pytest.approx(0.6, abs=0.02)
-    assert first.value >= judge.value(Layerwise(keep_ratio=0.6)) - 1e-6
-    more = search_sigmoid(judge, 0.6, trials=10, storage=storage)
+    assert first.value >= objective.value(Layerwise(keep_ratio=0.6)) - 1e-6
+    more = search_sigmoid(objective, 0.6, trials=10, storage=storage)
     assert more.value >= first.value
     tried = {what for what in asked if what.startswith("trial ")}
     assert tried == {f"trial {i}" for i in range(10)}
-    assert search_sigmoid(judge, 0.6, trials=10, storage=storage) == more
+    assert search_sigmoid(objective, 0.6, trials=10, storage=storage) == more
 
 
-def test_a_budget_of_flops_is_met_too(judge):
-    found = search_sigmoid(judge, 0.7, "flops", trials=2)
+def test_a_budget_of_flops_is_met_too(objective):
+    found = search_sigmoid(objective, 0.7, "flops", trials=2)
     assert found.flops == pytest.approx(0.7, abs=0.02)
     assert found.method.midpoint is not None
 
 
-def test_the_seed_decides_the_trials(judge):
-    one, two = (search_sigmoid(judge, 0.6, trials=4, seed=3) for _ in range(2))
+def test_the_seed_decides_the_trials(objective):
+    one, two = (search_sigmoid(objective, 0.6, trials=4, seed=3) for _ in range(2))
     assert one == two
 
 
-def test_a_budget_that_no_sigmoid_meets_is_refused(judge):
+def test_a_budget_that_no_sigmoid_meets_is_refused(objective):
     with pytest.raises(BudgetError, match=r"none of 2 sigmoids meets 0\.05 of tokens"):
-        search_sigmoid(judge, 0.05, trials=2)
+        search_sigmoid(objective, 0.05, trials=2)
     with pytest.raises(BudgetError, match="share must be"):
-        search_sigmoid(judge, 1.5, trials=2)
+        search_sigmoid(objective, 1.5, trials=2)
 
 
-def test_without_optuna_the_extra_is_named(judge, monkeypatch):
+def test_without_optuna_the_extra_is_named(objective, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'vispress\[search\]'"):
-        search_sigmoid(judge, 0.6, trials=1)
+        search_sigmoid(objective, 0.6, trials=1)

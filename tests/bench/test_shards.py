@@ -39,13 +39,13 @@ def meeting(monkeypatch):
     store = torch.distributed.HashStore()
     monkeypatch.setattr(shards, "_store", lambda _: store)
     monkeypatch.setattr(shards, "_MEETINGS", _Always())
-    one_at_a_time, load = threading.Lock(), engine.load_subject
+    one_at_a_time, load = threading.Lock(), engine.load_named_model
 
     def loaded(*arguments):
         with one_at_a_time:  # transformers loads through module-wide state
             return load(*arguments)
 
-    monkeypatch.setattr(engine, "load_subject", loaded)
+    monkeypatch.setattr(engine, "load_named_model", loaded)
 
 
 class _Always:

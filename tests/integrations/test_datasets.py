@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from tests.tiny_checkpoints import picture
 
 from vispress.bench.tasks.task import get_task
-from vispress.bench.tasks.yaml_task import describe, make_task
+from vispress.bench.tasks.yaml_task import parse_yaml_task, task_from_yaml
 from vispress.errors import ConfigError
 
 FEATURES = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
@@ -25,7 +25,7 @@ def table(count=3):
 
 def draw(folder, dataset, **keys):
     data = {"name": "mine", "dataset": dataset, "shuffle": False} | keys
-    return make_task(describe(data, "test"), folder).draw(9, 0)
+    return task_from_yaml(parse_yaml_task(data, "test"), folder).draw(9, 0)
 
 
 def check(prompts):
@@ -90,11 +90,11 @@ def test_pictures_of_another_subset_as_gqa_has_them(tmp_path):
     )
     keys = {key: value for key, value in get_task("gqa").source.items() if value is not None}
     keys |= {"dataset": "gqa", "shuffle": False}
-    prompts = make_task(describe(keys, "test"), tmp_path).draw(5, 0)
+    prompts = task_from_yaml(parse_yaml_task(keys, "test"), tmp_path).draw(5, 0)
     assert [prompt.images[0].size for prompt in prompts] == [(20, 16), (12, 8)]
     join = {"images_from": keys["images_from"] | {"key": "number"}}
     with pytest.raises(ConfigError, match="has no column 'number'"):
-        make_task(describe(keys | join, "test"), tmp_path).draw(5, 0)
+        task_from_yaml(parse_yaml_task(keys | join, "test"), tmp_path).draw(5, 0)
 
 
 def test_a_dataset_of_the_hub_that_is_not_cached(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vispress.bench.model.loaded_model import load_subject
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.errors import CheckpointError, ConfigError
 from vispress.reference import KINDS, heldout, load, train_reference
 from vispress.reference.evaluation.clip_sets import clip_accuracy
@@ -263,7 +263,7 @@ def test_unknown_architectures_and_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'gpt'"):
         train_reference(tmp_path, architecture="gpt")
     with pytest.raises(ConfigError, match="reference-qwen"):
-        load_subject("reference-gpt")
+        load_named_model("reference-gpt")
 
 
 # --- training and answers
@@ -289,7 +289,7 @@ def test_the_same_script_trains_it(tmp_path):
     assert "Qwen2_5_VLForConditionalGeneration" in card
     assert "--architecture qwen2_5_vl" in card
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    subject = load_subject(str(tmp_path / "checkpoint"))
+    subject = load_named_model(str(tmp_path / "checkpoint"))
     assert type(subject.model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     with pytest.raises(ConfigError, match="architecture"):
         train_reference(tmp_path, **settings | {"architecture": "llava"})
@@ -313,7 +313,7 @@ def test_the_shipped_model_answers_at_every_resolution():
 @needs_shipped
 @pytest.mark.parametrize("name", ["reference-qwen", "reference-qwen-clips"])
 def test_the_benchmark_takes_it_by_name(name):
-    subject = load_subject(name)
+    subject = load_named_model(name)
     assert subject.name == name
     assert subject.model.config.model_type == "qwen2_5_vl"
 

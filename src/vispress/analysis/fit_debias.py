@@ -13,7 +13,7 @@ from vispress.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from vispress.analysis.trend import Fit
-    from vispress.bench.model.loaded_model import Subject
+    from vispress.bench.model.loaded_model import LoadedModel
     from vispress.bench.tasks.task import Prompt
     from vispress.methods.base import Compressor
     from vispress.methods.debias import Debias
@@ -55,7 +55,7 @@ def fit_debias(
     """Measure how attention grows along the picture, and write what takes it out again."""
     prepare()
     from vispress.analysis.trend import fit_trend, measure
-    from vispress.bench.model.loaded_model import DTYPES, load_subject
+    from vispress.bench.model.loaded_model import DTYPES, load_named_model
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -64,13 +64,13 @@ def fit_debias(
     kind: Literal["exponential", "cubic"] = "cubic" if shape == "cubic" else "exponential"
     asked = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
     inner = _inner(method, {k: v for k, v in asked.items() if v is not None}, option or [])
-    subject = load_subject(model, device, dtype)
+    loaded = load_named_model(model, device, dtype)
     console = terminal()
-    prompts = draw_prompts(data, question or [], samples, seed, subject)
+    prompts = draw_prompts(data, question or [], samples, seed, loaded)
     with console.status("looking at pictures"):
-        fit = fit_trend(measure(subject, prompts, inner, batch_size), kind)
+        fit = fit_trend(measure(loaded, prompts, inner, batch_size), kind)
     found = corrected(inner, fit)
-    write(found, fit, subject, data or "reference scenes", out)
+    write(found, fit, loaded, data or "reference scenes", out)
     trend = f"slope {found.slope}" if found.curve is None else f"curve {found.curve}"
     console.print(
         f"{trend}, from {fit.images} pictures; explains {100 * fit.explained:.0f} % of how "
@@ -104,7 +104,7 @@ def corrected(inner: "Compressor", fit: "Fit") -> "Debias":
     return Debias(inner=inner, slope=slope, curve=curve)
 
 
-def write(found: "Debias", fit: "Fit", subject: "Subject", data: str, out: Path) -> None:
+def write(found: "Debias", fit: "Fit", loaded: "LoadedModel", data: str, out: Path) -> None:
     """The configuration, with what it was fitted on.
 
     Raises:
@@ -114,7 +114,7 @@ def write(found: "Debias", fit: "Fit", subject: "Subject", data: str, out: Path)
 
     origin = (
         f"Fitted by vispress fit-debias on {fit.images} pictures of {data} with "
-        f"{subject.name}, weights {subject.weights};\n"
+        f"{loaded.name}, weights {loaded.weights};\n"
         f"explains {100 * fit.explained:.0f} % of how attention varies with place."
     )
     try:
@@ -124,7 +124,7 @@ def write(found: "Debias", fit: "Fit", subject: "Subject", data: str, out: Path)
 
 
 def draw_prompts(
-    data: str | None, questions: Sequence[str], samples: int, seed: int, subject: "Subject"
+    data: str | None, questions: Sequence[str], samples: int, seed: int, loaded: "LoadedModel"
 ) -> Iterator["Prompt"]:
     """At most `samples` prompts; pictures are opened one by one.
 
@@ -133,18 +133,18 @@ def draw_prompts(
         questions: For a folder's pictures.
         samples: How many.
         seed: Which ones.
-        subject: Whose manner of asking is followed.
+        loaded: Whose manner of asking is followed.
 
     Raises:
         ConfigError: The data cannot be read, holds no pictures, or a question is missing.
     """
     path = None if data is None else Path(data)
     if path is not None and path.is_dir():
-        return _opened(_of_folder(path, questions, samples, seed), subject)
+        return _opened(_of_folder(path, questions, samples, seed), loaded)
     if questions:
         raise ConfigError("--question is for a folder of pictures; this data has its own questions")
     if path is not None and path.suffix == ".jsonl":
-        return _opened(_of_lines(path, samples, seed), subject)
+        return _opened(_of_lines(path, samples, seed), loaded)
     return _of_tasks(data, samples, seed)
 
 
@@ -193,7 +193,7 @@ def _of_lines(file: Path, samples: int, seed: int) -> list[tuple[Path, str]]:
     return random.Random(seed).sample(rows, min(samples, len(rows)))
 
 
-def _opened(rows: Sequence[tuple[Path, str]], subject: "Subject") -> Iterator["Prompt"]:
+def _opened(rows: Sequence[tuple[Path, str]], loaded: "LoadedModel") -> Iterator["Prompt"]:
     from dataclasses import replace
 
     from vispress.analysis.inspect import open_prompt
@@ -201,7 +201,7 @@ def _opened(rows: Sequence[tuple[Path, str]], subject: "Subject") -> Iterator["P
 
     for file, question in rows:
         prompt = open_prompt(str(file), question)  # asks in the reference model's manner
-        if isinstance(subject, Checkpoint):
+        if isinstance(loaded, Checkpoint):
             marked = question if MARK in question else f"{MARK}\n{question}"
             prompt = replace(prompt, text=marked)
         yield prompt

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from vispress.api import compress_model, compression_report, remove_compression
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
@@ -85,16 +85,16 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def unknown_words(subject: Subject, prompt: Prompt) -> list[str]:
+def unknown_words(loaded: LoadedModel, prompt: Prompt) -> list[str]:
     """Words of the question that the model's tokenizer does not know."""
-    tokenizer = subject.processor.tokenizer
+    tokenizer = loaded.processor.tokenizer
     unknown = tokenizer.unk_token_id
     words = prompt.text.split()
     return [w for w in words if unknown in tokenizer(w, add_special_tokens=False)["input_ids"]]
 
 
 def inspect(
-    subject: Subject, prompt: Prompt, methods: Sequence[Compressor], positions: Positions | None
+    loaded: LoadedModel, prompt: Prompt, methods: Sequence[Compressor], positions: Positions | None
 ) -> list[View]:
     """Answers and kept tokens: the uncompressed model first, then every method.
 
@@ -103,14 +103,14 @@ def inspect(
         UnsupportedMethodError: A method does not work on this model.
         UnsupportedModelError: The picture is composed of crops, which cannot be drawn yet.
     """
-    views = [View("uncompressed", _say(subject, prompt), None, 1.0)]
+    views = [View("uncompressed", _say(loaded, prompt), None, 1.0)]
     for method in methods:
-        compress_model(subject.model, method, positions=positions)
+        compress_model(loaded.model, method, positions=positions)
         try:
-            answer = _say(subject, prompt)
-            report = compression_report(subject.model)
+            answer = _say(loaded, prompt)
+            report = compression_report(loaded.model)
         finally:
-            remove_compression(subject.model)
+            remove_compression(loaded.model)
         image = report.samples[0].images[0]
         if image.grid is None:
             raise UnsupportedModelError("pictures of AnyRes crops and tiles are not supported")
@@ -119,5 +119,5 @@ def inspect(
     return views
 
 
-def _say(subject: Subject, prompt: Prompt) -> str:
-    return subject.answer([prompt], _MAX_NEW_TOKENS)[0]
+def _say(loaded: LoadedModel, prompt: Prompt) -> str:
+    return loaded.answer([prompt], _MAX_NEW_TOKENS)[0]

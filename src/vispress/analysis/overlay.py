@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vispress.analysis.inspect import View
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.results.plots import save_figure
 from vispress.bench.tasks.task import Prompt
 from vispress.report import ImageReport
@@ -17,20 +17,20 @@ _DIMMEST, _BRIGHTEST = 0.16, 0.6
 _OUTLINE, _EVIDENCE = "#ffffff", "#ffd400"
 
 
-def seen_picture(subject: Subject, prompt: Prompt, number: int = 0) -> NDArray[np.float64]:
+def seen_picture(loaded: LoadedModel, prompt: Prompt, number: int = 0) -> NDArray[np.float64]:
     """A picture as the model sees it (resized, cropped), `[H, W, 3]` in `[0, 1]`.
 
     Models that take patches in place of a picture get the original.
 
     Args:
-        subject: The model.
+        loaded: The model.
         prompt: A question.
         number: Which of its pictures.
     """
-    pixels = subject.encode([prompt])["pixel_values"].float().cpu().numpy()
+    pixels = loaded.encode([prompt])["pixel_values"].float().cpu().numpy()
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         return np.asarray(prompt.images[number].convert("RGB"), dtype=np.float64) / 255
-    images = subject.processor.image_processor
+    images = loaded.processor.image_processor
     mean, std = np.asarray(images.image_mean), np.asarray(images.image_std)
     seen: NDArray[np.float64] = np.clip(pixels[number].transpose(1, 2, 0) * std + mean, 0.0, 1.0)
     return seen

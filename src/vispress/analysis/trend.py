@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.api import compress_model, remove_compression
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
 from vispress.budget import Budget
 from vispress.errors import BudgetError, ConfigError
@@ -188,12 +188,12 @@ class Probe(Wrapper):
 
 
 def measure(
-    subject: Subject, prompts: Iterable[Prompt], method: Compressor, batch_size: int = 8
+    loaded: LoadedModel, prompts: Iterable[Prompt], method: Compressor, batch_size: int = 8
 ) -> Profile:
     """The attention that `method` would rank by at its first stage, over prompts of the user's.
 
     Args:
-        subject: The model, uncompressed.
+        loaded: The model, uncompressed.
         prompts: Each with pictures; read batch by batch.
         method: What is to be corrected.
         batch_size: Prompts of a batch.
@@ -203,12 +203,12 @@ def measure(
         CompressionStateError: The model is compressed.
     """
     profile = Profile()
-    compress_model(subject.model, Probe(inner=method, profile=profile))
+    compress_model(loaded.model, Probe(inner=method, profile=profile))
     left = iter(prompts)
     try:
         with torch.no_grad():
             while batch := list(islice(left, batch_size)):
-                subject.model(**subject.encode(batch), use_cache=False)
+                loaded.model(**loaded.encode(batch), use_cache=False)
     finally:
-        remove_compression(subject.model)
+        remove_compression(loaded.model)
     return profile

@@ -226,9 +226,9 @@ def _checkpoint_builder(
 
         def __init__(self) -> None:
             super().__init__()
-            self.subject = load_checkpoint(path, **options)
-            compression.apply(self.subject.model)
-            watch(self.subject.model, compression, tally)
+            self.loaded = load_checkpoint(path, **options)
+            compression.apply(self.loaded.model)
+            watch(self.loaded.model, compression, tally)
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
             texts, images = [], []
@@ -241,7 +241,7 @@ def _checkpoint_builder(
                 else:
                     raise UnsupportedModelError(f"{part['type']} input is not supported here")
             prompt = Prompt(tuple(images), "\n".join(texts), "")
-            return self.subject.answer([prompt], length)[0]
+            return self.loaded.answer([prompt], length)[0]
 
     return Compressed
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vispress.adapters.base import find_adapter
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
 from vispress.runtime.encoder.capture import EncoderSink
 from vispress.runtime.hooks.attention import current_sink
@@ -35,11 +35,13 @@ class Batch:
     prompts: tuple[Prompt, ...]
 
 
-def make_batches(subject: Subject, task: str, prompts: Sequence[Prompt], size: int) -> list[Batch]:
+def make_batches(
+    loaded: LoadedModel, task: str, prompts: Sequence[Prompt], size: int
+) -> list[Batch]:
     """All questions of a task; conversations whose texts are equally long come together.
 
     Args:
-        subject: Whose tokens are counted.
+        loaded: Whose tokens are counted.
         task: Name of the task.
         prompts: Its questions.
         size: Of a batch, at most.
@@ -47,16 +49,16 @@ def make_batches(subject: Subject, task: str, prompts: Sequence[Prompt], size: i
     order = list(range(len(prompts)))
     if any(prompt.followups for prompt in prompts):
         # rows of one batch then part only where their answers differ in length
-        order.sort(key=lambda place: _lengths(subject, prompts[place]))
+        order.sort(key=lambda place: _lengths(loaded, prompts[place]))
     return [
         Batch(task, tuple(part), tuple(prompts[place] for place in part))
         for part in (order[start : start + size] for start in range(0, len(order), size))
     ]
 
 
-def _lengths(subject: Subject, prompt: Prompt) -> list[int]:
+def _lengths(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     texts = [*(text for text, _ in prompt.followups), prompt.text]
-    counts = [len(subject.processor.tokenizer(text)["input_ids"]) for text in texts]
+    counts = [len(loaded.processor.tokenizer(text)["input_ids"]) for text in texts]
     return [len(texts), *counts]
 
 
@@ -66,12 +68,12 @@ class Memory:
     Both are kept while they fit; a batch that no longer fits is made each time, with equal results.
 
     Args:
-        subject: The model, uncompressed.
+        loaded: The model, uncompressed.
         limit: Bytes to keep of inputs, of features, and of what methods read in the encoder.
     """
 
-    def __init__(self, subject: Subject, limit: int = LIMIT) -> None:
-        self._subject, self._limit = subject, limit
+    def __init__(self, loaded: LoadedModel, limit: int = LIMIT) -> None:
+        self._loaded, self._limit = loaded, limit
         self._inputs, self._features = _Bounded(limit), _Bounded(limit)
         self._asked: Any = None
         self._collected = _Bounded(limit)
@@ -97,7 +99,7 @@ class Memory:
         """
         if not pixels and batch in self._features.held:
             return self._features.held[batch][0]
-        return self._inputs.get(batch, lambda: self._subject.encode(batch.prompts))
+        return self._inputs.get(batch, lambda: self._loaded.encode(batch.prompts))
 
     @contextmanager
     def encoder(self, batch: Batch) -> Iterator[None]:
@@ -124,7 +126,7 @@ class Memory:
             return copy.copy(self._features.held[batch][1])  # compression marks what it gets
 
         name = "get_video_features" if video else "get_image_features"
-        undo = patch_instance(find_adapter(self._subject.model).base, name, seen)
+        undo = patch_instance(find_adapter(self._loaded.model).base, name, seen)
         try:
             yield
         finally:

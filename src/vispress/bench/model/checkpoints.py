@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from vispress.adapters.base import find_adapter, list_families
-from vispress.bench.model.loaded_model import REFERENCES, Subject, to_device
+from vispress.bench.model.loaded_model import REFERENCES, LoadedModel, to_device
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
 from vispress.model_folders import (
@@ -36,7 +36,7 @@ _BLOCK, _BLOCKS = 2**16, 64
 
 
 @dataclass(frozen=True)
-class Checkpoint(Subject):
+class Checkpoint(LoadedModel):
     """A checkpoint with its processor; texts are rendered by its chat template."""
 
     def encode(
@@ -47,7 +47,7 @@ class Checkpoint(Subject):
         videos: Sequence[Sequence[Any]] | None = None,
         **options: Any,
     ) -> Any:
-        """See `Subject.encode`; checkpoints are given no videos."""
+        """See `LoadedModel.encode`; checkpoints are given no videos."""
         if videos or any(prompt.videos for prompt in prompts):
             self.check_videos()
         texts = [self._render([prompt.text]) for prompt in prompts]
@@ -68,7 +68,7 @@ class Checkpoint(Subject):
     def converse(
         self, prompts: Sequence[Prompt], inputs: Any, max_new_tokens: int
     ) -> list[tuple[str, ...]]:
-        """See `Subject.converse`; the template's words between turns are added."""
+        """See `LoadedModel.converse`; the template's words between turns are added."""
         rendered = [
             replace(
                 prompt,

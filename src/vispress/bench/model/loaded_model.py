@@ -25,7 +25,7 @@ REFERENCES: Final = ("reference", "reference-qwen", "reference-qwen-clips")
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """What is measured.
 
     Args:
@@ -118,9 +118,9 @@ class Subject:
         return converse(self.model, self.processor.tokenizer, inputs, followups, max_new_tokens)
 
 
-def load_subject(
+def load_named_model(
     name: str = "reference", device: str | torch.device = "cpu", dtype: Dtype = "fp32"
-) -> Subject:
+) -> LoadedModel:
     """Load a reference model, or any other checkpoint through `load_checkpoint`.
 
     Args:
@@ -145,7 +145,7 @@ def load_subject(
     model, processor = read(folder, dtype=DTYPES[dtype])
     to_device(model, device)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-    return Subject(name, model.eval(), processor, digest)
+    return LoadedModel(name, model.eval(), processor, digest)
 
 
 def to_device(model: Any, device: str | torch.device) -> None:

@@ -42,14 +42,14 @@ def converse(
         One answer a turn, for each row.
     """
     answers: list[list[str]] = [[] for _ in followups]
-    talk = _Talk(model, tokenizer, max_new_tokens, followups, answers)
+    conversation = _Conversation(model, tokenizer, max_new_tokens, followups, answers)
     cache = DynamicCache(config=model.config.get_text_config())
-    _turn(talk, list(range(len(followups))), dict(inputs), cache)
+    _ask_turn(conversation, list(range(len(followups))), dict(inputs), cache)
     return [tuple(own) for own in answers]
 
 
 @dataclass(frozen=True)
-class _Talk:
+class _Conversation:
     """What all turns share."""
 
     model: Any
@@ -75,24 +75,26 @@ class _Talk:
         return ids[0].to(self.model.device)  # type: ignore[no-any-return]
 
 
-def _turn(talk: _Talk, rows: list[int], inputs: dict[str, Any], cache: Any) -> None:
+def _ask_turn(
+    conversation: _Conversation, rows: list[int], inputs: dict[str, Any], cache: Any
+) -> None:
     """One turn of some rows, then their later turns."""
-    out = talk.model.generate(
-        **inputs, **{CACHE: cache}, max_new_tokens=talk.max_new_tokens, do_sample=False
+    out = conversation.model.generate(
+        **inputs, **{CACHE: cache}, max_new_tokens=conversation.max_new_tokens, do_sample=False
     )
     new = out[:, inputs["input_ids"].shape[1] :]
-    ended = torch.isin(new, torch.tensor(talk.ends, device=new.device, dtype=new.dtype))
+    ended = torch.isin(new, torch.tensor(conversation.ends, device=new.device, dtype=new.dtype))
     lengths = torch.where(ended.any(1), ended.long().argmax(1), new.shape[1]).tolist()
     said = [row[:length] for row, length in zip(new, lengths, strict=True)]
-    words = talk.tokenizer.batch_decode(said, skip_special_tokens=True)
+    words = conversation.tokenizer.batch_decode(said, skip_special_tokens=True)
     for row, answer in zip(rows, words, strict=True):
-        talk.answers[row].append(answer.strip())
-    if any(map(talk.goes_on, rows)):
-        _go_on(talk, rows, inputs, cache, new, lengths)
+        conversation.answers[row].append(answer.strip())
+    if any(map(conversation.goes_on, rows)):
+        _ask_next_turns(conversation, rows, inputs, cache, new, lengths)
 
 
-def _go_on(
-    talk: _Talk,
+def _ask_next_turns(
+    conversation: _Conversation,
     rows: list[int],
     inputs: dict[str, Any],
     cache: Any,
@@ -103,24 +105,24 @@ def _go_on(
     parts: dict[tuple[int, int], list[int]] = {}
     texts: dict[int, Tensor] = {}
     for at, row in enumerate(rows):
-        if talk.goes_on(row):
-            texts[at] = talk.next_text(row)
+        if conversation.goes_on(row):
+            texts[at] = conversation.next_text(row)
             parts.setdefault((lengths[at], len(texts[at])), []).append(at)
     start = inputs["input_ids"].shape[1]
     # M-RoPE models keep the offset of each row's positions on the module
-    deltas = getattr(talk.model.model, "rope_deltas", None)
+    deltas = getattr(conversation.model.model, "rope_deltas", None)
     for (length, _), places in parts.items():
         pick = torch.tensor(places, device=new.device)
         asked = torch.stack([texts[at] for at in places])
         added = torch.cat([new[pick, :length], asked], dim=1)
         grown = _grown(inputs, pick, added)
-        part = _rows_of(cache, pick)
+        part = _cache_rows(cache, pick)
         # steps that longer answers of the batch took; the cache may hold less than the history
         if (extra := part.get_seq_length() - (start + length)) > 0:
             part.crop(-extra)
         if deltas is not None:
-            talk.model.model.rope_deltas = deltas[pick.to(deltas.device)]
-        _turn(talk, [rows[at] for at in places], grown, part)
+            conversation.model.model.rope_deltas = deltas[pick.to(deltas.device)]
+        _ask_turn(conversation, [rows[at] for at in places], grown, part)
 
 
 def _grown(inputs: dict[str, Any], pick: Tensor, added: Tensor) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _grown(inputs: dict[str, Any], pick: Tensor, added: Tensor) -> dict[str, Any
     return grown
 
 
-def _rows_of(cache: Any, pick: Tensor) -> Any:
+def _cache_rows(cache: Any, pick: Tensor) -> Any:
     """Some rows of a cache, as a cache of their own."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vispress.analysis.overlay import brightness, seen_picture
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.page.questions import Pick
 from vispress.bench.page.words import name_of
 from vispress.bench.plan.oracle import evidence_tokens
@@ -128,7 +128,7 @@ def make_picture(key: str, pixels: NDArray[np.float64], evidence: Sequence[int])
     return Picture(key=key, uri=uri, aspect=aspect, evidence=outline(evidence, EVIDENCE_GRID))
 
 
-def pictures_of(prompt: Prompt, key: str, subject: Subject | None) -> tuple[Picture, ...]:
+def pictures_of(prompt: Prompt, key: str, loaded: LoadedModel | None) -> tuple[Picture, ...]:
     """All pictures of a question, as the model sees them where it is at hand.
 
     Of a video, every other frame, as it is.
@@ -136,8 +136,8 @@ def pictures_of(prompt: Prompt, key: str, subject: Subject | None) -> tuple[Pict
     found = []
     for number, image in enumerate(prompt.images):
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-        if subject is not None:
-            pixels = seen_picture(subject, prompt, number)
+        if loaded is not None:
+            pixels = seen_picture(loaded, prompt, number)
         evidence = prompt.evidence[number] if prompt.evidence else ()
         found.append(make_picture(f"{key}-{number}", pixels, evidence))
     cells = EVIDENCE_GRID**2
@@ -200,7 +200,7 @@ def exhibit(
     cells: Sequence[Mapping[str, Any]],
     kinds: Mapping[str, str],
     shots: Mapping[tuple[str, str, int], tuple[Shot, ...]],
-    subject: Subject | None,
+    loaded: LoadedModel | None,
 ) -> Exhibit:
     """Put a question together.
 
@@ -210,7 +210,7 @@ def exhibit(
         cells: Whose answers are shown, the uncompressed model's first.
         kinds: How each group is drawn.
         shots: By cell, task and question.
-        subject: The model, where it is at hand.
+        loaded: The model, where it is at hand.
     """
     views = []
     for cell in cells:
@@ -229,7 +229,7 @@ def exhibit(
         question=words(prompt.text),
         turns=tuple(words(text) for text, _ in prompt.followups),
         truth=prompt.answer_text,
-        pictures=pictures_of(prompt, f"{pick.task}-{pick.index}", subject),
+        pictures=pictures_of(prompt, f"{pick.task}-{pick.index}", loaded),
         views=tuple(views),
     )
 

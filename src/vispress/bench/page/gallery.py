@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vispress.api import compression_report
-from vispress.bench.model.loaded_model import Subject, load_subject
+from vispress.bench.model.loaded_model import LoadedModel, load_named_model
 from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
 from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
 from vispress.bench.page.results import Results, Stored
@@ -17,7 +17,7 @@ from vispress.bench.page.words import counted, listed
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.plan import plan_from_mapping
 from vispress.bench.results.summary import BLIND
-from vispress.bench.run.applied_cell import treated
+from vispress.bench.run.applied_cell import apply_cell
 from vispress.bench.run.engine import Advance
 from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import ConfigError, VispressError
@@ -65,15 +65,15 @@ def gallery(
     advance("drawing questions", 0)
     prompts = _draw(results, {pick.task for picks in picked for pick in picks}, notes)
     kept = [[pick for pick in picks if pick.task in prompts] for picks in picked]
-    subject = _subject(results, device, notes)
+    loaded = _loaded(results, device, notes)
     shots: Shots = {}
-    if subject is not None:
-        shots = _ask_again(results, subject, [*kept[0], *kept[1]], prompts, notes, advance)
+    if loaded is not None:
+        shots = _ask_again(results, loaded, [*kept[0], *kept[1]], prompts, notes, advance)
     cells = _cells(results)
     kinds = {cell["cell"]["group"]: kind_of(results, cell["cell"]["group"]) for cell in cells}
     exhibits = [
         tuple(
-            exhibit(pick, prompts[pick.task][pick.index], cells, kinds, shots, subject)
+            exhibit(pick, prompts[pick.task][pick.index], cells, kinds, shots, loaded)
             for pick in picks
         )
         for picks in kept
@@ -107,21 +107,21 @@ def _draw(results: Results, tasks: set[str], notes: list[str]) -> Questions:
     return {task: asked for task, asked in prompts.items() if task not in foreign}
 
 
-def _subject(results: Results, device: str | torch.device, notes: list[str]) -> Subject | None:
+def _loaded(results: Results, device: str | torch.device, notes: list[str]) -> LoadedModel | None:
     """The plan's model, if it is here and has the weights that were measured."""
     name = results.plan["model"]
     if name != "reference" and not Path(name).is_dir():
         notes.append(f"kept tokens are not shown: the model {name!r} is not at hand")
         return None
-    subject = load_subject(name, device, results.plan["dtype"])
+    loaded = load_named_model(name, device, results.plan["dtype"])
     measured = results.manifest["identity"]["weights"]
-    if subject.weights != measured:
+    if loaded.weights != measured:
         notes.append(
-            f"kept tokens are not shown: the weights of {name!r} here are {subject.weights}, "
+            f"kept tokens are not shown: the weights of {name!r} here are {loaded.weights}, "
             f"measured were {measured}"
         )
         return None
-    return subject
+    return loaded
 
 
 def _cells_again(results: Results, notes: list[str]) -> dict[str, Cell]:
@@ -138,7 +138,7 @@ def _cells_again(results: Results, notes: list[str]) -> dict[str, Cell]:
 
 def _ask_again(
     results: Results,
-    subject: Subject,
+    loaded: LoadedModel,
     picks: Sequence[Pick],
     prompts: Questions,
     notes: list[str],
@@ -161,7 +161,7 @@ def _ask_again(
             batch = [prompts[task][i] for i in indices]
             if not any(prompt.images for prompt in batch):
                 continue
-            answers, found = _watch(cell, subject, batch, results)
+            answers, found = _watch(cell, loaded, batch, results)
             for i, answer, seen in zip(indices, answers, found, strict=True):
                 shots[cell.key, task, i] = seen
                 asked += 1
@@ -172,13 +172,13 @@ def _ask_again(
 
 
 def _watch(
-    cell: Cell, subject: Subject, batch: Sequence[Prompt], results: Results
+    cell: Cell, loaded: LoadedModel, batch: Sequence[Prompt], results: Results
 ) -> tuple[list[str], list[tuple[Shot, ...]]]:
     """Answers of a batch, and what was kept of each picture; nothing of composed pictures."""
     limit, positions = results.plan["max_new_tokens"], results.plan["positions"]
-    with treated(cell, subject, batch, subject.encode(batch), positions) as now:
-        turns = subject.converse(batch, now.inputs, limit)
-        report = compression_report(subject.model)
+    with apply_cell(cell, loaded, batch, loaded.encode(batch), positions) as now:
+        turns = loaded.converse(batch, now.inputs, limit)
+        report = compression_report(loaded.model)
     found = []
     for prompt, sample in zip(batch, report.samples, strict=True):
         evidence = prompt.evidence or ((),) * len(prompt.images)

@@ -85,12 +85,12 @@ class Smaller:
     kept: list[int]
 
 
-def smaller(method: Downsample, subject: Any, inputs: Any, prompts: Sequence[Prompt]) -> Smaller:
+def smaller(method: Downsample, loaded: Any, inputs: Any, prompts: Sequence[Prompt]) -> Smaller:
     """The batch with smaller pictures, and placeholders to match.
 
     Args:
         method: How small.
-        subject: The model with its processor.
+        loaded: The model with its processor.
         inputs: The batch at the usual size.
         prompts: The same batch.
 
@@ -98,15 +98,15 @@ def smaller(method: Downsample, subject: Any, inputs: Any, prompts: Sequence[Pro
         UnsupportedMethodError: The family cuts pictures into crops or tiles.
         BudgetError: The processor made more tokens than asked.
     """
-    family = check_family(method.name, subject.model)
-    if videos := video_grids(subject.model, inputs):
-        return _smaller_clips(method, subject, prompts, videos)
-    native = picture_grids(subject.model, inputs)
+    family = check_family(method.name, loaded.model)
+    if videos := video_grids(loaded.model, inputs):
+        return _smaller_clips(method, loaded, prompts, videos)
+    native = picture_grids(loaded.model, inputs)
     grids = method.grids(native)
     make = _resized_qwen if is_qwen(family) else _resized_llava
-    made = make(subject, inputs, prompts, grids)
-    found = picture_grids(subject.model, made)
-    marks = int((made["input_ids"] == subject.model.config.image_token_id).sum())
+    made = make(loaded, inputs, prompts, grids)
+    found = picture_grids(loaded.model, made)
+    marks = int((made["input_ids"] == loaded.model.config.image_token_id).sum())
     if found != grids or marks != sum(h * w for h, w in grids):
         raise _off_target(marks, found, grids)
     return Smaller(made, [h * w for h, w in native], [h * w for h, w in grids])
@@ -119,7 +119,7 @@ def _off_target(marks: int, found: Any, asked: Any) -> BudgetError:
 
 
 def _smaller_clips(
-    method: Downsample, subject: Any, prompts: Sequence[Prompt], native: Sequence[Steps]
+    method: Downsample, loaded: Any, prompts: Sequence[Prompt], native: Sequence[Steps]
 ) -> Smaller:
     """The batch with smaller frames; all of them stay, each with its share of the budget.
 
@@ -139,10 +139,10 @@ def _smaller_clips(
                 f"each of {t} steps"
             )
         small.append(small_grid(h, w, budget // t))
-    made = _resized_clips(subject, prompts, small)
+    made = _resized_clips(loaded, prompts, small)
     asked = [(t, *grid) for (t, _, _), grid in zip(native, small, strict=True)]
-    found = video_grids(subject.model, made)
-    marks = int((made["input_ids"] == subject.model.config.video_token_id).sum())
+    found = video_grids(loaded.model, made)
+    marks = int((made["input_ids"] == loaded.model.config.video_token_id).sum())
     counts = [t * h * w for t, h, w in asked]
     if found != asked or marks != sum(counts):
         raise _off_target(marks, found, asked)
@@ -172,36 +172,36 @@ def any_size(model: Any) -> Iterator[None]:
 
 
 def _resized_llava(
-    subject: Any, inputs: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]
+    loaded: Any, inputs: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]
 ) -> Any:
     """Pixels as the processor made them, scaled down; every run of placeholders is shortened."""
     if not grids:
         return inputs
-    patch = int(subject.model.config.vision_config.patch_size)
-    (rows, columns), old = grids[0], picture_grids(subject.model, inputs)[0]
+    patch = int(loaded.model.config.vision_config.patch_size)
+    (rows, columns), old = grids[0], picture_grids(loaded.model, inputs)[0]
     size = (rows * patch, columns * patch)
     pixels = inputs["pixel_values"]
     scaled = interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False)
-    mark = subject.model.config.image_token_id
+    mark = loaded.model.config.image_token_id
     texts = []
     for ids, seen in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
         own = ids[seen]
         # the n-th placeholder of a picture stays if it is one of its first rows * columns
         place = ((own == mark).cumsum(0) - 1) % (old[0] * old[1])
         texts.append(own[(own != mark) | (place < rows * columns)])
-    padded = subject.processor.tokenizer.pad(
+    padded = loaded.processor.tokenizer.pad(
         {"input_ids": texts}, padding_side="left", return_tensors="pt"
     ).to(inputs["input_ids"].device)
     return {**padded, "pixel_values": scaled.to(pixels.dtype)}
 
 
 def _resized_qwen(
-    subject: Any, inputs: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]
+    loaded: Any, inputs: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]
 ) -> Any:
     """Pictures resized to whole tokens, which the processor then leaves as they are."""
     from PIL.Image import Resampling
 
-    vision = subject.model.config.vision_config
+    vision = loaded.model.config.vision_config
     side = int(vision.patch_size) * int(vision.spatial_merge_size)
     pictures = iter(grids)
     resized = []
@@ -211,15 +211,15 @@ def _resized_qwen(
         resized.append(tuple(image.resize(size, Resampling.BICUBIC) for image, size in images))
     pixels = [rows * columns * side**2 for rows, columns in grids]
     bounds = {"shortest_edge": min(pixels, default=1), "longest_edge": max(pixels, default=1)}
-    return subject.encode(prompts, images=resized, images_kwargs={"size": bounds})
+    return loaded.encode(prompts, images=resized, images_kwargs={"size": bounds})
 
 
-def _resized_clips(subject: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]) -> Any:
+def _resized_clips(loaded: Any, prompts: Sequence[Prompt], grids: Sequence[Grid]) -> Any:
     """Frames resized to whole tokens, which the processor then leaves as they are."""
     import numpy as np
     from PIL.Image import Resampling, fromarray
 
-    vision = subject.model.config.vision_config
+    vision = loaded.model.config.vision_config
     side = int(vision.patch_size) * int(vision.spatial_merge_size)
     left = iter(grids)
     resized: list[list[Any]] = []
@@ -232,7 +232,7 @@ def _resized_clips(subject: Any, prompts: Sequence[Prompt], grids: Sequence[Grid
         resized.append(own)
     pixels = [rows * columns * side**2 for rows, columns in grids]
     bounds = {"shortest_edge": min(pixels), "longest_edge": max(pixels)}
-    return subject.encode(prompts, videos=resized, videos_kwargs={"size": bounds})
+    return loaded.encode(prompts, videos=resized, videos_kwargs={"size": bounds})
 
 
 def _take(pictures: Iterator[Grid], prompt: Prompt) -> list[Grid]:

@@ -11,7 +11,7 @@ from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, 
 from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
 from vispress.bench.plan.provenance import digest
 from vispress.bench.tasks.task import get_task, suggest
-from vispress.bench.tasks.yaml_task import task_name
+from vispress.bench.tasks.yaml_task import register_entry
 from vispress.errors import ConfigError
 from vispress.types import Positions
 
@@ -39,7 +39,7 @@ class Plan:
 
     Args:
         tasks: Names of tasks. A YAML plan may also describe one in place, or name a YAML file that
-            does (see `Description`).
+            does (see `YamlTask`).
         methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
             may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
             place of the plan's; `[]` for the method's own budget). `"all"` is every registered
@@ -181,7 +181,7 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
             raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")
         data[name] = tuple(data[name])
     base = Path(where).parent if Path(where).is_file() else Path()
-    data["tasks"] = tuple(task_name(entry, base) for entry in data["tasks"])
+    data["tasks"] = tuple(register_entry(entry, base) for entry in data["tasks"])
     data["timing"] = Timing(**_mapping(data.get("timing") or {}, Timing, f"{where}, timing"))
     return Plan(**data)
 

@@ -95,7 +95,7 @@ def leakage(blind: Cells, chance: Mapping[str, float]) -> dict[str, float]:
     return {task: max(0.0, fmean(own) - chance[task]) for task, own in per_question(blind).items()}
 
 
-def turns(cells: Cells, *, seed: int = 0) -> dict[str, tuple[Interval, ...]]:
+def accuracy_by_turn(cells: Cells, *, seed: int = 0) -> dict[str, tuple[Interval, ...]]:
     """Accuracy of each turn, by task; tasks of one turn are left out."""
     found = {}
     for task, first in cells[0]["tasks"].items():

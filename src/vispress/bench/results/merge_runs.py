@@ -11,7 +11,7 @@ _MAY_DIFFER = frozenset({"methods", "keep_ratios", "overrides", "controls", "cel
 """Entries of a plan that decide which cells there are, not what a cell measures."""
 
 
-def join_results(folders: Sequence[Path], out: Path, *, force: bool = False) -> int:
+def merge_runs(folders: Sequence[Path], out: Path, *, force: bool = False) -> int:
     """Write the finished cells of several runs to one folder, which reports are made of.
 
     The runs must have asked the same model the same questions. Commits may differ: a cell keeps its

@@ -20,7 +20,13 @@ from vispress.bench.results.compare import (
 )
 from vispress.bench.results.cost_rows import Cost, cost_of
 from vispress.bench.results.csv_rows import csv_text
-from vispress.bench.results.derived_metrics import gain, gap_closed, hard_subset, leakage, turns
+from vispress.bench.results.derived_metrics import (
+    accuracy_by_turn,
+    gain,
+    gap_closed,
+    hard_subset,
+    leakage,
+)
 from vispress.bench.results.ranking import Ranking
 from vispress.bench.results.stats import Interval, bootstrap_mean
 from vispress.bench.results.store import read_results, write_json, write_text
@@ -193,7 +199,7 @@ def _row(
         kept_end=fmean(k["kept_at_end"] for k in kept),
         cost=cost_of(cells),
         control=control,
-        turns=turns(cells, seed=seed) or None,
+        turns=accuracy_by_turn(cells, seed=seed) or None,
         **_against_peers(keep_ratio, cells, seed, peers),
     )
 

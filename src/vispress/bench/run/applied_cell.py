@@ -9,11 +9,11 @@ import torch
 
 from vispress.adapters.base import find_adapter
 from vispress.api import compress_model, compression_report, remove_compression
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.downsample import any_size, smaller
 from vispress.bench.plan.oracle import Oracle, told
-from vispress.bench.run.budget_check import Kept, check_target
+from vispress.bench.run.budget_check import KeptTokens, check_budget
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import UnsupportedMethodError
 from vispress.methods.base import Compressor
@@ -21,7 +21,7 @@ from vispress.types import Positions
 
 
 @dataclass(frozen=True)
-class Treated:
+class AppliedCell:
     """A batch while the model is as the cell has it.
 
     Args:
@@ -35,20 +35,20 @@ class Treated:
 
 
 @contextmanager
-def treated(
+def apply_cell(
     cell: Cell,
-    subject: Subject,
+    loaded: LoadedModel,
     prompts: Sequence[Prompt],
     inputs: Any,
     positions: Positions | None = None,
-) -> Iterator[Treated]:
+) -> Iterator[AppliedCell]:
     """The model as a cell has it, for one batch; as it was afterwards.
 
     Args:
         cell: What is done.
-        subject: The model, uncompressed.
+        loaded: The model, uncompressed.
         prompts: The batch.
-        inputs: As the subject encodes it.
+        inputs: As the loaded model encodes it.
         positions: As in `compress_model`.
 
     Raises:
@@ -56,25 +56,25 @@ def treated(
         BudgetError: A budget cannot be reached.
     """
     if cell.picture is not None:
-        made = smaller(cell.picture, subject, inputs, prompts)
-        with any_size(subject.model):
-            yield Treated(made.inputs, (sum(made.native), sum(made.kept)))
+        made = smaller(cell.picture, loaded, inputs, prompts)
+        with any_size(loaded.model):
+            yield AppliedCell(made.inputs, (sum(made.native), sum(made.kept)))
         return
     if not cell.chain:
-        ids = [*find_adapter(subject.model).placeholders().values()]
-        marks = torch.isin(inputs["input_ids"], torch.tensor(ids, device=subject.device))
-        yield Treated(inputs, (int(marks.sum()),) * 2)
+        ids = [*find_adapter(loaded.model).placeholders().values()]
+        marks = torch.isin(inputs["input_ids"], torch.tensor(ids, device=loaded.device))
+        yield AppliedCell(inputs, (int(marks.sum()),) * 2)
         return
-    chain = compressors(cell, subject, prompts, inputs)
-    compress_model(subject.model, chain, positions=positions)
+    chain = compressors(cell, loaded, prompts, inputs)
+    compress_model(loaded.model, chain, positions=positions)
     try:
-        yield Treated(inputs)
+        yield AppliedCell(inputs)
     finally:
-        remove_compression(subject.model)
+        remove_compression(loaded.model)
 
 
 def compressors(
-    cell: Cell, subject: Subject, prompts: Sequence[Prompt], inputs: Any
+    cell: Cell, loaded: LoadedModel, prompts: Sequence[Prompt], inputs: Any
 ) -> list[Compressor]:
     """The chain of a cell for one batch: the oracle is told where its evidence is.
 
@@ -82,7 +82,7 @@ def compressors(
         UnsupportedMethodError: The prompts do not say it, or the model has no grid for it.
     """
     return [
-        told(method, subject.model, inputs, prompts) if isinstance(method, Oracle) else method
+        told(method, loaded.model, inputs, prompts) if isinstance(method, Oracle) else method
         for method in cell.chain
     ]
 
@@ -94,13 +94,13 @@ def changes_encoder(cell: Cell) -> bool:
 
 
 def check_cell(
-    cell: Cell, subject: Subject, positions: Positions | None, *, pictures: Sequence[str]
+    cell: Cell, loaded: LoadedModel, positions: Positions | None, *, pictures: Sequence[str]
 ) -> None:
     """Whether the model can run a cell at all, as far as that shows before any prompt.
 
     Args:
         cell: What is to be done.
-        subject: The model.
+        loaded: The model.
         positions: As in `compress_model`.
         pictures: Tasks that show pictures.
 
@@ -110,7 +110,7 @@ def check_cell(
         ConfigError: A hyper-parameter does not fit the model.
     """
     if cell.picture is not None:
-        with any_size(subject.model):
+        with any_size(loaded.model):
             return
     for method in cell.chain:
         if method.needs == "video" and pictures:
@@ -119,33 +119,33 @@ def check_cell(
                 f"show: {', '.join(pictures)}"
             )
     if cell.chain:
-        compress_model(subject.model, list(cell.chain), positions=positions)
-        remove_compression(subject.model)
+        compress_model(loaded.model, list(cell.chain), positions=positions)
+        remove_compression(loaded.model)
 
 
 def answer(
     cell: Cell,
-    subject: Subject,
+    loaded: LoadedModel,
     prompts: Sequence[Prompt],
     inputs: Any,
     *,
     max_new_tokens: int,
     positions: Positions | None,
-    kept: Kept,
+    kept: KeptTokens,
 ) -> list[tuple[str, ...]]:
     """Answers of one batch; what the first turn's prefill kept is checked and added to `kept`.
 
     Raises:
         BudgetError: A method kept another number of tokens than asked.
-        UnsupportedMethodError: As `treated`.
+        UnsupportedMethodError: As `apply_cell`.
     """
-    with treated(cell, subject, prompts, inputs, positions) as now:
-        turns = subject.converse(prompts, now.inputs, max_new_tokens)
+    with apply_cell(cell, loaded, prompts, inputs, positions) as now:
+        turns = loaded.converse(prompts, now.inputs, max_new_tokens)
         images = sum(prompt.visuals for prompt in prompts)
         if now.tokens is not None:
             kept.add_plain(images, *now.tokens)
         elif images:
-            report = compression_report(subject.model)
-            check_target(cell, report)
+            report = compression_report(loaded.model)
+            check_budget(cell, report)
             kept.add(report)
     return turns

@@ -10,7 +10,7 @@ from vispress.methods.base import Compressor
 from vispress.report import CompressionReport, ImageReport
 
 
-def expected(
+def expected_counts(
     chain: Sequence[Compressor], num_visual: int, num_layers: int, *, last: bool = True
 ) -> list[int]:
     """Tokens left of an image after each placement of a chain.
@@ -47,7 +47,7 @@ def mean_kept(image: ImageReport, num_layers: int) -> float:
     return total / num_layers
 
 
-def check_target(cell: Cell, report: CompressionReport) -> None:
+def check_budget(cell: Cell, report: CompressionReport) -> None:
     """Compare what a prefill kept with the cell's budget, image by image.
 
     Methods that may keep another count than asked may keep fewer, never more.
@@ -58,7 +58,7 @@ def check_target(cell: Cell, report: CompressionReport) -> None:
     exact = all(method.exact for method in cell.chain)
     for sample in report.samples:
         for image in sample.images:
-            asked = expected(
+            asked = expected_counts(
                 cell.chain, image.num_visual, report.num_layers, last=image is sample.images[-1]
             )
             _check_image(cell, image, asked, report.num_layers, exact=exact)
@@ -91,7 +91,7 @@ def _check_image(
 
 
 @dataclass
-class Kept:
+class KeptTokens:
     """Visual tokens of all images of a run, added up.
 
     Args:

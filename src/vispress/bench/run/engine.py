@@ -10,7 +10,7 @@ import torch
 import vispress
 from vispress.adapters.base import find_adapter
 from vispress.bench.model.batches import Batch, Memory, make_batches
-from vispress.bench.model.loaded_model import Subject, load_subject
+from vispress.bench.model.loaded_model import LoadedModel, load_named_model
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.plan import Plan
 from vispress.bench.plan.provenance import commit, now, provenance
@@ -18,7 +18,7 @@ from vispress.bench.results.shards import Shard, this_shard
 from vispress.bench.results.stats import bootstrap_mean
 from vispress.bench.results.store import ResultsFolder, open_results
 from vispress.bench.run.applied_cell import answer, changes_encoder, check_cell, compressors
-from vispress.bench.run.budget_check import Kept
+from vispress.bench.run.budget_check import KeptTokens
 from vispress.bench.tasks.task import Prompt, Task, get_task
 from vispress.bench.timing.cost import measure_cost, timed_batch
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
@@ -60,19 +60,19 @@ def run(
             model, or a task shows videos to a model that takes none.
     """
     shard = this_shard() if shard is None else shard
-    subject = load_subject(plan.model, shard.device(device), plan.dtype)
-    find_adapter(subject.model)
+    loaded = load_named_model(plan.model, shard.device(device), plan.dtype)
+    find_adapter(loaded.model)
     if any(get_task(name).shows == "videos" for name in plan.tasks):
-        subject.check_videos()
+        loaded.check_videos()
     identity = {
         "plan": plan.digest(),
         "commit": commit(),
         "version": vispress.__version__,
-        "weights": subject.weights,
+        "weights": loaded.weights,
     }
     manifest = {"plan": plan.to_dict(), "tasks": _cards(plan), "created": now()}
     with open_results(Path(out), identity, manifest, force=force, shard=shard) as folder:
-        work = _Work(plan, subject, folder, advance, _refusals(plan, subject))
+        work = _Work(plan, loaded, folder, advance, _refusals(plan, loaded))
         waiting = [cell for cell in plan.cells() if not work.found(cell)]
         if not waiting:
             return
@@ -93,12 +93,12 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
-        subject: Subject,
+        loaded: LoadedModel,
         folder: ResultsFolder,
         advance: Advance,
         refused: Mapping[str, str],
     ) -> None:
-        self.plan, self.subject, self.folder, self.advance = plan, subject, folder, advance
+        self.plan, self.loaded, self.folder, self.advance = plan, loaded, folder, advance
         self.refused = refused
         self.total = plan.questions * len(plan.tasks)
 
@@ -106,7 +106,7 @@ class _Work:
         """Draw the questions; the same for every cell and process."""
         tasks = [get_task(name) for name in self.plan.tasks]
         drawn = {task.name: task.draw(self.plan.questions, self.plan.seed) for task in tasks}
-        self.bank = Bank.of(self.plan, self.subject, drawn)
+        self.bank = Bank.of(self.plan, self.loaded, drawn)
 
     def found(self, cell: Cell) -> bool:
         """Whether a cell is finished already."""
@@ -126,19 +126,19 @@ class _Work:
 
     def _finish(self, cell: Cell) -> None:
         """Run one cell and store it, with the reason if it cannot be run."""
-        plan, subject = self.plan, self.subject
+        plan, loaded = self.plan, self.loaded
         result: dict[str, Any]
         reason = self.refused.get(cell.key)
         if reason is None:
             try:
-                result = run_cell(plan, cell, subject, self.bank, self.advance)
+                result = run_cell(plan, cell, loaded, self.bank, self.advance)
             except UnsupportedMethodError as error:
                 # only a batch shows it: pictures without a grid, questions without evidence
                 reason = str(error)
         if reason is not None:
             result = {"refused": reason}
             self.advance(cell.key, self.total)
-        stamp = {"seed": plan.seed, "provenance": provenance(subject.model), "finished": now()}
+        stamp = {"seed": plan.seed, "provenance": provenance(loaded.model), "finished": now()}
         self.folder.write(cell.key, {"cell": cell.to_dict(), **result, **stamp})
 
 
@@ -157,22 +157,22 @@ class Bank:
     memory: Memory
 
     @classmethod
-    def of(cls, plan: Plan, subject: Subject, questions: Questions) -> "Bank":
+    def of(cls, plan: Plan, loaded: LoadedModel, questions: Questions) -> "Bank":
         """Lay out the questions of a plan."""
         size = plan.batch_size
         batches = [
             batch
             for name, prompts in questions.items()
-            for batch in make_batches(subject, name, prompts, size)
+            for batch in make_batches(loaded, name, prompts, size)
         ]
-        return cls(questions, batches, Memory(subject))
+        return cls(questions, batches, Memory(loaded))
 
 
 def run_cell(
-    plan: Plan, cell: Cell, subject: Subject, bank: Bank, advance: Advance
+    plan: Plan, cell: Cell, loaded: LoadedModel, bank: Bank, advance: Advance
 ) -> dict[str, Any]:
     """Accuracy, kept tokens and cost of one cell, as plain data."""
-    kept = Kept()
+    kept = KeptTokens()
     given: dict[str, list[tuple[str, ...]]] = {
         name: [()] * len(prompts) for name, prompts in bank.questions.items()
     }
@@ -181,7 +181,7 @@ def run_cell(
         with bank.memory.shown(batch, anew=anew) as inputs:
             answers = answer(
                 cell,
-                subject,
+                loaded,
                 batch.prompts,
                 inputs,
                 max_new_tokens=plan.max_new_tokens,
@@ -197,10 +197,10 @@ def run_cell(
     }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
     everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
-    if timed := timed_batch(subject, everything, plan.timing.batch):
+    if timed := timed_batch(loaded, everything, plan.timing.batch):
         advance(f"{cell.key}, timing", 0)
-        chain = compressors(cell, subject, timed, subject.encode(timed))
-        result["cost"] = measure_cost(subject, chain, timed, plan, picture=cell.picture)
+        chain = compressors(cell, loaded, timed, loaded.encode(timed))
+        result["cost"] = measure_cost(loaded, chain, timed, plan, picture=cell.picture)
     return result
 
 
@@ -231,7 +231,7 @@ def _scored(
     return scored
 
 
-def _refusals(plan: Plan, subject: Subject) -> dict[str, str]:
+def _refusals(plan: Plan, loaded: LoadedModel) -> dict[str, str]:
     """Cells that this model cannot run, with the reason; asked before any cell runs.
 
     Raises:
@@ -243,7 +243,7 @@ def _refusals(plan: Plan, subject: Subject) -> dict[str, str]:
         try:
             if cell.refused is not None:
                 raise BudgetError(cell.refused)
-            check_cell(cell, subject, plan.positions, pictures=pictures)
+            check_cell(cell, loaded, plan.positions, pictures=pictures)
         except (BudgetError, UnsupportedMethodError) as error:
             reasons[cell.key] = str(error)
         except ConfigError as error:

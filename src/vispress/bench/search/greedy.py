@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from vispress.bench.search.objective import Found, Judge
+from vispress.bench.search.objective import ScheduleObjective, SearchResult
 from vispress.bench.search.sigmoid import Unit, search_sigmoid, sigmoid_of
 from vispress.config import make_compressor
 from vispress.errors import ConfigError
@@ -23,7 +23,7 @@ GRID: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class SearchRequest:
     """What to search for; options are checked before there is a model.
 
     Args:
@@ -49,7 +49,7 @@ class Wish:
     @classmethod
     def of(
         cls, name: str, options: dict[str, Any], unit: Unit | None, share: float, **rest: Any
-    ) -> "Wish":
+    ) -> "SearchRequest":
         """A greedy search of a method's schedule, or a sigmoid where a budget has a unit.
 
         Raises:
@@ -72,13 +72,13 @@ class Wish:
         """Schedules that are tried, at most."""
         return self.trials if self.make is None else greedy_steps(num_layers, self.grid)
 
-    def search(self, judge: Judge, storage: Path | None = None) -> Found:
+    def search(self, objective: ScheduleObjective, storage: Path | None = None) -> SearchResult:
         """Search; see `search_greedy` and `search_sigmoid`."""
         if self.make is not None:
-            return search_greedy(judge, self.make, tolerance=self.tolerance, grid=self.grid)
+            return search_greedy(objective, self.make, tolerance=self.tolerance, grid=self.grid)
         assert self.unit is not None
         return search_sigmoid(
-            judge,
+            objective,
             self.share,
             self.unit,
             trials=self.trials,
@@ -127,19 +127,19 @@ def grid_for(name: str) -> tuple[float, ...]:
 
 
 def search_greedy(
-    judge: Judge,
+    objective: ScheduleObjective,
     make: Callable[[Sequence[float]], Compressor],
     *,
     tolerance: float = 0.005,
     grid: Sequence[float] = GRID,
-) -> Found:
+) -> SearchResult:
     """The least rate of each layer, from shallow to deep, that is still good enough.
 
     A rate is tried with all deeper layers at the same rate, since what is dropped does not come
     back, and found by bisection: a metric that falls with every rate is taken for granted.
 
     Args:
-        judge: Values schedules.
+        objective: Values schedules.
         make: From `scheduled`.
         tolerance: Share of accuracy or loyalty that may be lost, or nats of KL.
         grid: Rates to try, with 1.0.
@@ -149,18 +149,18 @@ def search_greedy(
     """
     if 1.0 not in grid or any(not 0.0 <= rate <= 1.0 for rate in grid):
         raise ConfigError(f"grid must hold 1.0 and rates in [0, 1], got {list(grid)}")
-    least = judge.least(tolerance)
-    rates = [1.0] * judge.num_layers
-    for layer in range(1, judge.num_layers):
+    least = objective.least(tolerance)
+    rates = [1.0] * objective.num_layers
+    for layer in range(1, objective.num_layers):
         tries = sorted(rate for rate in set(grid) if rate <= rates[layer])
         low, high = 0, len(tries) - 1  # the highest is what was good enough before
         while low < high:
             middle = (low + high) // 2
-            tried = [*rates[:layer], *[tries[middle]] * (judge.num_layers - layer)]
-            value = judge.value(make(tried), f"layer {layer} at {tries[middle]:g}")
+            tried = [*rates[:layer], *[tries[middle]] * (objective.num_layers - layer)]
+            value = objective.value(make(tried), f"layer {layer} at {tries[middle]:g}")
             low, high = (low, middle) if value >= least else (middle + 1, high)
-        rates[layer:] = [tries[high]] * (judge.num_layers - layer)
-    return Found.of(judge, make(rates))
+        rates[layer:] = [tries[high]] * (objective.num_layers - layer)
+    return SearchResult.of(objective, make(rates))
 
 
 def greedy_steps(num_layers: int, grid: Sequence[float] = GRID) -> int:

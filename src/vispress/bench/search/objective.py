@@ -14,11 +14,11 @@ import vispress
 from vispress.adapters.base import find_adapter
 from vispress.api import compression_report
 from vispress.bench.model.batches import Batch, Memory, make_batches
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.provenance import commit, digest
-from vispress.bench.run.applied_cell import changes_encoder, treated
-from vispress.bench.run.budget_check import check_target
+from vispress.bench.run.applied_cell import apply_cell, changes_encoder
+from vispress.bench.run.budget_check import check_budget
 from vispress.bench.run.engine import Advance
 from vispress.bench.tasks.task import get_task
 from vispress.checks import check_choice, check_integer, check_number
@@ -66,11 +66,11 @@ class Calibration:
             get_task(task)
 
 
-class Judge:
+class ScheduleObjective:
     """Values schedules on one model; remembers every value, in a file if there is one.
 
     Args:
-        subject: The model, uncompressed.
+        loaded: The model, uncompressed.
         calibration: Questions and metric.
         log: JSON lines of what was found, read again by a later run on the same model, questions
             and commit; None to keep nothing.
@@ -79,26 +79,26 @@ class Judge:
 
     def __init__(
         self,
-        subject: Subject,
+        loaded: LoadedModel,
         calibration: Calibration,
         log: Path | None = None,
         advance: Advance = lambda _what, _questions: None,
     ) -> None:
-        self.subject, self.calibration, self.advance = subject, calibration, advance
-        adapter = find_adapter(subject.model)
+        self.loaded, self.calibration, self.advance = loaded, calibration, advance
+        adapter = find_adapter(loaded.model)
         self.num_layers = len(adapter.decoder_layers)
-        self._text = subject.model.config.get_text_config()
+        self._text = loaded.model.config.get_text_config()
         self._placeholders = list(adapter.placeholders().values())
         self._batches: list[Batch] = []
-        self._memory = Memory(subject)
+        self._memory = Memory(loaded)
         self._log, self._known = log, dict(_read(log, self.identity))
         self._reference: list[Any] | None = None
 
     @property
     def identity(self) -> str:
         """Hash of everything that decides a value, but for the schedule."""
-        own = {"weights": self.subject.weights, "commit": commit()}
-        own |= {"version": vispress.__version__, "dtype": str(self.subject.model.dtype)}
+        own = {"weights": self.loaded.weights, "commit": commit()}
+        own |= {"version": vispress.__version__, "dtype": str(self.loaded.model.dtype)}
         return digest(own | asdict(self.calibration))
 
     @property
@@ -108,7 +108,7 @@ class Judge:
             own = self.calibration
             for name in own.tasks:
                 prompts = get_task(name).draw(own.questions, own.seed)
-                self._batches += make_batches(self.subject, name, prompts, own.batch_size)
+                self._batches += make_batches(self.loaded, name, prompts, own.batch_size)
         return self._batches
 
     @property
@@ -175,7 +175,7 @@ class Judge:
     def num_visual(self) -> int:
         """Visual tokens of a prompt, their mean over all questions."""
         ids = [self._memory.inputs(batch)["input_ids"] for batch in self.batches]
-        marks = torch.tensor(self._placeholders, device=self.subject.device)
+        marks = torch.tensor(self._placeholders, device=self.loaded.device)
         return max(1, round(sum(int(torch.isin(x, marks).sum()) for x in ids) / self.num_questions))
 
     def _left(self, method: Compressor) -> tuple[int, ...]:
@@ -195,21 +195,21 @@ class Judge:
         for batch in self.batches:
             with (
                 self._memory.shown(batch, anew=changes_encoder(cell)) as inputs,
-                treated(cell, self.subject, batch.prompts, inputs) as now,
+                apply_cell(cell, self.loaded, batch.prompts, inputs) as now,
             ):
                 out = run(batch, now.inputs)
                 if cell.chain and any(prompt.visuals for prompt in batch.prompts):
-                    check_target(cell, compression_report(self.subject.model))
+                    check_budget(cell, compression_report(self.loaded.model))
             self.advance(f"{what}, {batch.task}", len(batch.prompts))
             yield out
 
     def _answers(self, batch: Batch, inputs: Any) -> list[str]:
-        turns = self.subject.converse(batch.prompts, inputs, self.calibration.max_new_tokens)
+        turns = self.loaded.converse(batch.prompts, inputs, self.calibration.max_new_tokens)
         return [" / ".join(answers) for answers in turns]
 
     @torch.inference_mode()
     def _first_tokens(self, batch: Batch, inputs: Any) -> Tensor:
-        out = self.subject.model.generate(
+        out = self.loaded.model.generate(
             **inputs,
             max_new_tokens=1,
             do_sample=False,
@@ -237,7 +237,7 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """A schedule and what it is worth.
 
     Args:
@@ -255,24 +255,24 @@ class Found:
     flops: float
 
     @classmethod
-    def of(cls, judge: Judge, method: Compressor) -> "Found":
-        """What a judge says of a schedule."""
+    def of(cls, objective: ScheduleObjective, method: Compressor) -> "SearchResult":
+        """Value a schedule by an objective, and size it."""
         return cls(
             method=method,
-            value=judge.value(method, "found"),
-            uncompressed=judge.uncompressed,
-            tokens=judge.share_of_tokens(method),
-            flops=judge.share_of_flops(method),
+            value=objective.value(method, "found"),
+            uncompressed=objective.uncompressed,
+            tokens=objective.share_of_tokens(method),
+            flops=objective.share_of_flops(method),
         )
 
-    def save(self, path: Path, judge: Judge, how: str) -> None:
+    def save(self, path: Path, objective: ScheduleObjective, how: str) -> None:
         """Write the YAML that `compress_model(model, config=path)` takes, with its origin above."""
-        own = judge.calibration
+        own = objective.calibration
         origin = (
             f"vispress search {how}: {own.metric} {self.value:.4f}, uncompressed "
             f"{self.uncompressed:.4f}, at {100 * self.tokens:.1f} % of visual tokens and\n"
             f"{100 * self.flops:.1f} % of their FLOPs; {own.questions} questions each of "
-            f"{', '.join(own.tasks)} (seed {own.seed}), {judge.subject.name}"
+            f"{', '.join(own.tasks)} (seed {own.seed}), {objective.loaded.name}"
         )
         save_config(self.method, path, origin=origin)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from vispress.bench.search.objective import Found, Judge
+from vispress.bench.search.objective import ScheduleObjective, SearchResult
 from vispress.budget import check_ratio
 from vispress.checks import check_choice, check_integer
 from vispress.config import make_compressor
@@ -39,7 +39,7 @@ def sigmoid_of(name: str, **options: Any) -> Layerwise:
 
 
 def search_sigmoid(
-    judge: Judge,
+    objective: ScheduleObjective,
     share: float,
     unit: Unit = "tokens",
     *,
@@ -47,14 +47,14 @@ def search_sigmoid(
     seed: int = 0,
     storage: Path | None = None,
     method: Layerwise | None = None,
-) -> Found:
+) -> SearchResult:
     """Steepness and floor that are best under a budget, by Bayesian optimisation (optuna).
 
     Expected improvement under a Gaussian process (Matern 5/2), after 8 random trials; the first is
     the default steepness, so that what is found is never worse on the calibration questions.
 
     Args:
-        judge: Values schedules.
+        objective: Values schedules.
         share: Of visual tokens (mean over layers) or of their FLOPs, in `(0, 1]`.
         unit: Of `share`.
         trials: Schedules to value, those of an earlier run included.
@@ -71,46 +71,58 @@ def search_sigmoid(
     check_integer("trials", trials, low=1)
     check_integer("seed", seed, low=0)
     host = Layerwise() if method is None else method
-    study = _study(judge, host, share, unit, seed, storage)
+    study = _study(objective, host, share, unit, seed, storage)
     done = sum(trial.state.is_finished() for trial in study.trials)
     if done == 0:
         study.enqueue_trial({"steepness": host.steepness, "floor": FLOOR[0]})
 
-    def objective(trial: Any) -> float:
+    def trial_value(trial: Any) -> float:
         steepness = trial.suggest_float("steepness", *STEEPNESS, log=True)
         floor = trial.suggest_float("floor", *FLOOR)
         try:
-            made = _solved(judge, host, steepness, floor, share, unit)
+            made = _solved(objective, host, steepness, floor, share, unit)
         except BudgetError as error:
             raise _optuna().TrialPruned(str(error)) from error
-        return judge.value(made, f"trial {trial.number}")
+        return objective.value(made, f"trial {trial.number}")
 
-    study.optimize(objective, n_trials=max(0, trials - done))
+    study.optimize(trial_value, n_trials=max(0, trials - done))
     if not any(trial.value is not None for trial in study.trials):
         raise BudgetError(
             f"none of {len(study.trials)} sigmoids meets {share:g} of {unit} in "
-            f"{judge.num_layers} layers: ask for more"
+            f"{objective.num_layers} layers: ask for more"
         )
     best = study.best_trial.params
-    return Found.of(judge, _solved(judge, host, best["steepness"], best["floor"], share, unit))
+    return SearchResult.of(
+        objective, _solved(objective, host, best["steepness"], best["floor"], share, unit)
+    )
 
 
 def _solved(
-    judge: Judge, host: Layerwise, steepness: float, floor: float, share: float, unit: Unit
+    objective: ScheduleObjective,
+    host: Layerwise,
+    steepness: float,
+    floor: float,
+    share: float,
+    unit: Unit,
 ) -> Layerwise:
     """The sigmoid of that shape that costs the share."""
 
     def cost(rates: Sequence[float]) -> float:
         if unit == "tokens":
             return sum(rates) / len(rates)
-        return judge.flops_of([rate * judge.num_visual for rate in rates])
+        return objective.flops_of([rate * objective.num_visual for rate in rates])
 
-    midpoint, floor = solve_sigmoid(steepness, floor, judge.num_layers, cost, share)
+    midpoint, floor = solve_sigmoid(steepness, floor, objective.num_layers, cost, share)
     return replace(host, steepness=steepness, midpoint=midpoint, floor=floor)
 
 
 def _study(
-    judge: Judge, host: Layerwise, share: float, unit: Unit, seed: int, storage: Path | None
+    objective: ScheduleObjective,
+    host: Layerwise,
+    share: float,
+    unit: Unit,
+    seed: int,
+    storage: Path | None,
 ) -> Any:
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -119,7 +131,7 @@ def _study(
         backend = optuna.storages.journal.JournalFileBackend(str(storage))
         kept = optuna.storages.JournalStorage(backend)
     study = optuna.create_study(
-        study_name=f"{judge.identity}-{share:g}-{unit}-{seed}-{host.queries}-{host.steepness:g}",
+        study_name=f"{objective.identity}-{share:g}-{unit}-{seed}-{host.queries}-{host.steepness:g}",
         storage=kept,
         direction="maximize",
         load_if_exists=True,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vispress.bench.tasks.metrics import LETTERS, Metric
 from vispress.bench.tasks.rows import Row, Rows, load_rows, local_path, open_pictures
 from vispress.bench.tasks.task import Prompt
-from vispress.bench.tasks.yaml_task import Description
+from vispress.bench.tasks.yaml_task import YamlTask
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def score(metric: Metric, prediction: str, prompt: Prompt) -> float:
     return metric(prediction, prompt.accepted, prompt.choices)
 
 
-def draw(task: Description, base: Path, n: int, seed: int) -> list[Prompt]:
+def draw(task: YamlTask, base: Path, n: int, seed: int) -> list[Prompt]:
     """Up to `n` questions: fewer if the dataset, or the task's limit, has no more.
 
     Args:
@@ -70,7 +70,7 @@ def draw(task: Description, base: Path, n: int, seed: int) -> list[Prompt]:
     return found
 
 
-def _check_columns(task: Description, rows: Rows) -> None:
+def _check_columns(task: YamlTask, rows: Rows) -> None:
     """Every column that the description names is there; asked once, of the first row's names."""
     known = getattr(rows, "column_names", None) or list(rows[0] if rows else ())
     asked = {"question": [task.question], "answer": [task.answer], "images": _listed(task.images)}
@@ -91,14 +91,14 @@ def _listed(columns: str | tuple[str, ...] | None) -> list[str]:
     return [columns] if isinstance(columns, str) else list(columns or ())
 
 
-def _wanted(task: Description, row: Row) -> bool:
+def _wanted(task: YamlTask, row: Row) -> bool:
     for column, value in (task.where or {}).items():
         if row[column] not in (value if isinstance(value, list) else [value]):
             return False
     return True
 
 
-def _joined(task: Description, options: dict[str, Any]) -> tuple[dict[Any, int], Rows]:
+def _joined(task: YamlTask, options: dict[str, Any]) -> tuple[dict[Any, int], Rows]:
     """Place of each key, and the rows with the pictures; those are read when they are asked for."""
     join = task.images_from
     assert join is not None
@@ -116,7 +116,7 @@ def _joined(task: Description, options: dict[str, Any]) -> tuple[dict[Any, int],
 
 
 def _images(
-    task: Description, row: Row, base: Path, pictures: tuple[dict[Any, int], Rows] | None
+    task: YamlTask, row: Row, base: Path, pictures: tuple[dict[Any, int], Rows] | None
 ) -> list["Image"]:
     path = local_path(task.dataset, base)
     folder = base if path is None else path if path.is_dir() else path.parent
@@ -133,7 +133,7 @@ def _images(
     return images
 
 
-def _prompt(task: Description, row: Row, images: tuple["Image", ...]) -> DatasetPrompt:
+def _prompt(task: YamlTask, row: Row, images: tuple["Image", ...]) -> DatasetPrompt:
     choices = tuple(_options(task, row))
     accepted = _accepted(task, row[task.answer], choices)
     lines = [f"{letter}. {words}" for letter, words in zip(LETTERS, choices, strict=False) if words]
@@ -150,7 +150,7 @@ def _prompt(task: Description, row: Row, images: tuple["Image", ...]) -> Dataset
     )
 
 
-def _filled(task: Description, values: Mapping[str, Any]) -> Iterator[str]:
+def _filled(task: YamlTask, values: Mapping[str, Any]) -> Iterator[str]:
     """The prompt's lines with their fields filled in; those with nothing but empty ones go."""
     for line in task.template():
         filled = [_shown(values[field]) for _, field in line if field is not None]
@@ -164,7 +164,7 @@ def _shown(value: Any) -> str:
     return "" if text.casefold() in _NOTHING else text
 
 
-def _options(task: Description, row: Row) -> list[str]:
+def _options(task: YamlTask, row: Row) -> list[str]:
     if task.choices is None:
         return []
     if isinstance(task.choices, int):
@@ -181,7 +181,7 @@ def _options(task: Description, row: Row) -> list[str]:
     return [text for column in task.choices if (text := _shown(row[column]))]
 
 
-def _accepted(task: Description, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
+def _accepted(task: YamlTask, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
     if task.choices is None:
         found = value if isinstance(value, list | tuple) else [value]
         answers = tuple(str(answer).strip() for answer in found if answer is not None)

@@ -35,7 +35,7 @@ class Join:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class YamlTask:
     """A task over a dataset, as its YAML file has it.
 
     Args:
@@ -123,7 +123,7 @@ class Description:
         return lines
 
 
-def task_name(entry: Any, base: Path) -> str:
+def register_entry(entry: Any, base: Path) -> str:
     """The name of an entry of a plan's `tasks`; a described task becomes known by it.
 
     Args:
@@ -135,16 +135,16 @@ def task_name(entry: Any, base: Path) -> str:
     """
     if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
         path = base / entry
-        return register_task(make_task(*_read(path if path.is_file() else Path(entry)))).name
+        return register_task(task_from_yaml(*_read(path if path.is_file() else Path(entry)))).name
     if isinstance(entry, Mapping):
-        return register_task(make_task(describe(entry, "task"), base)).name
+        return register_task(task_from_yaml(parse_yaml_task(entry, "task"), base)).name
     return str(entry)
 
 
 def shipped_task(name: str) -> Task | None:
     """The task of that name in `configs/tasks`, or None."""
     path = _shipped().get(name)
-    return None if path is None else make_task(*_read(path))
+    return None if path is None else task_from_yaml(*_read(path))
 
 
 def shipped_tasks() -> list[str]:
@@ -152,22 +152,22 @@ def shipped_tasks() -> list[str]:
     return sorted(_shipped())
 
 
-def describe(data: Any, where: str) -> Description:
+def parse_yaml_task(data: Any, where: str) -> YamlTask:
     """A description from parsed YAML.
 
     Raises:
-        ConfigError: A key is unknown, missing or of the wrong type; see also `Description`.
+        ConfigError: A key is unknown, missing or of the wrong type; see also `YamlTask`.
     """
-    values = _known(data, Description, where)
+    values = _known(data, YamlTask, where)
     if (join := values.get("images_from")) is not None:
         values["images_from"] = _build(Join, _known(join, Join, f"{where}, images_from"), where)
     for key in ("images", "choices"):
         if isinstance(values.get(key), list):
             values[key] = tuple(values[key])
-    return _build(Description, values, where)
+    return _build(YamlTask, values, where)
 
 
-def make_task(description: Description, base: Path) -> Task:
+def task_from_yaml(description: YamlTask, base: Path) -> Task:
     """The task that a description stands for; its dataset is opened when questions are drawn."""
     from vispress.bench.tasks.prompts import draw, score
 
@@ -190,7 +190,7 @@ def _shipped() -> dict[str, Path]:
     return {path.stem: path for home in homes for path in home.glob("*.yaml")}
 
 
-def _read(path: Path) -> tuple[Description, Path]:
+def _read(path: Path) -> tuple[YamlTask, Path]:
     import yaml
 
     try:
@@ -199,7 +199,7 @@ def _read(path: Path) -> tuple[Description, Path]:
         raise ConfigError(f"cannot read the task {path}: {error}") from error
     if isinstance(data, Mapping):
         data = {"name": path.stem} | dict(data)
-    return describe(data, str(path)), path.parent
+    return parse_yaml_task(data, str(path)), path.parent
 
 
 def _known(data: Any, cls: type, where: str) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from vispress.api import compressed
-from vispress.bench.model.loaded_model import Subject
+from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.downsample import Downsample, any_size, smaller
 from vispress.bench.plan.plan import Plan, Timing
 from vispress.bench.results.stats import quantiles
 from vispress.bench.tasks.task import Prompt
 from vispress.bench.timing.memory import peak_bytes
 from vispress.bench.timing.replay import recorders, replays
-from vispress.bench.timing.timer import Clock, Sample, timed_generate
+from vispress.bench.timing.timer import Sample, Timer, timed_generate
 from vispress.config import make_compressor
 from vispress.methods.base import Compressor
 from vispress.report import CompressionReport
@@ -43,7 +43,7 @@ TIMES: Mapping[str, Callable[[Sample], Any]] = {
 """The times that are reported, as `<name>_ms`, `uncompressed_<name>_ms` and `<name>_ratio`."""
 
 
-def timed_batch(subject: Subject, prompts: Sequence[Prompt], size: int) -> list[Prompt]:
+def timed_batch(loaded: LoadedModel, prompts: Sequence[Prompt], size: int) -> list[Prompt]:
     """Up to `size` prompts of the commonest length, so that no padding is timed.
 
     Prompts without pictures and videos are left out; where all are, the batch is empty.
@@ -51,7 +51,7 @@ def timed_batch(subject: Subject, prompts: Sequence[Prompt], size: int) -> list[
     alike: dict[tuple[int, int, int], list[Prompt]] = {}
     for prompt in prompts:
         if prompt.visuals:
-            ids = subject.processor.tokenizer(prompt.text)["input_ids"]
+            ids = loaded.processor.tokenizer(prompt.text)["input_ids"]
             shown = len(prompt.images), len(prompt.videos)
             alike.setdefault((*shown, len(ids)), []).append(prompt)
     return max(alike.values(), key=len, default=[])[:size]
@@ -75,24 +75,24 @@ class _Setup:
 
 
 def measure_cost(
-    subject: Subject,
+    loaded: LoadedModel,
     chain: Sequence[Compressor],
     prompts: Sequence[Prompt],
     plan: Plan,
     *,
     picture: Downsample | None = None,
-    clock: Clock | None = None,
+    timer: Timer | None = None,
 ) -> dict[str, Any]:
     """Time one batch both ways, and size caches, peak memory and FLOPs.
 
     Args:
-        subject: The model, uncompressed.
+        loaded: The model, uncompressed.
         chain: What compresses it; none measures the uncompressed model against itself, which
             shows how much of a ratio is noise.
         prompts: One batch of equal length.
         plan: Positions and timing.
         picture: Smaller pictures in place of a chain.
-        clock: In place of the one for the model's device.
+        timer: In place of the one for the model's device.
 
     Returns:
         Plain data. Spreads are mappings of `p20`, `median` and `p80`: for each of `TIMES`
@@ -103,12 +103,12 @@ def measure_cost(
         `uncompressed_peak_bytes` of a batch up to its first token, beyond weights and inputs;
         `flops` of a prompt's visual tokens by convention: `compressed`, `uncompressed`, `ratio`.
     """
-    setup = _set_up(subject, chain, prompts, plan, picture)
-    clock = clock or Clock(subject.device)
+    setup = _set_up(loaded, chain, prompts, plan, picture)
+    timer = timer or Timer(loaded.device)
 
     def run(name: str) -> Sample:
         tokens = 0 if name == REPLAY else plan.timing.decode_tokens
-        return timed_generate(subject.model, setup.inputs[name], tokens, clock)
+        return timed_generate(loaded.model, setup.inputs[name], tokens, timer)
 
     rounds = in_rounds(setup.variants, run, plan.timing)
     count = len(prompts)
@@ -117,7 +117,7 @@ def measure_cost(
         "prompt_tokens": setup.inputs[BASE]["input_ids"].shape[1],
         **_times(rounds),
         **_overhead(rounds),
-        **_peaks(subject, setup),
+        **_peaks(loaded, setup),
         "kv_bytes": setup.kept.kv_bytes / count,
         "uncompressed_kv_bytes": setup.whole.kv_bytes / count,
         "flops": {
@@ -132,17 +132,17 @@ def measure_cost(
 
 
 def _set_up(
-    subject: Subject,
+    loaded: LoadedModel,
     chain: Sequence[Compressor],
     prompts: Sequence[Prompt],
     plan: Plan,
     picture: Downsample | None,
 ) -> _Setup:
-    model, positions, inputs = subject.model, plan.positions, subject.encode(prompts)
+    model, positions, inputs = loaded.model, plan.positions, loaded.encode(prompts)
     everything = make_compressor("random", keep_ratio=1.0)  # a report of the untouched model
     whole = _prefilled(model, inputs, [everything], plan)
     if picture is not None:
-        small = smaller(picture, subject, inputs, prompts).inputs
+        small = smaller(picture, loaded, inputs, prompts).inputs
         with any_size(model):
             kept = _prefilled(model, small, [everything], plan)
         variants: Variants = {BASE: nullcontext, KEPT: partial(any_size, model)}
@@ -192,13 +192,13 @@ def _first_token(model: Any, inputs: Any) -> None:
     model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
 
-def _peaks(subject: Subject, setup: _Setup) -> dict[str, int]:
+def _peaks(loaded: LoadedModel, setup: _Setup) -> dict[str, int]:
     found = {}
     for name in (BASE, KEPT):
-        call = partial(_first_token, subject.model, setup.inputs[name])
+        call = partial(_first_token, loaded.model, setup.inputs[name])
         with setup.variants[name]():
             call()
-            found[name] = peak_bytes(subject.device, call)
+            found[name] = peak_bytes(loaded.device, call)
     return {"peak_bytes": found[KEPT], "uncompressed_peak_bytes": found[BASE]}
 
 

@@ -12,7 +12,7 @@ from vispress.adapters.base import find_adapter
 from vispress.runtime.hooks.instance_patch import patch_instance
 
 
-class Clock:
+class Timer:
     """Marks in time; on a GPU they are events on its stream, so that no mark waits for the device.
 
     Args:
@@ -67,11 +67,11 @@ class Marks:
     """Marks of one `generate`; also its stopping criterion, called once a token, which never stops.
 
     Args:
-        clock: Makes the marks.
+        timer: Makes the marks.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
         self._depth = 0
         self.start: Any = None
         self.encoder: list[tuple[Any, Any]] = []
@@ -79,7 +79,7 @@ class Marks:
         self.tokens: list[Any] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.tokens.append(self._clock.mark())
+        self.tokens.append(self._timer.mark())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -87,21 +87,21 @@ class Marks:
         if self._depth:
             return original(*args, **kwargs)
         self._depth += 1
-        first = self._clock.mark()
+        first = self._timer.mark()
         try:
             return original(*args, **kwargs)
         finally:
             self._depth -= 1
-            self.encoder.append((first, self._clock.mark()))
+            self.encoder.append((first, self._timer.mark()))
 
     def enter(self, *_: Any) -> None:
         """A pre-hook of the language model: its first call is the prefill."""
         if self.prefill is None:
-            self.prefill = self._clock.mark()
+            self.prefill = self._timer.mark()
 
     def sample(self) -> Sample:
         """The times between the marks."""
-        between, first, later = self._clock.between, self.tokens[0], self.tokens[1:]
+        between, first, later = self._timer.between, self.tokens[0], self.tokens[1:]
         return Sample(
             encoder_ms=sum(between(a, b) for a, b in self.encoder),
             prefill_ms=between(self.prefill, first),
@@ -111,9 +111,9 @@ class Marks:
 
 
 @contextmanager
-def marked(model: Any, clock: Clock) -> Iterator[Marks]:
+def marked(model: Any, timer: Timer) -> Iterator[Marks]:
     """Put marks around the parts of a model, compressed or not; leaves nothing behind."""
-    adapter, marks = find_adapter(model), Marks(clock)
+    adapter, marks = find_adapter(model), Marks(timer)
     undo: list[Callable[[], None]] = []
     for modality in adapter.placeholders():
         if hasattr(adapter.base, name := f"get_{modality}_features"):
@@ -129,22 +129,22 @@ def marked(model: Any, clock: Clock) -> Iterator[Marks]:
 
 
 @torch.inference_mode()
-def timed_generate(model: Any, inputs: Any, decode_tokens: int, clock: Clock) -> Sample:
+def timed_generate(model: Any, inputs: Any, decode_tokens: int, timer: Timer) -> Sample:
     """Greedily generate `1 + decode_tokens` tokens of a batch, timed.
 
     Args:
         model: A supported model, compressed or not.
         inputs: Keyword arguments of `generate`, on the model's device.
         decode_tokens: Tokens after the first, at least 0.
-        clock: For the model's device.
+        timer: For the model's device.
     """
     from transformers import StoppingCriteriaList
 
     count = 1 + decode_tokens
-    with marked(model, clock) as marks:
+    with marked(model, timer) as marks:
         criteria = StoppingCriteriaList([marks])
-        clock.synchronize()
-        marks.start = clock.mark()
+        timer.synchronize()
+        marks.start = timer.mark()
         model.generate(
             **inputs,
             max_new_tokens=count,
@@ -152,5 +152,5 @@ def timed_generate(model: Any, inputs: Any, decode_tokens: int, clock: Clock) ->
             do_sample=False,
             stopping_criteria=criteria,
         )
-    clock.synchronize()
+    timer.synchronize()
     return marks.sample()

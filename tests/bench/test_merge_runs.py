@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.bench.stored import IDENTITY, write_results
 
-from vispress.bench.results.merge_runs import join_results
+from vispress.bench.results.merge_runs import merge_runs
 from vispress.bench.results.store import ResultsError, open_results, read_results
 from vispress.bench.results.summary import summarise
 
@@ -39,7 +39,7 @@ def two(tmp_path):
 def test_methods_of_two_runs_stand_in_one_table(two, tmp_path):
     out = tmp_path / "joined"
     # none and random--0.5
-    assert join_results(two, out) == 2
+    assert merge_runs(two, out) == 2
     manifest, cells = read_results(out)
     keys = [cell["key"] for cell in cells]
     assert keys == [
@@ -57,14 +57,14 @@ def test_methods_of_two_runs_stand_in_one_table(two, tmp_path):
 
 def test_cells_that_are_missing_stay_missing(two, tmp_path):
     (two[1] / "cells" / "tome--0.125.json").unlink()
-    join_results(two, tmp_path / "joined")
+    merge_runs(two, tmp_path / "joined")
     assert summarise(tmp_path / "joined").missing == 1
 
 
 def test_no_run_goes_on_in_joined_results(two, tmp_path):
     out = tmp_path / "joined"
-    join_results(two, out)
-    join_results(two, out)
+    merge_runs(two, out)
+    merge_runs(two, out)
     for folder in two:
         manifest, _ = read_results(folder)
         with (
@@ -80,7 +80,7 @@ def test_no_run_goes_on_in_joined_results(two, tmp_path):
 def test_other_questions_are_refused(two, tmp_path, name, value):
     change(two[1], "run.json", lambda data: data["plan"].update({name: value}))
     with pytest.raises(ResultsError, match=f"{name} is .* in one and {value} in the other"):
-        join_results(two, tmp_path / "joined")
+        merge_runs(two, tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
 
@@ -89,7 +89,7 @@ def test_another_model_is_refused(two, tmp_path, name):
     for path in [two[1] / "run.json", *(two[1] / "cells").glob("*.json")]:
         change(two[1], path.relative_to(two[1]), lambda data: data["identity"].update({name: "x"}))
     with pytest.raises(ResultsError, match=f"{name} is"):
-        join_results(two, tmp_path / "joined")
+        merge_runs(two, tmp_path / "joined")
 
 
 def _other_answer(cell):
@@ -106,20 +106,20 @@ def _other_method(cell):
 def test_a_shared_cell_that_differs_is_refused(two, tmp_path, edit, what):
     change(two[1], "cells/random--0.5.json", edit)
     with pytest.raises(ResultsError, match=rf"'random--0\.5' .* differs in its {what}"):
-        join_results(two, tmp_path / "joined")
+        merge_runs(two, tmp_path / "joined")
 
 
 def test_runs_without_a_common_cell_are_refused(two, tmp_path):
     for key in ("none", "random--0.5"):
         (two[1] / "cells" / f"{key}.json").unlink()
     with pytest.raises(ResultsError, match="shares no finished cell"):
-        join_results(two, tmp_path / "joined")
+        merge_runs(two, tmp_path / "joined")
 
 
 def test_what_cannot_be_joined_is_named(two, tmp_path):
     with pytest.raises(ResultsError, match="two folders or more, got 1"):
-        join_results([two[0], two[0]], tmp_path / "joined")
+        merge_runs([two[0], two[0]], tmp_path / "joined")
     with pytest.raises(ResultsError, match="another --out"):
-        join_results(two, two[0])
+        merge_runs(two, two[0])
     with pytest.raises(ResultsError, match="holds no results"):
-        join_results([two[0], tmp_path / "nothing"], tmp_path / "joined")
+        merge_runs([two[0], tmp_path / "nothing"], tmp_path / "joined")

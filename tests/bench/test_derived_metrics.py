@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from vispress.bench.results.compare import compare, rankings
-from vispress.bench.results.derived_metrics import gain, gap_closed, hard_subset, leakage, turns
+from vispress.bench.results.derived_metrics import (
+    accuracy_by_turn,
+    gain,
+    gap_closed,
+    hard_subset,
+    leakage,
+)
 from vispress.bench.results.ranking import rank
 from vispress.bench.results.stats import bootstrap_mean, bootstrap_ratio, sign_flip_test
 from vispress.bench.results.table import ranking_text
@@ -69,8 +75,8 @@ def test_leakage_is_never_below_zero():
 
 def test_turns_are_averaged_apart():
     cells = [cell("10", talk=["11", "10"]), cell("00", talk=["01", "00"])]
-    assert [turn.mean for turn in turns(cells)["t"]] == [0.75, 0.25]
-    assert turns([cell("10")]) == {}
+    assert [turn.mean for turn in accuracy_by_turn(cells)["t"]] == [0.75, 0.25]
+    assert accuracy_by_turn([cell("10")]) == {}
 
 
 def test_a_ratio_is_drawn_from_pairs():

@@ -9,7 +9,12 @@ from tests.tiny_checkpoints import picture
 from vispress.bench.tasks.prompts import DatasetPrompt
 from vispress.bench.tasks.rows import fingerprint, open_pictures
 from vispress.bench.tasks.task import get_task
-from vispress.bench.tasks.yaml_task import describe, make_task, shipped_tasks, task_name
+from vispress.bench.tasks.yaml_task import (
+    parse_yaml_task,
+    register_entry,
+    shipped_tasks,
+    task_from_yaml,
+)
 from vispress.errors import ConfigError
 
 ROW = {"question": "What?", "answer": "red", "image": "a.png"}
@@ -25,7 +30,7 @@ def make(tmp_path):
         text = "".join(json.dumps(ROW | row) + "\n" for row in rows)
         (tmp_path / "rows.jsonl").write_text(text)
         data = {"name": "mine", "dataset": "rows.jsonl", "shuffle": False} | keys
-        return make_task(describe(data, "test"), tmp_path)
+        return task_from_yaml(parse_yaml_task(data, "test"), tmp_path)
 
     return made
 
@@ -155,9 +160,9 @@ def test_a_malformed_description(make, keys, message):
 
 def test_a_description_without_dataset():
     with pytest.raises(ConfigError, match="'dataset' is missing"):
-        describe({"name": "x"}, "here")
+        parse_yaml_task({"name": "x"}, "here")
     with pytest.raises(ConfigError, match="must be a mapping"):
-        describe(["x"], "here")
+        parse_yaml_task(["x"], "here")
 
 
 @pytest.mark.parametrize(
@@ -214,17 +219,17 @@ def test_the_fingerprint_follows_the_files(tmp_path):
 def test_described_tasks_have_names(make, tmp_path):
     make([{}])
     entry = {"name": "in_a_plan", "dataset": "rows.jsonl"}
-    assert task_name(entry, tmp_path) == task_name(entry, tmp_path) == "in_a_plan"
+    assert register_entry(entry, tmp_path) == register_entry(entry, tmp_path) == "in_a_plan"
     assert isinstance(get_task("in_a_plan").draw(1, 0)[0], DatasetPrompt)
     # written anew, it is the newer one
-    assert task_name(entry | {"metric": "vqa"}, tmp_path) == "in_a_plan"
+    assert register_entry(entry | {"metric": "vqa"}, tmp_path) == "in_a_plan"
     assert get_task("in_a_plan").source["metric"] == "vqa"
     with pytest.raises(ConfigError, match="'attribute' is already registered"):
-        task_name(entry | {"name": "attribute"}, tmp_path)
+        register_entry(entry | {"name": "attribute"}, tmp_path)
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"cannot read the task .*bad\.yaml"):
-        task_name("bad.yaml", tmp_path)
-    assert task_name("count", tmp_path) == "count"
+        register_entry("bad.yaml", tmp_path)
+    assert register_entry("count", tmp_path) == "count"
 
 
 # columns as the datasets' cards list them; what is not named is not read

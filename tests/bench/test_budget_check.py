@@ -3,7 +3,7 @@
 import pytest
 
 from vispress.bench.plan.cells import Cell
-from vispress.bench.run.budget_check import Kept, check_target, expected
+from vispress.bench.run.budget_check import KeptTokens, check_budget, expected_counts
 from vispress.config import make_compressor
 from vispress.errors import BudgetError
 from vispress.report import CompressionReport, ImageReport, PlacementReport, SampleReport
@@ -29,46 +29,46 @@ def cell(method, **budget):
 
 
 def test_on_target_passes():
-    check_target(cell("fastv", keep_ratio=0.5, layer=1), report(16, [(1, 8)]))
+    check_budget(cell("fastv", keep_ratio=0.5, layer=1), report(16, [(1, 8)]))
 
 
 @pytest.mark.parametrize("kept", [7, 9])
 def test_one_token_off_is_an_error(kept):
     with pytest.raises(BudgetError, match=rf"fastv--0.5 is off target: it kept \[{kept}\] of 16"):
-        check_target(cell("fastv", keep_ratio=0.5, layer=1), report(16, [(1, kept)]))
+        check_budget(cell("fastv", keep_ratio=0.5, layer=1), report(16, [(1, kept)]))
 
 
 def test_inexact_methods_may_keep_fewer_never_more():
     pooled = cell("avg_pool", keep_ratio=0.5)
-    check_target(pooled, report(16, [(0, 6)]))
+    check_budget(pooled, report(16, [(0, 6)]))
     with pytest.raises(BudgetError, match="at most"):
-        check_target(pooled, report(16, [(0, 9)]))
+        check_budget(pooled, report(16, [(0, 9)]))
 
 
 def test_a_placement_that_never_ran_is_an_error():
     drop = cell("pyramiddrop", keep_ratio=0.5, layers=(1, 2, 3))
-    counts = expected(drop.chain, 16, LAYERS)
-    check_target(drop, report(16, list(zip((1, 2, 3), counts, strict=True))))
+    counts = expected_counts(drop.chain, 16, LAYERS)
+    check_budget(drop, report(16, list(zip((1, 2, 3), counts, strict=True))))
     with pytest.raises(BudgetError, match="off target"):
-        check_target(drop, report(16, [(1, counts[0])]))
+        check_budget(drop, report(16, [(1, counts[0])]))
 
 
 def test_the_mean_over_layers_is_checked():
     # as asked at its own layer, but applied a layer late
     fastv = cell("fastv", mean_keep_ratio=0.5, layer=1)
-    (kept,) = expected(fastv.chain, 48, LAYERS)
-    check_target(fastv, report(48, [(1, kept)]))
+    (kept,) = expected_counts(fastv.chain, 48, LAYERS)
+    check_budget(fastv, report(48, [(1, kept)]))
     with pytest.raises(BudgetError, match=r"a mean of 32\.00 visual tokens a layer"):
-        check_target(fastv, report(48, [(2, kept)]))
+        check_budget(fastv, report(48, [(2, kept)]))
 
 
 def test_chains_hand_on_what_is_left():
     chain = (make_compressor("divprune", keep_ratio=0.5), make_compressor("fastv", keep_ratio=0.5))
-    assert expected(chain, 16, LAYERS) == [8, 4]
+    assert expected_counts(chain, 16, LAYERS) == [8, 4]
 
 
 def test_kept_tokens_are_averaged_over_images():
-    kept = Kept()
+    kept = KeptTokens()
     kept.add(report(16, [(2, 8)]))
     kept.add(report(16, [(2, 4)]))
     values = kept.to_dict()
