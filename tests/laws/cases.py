@@ -3,6 +3,7 @@
 from tests.laws.running import Run, Spy, changed_rows, encoding_as, noting, run
 from tests.laws.selection import cases
 from tests.laws.table import (
+    BUDGETED,
     CASES,
     DROPPING,
     DROPS,
@@ -29,6 +30,7 @@ from tests.laws.table import (
 from tests.tiny import make_inputs
 
 __all__ = [
+    "BUDGETED",
     "CASES",
     "DROPPING",
     "DROPS",

@@ -218,14 +218,21 @@ def _add_one(found: set[Case], candidates: Sequence[Case], turn: int) -> None:
         found.add(candidates[turn % len(candidates)])
 
 
-def cases(law: int | str, among: Sequence[Case] = CASES) -> list[Any]:
+def cases(
+    law: int | str, among: Sequence[Case] = CASES, *, turning: Sequence[object] = ()
+) -> list[Any]:
     """Parameters `(family, method)` of a law's test; those left out by default are marked `full`.
 
     Args:
         law: Its number, or a name for tests beside the numbered laws: it turns the rotation.
         among: The whole product.
+        turning: Values of a third parameter, of which each case takes one by default, in turn.
     """
-    default = chosen(law, among)
-    return [
-        pytest.param(*case, marks=() if case in default else pytest.mark.full) for case in among
-    ]
+    default, turn = chosen(law, among), number(law)
+    found = []
+    for place, case in enumerate(among):
+        for other, value in enumerate(turning or [None]):
+            left_out = case not in default or other != (place + turn) % max(len(turning), 1)
+            values = (*case, value) if turning else case
+            found.append(pytest.param(*values, marks=pytest.mark.full if left_out else ()))
+    return found

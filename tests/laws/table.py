@@ -76,6 +76,8 @@ CASES = [
 MASKING = frozenset(name for name in METHODS if issubclass(get_method(name), PairMasker))
 """Methods that drop nothing; `test_pair_masks` has the masked model that they equal."""
 DROPPING = [case for case in CASES if case[1] not in MASKING]
+BUDGETED = [case for case in CASES if case[1] not in NO_BUDGET]
+"""Methods without a budget end with no token: they have no identity and take no number."""
 DROPS = [name for name in METHODS if name not in MASKING]
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import VIDEO, model_of, real_positions, run
+from tests.laws.cases import model_of, real_positions, run
 from tests.laws.decoding import Stepping, stepping
 from tests.laws.masked import masked_model
 from tests.laws.test_law09_generation_modes import MODES, ORDERED, oracle_of
-from tests.tiny import Image, Sample, Text, Video, make_inputs
+from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
 
 from vispress import compressed
 from vispress.methods import LVLMCSP, DyCoke, FastV

@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import (
-    CASES as ALL_CASES,
-)
-from tests.laws.cases import (
+    BUDGETED,
     FAMILIES,
-    NO_BUDGET,
+    cases,
     greedy,
     inputs_of,
     logits_of,
@@ -21,9 +19,6 @@ from torch import Tensor
 
 from vispress import compressed
 from vispress.methods import DivPrune, FastV, PyramidDrop
-
-CASES = [case for case in ALL_CASES if case[1] not in NO_BUDGET]
-"""Methods without a budget end with no token and have no identity; law 6 checks what is kept."""
 
 PLENTY = 10_000
 
@@ -54,12 +49,12 @@ def assert_untouched(family: str, options: dict[str, Any], padding: str = "left"
         assert torch.equal(got_steps, steps)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(2, BUDGETED))
 def test_a_ratio_of_one_changes_no_bit(family: str, method: str) -> None:
     assert_untouched(family, {"method": method} | whole(family, method, keep_ratio=1.0))
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(2, BUDGETED))
 def test_more_tokens_than_an_image_has_change_no_bit(family: str, method: str) -> None:
     assert_untouched(family, {"method": method} | whole(family, method, num_tokens=PLENTY))
 

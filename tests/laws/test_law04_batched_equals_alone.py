@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import (
-    CASES,
     FAMILIES,
     SAMPLES,
+    cases,
     greedy,
     inputs_of,
     logits_of,
@@ -61,8 +61,7 @@ def assert_each_as_alone(
         assert (together[index][real] - expected).abs().max() < EXACT
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method", "padding"), cases(4, turning=("left", "right")))
 def test_each_sample_of_a_batch_is_what_it_is_alone(family: str, method: str, padding: str) -> None:
     options = {"method": method} | settings(family, method)
     singles = [alone(family, index) for index in range(len(SAMPLES))]
@@ -79,7 +78,7 @@ def test_a_chain_treats_each_sample_as_if_alone(family: str) -> None:
     assert_each_as_alone(family, {"method": chain}, inputs_of(family), singles)
 
 
-@pytest.mark.parametrize(("family", "method"), on_videos())
+@pytest.mark.parametrize(("family", "method"), cases(4, on_videos()))
 def test_a_sample_with_a_video_is_what_it_is_alone(family: str, method: str) -> None:
     samples = [
         Sample([Text(4), Video(2, 4, 4), Text(3)]),
@@ -91,8 +90,20 @@ def test_a_sample_with_a_video_is_what_it_is_alone(family: str, method: str) -> 
     assert_each_as_alone(family, {"method": method} | settings(family, method), batch, singles)
 
 
-@pytest.mark.parametrize("method", ["fastv", "visionzip"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    cases(
+        4,
+        [
+            (f, m)
+            for f in FAMILIES
+            for m in (
+                "fastv",
+                "visionzip",
+            )
+        ],
+    ),
+)
 def test_generation_in_a_batch_is_generation_alone(family: str, method: str) -> None:
     model, batch = model_of(family), inputs_of(family)
     length = batch["input_ids"].shape[1]

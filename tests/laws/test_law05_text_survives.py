@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, DROPPING, FAMILIES, greedy, logits_of, model_of, settings
+from tests.laws.cases import DROPPING, FAMILIES, cases, greedy, logits_of, model_of, settings
 from tests.tiny import QWEN, VIDEO, Image, Sample, Text, Video, make_inputs
 from tests.tiny_models import IMAGE_ID, VIDEO_ID
 from torch import Tensor
@@ -53,8 +53,9 @@ def assert_text_survives(model: Any, inputs: dict[str, Any]) -> None:
     assert dropped > 0
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), DROPPING)
+@pytest.mark.parametrize(
+    ("family", "method", "padding"), cases(5, DROPPING, turning=("left", "right"))
+)
 def test_text_survives_wherever_images_stand(family: str, method: str, padding: str) -> None:
     model, inputs = model_of(family), prompts(family, padding)
     with compressed(model, method, **settings(family, method)):
@@ -109,7 +110,7 @@ def test_every_token_that_generate_adds_is_seen_by_the_next(family: str) -> None
             assert held[:, :start][text_of(inputs)].all()
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(5))
 def test_a_prompt_without_images_is_untouched(family: str, method: str) -> None:
     model = model_of(family)
     inputs = make_inputs(family, [Sample([Text(7)]), Sample([Text(4)])], padding="left")

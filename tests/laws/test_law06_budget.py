@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from tests.laws.cases import (
-    CASES,
+    BUDGETED,
     FAMILIES,
-    NO_BUDGET,
+    cases,
     inputs_of,
     logits_of,
     make,
@@ -101,7 +101,7 @@ def assert_rows_agree(report: CompressionReport, b: int, image: ImageReport, lay
     return len(alive)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(6))
 def test_each_image_keeps_its_share(family: str, method: str) -> None:
     compressor = make(family, method)
     found = images(model_of(family), inputs_of(family), compressor)
@@ -109,7 +109,7 @@ def test_each_image_keeps_its_share(family: str, method: str) -> None:
         assert_met(image, compressor, last=last)
 
 
-@pytest.mark.parametrize(("family", "method"), [case for case in CASES if case[1] not in NO_BUDGET])
+@pytest.mark.parametrize(("family", "method"), cases(6, BUDGETED))
 def test_each_image_keeps_the_number_asked(family: str, method: str) -> None:
     """For methods that take no number the test above holds: they keep 0."""
     chosen = {k: v for k, v in settings(family, method).items() if k != "keep_ratio"}

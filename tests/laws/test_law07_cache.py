@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, DROPPING, FAMILIES, inputs_of, make, model_of, settings
+from tests.laws.cases import DROPPING, FAMILIES, cases, inputs_of, make, model_of, settings
 from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, StaticCache
 
@@ -66,13 +66,14 @@ def check(family: str, method: Any, inputs: dict[str, Any], dtype: torch.dtype) 
     assert cache_of(out).get_seq_length() == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize(("family", "method"), DROPPING)
+@pytest.mark.parametrize(("family", "method"), cases(7, DROPPING))
 def test_one_sample_stores_its_kept_rows_and_nothing_else(family: str, method: str) -> None:
     check(family, make(family, method), single(family), torch.float64)
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), DROPPING)
+@pytest.mark.parametrize(
+    ("family", "method", "padding"), cases(7, DROPPING, turning=("left", "right"))
+)
 def test_a_batch_stores_its_longest_sample_and_no_padding_beyond(
     family: str, method: str, padding: str
 ) -> None:
@@ -85,7 +86,7 @@ def test_fp32_takes_half_of_fp64(family: str) -> None:
     check(family, chain, inputs_of(family, "left", torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(7))
 def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None:
     model, cache = model_of(family), DynamicCache()
     with compressed(model, method, **settings(family, method)) as report:
@@ -101,10 +102,10 @@ def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None
     assert cache.get_seq_length() == single(family)["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize(
-    "method", ["fastv", "divprune", "pyramiddrop", "visionzip", "no_image", "vtw"]
-)
-@pytest.mark.parametrize("family", FAMILIES)
+STATIC = ("fastv", "divprune", "pyramiddrop", "visionzip", "no_image", "vtw")
+
+
+@pytest.mark.parametrize(("family", "method"), cases(7, [(f, m) for f in FAMILIES for m in STATIC]))
 def test_static_buffers_are_allocated_short(family: str, method: str) -> None:
     model, inputs = model_of(family), single(family)
     length = inputs["input_ids"].shape[1]

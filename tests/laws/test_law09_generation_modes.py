@@ -14,6 +14,7 @@ from tests.laws.cases import (
     FAMILIES,
     SAMPLES,
     Run,
+    cases,
     encoding_as,
     inputs_of,
     make,
@@ -70,16 +71,7 @@ def oracle_of(result: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
     return with_valid(result.alive, inputs["attention_mask"].bool())
 
 
-# four methods in all modes; of the others each in another mode on another family
-@pytest.mark.parametrize(
-    ("family", "method", "mode"),
-    [
-        (family, method, mode)
-        for number, (family, method) in enumerate(DROPPING)
-        for place, mode in enumerate(MODES)
-        if method in METHODS or place == number % len(MODES)
-    ],
-)
+@pytest.mark.parametrize(("family", "method", "mode"), cases(9, DROPPING, turning=tuple(MODES)))
 def test_mode_equals_the_masked_model(family: str, method: str, mode: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
     if {"num_beams", "num_return_sequences"} & set(MODES[mode]) and not ORDERED:
@@ -95,8 +87,21 @@ def test_mode_equals_the_masked_model(family: str, method: str, mode: str) -> No
     assert difference.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("method", ["divprune", "fastv", "visionzip"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    cases(
+        9,
+        [
+            (f, m)
+            for f in FAMILIES
+            for m in (
+                "divprune",
+                "fastv",
+                "visionzip",
+            )
+        ],
+    ),
+)
 def test_without_a_cache_every_step_equals_its_own_masked_forward(family: str, method: str) -> None:
     """Without a cache each step is a prefill and decides anew (methods that read the last
     token too).
@@ -133,7 +138,7 @@ def test_prompt_lookup_decoding_equals_greedy(family: str) -> None:
         assert torch.equal(greedy, lookup)
 
 
-@pytest.mark.parametrize(("family", "method"), DROPPING)
+@pytest.mark.parametrize(("family", "method"), cases(9, DROPPING))
 def test_a_second_turn_of_text_continues_on_the_short_cache(family: str, method: str) -> None:
     model = model_of(family)
     inputs = inputs_of(family)
@@ -234,11 +239,14 @@ def test_an_image_after_a_turn_of_text_compresses_from_there(family: str, method
 # FlashVLM reads text before the image too, and of an earlier call only keys and values are left
 @pytest.mark.parametrize(
     ("family", "method"),
-    [
-        (family, method)
-        for family, method in CASES
-        if family in ("llava", "llava_next", "internvl") and method != "flashvlm"
-    ],
+    cases(
+        9,
+        [
+            (family, method)
+            for family, method in CASES
+            if family in ("llava", "llava_next", "internvl") and method != "flashvlm"
+        ],
+    ),
 )
 def test_an_image_in_a_later_turn_keeps_what_one_prompt_would(family: str, method: str) -> None:
     """The oracle takes any choice: this holds what is read of a cache that has tokens to it."""

@@ -17,6 +17,7 @@ from tests.laws.cases import (
     MASKING,
     SAMPLES,
     Spy,
+    cases,
     changed_rows,
     encoding_as,
     inputs_of,
@@ -137,8 +138,9 @@ def checkpointing(model: Any, *, reentrant: bool) -> Iterator[None]:
         getattr(model, f"{prefix}_checkpointing_disable")()
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize(("family", "method"), DROPPING)
+@pytest.mark.parametrize(
+    ("family", "method", "padding"), cases(10, DROPPING, turning=("left", "right"))
+)
 def test_loss_and_gradients_are_those_of_the_masked_model(
     family: str, method: str, padding: str
 ) -> None:
@@ -157,7 +159,7 @@ def trained(family: str) -> Any:
     return build(family)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(10))
 def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) -> None:
     model, inputs = trained(family), inputs_of(family)
     compressor = make(family, method)
@@ -173,7 +175,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
             assert_equal(got, expected)
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
+@pytest.mark.parametrize(("family", "method"), cases(10))
 def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None:
     """Wherever a token enters a decoder layer; with no image in any nothing may come back."""
     model, inputs = model_of(family), inputs_of(family)
@@ -190,8 +192,10 @@ def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None
 
 
 # inside the LLM the choice itself moves with the projector, and the loss jumps
-@pytest.mark.parametrize("method", [m for m in MERGING if m not in MERGES_IN_LLM])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    cases(10, [case for case in CASES if case[1] in MERGING and case[1] not in MERGES_IN_LLM]),
+)
 def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
     assert_true_gradient(model_of(family), inputs_of(family), make(family, method))
 
@@ -232,8 +236,22 @@ def assert_true_gradient(model: Any, inputs: Mapping[str, Any], method: Compress
     assert measured == pytest.approx(slope, rel=0.03, abs=0.02)
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "visionzip", "transprune"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    cases(
+        10,
+        [
+            (f, m)
+            for f in FAMILIES
+            for m in (
+                "fastv",
+                "divprune",
+                "visionzip",
+                "transprune",
+            )
+        ],
+    ),
+)
 def test_two_forwards_then_one_backward_add_up(family: str, method: str) -> None:
     model = model_of(family)
     batches = [inputs_of(family, "left"), make_inputs_again(family)]
@@ -286,8 +304,23 @@ def with_lora(model: Any) -> Any:
     return wrapped
 
 
-@pytest.mark.parametrize("method", ["fastv", "divprune", "visionzip", "transprune", "pyramiddrop"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    cases(
+        10,
+        [
+            (f, m)
+            for f in FAMILIES
+            for m in (
+                "fastv",
+                "divprune",
+                "visionzip",
+                "transprune",
+                "pyramiddrop",
+            )
+        ],
+    ),
+)
 def test_lora_before_and_after_compression_gives_the_masked_gradients(
     family: str, method: str
 ) -> None:
