@@ -66,7 +66,7 @@ def test_methods_of_one_family():
         (["show", "scene:1", "--method", "fastv", "--set", "layer"], "--set needs KEY=VALUE"),
         (["show", "scene:1", "--method", "fastv", "--keep-ratio", "2"], "must be a number in"),
         (["show", "scene:1", "--method", "fastv", "--model", "MODEL"], "needs a budget"),
-        (["search", "gready"], "strategy must be one of greedy, sigmoid"),
+        (["search", "gready"], "strategy must be one of 'greedy', 'sigmoid'"),
         (["search", "greedy", "--flops", "0.5"], "takes no budget"),
         (["search", "sigmoid"], "give --keep-ratio or --flops"),
         (["search", "--model", "org/name"], "--task is needed"),

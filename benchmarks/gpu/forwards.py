@@ -15,6 +15,7 @@ from benchmarks.gpu.record import Row, quantiles
 from benchmarks.gpu.timing import Stopwatch, synchronize
 from vispress import compress_model, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
+from vispress.bench.timing.memory import peak_bytes
 from vispress.report import CompressionReport
 
 NEW_TOKENS = 6
@@ -146,12 +147,9 @@ class Bench:
         """A prefill and its peak bytes beyond weights and inputs (None on a CPU)."""
         if self.device.type != "cuda":
             return self._prefill(inputs), None
-        synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        out = self._prefill(inputs)
-        synchronize(self.device)
-        return out, torch.cuda.max_memory_allocated(self.device) - before
+        outputs: list[Any] = []
+        peak = peak_bytes(self.device, lambda: outputs.append(self._prefill(inputs)))
+        return outputs[0], peak
 
     def _waits(self, inputs: Mapping[str, Any]) -> int | None:
         """How often a prefill, encoder included, waits for the device (None on a CPU)."""

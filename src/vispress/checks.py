@@ -1,8 +1,17 @@
 """Checks of hyper-parameters; every message names the field, its range and the value received."""
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 
 from vispress.errors import ConfigError
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
+    """End an error message: the closest name, then all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vispress.analysis.fit_debias import fit_debias
+from vispress.checks import check_choice, suggest
 from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
 from vispress.cli_search import search
 from vispress.errors import ConfigError, VispressError
@@ -53,8 +54,6 @@ def methods(
     if model is not None:
         known = [family for family in known if family.name == model]
         if not known:
-            from vispress.bench.tasks.task import suggest
-
             names = [family.name for family in families()]
             raise ConfigError(f"unknown model family {model!r}; {suggest(model, names)}")
     terminal().print(method_table(known))
@@ -263,9 +262,7 @@ def train_reference(
     from vispress.reference.model.architecture import ARCHITECTURES
     from vispress.reference.train.train import train_reference as train
 
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
-
+    check_choice("architecture", architecture, ARCHITECTURES)
     scores = train(
         out,
         architecture=architecture,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from vispress.checks import check_choice
 from vispress.cli_options import Device, prepare, terminal
 from vispress.errors import ConfigError
 
@@ -95,8 +96,7 @@ def _budget(strategy: str, keep_ratio: float | None, flops: float | None) -> tup
     """Unit and share of a sigmoid's budget; no unit for the greedy search."""
     given = {"tokens": keep_ratio, "flops": flops}
     found = [(unit, share) for unit, share in given.items() if share is not None]
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    check_choice("strategy", strategy, STRATEGIES)
     if strategy == "greedy" and found:
         raise ConfigError("a greedy search takes no budget, its --tolerance says when to stop")
     if strategy == "sigmoid" and len(found) != 1:

@@ -10,6 +10,7 @@ from vispress.chain import Chain
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
+from vispress.yaml_files import read_yaml
 
 
 def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
@@ -87,16 +88,7 @@ def load_config(path: str | Path) -> Compressor | Chain:
     Raises:
         ConfigError: The file is missing, is not YAML, or has unknown keys.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    return from_mapping(data, str(path))
+    return from_mapping(read_yaml(path), str(path))
 
 
 def to_mapping(method: Compressor) -> dict[str, Any]:

@@ -14,6 +14,7 @@ mostly count visual tokens alone; embeddings, vision encoder, projector and LM h
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vispress.checks import check_choice
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def flops(
     Raises:
         ConfigError: Unknown convention, or a negative count.
     """
-    if convention not in CONVENTIONS:
-        raise ConfigError(f"convention must be one of {CONVENTIONS}, got {convention!r}")
+    check_choice("convention", convention, CONVENTIONS)
     _check_counts(tokens_per_layer)
     products = 2 if convention == "fastv2" else 3
     total = sum(

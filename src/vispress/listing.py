@@ -16,6 +16,7 @@ from vispress.methods.base import Compressor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import CLS_SIGNALS, Placement, Stage
+from vispress.yaml_files import parse_yaml
 
 _DEPTH = PUBLISHED_DEPTH
 
@@ -139,17 +140,12 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: A pair has no `=`, or its value is not YAML.
     """
-    import yaml
-
     values = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set needs KEY=VALUE, got {pair!r}")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {pair!r}: the value is not YAML: {error}") from error
+        values[key] = parse_yaml(text, f"--set {pair!r}")
     return values
 
 

@@ -227,7 +227,7 @@ def test_described_tasks_have_names(make, tmp_path):
     with pytest.raises(ConfigError, match="'attribute' is already registered"):
         register_entry(entry | {"name": "attribute"}, tmp_path)
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match=r"cannot read the task .*bad\.yaml"):
+    with pytest.raises(ConfigError, match=r"the task .*bad\.yaml is not valid YAML"):
         register_entry("bad.yaml", tmp_path)
     assert register_entry("count", tmp_path) == "count"
 

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from tests.kernels.op_cases import OPS, make
-from tests.peak import PeakMemory, extra_bytes
 
+from vispress.bench.timing.memory import LiveBytes, peak_bytes
 from vispress_kernels.maxmin_select import maxmin_select
 
 pytest.importorskip("triton")
@@ -50,7 +50,8 @@ def bounds() -> dict[str, int]:
 
 
 def measured(case, backend: str) -> int:
-    return extra_bytes(lambda: case.run(backend), *case.tensors.values())
+    device = next(iter(case.tensors.values())).device
+    return peak_bytes(device, lambda: case.run(backend))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -75,18 +76,18 @@ def test_the_isolated_start_is_linear_too(randn):
     x = randn(1, N, D)
     # the search for the most isolated token is assign_nearest's, beside the unit rows
     most = bounds()["maxmin_select"] + bounds()["assign_nearest"] + SMALL
-    assert extra_bytes(lambda: maxmin_select(x, 2), x) <= most
+    assert peak_bytes(x.device, lambda: maxmin_select(x, 2)) <= most
 
 
 def test_a_matrix_of_all_pairs_would_be_seen(randn):
     x = randn(1, N // 8, D)
-    assert extra_bytes(lambda: x @ x.mT, x) == F * (N // 8) ** 2
+    assert peak_bytes(x.device, lambda: x @ x.mT) == F * (N // 8) ** 2
     assert 30 * max(bounds().values()) < F * N * N
 
 
 def test_the_meter_counts_what_is_alive_and_no_views_of_inputs(device):
     x = torch.zeros(1000, device=device)
-    with PeakMemory(x) as memory:
+    with LiveBytes() as memory:
         y = x[::2] + 1
         del y
         z = x.view(10, 100) * 2

@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import make
-from tests.peak import PeakMemory
 from tests.tiny import Image, Sample, Text, build, make_inputs
 
 from vispress import compressed
+from vispress.bench.timing.memory import LiveBytes
 
 
 def peak(model: Any, inputs: dict[str, Any]) -> int:
     with torch.no_grad():
         model(**inputs)  # warm: lasting buffers of transformers
-        with PeakMemory() as memory:
+        with LiveBytes() as memory:
             model(**inputs, logits_to_keep=1)
     return memory.peak
 
@@ -43,7 +43,7 @@ def test_peak_is_not_above_the_uncompressed_one(family: str, method: str) -> Non
 
 
 def test_the_meter_sees_a_large_tensor() -> None:
-    with PeakMemory() as memory:
+    with LiveBytes() as memory:
         x = torch.zeros(1000)
         y = x + 1
         del x

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.methods.helpers import anyres, make_tokens, map_tensors, only
 from tests.methods.test_divprune import GOLDEN
-from tests.peak import PeakMemory
 from torch.nn import functional as F
 
+from vispress.bench.timing.memory import LiveBytes
 from vispress.errors import ConfigError
 from vispress.methods import ZOOPrune
 from vispress.methods._parts.scoring.sensitivity import of_any_projector, sensitivity
@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_directions(monkeypatch):
     tokens, peaks = merged(mlp, project, 512), []
     for m in (8, 64):
         units = directions_of(m, 24)
-        with PeakMemory(tokens.vision_features, units, mlp.w1, mlp.b1, mlp.w2) as memory:
+        with LiveBytes() as memory:
             sensitivity(tokens, units, 0.01, "mean")
         peaks.append(memory.peak)
     # the factors of 4 patches, two passes and all directions, not 20 hidden units of each

@@ -139,7 +139,7 @@ def test_held_out_clips_are_not_trained_on():
 def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="'order'"):
         held_out_clips("order", 1)
-    with pytest.raises(ValueError, match="n >= 1"):
+    with pytest.raises(ValueError, match="n must be an integer >= 1"):
         held_out_clips("clip_order", 0)
 
 

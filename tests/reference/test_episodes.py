@@ -229,5 +229,5 @@ def test_chance_is_what_words_alone_earn():
 def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="compare"):
         held_out_episodes("comparison", 3)
-    with pytest.raises(ValueError, match="n >= 1"):
+    with pytest.raises(ValueError, match="n must be an integer >= 1"):
         held_out_episodes("order", 0)

@@ -98,5 +98,5 @@ def test_held_out_questions_are_balanced_and_reproducible():
 def test_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="colour"):
         heldout("colour", 3)
-    with pytest.raises(ValueError, match="n >= 1"):
+    with pytest.raises(ValueError, match="n must be an integer >= 1"):
         heldout("count", 0)

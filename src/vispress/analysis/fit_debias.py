@@ -4,16 +4,17 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from vispress.checks import check_choice
 from vispress.cli_options import prepare, terminal
 from vispress.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from vispress.analysis.trend import Fit
-    from vispress.bench.model.loaded_model import LoadedModel
+    from vispress.bench.model.loaded_model import Dtype, LoadedModel
     from vispress.bench.tasks.task import Prompt
     from vispress.methods.base import Compressor
     from vispress.methods.debias import Debias
@@ -57,14 +58,12 @@ def fit_debias(
     from vispress.analysis.trend import fit_trend, measure
     from vispress.bench.model.loaded_model import DTYPES, load_named_model
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if shape not in ("exponential", "cubic"):
-        raise ConfigError(f"shape must be exponential or cubic, got {shape!r}")
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("shape", shape, ("exponential", "cubic"))
     kind: Literal["exponential", "cubic"] = "cubic" if shape == "cubic" else "exponential"
     asked = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
     inner = _inner(method, {k: v for k, v in asked.items() if v is not None}, option or [])
-    loaded = load_named_model(model, device, dtype)
+    loaded = load_named_model(model, device, cast("Dtype", dtype))
     console = terminal()
     prompts = draw_prompts(data, question or [], samples, seed, loaded)
     with console.status("looking at pictures"):

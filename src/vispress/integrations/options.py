@@ -16,6 +16,7 @@ from vispress.errors import ConfigError
 from vispress.model_folders import check_folder, load_part, skeleton
 from vispress.registry import get_method
 from vispress.report import CompressionReport
+from vispress.yaml_files import parse_yaml
 
 UNCOMPRESSED: Final = "none"
 _CALL: Final = ("positions", "backend")
@@ -106,14 +107,7 @@ def _unknown(key: str, taken_by: str, known: list[str], others: list[str]) -> st
 
 
 def _parsed(value: Any) -> Any:
-    import yaml
-
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value {value!r}: {error}") from error
+    return parse_yaml(value, f"the value {value!r}") if isinstance(value, str) else value
 
 
 @dataclass

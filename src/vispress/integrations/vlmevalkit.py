@@ -24,7 +24,8 @@ from torch import nn
 from vispress.bench.model.checkpoints import HUB_ID, MARK, load_checkpoint
 from vispress.bench.model.loaded_model import DTYPES
 from vispress.bench.tasks.rows import open_pictures
-from vispress.bench.tasks.task import Prompt, suggest
+from vispress.bench.tasks.task import Prompt
+from vispress.checks import suggest
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError, VispressError
 from vispress.integrations.options import Compression, Tally, read_compression, watch
 from vispress.listing import parse_options

@@ -46,17 +46,16 @@ def load(
 
     Raises:
         CheckpointError: A file of the checkpoint is missing or damaged.
-        ValueError: `architecture` is unknown, or has no model that was trained on videos.
+        ConfigError: `architecture` is unknown, or has no model that was trained on videos.
     """
     import torch
 
+    from vispress.checks import check_choice
     from vispress.reference.model.checkpoint import SHIPPED_BY_NAME, SHIPPED_CLIPS, read
 
-    if architecture not in SHIPPED_BY_NAME:
-        known = [*SHIPPED_BY_NAME]
-        raise ValueError(f"architecture must be one of {known}, got {architecture!r}")
-    if clips and architecture != "qwen2_5_vl":
-        raise ValueError(f"clips=True is for architecture='qwen2_5_vl', got {architecture!r}")
+    check_choice("architecture", architecture, SHIPPED_BY_NAME)
+    if clips:
+        check_choice("architecture with clips=True", architecture, ("qwen2_5_vl",))
     folder = SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture]
     return read(folder, dtype=dtype or torch.float32)
 
@@ -76,7 +75,7 @@ def heldout(
         with the visual tokens that hold its evidence. Equal arguments give equal questions.
 
     Raises:
-        ValueError: `kind` is unknown or `n` is not positive.
+        ConfigError: `kind` is unknown or `n` is not positive.
     """
     from vispress.reference.evaluation.evaluate import held_out
 

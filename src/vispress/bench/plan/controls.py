@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from vispress.bench.plan.cells import Entry
-from vispress.bench.tasks.task import suggest
+from vispress.checks import suggest
 from vispress.errors import ConfigError
 from vispress.registry import get_method, list_methods
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -10,10 +10,12 @@ from vispress.bench.model.loaded_model import DTYPES, Dtype
 from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
 from vispress.bench.plan.provenance import digest
-from vispress.bench.tasks.task import get_task, suggest
+from vispress.bench.tasks.task import get_task
 from vispress.bench.tasks.yaml_task import register_entry
+from vispress.checks import check_choice, check_integer, suggest
 from vispress.errors import ConfigError
 from vispress.types import Positions
+from vispress.yaml_files import check_keys, read_yaml, shipped_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +86,19 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("questions", "batch_size", "max_new_tokens"):
-            _integer(name, getattr(self, name), low=1)
-        _integer("seed", self.seed, low=0)
+            check_integer(name, getattr(self, name), low=1)
+        check_integer("seed", self.seed, low=0)
         for name, low in (("batch", 0), ("rounds", 2), ("repeats", 1), ("decode_tokens", 0)):
-            _integer(f"timing.{name}", getattr(self.timing, name), low=low)
-        _choice("budget", self.budget, get_args(BudgetMeaning))
-        _choice("positions", self.positions, (None, *get_args(Positions)))
+            check_integer(f"timing.{name}", getattr(self.timing, name), low=low)
+        check_choice("budget", self.budget, get_args(BudgetMeaning))
+        check_choice("positions", self.positions, (None, *get_args(Positions)))
         names = [str(task) for task in self.tasks]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"tasks must be a list of different names, got {names}")
         for name in names:
             get_task(name)
-        _choice("controls", self.controls, get_args(Controls))
-        _choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("controls", self.controls, get_args(Controls))
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping by method, got {self.overrides!r}")
         self.cells()
@@ -135,14 +137,10 @@ def plan_path(name: str) -> Path:
     """
     if (path := Path(name)).is_file():
         return path
-    package = Path(__file__).parents[2]
-    # an installed package holds the configs; in a checkout they lie beside src/
-    homes = (package / "configs" / "bench", package.parents[1] / "configs" / "bench")
-    for home in homes:
-        if (path := home / f"{name}.yaml").is_file():
-            return path
-    shipped = sorted({p.stem for home in homes if home.is_dir() for p in home.glob("*.yaml")})
-    raise ConfigError(f"no plan {name!r}: no such file, and {suggest(name, shipped)}")
+    shipped = shipped_files("bench")
+    if name not in shipped:
+        raise ConfigError(f"no plan {name!r}: no such file, and {suggest(name, sorted(shipped))}")
+    return shipped[name]
 
 
 def load_plan(source: str | Path, **overrides: Any) -> Plan:
@@ -155,14 +153,8 @@ def load_plan(source: str | Path, **overrides: Any) -> Plan:
     Raises:
         ConfigError: The file is missing or malformed; see also `Plan`.
     """
-    import yaml
-
     path = plan_path(str(source))
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the plan {path}: {error}") from error
-    plan = plan_from_mapping(data, str(path))
+    plan = plan_from_mapping(read_yaml(path, "the plan"), str(path))
     given = {name: value for name, value in overrides.items() if value is not None}
     return replace(plan, **given) if given else plan
 
@@ -173,7 +165,7 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; see also `Plan`.
     """
-    data = _mapping(data, Plan, where)
+    data = check_keys(data, Plan, where)
     if data.get("methods") == ALL:
         data["methods"] = [ALL]
     for name in ("tasks", "methods", "keep_ratios"):
@@ -182,25 +174,5 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
         data[name] = tuple(data[name])
     base = Path(where).parent if Path(where).is_file() else Path()
     data["tasks"] = tuple(register_entry(entry, base) for entry in data["tasks"])
-    data["timing"] = Timing(**_mapping(data.get("timing") or {}, Timing, f"{where}, timing"))
+    data["timing"] = Timing(**check_keys(data.get("timing") or {}, Timing, f"{where}, timing"))
     return Plan(**data)
-
-
-def _mapping(data: Any, cls: type, where: str) -> dict[str, Any]:
-    known = [f.name for f in fields(cls)]
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} must be a mapping with the keys {', '.join(known)}")
-    for key in data:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}; {suggest(key, known)}")
-    return dict(data)
-
-
-def _integer(name: str, value: Any, *, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} must be an integer >= {low}, got {value!r}")
-
-
-def _choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name} must be one of {known}, got {value!r}")

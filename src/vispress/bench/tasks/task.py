@@ -1,10 +1,10 @@
 """Tasks by name: where questions come from, what blind guessing earns, which tokens they need."""
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from vispress.checks import suggest
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -149,14 +149,6 @@ def get_task(name: str) -> Task:
     if found is None:
         raise ConfigError(f"unknown task {name!r}; {suggest(name, [*tasks, *shipped_tasks()])}")
     return found
-
-
-def suggest(name: object, known: Iterable[str]) -> str:
-    """The end of an error message: close names, then all of them."""
-    names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(names)}"
 
 
 def _drawer(kind: "QuestionKind") -> Callable[[int, int], list[Prompt]]:

@@ -11,8 +11,10 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from vispress.bench.tasks.metrics import METRICS
 from vispress.bench.tasks.rows import fingerprint
-from vispress.bench.tasks.task import Task, register_task, suggest
+from vispress.bench.tasks.task import Task, register_task
+from vispress.checks import suggest
 from vispress.errors import ConfigError
+from vispress.yaml_files import check_keys, read_yaml, shipped_files
 
 D = TypeVar("D")
 
@@ -143,13 +145,13 @@ def register_entry(entry: Any, base: Path) -> str:
 
 def shipped_task(name: str) -> Task | None:
     """The task of that name in `configs/tasks`, or None."""
-    path = _shipped().get(name)
+    path = shipped_files("tasks").get(name)
     return None if path is None else task_from_yaml(*_read(path))
 
 
 def shipped_tasks() -> list[str]:
     """Names of the shipped descriptions."""
-    return sorted(_shipped())
+    return sorted(shipped_files("tasks"))
 
 
 def parse_yaml_task(data: Any, where: str) -> YamlTask:
@@ -158,9 +160,9 @@ def parse_yaml_task(data: Any, where: str) -> YamlTask:
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; see also `YamlTask`.
     """
-    values = _known(data, YamlTask, where)
+    values = check_keys(data, YamlTask, where)
     if (join := values.get("images_from")) is not None:
-        values["images_from"] = _build(Join, _known(join, Join, f"{where}, images_from"), where)
+        values["images_from"] = _build(Join, check_keys(join, Join, f"{where}, images_from"), where)
     for key in ("images", "choices"):
         if isinstance(values.get(key), list):
             values[key] = tuple(values[key])
@@ -183,33 +185,11 @@ def task_from_yaml(description: YamlTask, base: Path) -> Task:
     )
 
 
-def _shipped() -> dict[str, Path]:
-    package = Path(__file__).parents[2]
-    # an installed package holds the configs; in a checkout they lie beside src/
-    homes = (package / "configs" / "tasks", package.parents[1] / "configs" / "tasks")
-    return {path.stem: path for home in homes for path in home.glob("*.yaml")}
-
-
 def _read(path: Path) -> tuple[YamlTask, Path]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the task {path}: {error}") from error
+    data = read_yaml(path, "the task")
     if isinstance(data, Mapping):
         data = {"name": path.stem} | dict(data)
     return parse_yaml_task(data, str(path)), path.parent
-
-
-def _known(data: Any, cls: type, where: str) -> dict[str, Any]:
-    keys = [field.name for field in fields(cls)]
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where} must be a mapping with the keys {', '.join(keys)}")
-    for key in data:
-        if key not in keys:
-            raise ConfigError(f"{where}: unknown key {key!r}; {suggest(key, keys)}")
-    return dict(data)
 
 
 def _build(cls: type[D], values: dict[str, Any], where: str) -> D:

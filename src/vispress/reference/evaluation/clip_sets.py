@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vispress.checks import check_choice, check_integer
 from vispress.reference.evaluation.balance import balanced
 from vispress.reference.evaluation.evaluate import by_kind, generate_words, share_right
 from vispress.reference.world.clips import show_clip
@@ -51,10 +52,10 @@ def held_out_clips(kind: ClipKind, n: int, *, seed: int = 0) -> list[ClipQuestio
         answer of a form is right more often than its share, rounded up.
 
     Raises:
-        ValueError: `kind` is unknown or `n` is not positive.
+        ConfigError: `kind` is unknown or `n` is not positive.
     """
-    if kind not in CLIP_KINDS or n < 1:
-        raise ValueError(f"need a kind of {CLIP_KINDS} and n >= 1, got {kind!r} and {n}")
+    check_choice("kind", kind, CLIP_KINDS)
+    check_integer("n", n, low=1)
     found = balanced(
         lambda index: show_clip(seed, "test", index), lambda clip: clip.asked, _FORMS[kind], n
     )

@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vispress.checks import check_choice, check_integer
 from vispress.reference.evaluation.balance import balanced
 from vispress.reference.world.digits import Split
 from vispress.reference.world.episodes import (
@@ -74,10 +75,10 @@ def held_out_episodes(kind: EpisodeKind, n: int, *, seed: int = 0) -> list[Episo
         holds, to within two, for the answers of each kind of question.
 
     Raises:
-        ValueError: `kind` is unknown or `n` is not positive.
+        ConfigError: `kind` is unknown or `n` is not positive.
     """
-    if kind not in EPISODE_KINDS or n < 1:
-        raise ValueError(f"need a kind of {EPISODE_KINDS} and n >= 1, got {kind!r} and {n}")
+    check_choice("kind", kind, EPISODE_KINDS)
+    check_integer("n", n, low=1)
     if kind == "multi_turn":
         return _conversations(n, seed)
     show, forms = _SHOW[kind]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vispress.checks import check_choice, check_integer
 from vispress.reference.model.llava import MAX_NEW_TOKENS
 from vispress.reference.model.processor import with_marks
 from vispress.reference.world.questions import Question, ask
@@ -56,10 +57,10 @@ def held_out(kind: QuestionKind, n: int, *, seed: int = 0) -> list[Example]:
         `ceil(n / number of answers)` times.
 
     Raises:
-        ValueError: `kind` is unknown or `n` is not positive.
+        ConfigError: `kind` is unknown or `n` is not positive.
     """
-    if kind not in KINDS or n < 1:
-        raise ValueError(f"need a kind of {KINDS} and n >= 1, got {kind!r} and {n}")
+    check_choice("kind", kind, KINDS)
+    check_integer("n", n, low=1)
     most = -(-n // _ANSWERS[kind])
     taken: dict[str, int] = {}
     examples: list[Example] = []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vispress.errors import ConfigError
 from vispress.reference.train.optim import MuonAdamW
 from vispress.reference.train.parallel import average_gradients, is_main, rank_and_world
 
@@ -33,7 +34,7 @@ class Budget:
         images: Images drawn. Runs limited by images alone are reproducible.
 
     Raises:
-        ValueError: Neither is given, or one is not positive.
+        ConfigError: Neither is given, or one is not positive.
     """
 
     minutes: float | None = None
@@ -42,7 +43,7 @@ class Budget:
     def __post_init__(self) -> None:
         given = [v for v in (self.minutes, self.images) if v is not None]
         if not given or min(given) <= 0:
-            raise ValueError(f"a budget needs positive minutes or images, got {self}")
+            raise ConfigError(f"a budget needs positive minutes or images, got {self}")
 
     def progress(self, seconds: float, images: int) -> float:
         """Share that is spent, `>= 0`; the stage ends at 1."""
@@ -207,8 +208,6 @@ class Run:
             return False
         tensors, metadata = read_state(path)
         if (found := json.loads(metadata["settings"])) != self.settings:
-            from vispress.errors import ConfigError
-
             raise ConfigError(f"{path} was trained with {found}, not with {self.settings}")
         for name, module in self.modules.items():
             prefix = f"{name}."

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from vispress.checks import check_choice
+from vispress.errors import ConfigError
 from vispress.reference.evaluation.clip_sets import clip_accuracy
 from vispress.reference.evaluation.conversation import episode_accuracy
 from vispress.reference.evaluation.evaluate import accuracy
@@ -117,13 +119,11 @@ def train_reference(
 
     Raises:
         CheckpointError: Saved state is damaged.
-        ConfigError: Saved state belongs to other settings.
-        ValueError: `architecture` is unknown or not that of `start`, a budget is not positive,
-            `processes` does not divide every batch, or is more than 1 on another device than the
-            CPU.
+        ConfigError: Saved state belongs to other settings, `architecture` is unknown or not that
+            of `start`, a budget is not positive, `processes` does not divide every batch, or is
+            more than 1 on another device than the CPU.
     """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {[*ARCHITECTURES]}, got {architecture!r}")
+    check_choice("architecture", architecture, ARCHITECTURES)
     if vision_minutes is None and vision_images is None:
         vision_images = 32_000
     if language_minutes is None and language_images is None:
@@ -132,9 +132,9 @@ def train_reference(
         episodes_images = 48_000
     batches = vision_batch, language_batch, episodes_batch
     if processes < 1 or any(batch % processes for batch in batches):
-        raise ValueError(f"processes must divide the batches {batches}: {processes}")
+        raise ConfigError(f"processes must divide the batches {batches}: {processes}")
     if processes > 1 and torch.device(device).type != "cpu":
-        raise ValueError(f"several processes train on the CPU only, not on {device}")
+        raise ConfigError(f"several processes train on the CPU only, not on {device}")
     plan = Plan(
         out=Path(out_dir),
         architecture=architecture,
@@ -194,7 +194,7 @@ def _train(plan: Plan) -> None:
     else:
         model = read(plan.start)[0].to(device).train()
         if (found := architecture_of(model)) is not plan.kind:
-            raise ValueError(f"{plan.start} holds a {found.name!r}, not a {plan.architecture!r}")
+            raise ConfigError(f"{plan.start} holds a {found.name!r}, not a {plan.architecture!r}")
         if plan.kind.third == "episodes":
             extend_vocabulary(model)
         for_training(model)
