@@ -48,6 +48,7 @@ FLOORS: dict[str, int] = {
     "vispress.doctor": 5,
     "vispress.listing": 5,
     "vispress.model_folders": 5,
+    "vispress.picture_files": 5,
 }
 
 INNER: dict[str, dict[str, int]] = {

@@ -1,10 +1,14 @@
 """The package `datasets`: files, folders, a join of subsets; a run on a Qwen2.5-VL folder."""
 
+import io
 import json
+import struct
+import zlib
 
+import PIL.Image
 import pytest
 import yaml
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from tests.tiny_checkpoints import picture
 
 from vispress.bench.tasks.task import get_task
@@ -36,6 +40,27 @@ def check(prompts):
 def test_a_parquet_file(tmp_path):
     table().to_parquet(tmp_path / "rows.parquet")
     check(draw(tmp_path, "rows.parquet"))
+
+
+def test_pictures_are_read_by_our_own_loader(tmp_path):
+    """Bytes reach it as they are: turned once, and a bomb is a named error before it is decoded."""
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    file = io.BytesIO()
+    picture(20, 24, 0).save(file, "PNG", exif=turned)
+    bomb = bytearray(file.getvalue())
+    bomb[16:24] = struct.pack(">II", 2**14, 2**14)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    images = [[{"bytes": data, "path": "n.png"}] for data in (file.getvalue(), bytes(bomb))]
+    rows = {"question": ["What?"] * 2, "answer": ["red"] * 2, "image": images}
+    features = FEATURES | {"image": Sequence(Image())}
+    table = Dataset.from_dict(rows, features=Features(features))
+    table.to_parquet(tmp_path / "rows.parquet")
+    task = parse_yaml_task({"name": "mine", "dataset": "rows.parquet", "shuffle": False}, "test")
+    (prompt,) = task_from_yaml(task, tmp_path).draw(1, 0)
+    assert prompt.images[0].size == (20, 24)
+    with pytest.raises(ConfigError, match=r"cannot open the picture n\.png: "):
+        draw(tmp_path, "rows.parquet")
 
 
 def test_a_csv_file_with_paths_of_pictures(tmp_path):

@@ -178,7 +178,7 @@ def _of_lines(file: Path, samples: int, seed: int) -> list[tuple[Path, str]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file}, line {number} is not JSON: {error}") from error
         if row is None:
             continue

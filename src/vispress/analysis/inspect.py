@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from vispress.api import compress_model, compression_report, remove_compression
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
+from vispress.picture_files import open_picture
 from vispress.report import ImageReport
 from vispress.types import Positions
 
@@ -45,20 +44,14 @@ def open_prompt(source: str, question: str | None) -> Prompt:
             the name of a task.
 
     Raises:
-        ConfigError: The file is missing or no image, the seed is no number, or a file comes
+        ConfigError: The file is refused by `open_picture`, the seed is no number, or a file comes
             without a question.
     """
     if source.startswith("scene:"):
         return _scene(source.removeprefix("scene:"), question)
     if question is None:
         raise ConfigError("give --question for a picture of your own")
-    try:
-        with Image.open(Path(source)) as opened:
-            image = opened.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ConfigError(f"{source} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"cannot read the image {source}: {_reason(error)}") from error
+    image = open_picture(Path(source), source)
     return Prompt((image,), _asked(question), "")
 
 
@@ -79,10 +72,6 @@ def _asked(question: str) -> str:
     if words[-1:] != [":"]:
         words += [":"] if words[-1:] == ["?"] else ["?", ":"]
     return " ".join(["<image>", *words])
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def unknown_words(loaded: LoadedModel, prompt: Prompt) -> list[str]:

@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
 from vispress.bench.tasks.metrics import LETTERS, Metric
-from vispress.bench.tasks.rows import Row, Rows, load_rows, local_path, open_pictures
+from vispress.bench.tasks.rows import Row, Rows, Undecoded, load_rows, local_path, open_pictures
 from vispress.bench.tasks.task import Prompt
 from vispress.bench.tasks.yaml_task import YamlTask
 from vispress.errors import ConfigError
@@ -110,8 +110,7 @@ def _joined(task: YamlTask, options: dict[str, Any]) -> tuple[dict[Any, int], Ro
                 f"task {task.name!r}: {task.dataset}, {join.subset}, has no column {column!r}; "
                 f"it has {', '.join(map(str, known))}"
             )
-    # a column alone, so that no picture is decoded
-    keys = rows[join.key] if hasattr(rows, "column_names") else [row[join.key] for row in rows]  # type: ignore[call-overload]
+    keys = rows.column(join.key) if isinstance(rows, Undecoded) else [r[join.key] for r in rows]
     return {key: place for place, key in enumerate(keys)}, rows
 
 

@@ -4,13 +4,13 @@ A `.jsonl` file is read here; everything else needs the package `datasets`.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vispress.errors import ConfigError
+from vispress.picture_files import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +20,30 @@ Rows = Sequence[Row]
 
 _BUILDERS: Final = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".arrow": "arrow"}
 _WHOLE: Final = 64 * 2**20  # bytes of a file that are hashed; of a longer one the size must do
+
+
+class Undecoded(Sequence[Row]):
+    """Rows of the package `datasets` with pictures as their bytes or paths, for `open_pictures`.
+
+    The package would decode every picture of a row that is looked at, whatever its size.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._tables = dataset.with_format("arrow")
+        self.column_names: list[str] = dataset.column_names
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One row."""
+        (row,) = self._tables[place].to_pylist()
+        return row
+
+    def column(self, name: str) -> list[Any]:
+        """One column of all rows, without reading others."""
+        (values,) = self._tables.select_columns(name)[:].to_pydict().values()
+        return list(values)
 
 
 def load_rows(
@@ -63,8 +87,7 @@ def load_rows(
         raise
     except Exception as error:  # each builder has errors of its own, down to pyarrow's
         raise ConfigError(_cannot(dataset, subset, split, path, error)) from error
-    rows: Rows = found
-    return rows
+    return Undecoded(found)
 
 
 def local_path(dataset: str, base: Path) -> Path | None:
@@ -94,7 +117,7 @@ def fingerprint(dataset: str, base: Path) -> str | None:
 
 
 def open_pictures(value: Any, folder: Path) -> list["Image"]:
-    """The pictures in one cell of a dataset, in RGB.
+    """The pictures in one cell of a dataset, as `open_picture` reads them.
 
     Args:
         value: A picture, its bytes, `{"bytes": ..., "path": ...}`, a path from `folder`, a list of
@@ -102,28 +125,24 @@ def open_pictures(value: Any, folder: Path) -> list["Image"]:
         folder: Where the dataset lies.
 
     Raises:
-        ConfigError: A file is missing or is no picture.
+        ConfigError: A picture is refused by `open_picture`, or the cell holds something else.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if value is None:
         return []
     if isinstance(value, list | tuple):
         return [picture for part in value for picture in open_pictures(part, folder)]
     if isinstance(value, Mapping):
-        data = value.get("bytes")
-        return open_pictures(value.get("path") if data is None else data, folder)
-    if isinstance(value, Image.Image):
-        return [value.convert("RGB")]
-    if not isinstance(value, str | bytes):
+        data, path = value.get("bytes"), value.get("path")
+        if isinstance(data, bytes) and isinstance(path, str):
+            return [open_picture(data, path)]
+        return open_pictures(path if data is None else data, folder)
+    if isinstance(value, Image.Image | bytes):
+        return [open_picture(value, "image data")]
+    if not isinstance(value, str):
         raise ConfigError(f"a picture must be a path or image data, got {type(value).__name__}")
-    source = io.BytesIO(value) if isinstance(value, bytes) else folder / value
-    try:
-        with Image.open(source) as picture:
-            return [picture.convert("RGB")]
-    except (OSError, UnidentifiedImageError) as error:
-        shown = "image data" if isinstance(value, bytes) else str(source)
-        raise ConfigError(f"cannot open the picture {shown}: {error}") from error
+    return [open_picture(folder / value, str(folder / value))]
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -137,7 +156,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
                     raise ConfigError(f"{path}, line {number}: a row must be a JSON object")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}, line {number}: no JSON: {error}") from error
     return rows
 
