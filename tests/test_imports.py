@@ -82,6 +82,28 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.reference.train": 3,
         "vispress.reference": 4,  # public faces
     },
+    "vispress.runtime": {
+        "vispress.runtime.hooks": 0,
+        "vispress.runtime.kv_cache": 1,
+        "vispress.runtime.tokens": 2,
+        "vispress.runtime.encoder": 1,
+        "vispress.runtime.plan": 3,
+        "vispress.runtime.forward": 5,
+        "vispress.runtime.forward.state": 6,
+        "vispress.runtime.forward.prompt_context": 7,
+        "vispress.runtime.forward.setup": 8,
+        "vispress.runtime.forward.signals": 8,
+        "vispress.runtime.forward.layer_inputs": 8,
+        "vispress.runtime.forward.apply_placement": 9,
+        "vispress.runtime.stages.base": 10,
+        "vispress.runtime.forward.running": 11,
+        "vispress.runtime.stages": 12,  # each stage
+        "vispress.runtime.forward.static_decode": 12,
+        "vispress.runtime.forward.prefill_record": 12,
+        "vispress.runtime.forward.prefill": 13,
+        "vispress.runtime.attachment": 14,
+        "vispress.runtime": 15,
+    },
 }
 """Floors inside a part of the house; there imports for type checkers count, too."""
 

@@ -19,6 +19,7 @@ from vispress.types import TokenPlan, VisualTokens
 HOOKS: tuple[tuple[Any, str], ...] = (
     (prefill, "begin"),
     (prefill, "enter_layer"),
+    (prefill, "leave_layer"),
     (prefill, "measure"),
     (prefill, "finish"),
     (EncoderSink, "observe"),

@@ -81,9 +81,9 @@ def compress_model(
 
     from vispress.runtime.attachment import ATTRIBUTE, Attachment
     from vispress.runtime.plan.placements import bind_placements
-    from vispress.runtime.stages.decode import find_decode_step
-    from vispress.runtime.stages.encoder import find_encoder_step
-    from vispress.runtime.stages.mask import find_pair_step
+    from vispress.runtime.plan.plan import Plan
+    from vispress.runtime.stages import bind_all
+    from vispress.runtime.stages.base import Binding
     from vispress.runtime.tokens.masks import check_implementation
 
     if ATTRIBUTE in adapter.base.__dict__:
@@ -98,14 +98,10 @@ def compress_model(
     if mean is not None:
         methods, note = share_mean(methods, mean, len(adapter.decoder_layers))
         notes.append(note)
-    inside = find_encoder_step(methods, adapter)
-    steps, remarks = bind_placements(methods, adapter, positions)
+    placements, remarks = bind_placements(methods, adapter, positions)
     notes += remarks
-    decoding, remarks = find_decode_step(methods, steps, adapter)
-    notes += remarks
-    pairs, remarks = find_pair_step(methods, steps, adapter)
-    notes += remarks
-    Attachment(adapter, methods, steps, notes, backend, inside, decoding, pairs).attach()
+    stages = bind_all(Binding(adapter, methods, placements, notes, backend))
+    Attachment(Plan(adapter, methods, placements, backend, notes), stages).attach()
     return model
 
 

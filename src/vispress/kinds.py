@@ -16,6 +16,7 @@ class Stage(StrEnum):
     IN_LLM = "in_llm"
     DECODE = "decode"
     MASK = "mask"
+    SKIP = "skip"
 
 
 class Signal(StrEnum):

@@ -182,7 +182,7 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
     for image in record.images:
         placements = []
         for trace in image.trace:
-            step = record.steps[trace.step]
+            step = record.placements[trace.step]
             kept = tuple(trace.index.tolist())
             at, name = step.placement, step.method.name
             placements.append(
@@ -216,18 +216,9 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
         kv_bytes=record.kv_bytes,
         flops=costs,
         visual_per_layer=per_layer,
-        notes=(*record.notes, *_pairs(record)),
+        notes=(*record.notes, *(remark for remarks in record.remarks for remark in remarks())),
         _alive=tuple(record.layer_alive),
     )
-
-
-def _pairs(record: "PrefillRecord") -> list[str]:
-    """What share of the pairs of text rows and visual tokens before them was masked."""
-    if record.pairs is None or not record.pairs.counts:
-        return []
-    masked, seen = torch.stack([pair.cpu() for pair in record.pairs.counts]).sum(0).tolist()
-    name, share = record.pairs.step.method.name, masked / seen if seen else 0.0
-    return [f"{name}: {share:.1%} of the pairs of text rows and image tokens were masked"]
 
 
 def _encoder(record: "PrefillRecord", image: "Image") -> EncoderReport | None:

@@ -291,10 +291,9 @@ def test_loss_and_gradients_are_those_of_the_model_with_a_mask_made_by_hand(fami
 
 
 def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
-    from vispress.runtime.stages.mask import PairStep
     from vispress.runtime.tokens.pair_masks import PairMasks
 
-    pairs = PairMasks(PairStep(CMAI(), CMAI(), 1), None, (2,), 5, keeps=True)
+    pairs = PairMasks(CMAI(), None, (2,), 5, keeps=True)
     one = torch.ones(1, 2, 2, dtype=torch.bool)
     assert pairs.decide(3, lambda: one, torch.tensor(4)) is one
     assert pairs.decide(3, lambda: ~one, torch.tensor(4)) is one

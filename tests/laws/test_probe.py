@@ -16,8 +16,8 @@ from vispress.budget import Budget
 from vispress.errors import ConfigError
 from vispress.methods import SCM, Uniform
 from vispress.methods.base import ScorePruner
-from vispress.runtime.forward import prefill
 from vispress.runtime.kv_cache.hf_compat import CACHE
+from vispress.runtime.stages import probe as probing
 from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
 
 
@@ -156,14 +156,14 @@ def test_a_later_turn_sees_the_cached_past_and_stores_nothing(
     if kind == "static":
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
     before: list[bool] = []
-    original = prefill.probe
+    original = probing.probe
 
     def watched(state: Any, *args: Any) -> None:
         held = snapshot(state.cache)
         original(state, *args)
         before.append(same_cache(held, snapshot(state.cache)))
 
-    monkeypatch.setattr(prefill, "probe", watched)
+    monkeypatch.setattr(probing, "probe", watched)
     n, m = one["input_ids"].shape[1], two["input_ids"].shape[1]
     mask = torch.ones(1, n + m, dtype=torch.long)
     spy = Spy()
@@ -188,13 +188,13 @@ def test_a_later_turn_sees_the_cached_past_and_stores_nothing(
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Notes each probe."""
     seen: list[Any] = []
-    original = prefill.probe
+    original = probing.probe
 
     def watched(*args: Any) -> None:
         seen.append(args[1])
         original(*args)
 
-    monkeypatch.setattr(prefill, "probe", watched)
+    monkeypatch.setattr(probing, "probe", watched)
     return seen
 
 

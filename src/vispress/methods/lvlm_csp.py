@@ -83,7 +83,7 @@ class LVLMCSP(Compressor):
                 )
             budget = Budget(keep_ratio=min(1.0, ratio))
         return (
-            Placement(stage=Stage.PRE_LLM, budget=budget, until=back),
+            Placement(stage=Stage.SKIP, budget=budget, until=back),
             Placement(stage=Stage.IN_LLM, budget=budget, layer=last, queries=Queries.LAST),
         )
 

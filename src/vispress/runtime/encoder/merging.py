@@ -1,6 +1,7 @@
-"""What is merged inside the vision encoder in one call."""
+"""Merge tokens inside the vision encoder in one call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -9,18 +10,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.adapters.base import Modality, ModelAdapter
-from vispress.budget import allocate
+from vispress.budget import Budget, allocate
 from vispress.devices import sent
-from vispress.methods.base import upcast
-from vispress.methods.encoder_merger import EncoderTokens
+from vispress.errors import UnsupportedMethodError
+from vispress.methods.base import Compressor, upcast
+from vispress.methods.encoder_merger import EncoderMerger, EncoderTokens
 from vispress.runtime.encoder.sequences import Packed, Sequences
-from vispress.runtime.stages.encoder import EncoderStep, check_attention
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens
 from vispress_kernels.merge_tokens import merge_tokens
 
 ALIGNED = 16
 """Bytes; where in memory CUDA's attention reads a mask begins at a multiple."""
+IMPLEMENTATIONS = ("sdpa", "eager")
+"""Attention that takes numbers to add to its logits."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderStep:
+    """A placement in the encoder.
+
+    Args:
+        method: The compressor.
+        merger: What it does there.
+        budget: Tokens of an image that should be left at the encoder's end.
+    """
+
+    method: Compressor
+    merger: EncoderMerger
+    budget: Budget
+
+
+def check_attention(implementation: str) -> None:
+    """Refuse attention that cannot weigh merged tokens.
+
+    Raises:
+        UnsupportedMethodError: Names what works.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedMethodError(
+            "merged tokens add the log of their size to the attention logits, which "
+            f"{implementation!r} in the vision encoder cannot; these can: "
+            f"{', '.join(IMPLEMENTATIONS)}. For the encoder alone: "
+            "model.set_attn_implementation({'vision_config': 'sdpa'})"
+        )
 
 
 class EncoderMerge:

@@ -1,4 +1,4 @@
-"""What a base model's forward was called with: one entry a running call, in the calling context."""
+"""Remember what a base model's forward was called with: an entry a running call, by context."""
 
 import inspect
 import weakref
@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import FunctionType, MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +15,14 @@ from torch import Tensor
 from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture
-
-if TYPE_CHECKING:
-    from vispress.runtime.attachment import Attachment
+from vispress.runtime.plan.plan import Plan
 
 
 @dataclass(eq=False)
 class ModelCall:
     """What the base model's forward was called with; lives as long as that call."""
 
-    attachment: "Attachment"
+    plan: Plan
     arguments: Mapping[str, Any]
     captures: dict[Modality, EncoderCapture] = field(default_factory=dict)
     _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -61,13 +59,13 @@ def brings_images(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in names)
 
 
-def capture_of(attachment: "Attachment", modality: Modality, output: Any) -> EncoderCapture:
+def capture_of(plan: Plan, modality: Modality, output: Any) -> EncoderCapture:
     """What was seen when these features were computed (by `generate`, ahead of the forward)."""
     capture: EncoderCapture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
     if capture is None:  # accelerate rebuilds containers on their way to a device
-        seen = LATEST.get().get((id(attachment), modality))
+        seen = LATEST.get().get((id(plan), modality))
         latest = None if seen is None else seen()
-        if latest is not None and latest.gave(attachment.adapter.features(modality, output)):
+        if latest is not None and latest.gave(plan.adapter.features(modality, output)):
             capture = latest
     if capture is None:
         raise CompressionStateError(

@@ -1,46 +1,43 @@
-"""The course of one language-model call: begin, enter each layer, finish."""
+"""Run the spine of one language-model call: begin, enter each layer, leave it, finish."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vispress.runtime.encoder.capture import projector_function
-from vispress.runtime.forward import setup as locate
-from vispress.runtime.forward.attention_reads import EnoughRead, TransitionMeasure
+from vispress.runtime.forward import setup
+from vispress.runtime.forward.apply_placement import apply, write_values
+from vispress.runtime.forward.attention_reads import TransitionMeasure
 from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
+from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import MASK_HOOK
 from vispress.runtime.kv_cache.dynamic import check_cache, is_compressed, kv_bytes
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
-from vispress.runtime.stages.decode import Decoding, open_selection
-from vispress.runtime.stages.probe import probe
-from vispress.runtime.stages.select import apply, asks, decide, write_values
-from vispress.runtime.stages.skip import enter
+from vispress.runtime.plan.plan import Plan
+from vispress.runtime.stages.base import Entering, RuntimeStage
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.live_tokens import LiveTokens, all_live, gather_rows
-from vispress.runtime.tokens.pair_masks import PairMasks
 from vispress_kernels import Backend
 from vispress_kernels.transition_scores import transition_scores
 
-if TYPE_CHECKING:
-    from vispress.runtime.attachment import Attachment
-
 
 def begin(
-    attachment: "Attachment",
+    plan: Plan,
+    stages: Sequence[RuntimeStage],
     call: ModelCall,
     module: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> tuple[ForwardState | None, dict[str, Any]]:
+) -> tuple[Running | None, dict[str, Any]]:
     """Decide what this call is: nothing of ours, a decode step on a short cache, or a prefill.
 
     Args:
-        attachment: The compressed model.
+        plan: What is asked of the model.
+        stages: The stages of its chain.
         call: What the base model was called with, and what its vision encoder gave in (or before)
             this call.
         module: The language model.
@@ -48,7 +45,8 @@ def begin(
         kwargs: Its keyword arguments.
 
     Returns:
-        The state (None when the call is untouched), and keyword arguments that hold all arguments.
+        The call under way (None when it is untouched), and keyword arguments that hold all
+        arguments.
     """
     given = by_name(type(module).forward, (module, *args), kwargs)
     del given["self"]
@@ -56,7 +54,7 @@ def begin(
     cache = cache_of(given)
     if not captures and not is_compressed(cache):
         return None, given
-    masks.check_implementation(attachment.adapter.language_model.config._attn_implementation)
+    masks.check_implementation(plan.implementation)
     embeds: Tensor = (
         given["inputs_embeds"]
         if given.get("inputs_embeds") is not None
@@ -66,25 +64,20 @@ def begin(
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
         check_cache(cache)
-    state = _make_state(attachment, call, given, cache, embeds)
-    step = attachment.decode_step
-    if not captures:
-        implementation = attachment.adapter.language_model.config._attn_implementation
-        state.decoding = Decoding.of(step, cache, implementation, state.chunk_valid)
+    state = _make_state(plan, call, given, cache, embeds)
     if captures:
-        locate.find(attachment, state, call, embeds)
-        given["inputs_embeds"] = _before_llm(attachment, state, module, given, embeds)
+        setup.find(plan, state, call, embeds)
+    opened = ((stage.carries, stage.open(state)) for stage in stages)
+    running = Running(state, [(carries, each) for carries, each in opened if each is not None])
+    given[RUNNING] = running
+    if captures:
+        given["inputs_embeds"] = _before_llm(running, module, given, embeds)
         given["input_ids"] = None
-        if step is not None and cache is not None and any(map(step.covers, state.images)):
-            state.held_from = step.reads
-        if not attachment.reads_encoder_late:
+        if not plan.reads_encoder_late:
             for capture in captures.values():
                 capture.release()
-    state.pairs = PairMasks.of(attachment.pair_step, state)
-    if state.pairs is not None:
-        first = state.pairs.step.first
-        state.held_from = first if state.held_from is None else min(first, state.held_from)
-    return state, given
+    carry_deepstack(given, state)
+    return running, given
 
 
 def _caches(module: Any, given: Mapping[str, Any]) -> bool:
@@ -96,7 +89,7 @@ def _caches(module: Any, given: Mapping[str, Any]) -> bool:
 
 
 def _make_state(
-    attachment: "Attachment",
+    plan: Plan,
     call: ModelCall,
     given: Mapping[str, Any],
     cache: Cache | None,
@@ -133,7 +126,7 @@ def _make_state(
     if position_ids is None:
         position_ids = whole.index[:1] + past if past else whole.index[:1]
     return ForwardState(
-        attachment=attachment,
+        plan=plan,
         rows=[(0, whole)],
         past=past,
         cache=cache,
@@ -156,85 +149,74 @@ def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
     return torch.cat([seen[:, -1, :past], own], dim=1).expand(batch, -1)
 
 
-def _before_llm(
-    attachment: "Attachment",
-    state: ForwardState,
-    module: Any,
-    given: Mapping[str, Any],
-    embeds: Tensor,
-) -> Tensor:
+def _before_llm(running: Running, module: Any, given: dict[str, Any], embeds: Tensor) -> Tensor:
     """Take the placements before the LLM; new values go into the full-length embeddings."""
-    project = projector_function(attachment.adapter)
+    state = running.state
+    project = projector_function(state.plan.adapter)
     whole, hidden = state.last, embeds
-    for step in attachment.steps:
-        if step.placement.layer > 0:
-            break
-        if step.placement.probe is not None and asks(state, step):
-            probe(state, step.placement, module, given, embeds)
-        decision = decide(state, step, hidden)
-        for want in state.wanted:
-            if want.mode == "probe":
-                want.forget()
+    for bound in state.plan.placements_at.get(0, ()):
+        running.before_placement(bound, Entering(0, module, embeds, given))
+        decision = running.place(bound, hidden)
+        state.forget_reads(0)
         if decision is not None:
             embeds = write_values(decision, whole, hidden, embeds, project)
             state.take(0, decision)
-            hidden = gather_rows(embeds, decision.rows.index, attachment.backend)
+            hidden = gather_rows(embeds, decision.rows.index, state.plan.backend)
     return embeds
 
 
 def enter_layer(
-    state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
+    running: Running, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """What decoder layer `number` is called with: hidden states, and keyword arguments for them."""
-    hidden = _drop_rows(state, number, module, hidden, kwargs)
-    hidden = enter(module, state.span_at(number), hidden, state.attachment.backend)
+    """Give what decoder layer `number` is called with: hidden states and keyword arguments."""
+    state = running.state
+    hidden = _take_placements(running, Entering(number, module, hidden, kwargs))
+    for enter in running.enters:
+        hidden = enter(number, hidden)
     if state.short(number):
-        kwargs = state.layer_kwargs(number, hidden, kwargs)
-    step = state.attachment.decode_step
-    if state.decoding is not None:
-        kwargs = state.decoding.layer_kwargs(number, hidden, kwargs)
-    elif step is not None and number == step.reads and state.images and state.cache is not None:
-        open_selection(step, state)
-    if state.pairs is not None and state.mode == "run" and number >= state.pairs.step.first:
-        kwargs = kwargs | {MASK_HOOK: state.pairs.at(state, number, hidden.device)}
+        kwargs = running.inputs.layer_kwargs(number, hidden, kwargs)
+    for change in running.kwargs:
+        kwargs = change(number, hidden, kwargs)
     state.rotary = kwargs.get("position_embeddings")
     return hidden, kwargs
 
 
-def _drop_rows(
-    state: ForwardState, number: int, module: Any, hidden: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
-    """Hidden states that enter decoder layer `number`: rows are dropped here."""
+def leave_layer(running: Running, number: int, out: Tensor) -> Tensor:
+    """Give what decoder layer `number` hands on, from what it computed."""
+    for leave in running.leaves:
+        out = leave(number, out)
+    return out
+
+
+def _take_placements(running: Running, entering: Entering) -> Tensor:
+    """Give the hidden states that enter a decoder layer behind its placements: rows go here."""
+    state, number, hidden = running.state, entering.number, entering.hidden
     if not state.images:
         return hidden
     if number == 0:
         rows = state.rows_before(0).to(hidden.device)
-        return hidden if rows.whole else gather_rows(hidden, rows.index, state.attachment.backend)
-    attachment = state.attachment
-    if number not in attachment.steps_at:
+        return hidden if rows.whole else gather_rows(hidden, rows.index, state.plan.backend)
+    placements = state.plan.placements_at.get(number)
+    if placements is None:
         return hidden
-    project = projector_function(attachment.adapter)
+    project = projector_function(state.plan.adapter)
     if number in state.decided:  # a checkpointed layer runs again: no second decision
         for decision in state.decided[number]:
             hidden = apply(decision, hidden, project)
         return hidden
     state.decided[number] = []
-    for step in attachment.steps_at[number]:
-        if step.placement.queries is not None and step.placement.attention_of == "next":
-            for want in state.wanted:  # a step before at this layer may have dropped rows
-                want.seen = want.seen and not (want.mode == "peek" and want.layer == number)
-            _peek(state, number, module, hidden, kwargs)
+    for bound in placements:
+        entering.hidden = hidden
+        running.before_placement(bound, entering)
         # a checkpoint that wraps this hook must not count the tensors that deciding saves,
         # because its second run does not decide
         with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
-            fresh = decide(state, step, hidden)
+            fresh = running.place(bound, hidden)
         if fresh is not None:
             hidden = apply(fresh, hidden, project)
             state.take(number, fresh)
             state.decided[number].append(fresh)
-    for want in state.wanted:
-        if want.seen and want.until <= number:
-            want.forget()
+    state.forget_reads(number)
     return hidden
 
 
@@ -242,49 +224,39 @@ def _itself(saved: Tensor) -> Tensor:
     return saved
 
 
-@torch.no_grad()
-def _peek(
-    state: ForwardState, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-) -> None:
-    """Read attention rows of a layer that has not run, on the rows that are still there."""
-    arguments = state.peek_kwargs(number, hidden, kwargs)
-    state.mode, state.rotary = "peek", arguments["position_embeddings"]
-    # dropout inside projections (LoRA) must not move the generators of the real run
-    devices = [hidden.device] if hidden.is_cuda and layer.training else []
-    try:
-        with torch.random.fork_rng(devices=devices, enabled=layer.training):
-            layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)
-    except EnoughRead:
-        pass
-    finally:
-        state.mode = "run"
-
-
 def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:
     """Note how far a module (0 attention, 1 MLP) moved its rows."""
-    found = transition_scores(x.detach(), y.detach(), backend=state.attachment.backend)
+    found = transition_scores(x.detach(), y.detach(), backend=state.plan.backend)
     if part == 0:
         state.transitions[number] = TransitionMeasure(state.rows_at(number), [found])
     else:
         state.transitions[number].found.append(found)
 
 
-def finish(attachment: "Attachment", state: ForwardState, output: Any) -> Any:
-    """Expand the hidden states to the logical length and leave a record for reports."""
-    if state.images:
-        attachment.record = PrefillRecord.of(attachment, state, kv_bytes(state.cache))
+def finish(running: Running, output: Any) -> tuple[Any, PrefillRecord | None]:
+    """Expand the hidden states to the logical length; leave a record of a prefill for reports.
+
+    Returns:
+        What the language model gives (None: as it is), and the record, if images came.
+    """
+    state = running.state
+    for call in running.calls:
+        if call.end is not None:
+            call.end()
+    remarks = [call.remarks for call in running.calls if call.remarks is not None]
+    record = PrefillRecord.of(state, kv_bytes(state.cache), remarks) if state.images else None
     if state.untouched:
-        return None
-    backend = attachment.backend
+        return None, record
+    backend = state.plan.backend
     if isinstance(output, tuple):
-        return (_expand(output[0], state.last, backend), *output[1:])
+        return (_expand(output[0], state.last, backend), *output[1:]), record
     output.last_hidden_state = _expand(output.last_hidden_state, state.last, backend)
     if output.get("hidden_states") is not None:  # input of layer 0, then the output of each layer
         output.hidden_states = tuple(
             _expand(hidden, state.rows_before(number - 1), backend) if number else hidden
             for number, hidden in enumerate(output.hidden_states)
         )
-    return output
+    return output, record
 
 
 def _expand(hidden: Tensor, rows: LiveTokens, backend: Backend) -> Tensor:

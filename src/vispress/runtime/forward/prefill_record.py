@@ -1,20 +1,16 @@
-"""What is remembered of a prefill; turned into a report only when one is asked for."""
+"""Remember a prefill; a report is made of it only when one is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
+from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.tokens.images import Image
-
-if TYPE_CHECKING:
-    from vispress.runtime.attachment import Attachment
-    from vispress.runtime.forward.state import ForwardState
-    from vispress.runtime.stages.select import BoundPlacement
-    from vispress.runtime.tokens.pair_masks import PairMasks
 
 
 @dataclass(eq=False)
@@ -22,7 +18,7 @@ class PrefillRecord:
     """The facts of one prefill; tensors stay on their device.
 
     Args:
-        steps: Placements, in the order they acted.
+        placements: In the order they acted.
         notes: Remarks made when the model was compressed.
         images: With their traces.
         layer_alive: `[B, past + Q]` bool a decoder layer; layers with the same rows share one
@@ -32,10 +28,10 @@ class PrefillRecord:
         mlp_width: LLM MLP size.
         past: Logical length before the prefill.
         encoder: Name of the method that merges in the vision encoder, if one does.
-        pairs: Masks of pairs, if a method makes them.
+        remarks: What stages say of the call, when a report is asked for.
     """
 
-    steps: Sequence["BoundPlacement"]
+    placements: Sequence[BoundPlacement]
     notes: Sequence[str]
     images: Sequence[Image]
     layer_alive: Sequence[Tensor]
@@ -44,31 +40,35 @@ class PrefillRecord:
     mlp_width: int
     past: int
     encoder: str | None = None
-    pairs: "PairMasks | None" = None
+    remarks: Sequence[Callable[[], Sequence[str]]] = ()
 
     @classmethod
-    def of(cls, attachment: "Attachment", state: "ForwardState", kv_bytes: int) -> "PrefillRecord":
-        """The record of a finished call."""
-        config: Any = attachment.adapter.language_model.config
+    def of(
+        cls,
+        state: ForwardState,
+        kv_bytes: int,
+        remarks: Sequence[Callable[[], Sequence[str]]],
+        encoder: str | None = None,
+    ) -> "PrefillRecord":
+        """Make the record of a finished call."""
+        config: Any = state.plan.adapter.language_model.config
         seen: dict[int, tuple[object, Tensor]] = {}
-        layers = [
-            _alive(state, layer, seen) for layer in range(len(attachment.adapter.decoder_layers))
-        ]
+        layers = [_alive(state, layer, seen) for layer in range(state.plan.num_layers)]
         return cls(
-            attachment.steps,
-            attachment.notes,
+            state.plan.placements,
+            state.plan.notes,
             state.images,
             layers,
             kv_bytes,
             config.hidden_size,
             config.intermediate_size,
             state.past,
-            None if attachment.encoder_step is None else attachment.encoder_step.method.name,
-            state.pairs,
+            encoder,
+            remarks,
         )
 
 
-def _alive(state: "ForwardState", layer: int, seen: dict[int, tuple[object, Tensor]]) -> Tensor:
+def _alive(state: ForwardState, layer: int, seen: dict[int, tuple[object, Tensor]]) -> Tensor:
     rows = state.rows_at(layer)
     held = None
     if state.cache is not None and layer < len(state.cache.layers):

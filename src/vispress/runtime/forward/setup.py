@@ -1,7 +1,6 @@
-"""Set up a prefill: where the images stand, and what must be read from attention."""
+"""Set up a prefill: find where the images stand and what must be read from attention."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,26 +11,24 @@ from vispress.runtime.forward.attention_reads import AttentionRead, attention_la
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.prompt_context import note_prompt_context
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.plan.plan import Plan
 from vispress.runtime.tokens.images import Image, find_images, make_buckets
-from vispress.types import Placement, Queries, Signal
-
-if TYPE_CHECKING:
-    from vispress.runtime.attachment import Attachment
+from vispress.types import Placement, Queries
 
 _CODES: dict[Modality, int] = {"image": 1, "video": 2}
 
 
 def find(
-    attachment: "Attachment",
+    plan: Plan,
     state: ForwardState,
     call: ModelCall,
     embeds: Tensor,
 ) -> None:
     """Locate the images and set up what must be read from attention."""
-    placeholders, captures = attachment.adapter.placeholders(), call.captures
+    placeholders, captures = plan.adapter.placeholders(), call.captures
     marks = torch.zeros(embeds.shape[:2], dtype=torch.long)
     for modality, token in placeholders.items():
-        here = _placeholder_mask(attachment, call, token)
+        here = _placeholder_mask(plan, call, token)
         marks = marks.masked_fill(here, _CODES[modality])
     valid = state.host_valid
     valid = torch.ones(marks.shape, dtype=torch.bool) if valid is None else valid
@@ -39,26 +36,21 @@ def find(
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     images = find_images(marks, valid, ordered, _CODES)
     state.images = images
-    apart = any(step.placement.images != "all" for step in attachment.steps)
-    if apart or any(Signal.CONTEXT in method.signals() for method in attachment.methods):
+    if plan.reads_context:
         note_prompt_context(images, text, embeds)
-    if attachment.reads_input:
+    if plan.reads_input:
         state.input_embeddings = embeds.detach()
-    if attachment.reads_text:
+    if plan.reads_text:
         places = (sent(row.nonzero()[:, 0], embeds.device) for row in text)
         state.text_embeddings = [row[own].detach() for row, own in zip(embeds, places, strict=True)]
-    queries = {step.placement.queries for step in attachment.steps} - {None}
-    by_text = attachment.reads_text or Queries.TEXT_AFTER in queries
-    state.buckets = make_buckets(images, embeds.device, by_text=by_text)
-    state.wanted = _wanted(attachment, images, valid)
+    state.buckets = make_buckets(images, embeds.device, by_text=plan.by_text)
+    state.reads = _wanted(plan, images, valid)
 
 
-def _wanted(
-    attachment: "Attachment", images: Sequence[Image], valid: Tensor
-) -> list[AttentionRead]:
+def _wanted(plan: Plan, images: Sequence[Image], valid: Tensor) -> list[AttentionRead]:
     """Attention rows that the placements read, each once."""
     wanted: list[AttentionRead] = []
-    for step in attachment.steps:
+    for step in plan.placements:
         placement, reads = step.placement, {*step.method.signals()}
         for layer in attention_layers(placement):
             known = next((w for w in wanted if w.serves(placement, layer)), None)
@@ -87,13 +79,13 @@ def _want(
     )
 
 
-def _placeholder_mask(attachment: "Attachment", call: ModelCall, token: int) -> Tensor:
+def _placeholder_mask(plan: Plan, call: ModelCall, token: int) -> Tensor:
     """`[B, Q]` bool on the host."""
     input_ids = call.arguments.get("input_ids")
     if isinstance(input_ids, Tensor):
         return torch.eq(call.on_host(input_ids), token)
     given: Tensor = call.arguments["inputs_embeds"]
-    table = attachment.adapter.base.get_input_embeddings()
+    table = plan.adapter.base.get_input_embeddings()
     own: Tensor = table(torch.tensor(token, device=given.device))
     return torch.eq(given, own).all(-1).cpu()
 

@@ -99,7 +99,7 @@ def visual_tokens(
     if Signal.TEXT_STATES in reads:
         signals["text_states"] = hidden[sample, view.behind(rows)]
     if Signal.FINAL_NORM in reads:
-        signals["final_norm"] = state.attachment.adapter.language_model.norm
+        signals["final_norm"] = state.plan.adapter.language_model.norm
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, view)
     if Signal.TEXT_EMBEDDINGS in reads:
@@ -111,7 +111,7 @@ def visual_tokens(
         inside = placement.layer > 0
         signals["context"] = context_of(state, bucket, rows, hidden, inside=inside)
     if Signal.DEPTH in reads:
-        depth = len(state.attachment.adapter.decoder_layers)
+        depth = state.plan.num_layers
         signals["depth"] = (placement.layer, depth)
     numbers, counts = numbered(state.images)
     if Signal.IMAGE_COUNT in reads:
@@ -129,7 +129,7 @@ def visual_tokens(
         views=tuple(
             visual_tokens(state, compressor, one, placement, bucket, rows, hidden) for one in parts
         ),
-        backend=state.attachment.backend,
+        backend=state.plan.backend,
         **signals,
     )
 
@@ -137,7 +137,7 @@ def visual_tokens(
 def _encoder_signals(
     state: ForwardState, method: Compressor, bucket: Bucket, reads: frozenset[Signal]
 ) -> dict[str, Any]:
-    adapter = state.attachment.adapter
+    adapter = state.plan.adapter
     device = bucket.index.device
     out: dict[str, Any] = {}
 
@@ -146,15 +146,15 @@ def _encoder_signals(
         whole = _on(_stacked(values), device)
         if bucket.num_visual == bucket.images[0].num_visual:
             return whole
-        return _pick(whole, axis, bucket.index, state.attachment.backend)
+        return _pick(whole, axis, bucket.index, state.plan.backend)
 
     for signal in ATTENTION_SIGNALS:
         if signal in reads:
-            layers = state.attachment.encoder_layers(method, signal)
+            layers = state.plan.encoder_layers(method, signal)
             values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
             out[signal.value] = stacked(values, values[0].ndim)
     if Signal.VISION_KEYS in reads:
-        (*_, layer) = state.attachment.encoder_layers(method, Signal.VISION_KEYS)
+        (*_, layer) = state.plan.encoder_layers(method, Signal.VISION_KEYS)
         out["vision_keys"] = stacked([i.capture.keys(layer, i.number) for i in bucket.images], 2)
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
@@ -176,14 +176,14 @@ def _encoder_signals(
 def _query_attention(state: ForwardState, placement: Placement, view: _View) -> Tensor:
     """`[Bk, H, Q, N]` of the rows that the placement names, or `[Bk, E, H, Q, N]` of E layers."""
     layers = [
-        _rows_of(_wanted(state, placement, layer), placement, view, state.attachment.backend)
+        _rows_of(_wanted(state, placement, layer), placement, view, state.plan.backend)
         for layer in attention_layers(placement)
     ]
     return layers[0] if len(layers) == 1 else torch.stack(layers, dim=1)
 
 
 def _wanted(state: ForwardState, placement: Placement, layer: int) -> AttentionRead:
-    return next(want for want in state.wanted if want.serves(placement, layer))
+    return next(want for want in state.reads if want.serves(placement, layer))
 
 
 def _rows_of(want: AttentionRead, placement: Placement, view: _View, backend: Backend) -> Tensor:
@@ -234,7 +234,7 @@ def _rotary_prior(state: ForwardState, placement: Placement, view: _View) -> Ten
     assert want.rotary is not None
     assert want.seen_on is not None
     assert want.asked is not None
-    asked, backend = view.own(want.asked), state.attachment.backend
+    asked, backend = view.own(want.asked), state.plan.backend
     if (picks := _tails(want, placement, view)) is not None:
         asked = asked.gather(1, picks)
     batch = len(state.last.index)

@@ -1,7 +1,7 @@
-"""The decode step on a static cache: tensors only, so that a compiled model is traced once."""
+"""Run a decode step on a static cache: tensors only, so that a compiled model is traced once."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,24 +9,33 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
-from vispress.runtime.stages.decode import Decoding
+from vispress.runtime.plan.plan import Plan
+from vispress.runtime.stages.base import RuntimeStage
 from vispress.runtime.tokens import masks
-
-if TYPE_CHECKING:
-    from vispress.runtime.attachment import Attachment
 
 
 class StaticDecodeCall:
-    """What the layers need for one token; in place of a `ForwardState`."""
+    """What the layers need for one token; in place of a `Running`."""
 
-    def __init__(self, attachment: "Attachment", cache: Cache, position_ids: Tensor | None) -> None:
-        self.attachment, self.cache, self.position_ids = attachment, cache, position_ids
-        implementation = attachment.adapter.language_model.config._attn_implementation
-        self.decoding = Decoding.of(attachment.decode_step, cache, implementation)
+    def __init__(
+        self,
+        plan: Plan,
+        stages: Sequence[RuntimeStage],
+        cache: Cache,
+        position_ids: Tensor | None,
+    ) -> None:
+        self.plan, self.cache, self.position_ids = plan, cache, position_ids
+        self.calls = []
+        for stage in stages:
+            call = None if stage.open_static is None else stage.open_static(plan, cache)
+            if call is not None:
+                self.calls.append(call)
 
     @classmethod
-    def of(cls, attachment: "Attachment", kwargs: Mapping[str, Any]) -> "StaticDecodeCall | None":
-        """The step, if this call is one: a single token on a static cache that was compressed."""
+    def of(
+        cls, plan: Plan, stages: Sequence[RuntimeStage], kwargs: Mapping[str, Any]
+    ) -> "StaticDecodeCall | None":
+        """Recognise a single token on a static cache that was compressed; None for other calls."""
         cache, embeds = cache_of(kwargs), kwargs.get("inputs_embeds")
         if cache is None or embeds is None or embeds.shape[1] != 1:
             return None
@@ -35,7 +44,7 @@ class StaticDecodeCall:
             return None
         if not any(isinstance(layer, CompressedStaticLayer) for layer in layers):
             return None
-        return cls(attachment, cache, kwargs.get("position_ids"))
+        return cls(plan, stages, cache, kwargs.get("position_ids"))
 
     def to(self, *args: Any, **kwargs: Any) -> "StaticDecodeCall":
         """Itself: accelerate's hooks move keyword arguments between devices."""
@@ -53,14 +62,30 @@ class StaticDecodeCall:
             "position_embeddings": self._rotary(held, position, hidden, kwargs),
             "position_ids": None,
         }
-        if self.decoding is not None:
-            kwargs = self.decoding.layer_kwargs(number, hidden, kwargs)
+        for call in self.calls:
+            if call.layer_kwargs is not None:
+                kwargs = call.layer_kwargs(number, hidden, kwargs)
         return kwargs
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        implementation: str,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Show a watched attention to the stages."""
+        for call in self.calls:
+            if call.attend is not None:
+                mask = call.attend(module.layer_idx, query, key, mask, kwargs["scaling"])
+        return mask
 
     def _mask(
         self, held: CompressedStaticLayer, valid: Tensor, given: Tensor | None, hidden: Tensor
     ) -> Tensor:
-        implementation = self.attachment.adapter.language_model.config._attn_implementation
+        implementation = self.plan.implementation
         kind = masks.check_implementation(implementation)
         if kind == "flash":
             return valid
@@ -86,6 +111,6 @@ class StaticDecodeCall:
             return given
         ids = position.view(1, 1) if self.position_ids is None else self.position_ids
         compact = (ids - shift.unsqueeze(1)).clamp(min=0)
-        language_model = self.attachment.adapter.language_model
+        language_model = self.plan.adapter.language_model
         rotary: tuple[Tensor, Tensor] = language_model.rotary_emb(hidden, compact)
         return rotary

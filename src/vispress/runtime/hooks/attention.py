@@ -1,8 +1,8 @@
-"""Attention rows, recomputed from the q and k that the model's own attention is called with.
+"""Watch attention, and recompute rows of it from the q and k that it is called with.
 
 One attention function is registered per underlying implementation. Attention modules that are to be
-watched get a view of their config that names it; it shows q and k to the sink of the current
-context, if there is one, and then calls the model's own implementation.
+watched get a view of their config that names it; it shows q and k to the call that runs and then
+calls the model's own implementation.
 """
 
 import sys
@@ -10,23 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
 _PREFIX = "vispress_watching_"
-ATTENTION_OBSERVER = "vispress_reader"
-"""Keyword argument of a decoder layer: an object whose `read` is shown its attention's q, k, mask
-and scaling; unlike a sink it is found inside a compiled graph, too."""
-
-MASK_HOOK = "vispress_narrower"
-"""Keyword argument of a decoder layer: an object whose `narrow` gives the mask that its attention
-is to use, from q, k, mask and scaling; found again when a checkpointed layer runs a second time."""
+OBSERVER: Final = "vispress_running"
+"""Keyword argument of a watched decoder layer's attention: the call that runs, whose `attend` is
+shown q, k and mask and gives the mask to use. It rides from the language model down, so that a
+checkpointed layer that runs again and a compiled step find it, and another thread's never does."""
 
 
-class Sink(Protocol):
-    """Receives what a watched attention module is about to compute."""
+class EncoderObserver(Protocol):
+    """Receives what a watched attention module of the vision encoder is about to compute."""
 
     def observe(
         self,
@@ -39,14 +36,14 @@ class Sink(Protocol):
         """Args: module, post-RoPE query `[B, H, Q, D]` and key `[B, Hkv, S, D]`, mask as passed."""
 
 
-_SINK: ContextVar[Sink | None] = ContextVar("vispress_sink", default=None)
+# Encoders hand no keywords of their own to their attention, so what watches them is found by
+# context. It is set for one encoder call alone and reset by `finally`, whatever ends that call.
+_SINK: ContextVar[EncoderObserver | None] = ContextVar("vispress_sink", default=None)
 
 
 @contextmanager
-def watching(sink: Sink | None) -> Iterator[None]:
-    """Send what watched attention modules compute to `sink` inside the block (this
-    context only).
-    """
+def watching(sink: EncoderObserver | None) -> Iterator[None]:
+    """Send what watched encoder attention computes to `sink` inside the block (this context)."""
     token = _SINK.set(sink)
     try:
         yield
@@ -54,8 +51,8 @@ def watching(sink: Sink | None) -> Iterator[None]:
         _SINK.reset(token)
 
 
-def current_sink() -> Sink | None:
-    """The sink of this context; none inside a compiled graph, which has nothing to record."""
+def current_sink() -> EncoderObserver | None:
+    """Give the sink of this context; none in a compiled graph, which reading it would break."""
     return None if torch.compiler.is_compiling() else _SINK.get()
 
 
@@ -135,15 +132,13 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if (narrower := kwargs.pop(MASK_HOOK, None)) is not None:
-        attention_mask = narrower.narrow(query, key, attention_mask, kwargs["scaling"])
-    if (reader := kwargs.pop(ATTENTION_OBSERVER, None)) is not None:
-        reader.read(query, key, attention_mask, kwargs["scaling"])
-    sink = current_sink()
-    if sink is not None:
-        sink.observe(module, query, key, attention_mask, kwargs)
-    if (merge := current_merge()) is not None:
-        attention_mask = merge.attend(key, attention_mask, implementation)
+    if (running := kwargs.pop(OBSERVER, None)) is not None:
+        attention_mask = running.attend(module, query, key, attention_mask, implementation, kwargs)
+    else:
+        if (sink := current_sink()) is not None:
+            sink.observe(module, query, key, attention_mask, kwargs)
+        if (merge := current_merge()) is not None:
+            attention_mask = merge.attend(key, attention_mask, implementation)
     if implementation == "eager":  # not in the registry: each modeling file has its own
         run = sys.modules[_defining_module(module)].eager_attention_forward
     else:

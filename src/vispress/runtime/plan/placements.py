@@ -1,12 +1,12 @@
-"""From compressors to the ordered list of placements on one model."""
+"""Bind the placements of a chain of compressors to one model, in the order they act."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vispress.adapters.base import ModelAdapter
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
-from vispress.runtime.forward.attention_reads import attention_layers
-from vispress.runtime.stages.select import BoundPlacement
+from vispress.runtime.plan.bound import BoundPlacement
 from vispress.types import Placement, Positions, Queries, Signal, Stage
 
 _BY_ROW = frozenset({Signal.QUERY_ATTENTION, Signal.MEAN_ATTENTION, Signal.ROTARY_PRIOR})
@@ -30,7 +30,11 @@ def bind_placements(
     notes: list[str] = []
     reached = 0
     for number, method in enumerate(methods):
-        placements = [p for p in method.placements(layers) if p.stage is not Stage.ENCODER]
+        placements = [
+            p if p.until is None else replace(p, stage=Stage.SKIP)
+            for p in method.placements(layers)
+            if p.stage is not Stage.ENCODER
+        ]
         if not placements:
             raise ConfigError(
                 f"{method.name} has no placement before or in an LLM of {layers} layers"
@@ -53,27 +57,11 @@ def bind_placements(
         BoundPlacement(i, number, method, placement, where)
         for i, (_, number, method, placement, where) in enumerate(found)
     ]
-    _check_spans(steps)
     return steps, notes
 
 
-def _check_spans(steps: Sequence[BoundPlacement]) -> None:
-    """Refuse attention of layers that some of the asked tokens bypass."""
-    for step in steps:
-        if step.placement.probe is not None:  # it is over before any span begins
-            continue
-        for layer in attention_layers(step.placement):
-            for span in (s.placement for s in steps if s.placement.until is not None):
-                if span.layer <= layer < (span.until or 0):
-                    raise ConfigError(
-                        f"{step.method.name} reads the attention of decoder layer {layer}, but "
-                        f"some tokens bypass layers {span.layer} to {(span.until or 0) - 1}; act "
-                        "later"
-                    )
-
-
 def _check(method: Compressor, placement: Placement, layers: int) -> None:
-    low = 0 if placement.stage is Stage.PRE_LLM else 1
+    low = 0 if placement.stage in (Stage.PRE_LLM, Stage.SKIP) else 1
     high = 1 if placement.stage is Stage.PRE_LLM else layers
     if not low <= placement.layer < high:
         raise ConfigError(

@@ -1,13 +1,14 @@
-"""The choice among cached visual tokens while decoding: one layer is read, deeper ones see a part.
+"""Choose among cached visual tokens while decoding: one layer is read, deeper ones see a part.
 
 Every token that is fed behind a prefill is a step, however many a call brings: so several tokens at
-once (assisted decoding, a further turn) give what they give one by one. A call that brings images
-or videos is a prefill: it sees the whole cache, and the next step is again the first.
+once (assisted decoding, a further turn) give what they give one by one. A call with images is a
+prefill: it sees the whole cache, and the next step is again the first.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,40 @@ from vispress.adapters.base import ModelAdapter
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
 from vispress.methods.cached_selector import CachedSelector, Selection
-from vispress.runtime.hooks.attention import ATTENTION_OBSERVER, attention_rows
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.hooks.attention import attention_rows
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
-from vispress.runtime.stages.select import BoundPlacement
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.plan.plan import Plan
+from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.images import Image
-from vispress.types import Placement
+from vispress.types import Placement, Stage
 
-if TYPE_CHECKING:
-    from vispress.runtime.forward.state import ForwardState
+CARRIES = frozenset({Stage.DECODE})
+
+
+def bind(binding: Binding) -> RuntimeStage | None:
+    """Make the stage of a chain with a method that chooses among cached tokens.
+
+    Raises:
+        ConfigError: A layer is out of range, two methods choose while decoding, or tokens bypass
+            the layer that is read.
+    """
+    step = find_decode_step(binding.methods, binding.placements, binding.adapter)
+    if step is None:
+        return None
+    binding.notes.append(
+        f"{step.method.name}: while decoding with a KV cache, layers from {step.placement.layer} "
+        f"see a part of the cached visual tokens, by the attention of layer {step.reads}"
+    )
+    return RuntimeStage(
+        carries=CARRIES,
+        open=step.open,
+        open_static=step.open_static,
+        order=50,
+        watched_layers=frozenset({step.reads}),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +78,26 @@ class DecodeStep:
         """Whether the tokens of an image or video are chosen from."""
         return self.method.needs != "video" or image.modality == "video"
 
+    def open(self, state: ForwardState) -> StageCall | None:
+        """Begin a prefill that leaves something to choose from, or a step that chooses."""
+        if not state.images:
+            return Decoding.of(self, state.cache, state.plan.implementation, state.chunk_valid)
+        if state.cache is None:
+            return None
+        covered = any(map(self.covers, state.images))
+        return StageCall(
+            own_from=self.reads if covered else None, layer_kwargs=partial(_note, self, state)
+        )
+
+    def open_static(self, plan: Plan, cache: Cache) -> StageCall | None:
+        """Begin a decode step on a static cache."""
+        return Decoding.of(self, cache, plan.implementation)
+
 
 def find_decode_step(
     methods: Sequence[Compressor], steps: Sequence[BoundPlacement], adapter: ModelAdapter
-) -> tuple[DecodeStep | None, list[str]]:
-    """The placement in decoding of a chain of methods, and remarks.
+) -> DecodeStep | None:
+    """The placement in decoding of a chain of methods.
 
     Raises:
         ConfigError: A layer is out of range, two methods choose while decoding, or tokens bypass
@@ -77,7 +118,7 @@ def find_decode_step(
             )
         found = DecodeStep(method, selector, placement)
     if found is None:
-        return None, []
+        return None
     for step in steps:
         at = step.placement
         if at.until is not None and at.layer <= found.reads < at.until:
@@ -86,14 +127,20 @@ def find_decode_step(
                 f"decoding, but of {step.method.name} some tokens bypass layers {at.layer} to "
                 f"{at.until - 1}; read another layer, or none (dynamic=False)"
             )
-    return found, [
-        f"{found.method.name}: while decoding with a KV cache, layers from {found.placement.layer} "
-        f"see a part of the cached visual tokens, by the attention of layer {found.reads}"
-    ]
+    return found
 
 
-def open_selection(step: DecodeStep, state: "ForwardState") -> None:
-    """Behind a prefill's placements up to the layer that is read: what there is to choose from."""
+def _note(
+    step: DecodeStep, state: ForwardState, number: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Behind the placements up to the layer that is read, note what there is to choose from."""
+    if number == step.reads:
+        open_selection(step, state)
+    return kwargs
+
+
+def open_selection(step: DecodeStep, state: ForwardState) -> None:
+    """Leave in the cache layer that is read what later steps choose from."""
     assert state.cache is not None
     held, rows = state.cache.layers[step.reads], state.last
     if not isinstance(held, CompressedLayerMixin):
@@ -114,7 +161,7 @@ def open_selection(step: DecodeStep, state: "ForwardState") -> None:
     if old is not None:
         visual[:, : old.visual.shape[1]] |= old.visual.to(device)
         num_keep = num_keep + old.num_keep.to(device)
-    dtype = torch.promote_types(state.attachment.adapter.language_model.dtype, torch.float32)
+    dtype = torch.promote_types(state.plan.adapter.language_model.dtype, torch.float32)
     fresh = Selection(
         visual=visual,
         num_keep=num_keep,
@@ -151,17 +198,18 @@ class Decoding:
         cache: Cache | None,
         implementation: str | None,
         valid: Tensor | None = None,
-    ) -> "Decoding | None":
-        """None where there is nothing to choose from."""
+    ) -> StageCall | None:
+        """The part of the stage in a call; None where there is nothing to choose from."""
         if step is None or cache is None or len(cache.layers) <= step.reads:
             return None
         held = cache.layers[step.reads]
         if not isinstance(held, CompressedLayerMixin) or held.selection is None:
             return None
-        return cls(step, cache, implementation, valid)
+        call = cls(step, cache, implementation, valid)
+        return StageCall(layer_kwargs=call.layer_kwargs, attend=call.attend)
 
     def layer_kwargs(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a layer, from those without a choice."""
+        """Hide from deeper layers what was not chosen."""
         if number < self.step.reads:
             return kwargs
         held = self.cache.layers[number]
@@ -173,14 +221,18 @@ class Decoding:
                     "that are fed at once, and FlashAttention has one mask for all; use 'sdpa', "
                     "feed them one by one, or compress with dynamic=False"
                 )
-            return kwargs | {ATTENTION_OBSERVER: self}
+            return kwargs
         mask = kwargs.get("attention_mask")
         return kwargs | {"attention_mask": self._narrowed(held.coming(), mask, hidden)}
 
-    def read(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+    def attend(
+        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor | None:
         """Choose, by what the attention of the layer that is read is called with."""
-        with torch.no_grad():  # no decorator: a graph would break at it
-            self._choose(query, key, mask, scaling)
+        if number == self.step.reads:
+            with torch.no_grad():  # no decorator: a graph would break at it
+                self._choose(query, key, mask, scaling)
+        return mask
 
     def _choose(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
         held = self.cache.layers[self.step.reads]

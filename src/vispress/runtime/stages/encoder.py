@@ -1,32 +1,138 @@
-"""The placement in the vision encoder, if a chain has one, and whether the model can take it."""
+"""Merge tokens in the layers of the vision encoder, between attention and MLP: `Stage.ENCODER`.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A layer computes `out = h + mlp(norm(h))` with h behind its attention. To merge h between the two,
+the norm gets the merged h, the MLP's output goes to all members of a group again, and `out` is
+merged. Merging is linear with weights that sum to 1, so this is the MLP of the merged h added to
+the merged h, whatever else a layer does to the MLP's output (layer scale, dropout).
+"""
 
-from vispress.adapters.base import ModelAdapter
-from vispress.budget import Budget
-from vispress.errors import ConfigError, UnsupportedMethodError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality, ModelAdapter
+from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
-from vispress.methods.encoder_merger import EncoderMerger
+from vispress.runtime.encoder.merging import EncoderMerge, EncoderStep, check_attention
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.hooks.attention import current_merge, merging, watch
+from vispress.runtime.hooks.no_checkpointing import NoCheckpointing
+from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
 from vispress.types import ATTENTION_SIGNALS, Signal, Stage
+from vispress_kernels import Backend
 
-IMPLEMENTATIONS = ("sdpa", "eager")
-"""Attention that takes numbers to add to its logits."""
+CARRIES = frozenset({Stage.ENCODER})
 
 
-@dataclass(frozen=True, eq=False)
-class EncoderStep:
-    """A placement in the encoder.
+def bind(binding: Binding) -> RuntimeStage | None:
+    """Make the stage of a chain with a method that merges in the encoder.
+
+    Raises:
+        ConfigError: It is not the first of the chain.
+        UnsupportedMethodError: The model cannot merge inside its encoder, or another method of the
+            chain reads there.
+    """
+    step = find_encoder_step(binding.methods, binding.adapter)
+    if step is None:
+        return None
+    merging = Merging(binding.adapter, step, binding.backend)
+    return RuntimeStage(
+        carries=CARRIES,
+        open=merging.open,
+        order=0,
+        install=merging.install,
+        encode=merging.call,
+        encoder_method=step.method.name,
+    )
+
+
+def install(adapter: ModelAdapter) -> list[Callable[[], None]]:
+    """Hooks on the encoder's layers; returns what undoes them."""
+    undo: list[Callable[[], None]] = []
+    for number, block in enumerate(adapter.encoder_blocks()):
+        undo.append(watch(block.attention))
+        layer, norm, mlp = block.layer, block.norm, block.mlp
+        enter = partial(_layer_starts, number)
+        undo.append(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        undo.append(norm.register_forward_pre_hook(_norm_starts).remove)
+        undo.append(mlp.register_forward_hook(_mlp_ran).remove)
+        # ahead of transformers' hooks that keep hidden states
+        undo.append(layer.register_forward_hook(_layer_ran, prepend=True).remove)
+    for tap in adapter.encoder_taps():
+        undo.append(tap.register_forward_pre_hook(_tap_starts).remove)
+    return undo
+
+
+@final
+class Merging:
+    """Make the state of each encoder call.
 
     Args:
-        method: The compressor.
-        merger: What it does there.
-        budget: Tokens of an image that should be left at the encoder's end.
+        adapter: The family.
+        step: The placement.
+        backend: Kernels to use.
     """
 
-    method: Compressor
-    merger: EncoderMerger
-    budget: Budget
+    def __init__(self, adapter: ModelAdapter, step: EncoderStep, backend: Backend) -> None:
+        self._adapter, self._step, self._backend = adapter, step, backend
+        self._no_checkpointing = NoCheckpointing()
+
+    def open(self, state: ForwardState) -> StageCall | None:
+        """Do nothing in the language model."""
+        return None
+
+    def install(self) -> Sequence[Callable[[], None]]:
+        """Put hooks on the encoder; gives what undoes them."""
+        return install(self._adapter)
+
+    @contextmanager
+    def call(self, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[EncoderMerge]:
+        """Hold the state of one encoder call, which the hooks see inside the block.
+
+        Raises:
+            CompressionStateError: The hooks did not run.
+        """
+        layers = [block.layer for block in self._adapter.encoder_blocks()]
+        merge = EncoderMerge(self._adapter, self._step, modality, arguments, self._backend)
+        with merging(merge), self._no_checkpointing(layers):
+            yield merge
+        if merge.layer < 0:
+            raise CompressionStateError(
+                "the vision encoder's layers ran without their hooks (it is compiled), so nothing "
+                "was merged in it: compile model.model.language_model alone, or leave the method "
+                "that merges in the encoder out"
+            )
+
+
+def _layer_starts(number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    merge = current_merge()
+    return None if merge is None else merge.enter(number, args, kwargs)
+
+
+def _norm_starts(module: nn.Module, args: Any) -> Any:
+    merge = current_merge()
+    if merge is None or not merge.merges_here:
+        return None
+    merge.decide()
+    return (merge.merge(args[0]), *args[1:])
+
+
+def _mlp_ran(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    merge = current_merge()
+    return None if merge is None or not merge.merges_here else merge.expand(output)
+
+
+def _layer_ran(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    merge = current_merge()
+    return None if merge is None else merge.leave(output)
+
+
+def _tap_starts(module: nn.Module, args: Any) -> Any:
+    merge = current_merge()
+    return None if merge is None or merge.done else (merge.restore(args[0]), *args[1:])
 
 
 def find_encoder_step(methods: Sequence[Compressor], adapter: ModelAdapter) -> EncoderStep | None:
@@ -69,21 +175,6 @@ def _check_model(method: Compressor, adapter: ModelAdapter) -> None:
             "SigLIP, InternViT and Qwen-VL encoders are"
         )
     check_attention(str(getattr(blocks[0].attention.config, "_attn_implementation", "eager")))
-
-
-def check_attention(implementation: str) -> None:
-    """Refuse attention that cannot weigh merged tokens.
-
-    Raises:
-        UnsupportedMethodError: Names what works.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise UnsupportedMethodError(
-            "merged tokens add the log of their size to the attention logits, which "
-            f"{implementation!r} in the vision encoder cannot; these can: "
-            f"{', '.join(IMPLEMENTATIONS)}. For the encoder alone: "
-            "model.set_attn_implementation({'vision_config': 'sdpa'})"
-        )
 
 
 def _check_readers(method: Compressor, methods: Sequence[Compressor]) -> None:

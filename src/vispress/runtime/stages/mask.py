@@ -1,19 +1,58 @@
-"""Where a chain of methods masks (text row, visual token) pairs, and what cannot do it."""
+"""Mask (text row, visual token) pairs in the attention of decoder layers: `Stage.MASK`.
+
+Nothing is dropped. In each layer the attention rows of text are worked out from q and k, the method
+says which pairs stay, and the attention runs with the others masked. The layer's cache remembers
+how its text rows attended to visual tokens, so that a token fed later is masked as it is in the
+whole sequence (`tokens.pair_masks`).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import final
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from vispress.adapters.base import ModelAdapter
+from vispress.devices import sent
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
 from vispress.methods.pair_masker import PairMasker
-from vispress.runtime.stages.select import BoundPlacement
+from vispress.runtime.forward.apply_placement import choose
+from vispress.runtime.forward.decision import Decision
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
 from vispress.runtime.tokens import masks
+from vispress.runtime.tokens.pair_masks import LayerPairs, PairMasks
 from vispress.types import Stage
 
+CARRIES = frozenset({Stage.MASK})
 
+
+def bind(binding: Binding) -> RuntimeStage | None:
+    """Make the stage of a chain with a method that masks pairs.
+
+    Raises:
+        ConfigError: Two methods mask pairs, or attention is read in advance of a masking layer.
+        UnsupportedModelError: The model runs FlashAttention.
+    """
+    step = find_pair_step(binding)
+    if step is None:
+        return None
+    binding.notes.append(
+        f"{step.method.name}: drops no token; from decoder layer {step.first} on, pairs of text "
+        "rows and image tokens are masked, while decoding too"
+    )
+    layers = frozenset(range(step.first, len(binding.adapter.decoder_layers)))
+    return RuntimeStage(
+        carries=CARRIES, open=step.open, order=40, refuse=step.refuse, watched_layers=layers
+    )
+
+
+@final
 @dataclass(frozen=True, eq=False)
 class PairStep:
     """A placement that masks pairs.
@@ -28,11 +67,11 @@ class PairStep:
     masker: PairMasker
     first: int
 
-    def check_implementation(self, implementation: str | None) -> None:
-        """Refuse an attention implementation that has no place for a dense mask.
+    def refuse(self, implementation: str | None, cache: Cache | None) -> None:
+        """Refuse attention without a dense mask, and a cache that cannot remember attention.
 
         Raises:
-            UnsupportedModelError: It is FlashAttention.
+            UnsupportedModelError: FlashAttention, or a static cache.
         """
         if masks.check_implementation(implementation) == "flash":
             raise UnsupportedModelError(
@@ -40,13 +79,6 @@ class PairStep:
                 f"dense mask, and {implementation!r} takes none; use 'sdpa' or 'eager', or set "
                 "mass=1.0, which masks nothing"
             )
-
-    def check_cache(self, cache: Cache | None) -> None:
-        """Refuse a cache whose layers cannot remember attention.
-
-        Raises:
-            UnsupportedModelError: It is a static cache.
-        """
         kinds = [] if cache is None else [type(layer) for layer in cache.layers]
         kinds.append(getattr(cache, "layer_class_to_replicate", None) or object)
         if any(issubclass(kind, StaticLayer) for kind in kinds):
@@ -55,18 +87,83 @@ class PairStep:
                 "grows with the text: a static cache has no place for it; use DynamicCache()"
             )
 
+    def open(self, state: ForwardState) -> StageCall | None:
+        """Begin a call that brings images, or goes on from a cache that remembers some."""
+        layers = [] if state.cache is None else state.cache.layers
+        held = layers[self.first] if len(layers) > self.first else None
+        remembers = isinstance(held, CompressedLayerMixin) and held.pairs is not None
+        if not state.images and not remembers:
+            return None
+        self.refuse(state.plan.implementation, state.cache)
+        pairs = _Pairs(state, self.first, self._masks(state))
+        return StageCall(
+            own_from=self.first,
+            place=partial(_place, state),
+            attend=pairs.attend,
+            remarks=partial(_remarks, self.method.name, pairs.masks),
+        )
 
-def find_pair_step(
-    methods: Sequence[Compressor], steps: Sequence[BoundPlacement], adapter: ModelAdapter
-) -> tuple[PairStep | None, list[str]]:
-    """The placement of a chain of methods that masks pairs, and remarks.
+    def _masks(self, state: ForwardState) -> PairMasks:
+        live = state.rows[0][1]
+        visual, texts = None, live.counts
+        if state.images:
+            marks = torch.zeros(live.index.shape, dtype=torch.bool)
+            for image in state.images:
+                marks[image.sample, image.positions] = True
+            text = ~marks if state.host_valid is None else state.host_valid & ~marks
+            visual, texts = sent(marks, live.index.device), tuple(text.sum(1).tolist())
+        keeps = state.cache is None and state.plan.adapter.language_model.training
+        last = state.plan.num_layers - 1
+        return PairMasks(self.masker, visual, texts, last, keeps=keeps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The pairs of one call, layer by layer."""
+
+    state: ForwardState
+    first: int
+    masks: PairMasks
+
+    def attend(
+        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor | None:
+        """Give the mask without the pairs that the method leaves out."""
+        state = self.state
+        if state.mode != "run" or number < self.first:
+            return mask
+        rows = state.rows_at(number).to(query.device)
+        real = None if min(rows.counts) == rows.size else state.row_validity(rows)
+        held = None if state.cache is None else state.cache.layers[number]
+        pairs = LayerPairs(self.masks, number, self.masks.places(rows, real), held)
+        return pairs.narrow(query, key, mask, scaling)
+
+
+def _place(state: ForwardState, bound: BoundPlacement, hidden: Tensor) -> Decision | None:
+    """Note in each image that all of it is kept."""
+    state.buckets = choose(state, bound, hidden).buckets
+    return None
+
+
+def _remarks(name: str, pairs: PairMasks) -> Sequence[str]:
+    """Say what share of the pairs of text rows and visual tokens before them was masked."""
+    if not pairs.counts:
+        return ()
+    masked, seen = torch.stack([pair.cpu() for pair in pairs.counts]).sum(0).tolist()
+    share = masked / seen if seen else 0.0
+    return (f"{name}: {share:.1%} of the pairs of text rows and image tokens were masked",)
+
+
+def find_pair_step(binding: Binding) -> PairStep | None:
+    """The placement of a chain of methods that masks pairs.
 
     Raises:
         ConfigError: Two methods mask pairs, or attention is read in advance of a masking layer.
         UnsupportedModelError: The model runs FlashAttention.
     """
     found: PairStep | None = None
-    for method in methods:
+    layers = len(binding.adapter.decoder_layers)
+    for method in binding.methods:
         masker = method.pair_masker()
         if masker is None:
             continue
@@ -75,23 +172,19 @@ def find_pair_step(
                 f"{found.method.name} and {method.name} both mask pairs of text rows and image "
                 "tokens, and one of a chain can; leave one out"
             )
-        placements = method.placements(len(adapter.decoder_layers))
-        (first,) = (p.layer for p in placements if p.stage is Stage.MASK)
+        (first,) = (p.layer for p in method.placements(layers) if p.stage is Stage.MASK)
         found = PairStep(method, masker, first)
     if found is None:
-        return None, []
-    for step in steps:
-        at = step.placement
+        return None
+    for bound in binding.placements:
+        at = bound.placement
         ahead = at.layer if at.queries is not None and at.attention_of == "next" else 0
         read = ahead if at.probe is None else at.probe
         if read >= found.first:
             raise ConfigError(
-                f"{step.method.name} reads the attention of decoder layer {read} before it runs, "
+                f"{bound.method.name} reads the attention of decoder layer {read} before it runs, "
                 f"without the pairs that {found.method.name} masks from layer {found.first} on; "
                 f"start {found.method.name} at layer {read + 1}, or read an earlier layer"
             )
-    found.check_implementation(adapter.language_model.config._attn_implementation)
-    return found, [
-        f"{found.method.name}: drops no token; from decoder layer {found.first} on, pairs of text "
-        "rows and image tokens are masked, while decoding too"
-    ]
+    found.refuse(binding.adapter.language_model.config._attn_implementation, None)
+    return found

@@ -1,67 +1,68 @@
-"""A probe: the first decoder layers run once ahead of the LLM, to be asked for attention.
+"""Run the first decoder layers once ahead of the LLM, to be asked for attention: a probe.
 
 It is a forward of the language model itself, with a state of its own, that ends where the rows are
 read: masks, rotary tables and DeepStack are the model's. It stores nothing in the user's cache.
 """
 
-from collections.abc import Mapping
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from vispress.runtime.forward.apply_placement import asks
 from vispress.runtime.forward.attention_reads import EnoughRead, attention_layers
+from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import watching
 from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer, physical_length
 from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.stages.base import Binding, Entering, RuntimeStage, StageCall
 from vispress.types import Placement
 
-STATE = "vispress_state"
-"""Keyword argument that carries the state of a call to the decoder layers."""
+
+def bind(binding: Binding) -> RuntimeStage | None:
+    """Make the stage of a chain with a placement that asks for a probe."""
+    layers = {b.placement.probe for b in binding.placements} - {None}
+    if not layers:
+        return None
+    watched = frozenset(layer for layer in layers if layer is not None)
+    return RuntimeStage(carries=frozenset(), open=_open, order=10, watched_layers=watched)
+
+
+def _open(state: ForwardState) -> StageCall | None:
+    return StageCall(before_placement=partial(_probe_for, state)) if state.images else None
+
+
+def _probe_for(state: ForwardState, bound: BoundPlacement, entering: Entering) -> None:
+    """Run a probe if the placement asks for one and reads it for any image."""
+    for read in state.reads:  # rows of the placement before are used by now, and large
+        if read.mode == "probe" and read.seen:
+            read.forget()
+    if bound.placement.probe is not None and asks(state, bound):
+        probe(state, bound.placement, entering)
 
 
 @torch.no_grad()
-def probe(
-    state: ForwardState,
-    placement: Placement,
-    module: Any,
-    given: Mapping[str, Any],
-    embeds: Tensor,
-) -> None:
+def probe(state: ForwardState, placement: Placement, entering: Entering) -> None:
     """Read the attention that a placement asks a probe for, on the rows that are there.
 
     Args:
-        state: The call; of it, only the rows that are wanted change.
+        state: The call; of it, only the rows that are read change.
         placement: Whose `probe` layer is the last one to run (its attention runs to q and k).
-        module: The language model.
-        given: Keyword arguments of its call.
-        embeds: `[B, Q, D]`, what enters the LLM, at the logical length.
+        entering: The language model, keyword arguments of its call, and `[B, Q, D]` what enters it
+            at the logical length.
     """
+    module, given, embeds = entering.module, entering.kwargs, entering.hidden
     (layer,) = attention_layers(placement)
-    wanted = [want for want in state.wanted if want.serves(placement, layer)]
-    for want in wanted:  # a probe before may have seen more rows
-        want.seen = False
+    reads = [read for read in state.reads if read.serves(placement, layer)]
+    for read in reads:  # a probe before may have seen more rows
+        read.seen = False
     cache = None if state.cache is None or state.past == 0 else _view(state.cache, layer + 1)
-    twin = ForwardState(
-        attachment=state.attachment,
-        rows=list(state.rows),
-        past=state.past,
-        cache=cache,
-        mask_2d=state.mask_2d,
-        chunk_valid=state.chunk_valid,
-        host_valid=state.host_valid,
-        mask_4d=state.mask_4d,
-        position_ids=state.position_ids,
-        images=state.images,
-        buckets=state.buckets,
-        decided={number: [] for number in range(1, layer + 1)},  # no placement acts
-        wanted=wanted,
-        mode="probe",
-    )
+    twin = state.ahead(cache, reads)
     arguments = {
         **given,
         "input_ids": None,
@@ -71,12 +72,13 @@ def probe(
         "output_attentions": False,
         "output_hidden_states": False,
         CACHE: cache,
-        STATE: twin,
+        RUNNING: Running(twin, ()),
     }
+    carry_deepstack(arguments, twin)
     # dropout (LoRA) must not move the generators of the real run
     devices = [embeds.device] if embeds.is_cuda and module.training else []
     try:
-        with watching(twin), torch.random.fork_rng(devices=devices, enabled=module.training):
+        with torch.random.fork_rng(devices=devices, enabled=module.training):
             module.forward(**arguments)
     except EnoughRead:
         pass
@@ -96,11 +98,8 @@ def _twin(held: CacheLayerMixin) -> CacheLayerMixin:
     assert held.keys is not None
     assert held.values is not None
     layer.update(held.keys[:, :, :length], held.values[:, :, :length])
-    return (
-        CompressedDynamicLayer.upgrade(layer, held.slots)
-        if isinstance(held, CompressedLayerMixin)
-        else layer
-    )
+    short = isinstance(held, CompressedLayerMixin)
+    return CompressedDynamicLayer.upgrade(layer, held.slots) if short else layer
 
 
 def _cut(mask: Any, length: int) -> Any:

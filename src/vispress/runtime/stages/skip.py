@@ -1,70 +1,130 @@
-"""Rows that bypass a span of decoder layers as identity and come back behind it.
+"""Let rows bypass a span of decoder layers as identity and come back behind it: `Stage.SKIP`.
 
 Between the layers of the span, hidden states hold all rows; each layer runs on some of them and its
 output is put back among the others. So nothing rides outside of what a checkpoint saves.
 """
 
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rows
-from vispress_kernels import Backend
+from vispress.errors import ConfigError
+from vispress.runtime.forward.apply_placement import choose
+from vispress.runtime.forward.attention_reads import attention_layers
+from vispress.runtime.forward.decision import Decision
+from vispress.runtime.forward.state import ForwardState, Span
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
+from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rows, narrow
+from vispress.types import Stage
+
+CARRIES = frozenset({Stage.SKIP})
 
 
-@dataclass(eq=False)
-class LayerSkip:
-    """One span.
+@dataclass(frozen=True, eq=False)
+class LayerSkip(Span):
+    """One span of layers.
 
     Args:
-        start: First decoder layer of the span.
-        until: First layer behind it.
         base: All rows, those between the layers.
-        rows: Rows that the layers run on.
-        local: `[B, P']`, place of each in `base`.
+        local: `[B, P']`, place of each row that runs in `base`.
     """
 
-    start: int
-    until: int
     base: LiveTokens
-    rows: LiveTokens
     local: Tensor
 
-    def back(self, out: Tensor, hidden: Tensor, backend: Backend) -> Tensor:
-        """What left a layer, among the rows that bypassed it."""
-        base, rows = self.base.to(out.device), self.rows.to(out.device)
+
+def bind(binding: Binding) -> RuntimeStage | None:
+    """Make the stage of a chain in which tokens bypass layers.
+
+    Raises:
+        ConfigError: A placement reads attention of a layer that some tokens bypass.
+    """
+    placements = binding.carried_by(CARRIES)
+    if not placements:
+        return None
+    _refuse_bypassed_reads(binding.placements)
+    spans = [range(bound.placement.layer, bound.placement.until or 0) for bound in placements]
+    read = {layer for bound in placements for layer in attention_layers(bound.placement)}
+    return RuntimeStage(
+        carries=CARRIES,
+        open=_open,
+        order=30,
+        watched_layers=frozenset(read),
+        left_layers=frozenset(layer for span in spans for layer in span),
+    )
+
+
+def _open(state: ForwardState) -> StageCall | None:
+    if not state.images:
+        return None
+    skips = _Skips(state)
+    return StageCall(place=skips.place, enter=skips.enter, leave=skips.leave)
+
+
+@final
+@dataclass(eq=False)
+class _Skips:
+    """The spans of one call.
+
+    Args:
+        state: The call.
+        entered: By layer that is running, the rows in front of it.
+    """
+
+    state: ForwardState
+    entered: dict[int, Tensor] = field(default_factory=dict)
+
+    def place(self, bound: BoundPlacement, hidden: Tensor) -> Decision | None:
+        """Choose the rows that run; the decision itself drops nothing but padding."""
+        state, placement = self.state, bound.placement
+        choice = choose(state, bound, hidden)
+        state.buckets = choice.entered
+        if choice.empty:
+            return None
+        rows = state.last.to(hidden.device)
+        narrowed = partial(narrow, compact=bound.positions == "compact")
+        none = torch.zeros_like(choice.drop), (0,) * len(choice.drop_counts)
+        base, local = narrowed(rows, *none, valid=state.valid_rows(rows))
+        some, inner = narrowed(base, choice.drop, choice.drop_counts, valid=base.valid)
+        assert placement.until is not None
+        state.spans.append(LayerSkip(placement.layer, placement.until, some, base, inner))
+        return Decision(rows, base, local, [], state.plan.backend)
+
+    def enter(self, number: int, hidden: Tensor) -> Tensor:
+        """Take the rows that a layer runs on; `leave` puts them back."""
+        span = self.state.span_at(number)
+        if not isinstance(span, LayerSkip):
+            return hidden
+        self.entered[number] = hidden
+        return gather_rows(hidden, span.local.to(hidden.device), self.state.plan.backend)
+
+    def leave(self, number: int, out: Tensor) -> Tensor:
+        """Put what left a layer among the rows that bypassed it."""
+        span = self.state.span_at(number)
+        if not isinstance(span, LayerSkip):
+            return out
+        hidden = self.entered.pop(number)
+        base, rows = span.base.to(out.device), span.rows.to(out.device)
         ran, place = (table.gather(1, base.index) for table in (rows.alive, rows.place))
-        return torch.where(ran[..., None], gather_rows(out, place, backend), hidden)
+        back = gather_rows(out, place, self.state.plan.backend)
+        return torch.where(ran[..., None], back, hidden)
 
 
-_INSIDE: ContextVar[tuple[tuple[nn.Module, LayerSkip, Tensor, Backend], ...]] = ContextVar(
-    "vispress_inside", default=()
-)
-"""Layers of a span that are running, with the rows that entered."""
-
-
-def enter(module: nn.Module, span: LayerSkip | None, hidden: Tensor, backend: Backend) -> Tensor:
-    """The rows that a layer runs on; `leave` puts them back."""
-    if span is None:
-        return hidden
-    _INSIDE.set((*_INSIDE.get(), (module, span, hidden, backend)))
-    return gather_rows(hidden, span.local.to(hidden.device), backend)
-
-
-def leave(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of a span's layers, called after errors too."""
-    if torch.compiler.is_compiling():
-        return None
-    inside = _INSIDE.get()
-    if not inside or inside[-1][0] is not module:
-        return None
-    _, span, hidden, backend = inside[-1]
-    _INSIDE.set(inside[:-1])
-    if output is None:  # the layer raised
-        return None
-    if isinstance(output, tuple):
-        return (span.back(output[0], hidden, backend), *output[1:])
-    return span.back(output, hidden, backend)
+def _refuse_bypassed_reads(placements: Sequence[BoundPlacement]) -> None:
+    spans = [bound.placement for bound in placements if bound.placement.until is not None]
+    for bound in placements:
+        if bound.placement.probe is not None:  # it is over before any span begins
+            continue
+        for layer in attention_layers(bound.placement):
+            for span in spans:
+                if span.layer <= layer < (span.until or 0):
+                    raise ConfigError(
+                        f"{bound.method.name} reads the attention of decoder layer {layer}, but "
+                        f"some tokens bypass layers {span.layer} to {(span.until or 0) - 1}; act "
+                        "later"
+                    )

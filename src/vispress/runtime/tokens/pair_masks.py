@@ -7,20 +7,16 @@ masked as it is in the whole sequence.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vispress.devices import sent
+from vispress.methods.pair_masker import PairMasker
 from vispress.runtime.hooks.attention import attention_rows
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, PairMemory, PairSlots
-from vispress.runtime.stages.mask import PairStep
 from vispress.runtime.tokens.live_tokens import LiveTokens
-
-if TYPE_CHECKING:
-    from vispress.runtime.forward.state import ForwardState
 
 _BLOCK = 128  # text rows whose heads are held at once
 
@@ -29,7 +25,7 @@ class PairMasks:
     """The pairs of one call.
 
     Args:
-        step: The placement.
+        masker: What decides.
         visual: `[B, Q]` bool, places of the call's visual tokens; None when it brings none.
         texts: Text rows of each sample, without padding.
         last: The last decoder layer.
@@ -37,53 +33,31 @@ class PairMasks:
     """
 
     def __init__(
-        self, step: PairStep, visual: Tensor | None, texts: Sequence[int], last: int, *, keeps: bool
+        self,
+        masker: PairMasker,
+        visual: Tensor | None,
+        texts: Sequence[int],
+        last: int,
+        *,
+        keeps: bool,
     ) -> None:
-        self.step, self.visual, self.texts = step, visual, texts
+        self.masker, self.visual, self.texts = masker, visual, texts
         self.last, self.keeps = last, keeps
         self._counts: list[tuple[Tensor, Tensor]] = []
-        self._places: dict[
-            int, tuple[LiveTokens, PairSlots]
-        ] = {}  # rows are held: an id stays theirs
+        self._places: dict[int, tuple[LiveTokens, PairSlots]] = {}
         self._shared: _Shared | None = None
         self._decided: dict[int, Tensor] = {}
 
-    @classmethod
-    def of(cls, step: PairStep | None, state: "ForwardState") -> "PairMasks | None":
-        """None where there is nothing to mask.
+    def places(self, rows: LiveTokens, real: Tensor | None) -> PairSlots:
+        """Where text and visual tokens stand among rows; the same object for the same rows.
 
-        Raises:
-            UnsupportedModelError: The attention implementation or the cache cannot do it.
+        Args:
+            rows: Live tokens of a layer.
+            real: `[B, P]` bool, False on padding; None for no padding.
         """
-        if step is None:
-            return None
-        layers = [] if state.cache is None else state.cache.layers
-        held = layers[step.first] if len(layers) > step.first else None
-        remembers = isinstance(held, CompressedLayerMixin) and held.pairs is not None
-        if not state.images and not remembers:
-            return None
-        adapter, rows = state.attachment.adapter, state.rows[0][1]
-        step.check_implementation(adapter.language_model.config._attn_implementation)
-        step.check_cache(state.cache)
-        visual, texts = None, rows.counts
-        if state.images:
-            seen = torch.zeros(rows.index.shape, dtype=torch.bool)
-            for image in state.images:
-                seen[image.sample, image.positions] = True
-            text = ~seen if state.host_valid is None else state.host_valid & ~seen
-            visual, texts = sent(seen, rows.index.device), tuple(text.sum(1).tolist())
-        keeps = state.cache is None and adapter.language_model.training
-        return cls(step, visual, texts, len(adapter.decoder_layers) - 1, keeps=keeps)
-
-    def at(self, state: "ForwardState", number: int, device: torch.device) -> "LayerPairs":
-        """What the attention of a layer is handed."""
-        rows = state.rows_at(number).to(device)
-        if id(rows) not in self._places:
-            whole = min(rows.counts) == rows.size
-            places = self._find(rows, None if whole else state.row_validity(rows))
-            self._places[id(rows)] = rows, places
-        held = None if state.cache is None else state.cache.layers[number]
-        return LayerPairs(self, number, self._places[id(rows)][1], held)
+        if id(rows) not in self._places:  # rows are held beside: their id stays theirs
+            self._places[id(rows)] = rows, self._find(rows, real)
+        return self._places[id(rows)][1]
 
     def _find(self, rows: LiveTokens, real: Tensor | None) -> PairSlots:
         """Where text and visual tokens stand among rows, of which some may be padding."""
@@ -217,7 +191,7 @@ class LayerPairs:
             earlier, more = old.attention, image.shape[2] - old.attention.shape[2]
             earlier = F.pad(earlier, (0, more)) if more else earlier  # it saw none of the new
             image = torch.cat([earlier, image], dim=1)
-        keep = self.pairs.step.masker.keep_pairs(text, image)
+        keep = self.pairs.masker.keep_pairs(text, image)
         if self.held is not None:
             self.held.pairs = PairMemory(shared.slots, image)
         return shared.seen.masked_fill(keep, False)

@@ -1,0 +1,230 @@
+"""Apply one placement: gather signals, ask the compressor, turn its plans into rows and values."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vispress.errors import BudgetError
+from vispress.runtime.forward.decision import Change, Decision
+from vispress.runtime.forward.signals import visual_tokens
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.tokens.images import Bucket, Trace
+from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rows, narrow
+from vispress.types import TokenPlan
+from vispress_kernels.merge_tokens import merge_tokens
+
+
+@dataclass(eq=False)
+class Choice:
+    """What the compressors of a placement chose, before any row moves.
+
+    Args:
+        drop: `[B, Q]` bool, visual tokens that are not kept.
+        drop_counts: How many that is of each sample, on the host.
+        changes: Buckets whose survivors change value.
+        entered: All buckets as they were, a ragged one row by row, with what the compressor
+            remembers of them.
+        buckets: The same with the kept tokens alone.
+    """
+
+    drop: Tensor
+    drop_counts: tuple[int, ...]
+    changes: list[Change]
+    entered: list[Bucket]
+    buckets: list[Bucket]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is dropped or changed."""
+        return not any(self.drop_counts) and not self.changes
+
+
+def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
+    """Ask the compressor about every bucket, and note in each image what it kept.
+
+    Args:
+        state: The call.
+        step: The placement.
+        hidden: `[B, P, D]`, rows that would enter the placement's layer.
+    """
+    rows = state.last.to(hidden.device)
+    drop = torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
+    drop_counts = [0] * hidden.shape[0]
+    changes: list[Change] = []
+    entered: list[Bucket] = []
+    after: list[Bucket] = []
+    for bucket in state.buckets:
+        for part, plan in _plans(state, step, bucket.to(hidden.device), rows, hidden):
+            kept = part
+            if plan is not None:
+                assert isinstance(plan.keep, Tensor)
+                kept = part.kept(plan.keep)
+                if plan.memory:
+                    kept.memory = kept.memory | {step.compressor: plan.memory}
+                gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(
+                    1, plan.keep, False
+                )
+                drop[part.sample.unsqueeze(1), part.positions] = gone
+                if plan.features is not None or plan.assign is not None:
+                    changes.append(Change(part, kept, plan))
+            for number, image in enumerate(part.images):
+                drop_counts[image.sample] += part.num_visual - kept.num_visual
+                image.trace.append(Trace(step.number, kept.index[number]))
+            entered.append(replace(part, memory=kept.memory))
+            after.append(kept)
+    return Choice(drop, tuple(drop_counts), changes, entered, after)
+
+
+def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision | None:
+    """Drop what the compressor does not keep; None when nothing is dropped or changed.
+
+    Args:
+        state: The call; its buckets move on.
+        step: The placement.
+        hidden: `[B, P, D]`, rows that would enter the placement's layer.
+
+    Raises:
+        BudgetError: Nothing is left of the prompt.
+    """
+    choice = choose(state, step, hidden)
+    state.buckets = choice.buckets
+    if choice.empty:
+        return None
+    rows = state.last.to(hidden.device)
+    new, local = narrow(
+        rows,
+        choice.drop,
+        choice.drop_counts,
+        compact=step.positions == "compact",
+        valid=state.valid_rows(rows),
+    )
+    if new.size == 0:
+        raise BudgetError(
+            "nothing is left of the prompt: it holds visual tokens only, none is kept"
+        )
+    return Decision(rows, new, local, choice.changes, state.plan.backend)
+
+
+def apply(decision: Decision, hidden: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """The surviving rows of `hidden`, changed where the plans say so (differentiable)."""
+    out = gather_rows(hidden, decision.local, decision.backend)
+    return write_values(decision, decision.rows, hidden, out, project)
+
+
+def write_values(
+    decision: Decision,
+    rows: LiveTokens,
+    hidden: Tensor,
+    out: Tensor,
+    project: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Put the new values of changed tokens into `out`.
+
+    Placements before the LLM write into the full-length embeddings, outside of any checkpointed
+    layer, so that gradients of encoder and projector flow once.
+
+    Args:
+        decision: What changes.
+        rows: Rows of `out`.
+        hidden: `[B, P, D]`, rows that entered the placement.
+        out: `[B, P', D]`; not modified.
+        project: The projector.
+    """
+    for change in decision.changes:
+        values = _values(change, decision, hidden, project)
+        sample = change.kept.sample.unsqueeze(1)
+        local = rows.place[sample, change.kept.positions]
+        out = out.index_put((sample.expand_as(local), local), values.to(out.dtype))
+    return out
+
+
+def _values(
+    change: Change, decision: Decision, hidden: Tensor, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`[Bk, K, D]` new values of the kept tokens."""
+    plan, before = change.plan, change.before
+    if plan.features is not None:
+        return plan.features
+    assert plan.assign is not None
+    assert plan.weight is not None
+    slots, rows, backend = change.kept.num_visual, decision.before, decision.backend
+    sample = before.sample.unsqueeze(1)
+    own = hidden[sample, rows.place[sample, before.positions]]
+    if plan.merge_on == "features":
+        return merge_tokens(own, plan.assign, slots, weight=plan.weight, backend=backend)
+    whole = [image.capture.vision_features(image.number) for image in before.images]
+    inputs = gather_rows(torch.stack(whole).to(hidden.device), before.index, backend)
+    folded = merge_tokens(inputs, plan.assign, slots, weight=plan.weight, backend=backend)
+    merged = project(folded)
+    # a slot of one token keeps it as it is: newline tokens never went through the projector
+    assert isinstance(plan.keep, Tensor)
+    return torch.where(
+        (_members(plan.assign, slots) > 1).unsqueeze(-1),
+        merged,
+        gather_rows(own, plan.keep, backend),
+    )
+
+
+def _members(assign: Tensor, slots: int) -> Tensor:
+    """`[B, K]` tokens folded into each slot."""
+    counts = assign.new_zeros(assign.shape[0], slots + 1)
+    target = torch.where(assign < 0, slots, assign)
+    return counts.scatter_add(1, target, torch.ones_like(assign))[:, :slots]
+
+
+def asks(state: ForwardState, step: BoundPlacement) -> bool:
+    """Whether a placement reads attention to decide about any bucket."""
+    return any(
+        not _passes(step, bucket) and bucket.reads_attention(step.compressor)
+        for bucket in state.buckets
+    )
+
+
+def _passes(step: BoundPlacement, bucket: Bucket) -> bool:
+    """Whether all tokens of a bucket stay, without a look at them."""
+    placement, first = step.placement, bucket.images[0]
+    if bucket.passes(step.method.needs) or bucket.over(step.compressor):
+        return True
+    if placement.images == ("earlier" if first.last else "last"):
+        return True
+    entered = bucket.entered.get(step.compressor, bucket.num_visual)
+    return placement.budget.resolve(entered) >= bucket.num_visual and not placement.adaptive
+
+
+def _plans(
+    state: ForwardState, step: BoundPlacement, bucket: Bucket, rows: LiveTokens, hidden: Tensor
+) -> Iterator[tuple[Bucket, TokenPlan | None]]:
+    """The bucket and its plan; a ragged plan comes image by image. No plan: all tokens stay."""
+    placement, method = step.placement, step.method
+    bucket.entered.setdefault(step.compressor, bucket.num_visual)
+    entered = bucket.entered[step.compressor]
+    num_keep = placement.budget.resolve(entered)
+    if _passes(step, bucket):
+        yield bucket, None
+        return
+    if num_keep == 0:
+        empty = bucket.index.new_empty(len(bucket.images), 0)
+        yield bucket, TokenPlan(keep=empty)
+        return
+    tokens = visual_tokens(state, step.compressor, method, placement, bucket, rows, hidden)
+    plan = method.plan(tokens, num_keep)
+    plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
+    if isinstance(plan.keep, Tensor):
+        yield bucket, plan
+        return
+    for number, keep in enumerate(plan.keep):
+        one = slice(number, number + 1)
+        yield (
+            bucket.row(number),
+            TokenPlan(
+                keep=keep[None],
+                assign=None if plan.assign is None else plan.assign[one],
+                weight=None if plan.weight is None else plan.weight[one],
+                merge_on=plan.merge_on,
+                features=None if plan.features is None else plan.features[one, : len(keep)],
+                memory=plan.memory[one],
+            ),
+        )

@@ -1,0 +1,146 @@
+"""Make what short decoder layers are handed: masks, rotary tables, places in the cache."""
+
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.kv_cache.dynamic import layer_at, upgrade
+from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
+from vispress.runtime.tokens import masks
+from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rotary
+
+
+class _Handed(NamedTuple):
+    """What layers are handed that run on the same rows and hold the same before them."""
+
+    before: Slots | None
+    after: Slots
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+
+
+@final
+class LayerInputs:
+    """What the short layers of one call are handed; made once for all that run on the same rows.
+
+    Args:
+        state: The call.
+    """
+
+    def __init__(self, state: ForwardState) -> None:
+        self.state = state
+        # keys hold the ids of rows and slots, which the state and the caches keep alive meanwhile
+        self._handed: dict[tuple[Any, ...], _Handed] = {}
+        self._rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._plain_past: Slots | None = None
+        self._empty: Slots | None = None
+        self._kind: str | None = None
+
+    def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a short layer, from those for the full sequence."""
+        rows = self.state.rows_at(layer).to(hidden.device)
+        held = None if cache_of(kwargs) is None else self._short_layer(layer, rows)
+        before = None if held is None else held.slots
+        capacity = None if held is None else held.logical_capacity
+        given = kwargs.get("attention_mask") if self.state.mask_4d else None
+        key = (id(rows), id(before), capacity, hidden.device, id(given))
+        handed = self._handed.get(key)
+        if handed is None:
+            after = self._joined(before, rows)
+            offset = 0 if held is None else held.physical
+            buffer = rows.size if held is None else held.buffer(after, rows.size)
+            mask = self._mask(rows, after, offset, buffer, kwargs, hidden)
+            rotary = self._position_embeddings(layer, rows, kwargs, hidden)
+            handed = self._handed[key] = _Handed(before, after, mask, rotary)
+        if held is not None:
+            held.expect(handed.after)
+        out = kwargs | {"attention_mask": handed.mask, "position_embeddings": handed.rotary}
+        if "position_ids" in out:
+            out["position_ids"] = None  # gaps would look like packed sequences to transformers
+        return out
+
+    def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the layer's attention would get for the rows still there; stores nothing."""
+        rows = self.state.last.to(hidden.device)
+        mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+        before = self._before(layer, hidden.device)
+        if not rows.whole or (before is not None and before is not self._plain_past):
+            slots = self._joined(before, rows)
+            buffer = slots.positions.shape[1]
+            mask = self._mask(rows, slots, buffer - rows.size, buffer, kwargs, hidden)
+            rotary = self._position_embeddings(layer, rows, kwargs, hidden)
+        return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
+
+    def _before(self, layer: int, device: torch.device) -> Slots | None:
+        """What the cache layer holds before the chunk; one object for layers that hold the same."""
+        if self.state.cache is None:
+            return None
+        held = self.state.cache_layer(layer)
+        if isinstance(held, CompressedLayerMixin):
+            return held.slots
+        if self.state.past == 0:
+            return None
+        if self._plain_past is None:
+            past, mask = self.state.past, self.state.mask_2d
+            batch = self.state.rows[0][1].index.shape[0]
+            positions = torch.arange(past, device=device).expand(batch, past)
+            valid = None if mask is None else mask[:, :past].to(device)
+            self._plain_past = Slots(positions, valid, None, past)
+        return self._plain_past
+
+    def _short_layer(self, layer: int, rows: LiveTokens) -> CompressedLayerMixin:
+        """The cache layer that the chunk's rows will be stored in."""
+        assert self.state.cache is not None
+        held = layer_at(self.state.cache, layer)
+        if isinstance(held, CompressedLayerMixin):
+            return held
+        before = self._before(layer, rows.index.device)
+        empty = self._empty = self._empty or Slots(rows.index[:, :0], None, None, 0)
+        return upgrade(self.state.cache, layer, empty if before is None else before)
+
+    def _joined(self, before: Slots | None, rows: LiveTokens) -> Slots:
+        """What a layer holds once the chunk's rows are behind what it held."""
+        past, valid = self.state.past, self.state.valid_rows(rows)
+        slots = Slots(rows.index + past, valid, rows.total_shift, past + rows.length)
+        return slots.behind(before)
+
+    def _mask(
+        self,
+        rows: LiveTokens,
+        slots: Slots,
+        offset: int,
+        buffer: int,
+        kwargs: dict[str, Any],
+        hidden: Tensor,
+    ) -> Tensor | None:
+        given = kwargs.get("attention_mask") if self.state.mask_4d else None
+        if self._kind is None:
+            self._kind = masks.check_implementation(self.state.plan.implementation)
+        past = self.state.past
+        return masks.make_mask(self._kind, rows, slots, past, offset, buffer, given, hidden)
+
+    def _position_embeddings(
+        self, layer: int, rows: LiveTokens, kwargs: dict[str, Any], hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        given: tuple[Tensor, Tensor] = kwargs["position_embeddings"]
+        held = self.state.cache_layer(layer) if self.state.cache is not None else None
+        before = held.slots.shift if isinstance(held, CompressedLayerMixin) else None
+        key = (id(rows), id(before), hidden.device)
+        if key in self._rotary:
+            return self._rotary[key]
+        if rows.shift is None and before is None:
+            if not rows.whole:
+                cos, sin = (table.to(hidden.device) for table in given)
+                given = gather_rotary((cos, sin), rows.index, self.state.plan.backend)
+        else:
+            assert self.state.position_ids is not None
+            ids = self.state.position_ids.to(hidden.device).expand(rows.index.shape[0], -1)
+            ids = ids.gather(1, rows.index)
+            ids = ids if rows.shift is None else ids - rows.shift
+            ids = ids if before is None else ids - before.to(hidden.device).unsqueeze(1)
+            given = self.state.plan.adapter.language_model.rotary_emb(hidden, ids.clamp(min=0))
+        self._rotary[key] = given
+        return given

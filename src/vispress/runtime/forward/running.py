@@ -1,0 +1,104 @@
+"""Carry one language-model call to its layers: the state, and what each stage does in it.
+
+The object rides as a keyword argument: of the language model to its decoder layers, of a watched
+layer to its attention. So it belongs to the call, not to a module or a thread: a checkpointed layer
+that runs again finds it, and nothing is left behind when a forward ends, in whatever way.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Final
+
+from torch import Tensor
+
+from vispress.runtime.forward.layer_inputs import LayerInputs
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.hooks.attention import OBSERVER
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.stages.base import Entering, StageCall
+from vispress.types import Stage
+
+RUNNING: Final = OBSERVER
+"""Keyword argument of the language model, its layers and their attention: the call that runs."""
+MEASURED: ContextVar["Running | None"] = ContextVar("vispress_measured", default=None)
+"""The call whose attention was measured last in this context. Its layer's MLP runs next and is
+given hidden states alone; what another call left here is overwritten before it could be read."""
+_DEEPSTACK = "deepstack_visual_embeds"
+
+
+class Running:
+    """One language-model call under way.
+
+    Args:
+        state: What is known of it.
+        calls: What the stages do in it, in order, and the stages whose placements each carries out.
+    """
+
+    def __init__(
+        self, state: ForwardState, calls: Sequence[tuple[frozenset[Stage], StageCall]] = ()
+    ) -> None:
+        self.state, self.inputs = state, LayerInputs(state)
+        self.calls = [call for _, call in calls]
+        self._carries = calls
+        self.enters = [call.enter for call in self.calls if call.enter is not None]
+        self.kwargs = [call.layer_kwargs for call in self.calls if call.layer_kwargs is not None]
+        self.attends = [call.attend for call in self.calls if call.attend is not None]
+        self.leaves = [call.leave for call in self.calls if call.leave is not None]
+        own = [call.own_from for call in self.calls if call.own_from is not None]
+        state.own_from = min(own, default=None)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Running":
+        """Stay: accelerate's hooks move keyword arguments between devices."""
+        return self
+
+    def before_placement(self, bound: BoundPlacement, entering: Entering) -> None:
+        """Let stages read what a placement needs."""
+        for call in self.calls:
+            if call.before_placement is not None:
+                call.before_placement(bound, entering)
+
+    def place(self, bound: BoundPlacement, hidden: Tensor) -> Any:
+        """Carry out a placement by its stage."""
+        for carries, call in self._carries:
+            if bound.placement.stage in carries and call.place is not None:
+                return call.place(bound, hidden)
+        return None
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        implementation: str,
+        kwargs: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Show a watched attention to the stages, then read the rows that placements want."""
+        for attend in self.attends:
+            mask = attend(module.layer_idx, query, key, mask, kwargs["scaling"])
+        self.state.observe(module, query, key, mask, kwargs)
+        return mask
+
+
+class CarriedEmbeds:
+    """DeepStack features of a layer, with the call that they are added in.
+
+    Args:
+        embeds: `[marks, D]`.
+        state: The call's state.
+    """
+
+    def __init__(self, embeds: Tensor, state: ForwardState) -> None:
+        self.embeds, self.state = embeds, state
+
+    def to(self, *args: Any, **kwargs: Any) -> "CarriedEmbeds":
+        """Stay: they are moved where they are added."""
+        return self
+
+
+def carry_deepstack(arguments: dict[str, Any], state: ForwardState) -> None:
+    """Let DeepStack features carry the state to `_deepstack_process`, which gets no keywords."""
+    embeds = arguments.get(_DEEPSTACK)
+    if embeds is not None:
+        plain = (e.embeds if isinstance(e, CarriedEmbeds) else e for e in embeds)
+        arguments[_DEEPSTACK] = [CarriedEmbeds(each, state) for each in plain]

@@ -1,0 +1,91 @@
+"""Hold what is asked of one model: compressors, placements, signals. Made once, never changed."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from vispress.adapters.base import ModelAdapter
+from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
+from vispress.methods.base import Compressor
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress_kernels import Backend
+
+
+class Plan:
+    """What is asked of one model; every call reads it and none writes it.
+
+    Args:
+        adapter: Knows the model.
+        methods: The chain of compressors.
+        placements: Theirs, in the order they act.
+        backend: Kernels to use.
+        notes: Remarks for reports.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        methods: Sequence[Compressor],
+        placements: Sequence[BoundPlacement],
+        backend: Backend,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.adapter, self.backend = adapter, backend
+        self.methods, self.placements = tuple(methods), tuple(placements)
+        self.notes = tuple(notes)
+        self.num_layers = len(adapter.decoder_layers)
+        at: dict[int, tuple[BoundPlacement, ...]] = {}
+        for bound in placements:
+            at[bound.placement.layer] = (*at.get(bound.placement.layer, ()), bound)
+        self.placements_at: Mapping[int, tuple[BoundPlacement, ...]] = at
+        signals = frozenset[Signal]().union(*(method.signals() for method in methods))
+        self.encoder_signals = signals & ENCODER_SIGNALS
+        self.reads_encoder_late = any(
+            bound.placement.layer > 0 and bound.method.signals() & self.encoder_signals
+            for bound in placements
+        )
+        self.reads_input = Signal.INPUT_EMBEDDINGS in signals
+        self.reads_text = Signal.TEXT_EMBEDDINGS in signals
+        self.reads_context = Signal.CONTEXT in signals or any(
+            bound.placement.images != "all" for bound in placements
+        )
+        self.by_text = self.reads_text or any(
+            bound.placement.queries is Queries.TEXT_AFTER for bound in placements
+        )
+
+    @property
+    def implementation(self) -> str | None:
+        """The decoder's attention implementation now; users may set another one at any time."""
+        return self.adapter.language_model.config._attn_implementation  # type: ignore[no-any-return]
+
+    @cached_property
+    def readers(self) -> tuple[Compressor, ...]:
+        """Compressors that are shown signals: views in place of what is composed of them."""
+        return tuple(one for method in self.methods for one in method.views() or (method,))
+
+    def encoder_layers(self, method: Compressor, signal: Signal) -> tuple[int, ...]:
+        """Encoder layers that `method` reads; of column attention, those that can be compared."""
+        layers = method.encoder_layers(
+            len(self.adapter.encoder_attentions()), self.adapter.feature_layer()
+        )
+        if signal is Signal.COLUMN_ATTENTION:
+            comparable = set(self.adapter.global_layers())
+            layers = tuple(layer for layer in layers if layer in comparable)
+        return layers or (self.adapter.feature_layer(),)
+
+    @cached_property
+    def all_encoder_layers(self) -> tuple[int, ...]:
+        """Every encoder layer whose attention is read, ascending."""
+        layers: set[int] = set()
+        for method in self.readers:
+            for signal in method.signals() & ATTENTION_SIGNALS:
+                layers |= set(self.encoder_layers(method, signal))
+        return tuple(sorted(layers))
+
+    @cached_property
+    def key_layers(self) -> frozenset[int]:
+        """Encoder layers whose keys are read."""
+        return frozenset(
+            self.encoder_layers(method, Signal.VISION_KEYS)[-1]
+            for method in self.readers
+            if Signal.VISION_KEYS in method.signals()
+        )

@@ -1,0 +1,136 @@
+"""State what a stage is: one file that says where it acts, what it changes and what it refuses.
+
+A file of this package has one function, `bind`, which makes the stage of a chain when a model is
+compressed (None where no method has a part in it). The stage is immutable. For every language-model
+call in which it has something to do, it opens a `StageCall`, which dies with that call, however it
+ends. Both are final and made of parts that a stage gives or leaves out: nothing is inherited, and
+the spine (`forward.prefill`) runs what is there and names none. `stages.bind_all` finds the files.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vispress.adapters.base import Modality, ModelAdapter
+from vispress.methods.base import Compressor
+from vispress.runtime.forward.decision import Decision
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.plan.bound import BoundPlacement
+from vispress.runtime.plan.plan import Plan
+from vispress.types import Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """What a stage is made from.
+
+    Args:
+        adapter: Knows the model.
+        methods: The chain of compressors.
+        placements: Bound placements of the whole chain, in order.
+        notes: Remarks for reports; a stage adds its own.
+        backend: Kernels to use.
+    """
+
+    adapter: ModelAdapter
+    methods: Sequence[Compressor]
+    placements: Sequence[BoundPlacement]
+    notes: list[str]
+    backend: Any
+
+    def carried_by(self, carries: frozenset[Stage]) -> tuple[BoundPlacement, ...]:
+        """Placements of some stages."""
+        return tuple(bound for bound in self.placements if bound.placement.stage in carries)
+
+
+@dataclass(eq=False)
+class Entering:
+    """Hidden states on their way into a decoder layer.
+
+    Args:
+        number: The layer.
+        module: Its module; the language model for what acts before the LLM.
+        hidden: `[B, P, D]`; before the LLM at the logical length.
+        kwargs: Keyword arguments of the module, as transformers made them.
+    """
+
+    number: int
+    module: Any
+    hidden: Tensor
+    kwargs: dict[str, Any]
+
+
+class Attend(Protocol):
+    """Look at what a watched layer's attention is called with; gives the mask to use."""
+
+    def __call__(
+        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor | None:
+        """Args: layer, post-RoPE query `[B, H, P, D]`, key `[B, Hkv, S, D]`, mask, logit factor."""
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StageCall:
+    """What a stage does in one language-model call; what it leaves out costs nothing.
+
+    Args:
+        own_from: First decoder layer that is handed a mask of its own, short or not.
+        before_placement: Reads what a placement of any stage needs to be decided.
+        place: Carries out a placement of this stage on the hidden states that would enter its
+            layer; None when no row moves and no value changes.
+        enter: Changes the hidden states that enter a layer, behind its placements.
+        layer_kwargs: Changes the keyword arguments of a layer, cut to its rows.
+        attend: Looks at a watched layer's attention, and may change its mask.
+        leave: Changes the hidden states that leave one of `RuntimeStage.left_layers`.
+        end: Finishes behind the last layer.
+        remarks: Says for a report what happened in this call, when one is asked for.
+    """
+
+    own_from: int | None = None
+    before_placement: Callable[[BoundPlacement, Entering], None] | None = None
+    place: Callable[[BoundPlacement, Tensor], Decision | None] | None = None
+    enter: Callable[[int, Tensor], Tensor] | None = None
+    layer_kwargs: Callable[[int, Tensor, dict[str, Any]], dict[str, Any]] | None = None
+    attend: Attend | None = None
+    leave: Callable[[int, Tensor], Tensor] | None = None
+    end: Callable[[], None] | None = None
+    remarks: Callable[[], Sequence[str]] | None = None
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RuntimeStage:
+    """One stage of a chain on one model.
+
+    Its functions are bound methods, never closures: so a deep copy of the model has its own.
+
+    Args:
+        carries: Stages whose placements it carries out.
+        open: Begins a call; None when there is nothing to do in it.
+        order: Place among the stages that act on one layer, ascending.
+        open_static: Begins a decode step on a static cache, which may be compiled: tensors only.
+        refuse: Refuses an attention implementation or a cache that the stage cannot work with, by
+            an `UnsupportedModelError`; asked when a model is compressed (without a cache) and at
+            each call.
+        watched_layers: Decoder layers whose attention it must see.
+        left_layers: Decoder layers whose output it changes.
+        install: Puts in hooks beside those of decoder layers; gives what undoes them.
+        encode: Acts in one call of the vision encoder; yields what a report is told of it.
+        encoder_method: Name of the method that acts there.
+    """
+
+    carries: frozenset[Stage]
+    open: Callable[[ForwardState], StageCall | None]
+    order: int
+    open_static: Callable[[Plan, Cache], StageCall | None] | None = None
+    refuse: Callable[[str | None, Cache | None], None] | None = None
+    watched_layers: frozenset[int] = frozenset()
+    left_layers: frozenset[int] = frozenset()
+    install: Callable[[], Sequence[Callable[[], None]]] | None = None
+    encode: Callable[[Modality, Mapping[str, Any]], AbstractContextManager[Any]] | None = None
+    encoder_method: str | None = None
