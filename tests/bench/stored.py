@@ -5,9 +5,10 @@ import random
 from pathlib import Path
 
 import vispress
+from vispress.bench.plan.provenance import digest
 
 IDENTITY = {
-    "plan": "abc",
+    "plan": "the hash of the plan",
     "commit": "0123456789ab",
     "version": vispress.__version__,
     "weights": "fedcba",
@@ -59,6 +60,25 @@ def write_results(
         timed: Whether cells have a cost.
         truth: Every right answer; wrong ones are `"blue"`.
     """
+    manifest = manifest_of(groups, keep_ratios, tasks, questions, timed)
+    cells, identity = manifest["plan"]["cells"], manifest["identity"]
+    (Path(folder) / "cells").mkdir(parents=True)
+    (Path(folder) / "run.json").write_text(json.dumps(manifest))
+    for cell in cells:
+        if cell["key"] not in skip:
+            data = {"key": cell["key"], "identity": identity, "cell": cell}
+            if cell["key"] in refused:
+                data["refused"] = "this budget cannot be reached"
+            else:
+                skill = {"none": 0.95, "no_image": 0.13}.get(cell["group"]) or groups[cell["group"]]
+                data |= answered(cell, skill, tasks, questions, timed, truth)
+            data |= {"seed": 0, "provenance": provenance(), "finished": "2026-01-02T03:05:06"}
+            (Path(folder) / "cells" / f"{cell['key']}.json").write_text(json.dumps(data))
+    return Path(folder)
+
+
+def manifest_of(groups=(), keep_ratios=(0.5,), tasks=("needle",), questions=4, timed=False):
+    """What `run.json` holds."""
     cells = [asked("none", None)]
     for group in groups:
         ratios = (None,) if group == "no_image" else keep_ratios
@@ -81,25 +101,51 @@ def write_results(
         "cells": cells,
     }
     cards = {task: {"chance": 0.125, "needs": f"what {task} needs"} for task in tasks}
-    manifest = {
-        "identity": IDENTITY,
+    identity = IDENTITY | {"plan": digest(plan)}
+    return {
+        "identity": identity,
         "plan": plan,
         "tasks": cards,
         "created": "2026-01-02T03:04:05",
     }
-    (Path(folder) / "cells").mkdir(parents=True)
-    (Path(folder) / "run.json").write_text(json.dumps(manifest))
-    for cell in cells:
-        if cell["key"] not in skip:
-            data = {"key": cell["key"], "identity": IDENTITY, "cell": cell}
-            if cell["key"] in refused:
-                data["refused"] = "this budget cannot be reached"
-            else:
-                skill = {"none": 0.95, "no_image": 0.13}.get(cell["group"]) or groups[cell["group"]]
-                data |= answered(cell, skill, tasks, questions, timed, truth)
-            data |= {"provenance": provenance(), "finished": "2026-01-02T03:05:06"}
-            (Path(folder) / "cells" / f"{cell['key']}.json").write_text(json.dumps(data))
-    return Path(folder)
+
+
+def change(path, edit):
+    """Edit a stored JSON file."""
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def restamp(folder, edit=lambda manifest: None, **identity):
+    """Make a folder one of another run: another identity, and a plan that was edited.
+
+    Args:
+        folder: The folder.
+        edit: Changes `run.json` in place; cells are made to follow its plan's.
+        **identity: Entries that differ.
+    """
+    manifest = json.loads((folder / "run.json").read_text())
+    edit(manifest)
+    manifest["identity"] |= identity | {"plan": digest(manifest["plan"])}
+    (folder / "run.json").write_text(json.dumps(manifest))
+    planned = {cell["key"]: cell for cell in manifest["plan"]["cells"]}
+    for path in (folder / "cells").iterdir():
+
+        def follow(cell):
+            cell["identity"] = manifest["identity"]
+            cell["cell"] = planned[cell["key"]]
+            cell["seed"] = manifest["plan"]["seed"]
+            cell["provenance"]["commit"] = manifest["identity"]["commit"]
+
+        change(path, follow)
+    return folder
+
+
+def remark(cell, task, right, answers):
+    """Give a cell other marks and answers."""
+    mean = sum(map(int, right)) / len(right)
+    cell["tasks"][task] |= {"right": right, "answers": answers, "mean": mean}
 
 
 def asked(group, ratio):

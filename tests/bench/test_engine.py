@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
+from vispress.bench.results.files import ResultsError
 from vispress.bench.results.plots import write_plots
-from vispress.bench.results.store import ResultsError
 from vispress.bench.results.summary import summarise, write_summary
 from vispress.bench.results.table import tables
 from vispress.bench.run import engine
@@ -32,7 +32,7 @@ run(load_plan(sys.argv[1]), sys.argv[2])
 
 RUN_AND_DIE = """
 import os, signal, sys
-from vispress.bench.results import store
+from vispress.bench.results import files
 from vispress.bench.run.engine import run
 from vispress.bench.plan.plan import load_plan
 step, left = sys.argv[3], int(sys.argv[4])
@@ -48,7 +48,7 @@ advance = lambda *_: None
 if step == "advance":
     advance = dying(advance)
 else:
-    setattr(store.os, step, dying(getattr(os, step)))
+    setattr(files.os, step, dying(getattr(os, step)))
 run(load_plan(sys.argv[1]), sys.argv[2], advance=advance)
 """
 

@@ -1,30 +1,14 @@
 """Folders of several runs become one where they measured the same, and are refused where not."""
 
-import json
-
 import pytest
-from tests.bench.stored import IDENTITY, write_results
+from tests.bench.stored import IDENTITY, change, restamp, write_results
 
+from vispress.bench.results.files import ResultsError
 from vispress.bench.results.merge_runs import merge_runs
-from vispress.bench.results.store import ResultsError, open_results, read_results
+from vispress.bench.results.store import open_results, read_results
 from vispress.bench.results.summary import summarise
 
-LATER = {"plan": "def", "commit": "ba9876543210"}
-
-
-def change(folder, file, edit):
-    """Edit a stored JSON file."""
-    path = folder / file
-    data = json.loads(path.read_text())
-    edit(data)
-    path.write_text(json.dumps(data))
-
-
-def as_later(folder):
-    """Make the folder one of a later commit and another plan."""
-    for path in [folder / "run.json", *(folder / "cells").glob("*.json")]:
-        change(folder, path.relative_to(folder), lambda data: data["identity"].update(LATER))
-    return folder
+LATER = {"commit": "ba9876543210"}
 
 
 @pytest.fixture
@@ -33,7 +17,7 @@ def two(tmp_path):
     early, late = tmp_path / "early", tmp_path / "late"
     write_results(early, {"fastv": 0.8, "random": 0.5, "no_image": 0.1})
     write_results(late, {"tome": 0.7, "random": 0.5}, keep_ratios=(0.5, 0.125))
-    return early, as_later(late)
+    return early, restamp(late, **LATER)
 
 
 def test_methods_of_two_runs_stand_in_one_table(two, tmp_path):
@@ -69,7 +53,7 @@ def test_no_run_goes_on_in_joined_results(two, tmp_path):
         manifest, _ = read_results(folder)
         with (
             pytest.raises(ResultsError, match="another run"),
-            open_results(out, manifest["identity"], {}),
+            open_results(out, manifest.pop("identity"), manifest),
         ):
             pass
 
@@ -78,7 +62,10 @@ def test_no_run_goes_on_in_joined_results(two, tmp_path):
     ("name", "value"), [("questions", 21), ("seed", 1), ("dtype", "bf16"), ("model", "another")]
 )
 def test_other_questions_are_refused(two, tmp_path, name, value):
-    change(two[1], "run.json", lambda data: data["plan"].update({name: value}))
+    restamp(two[1], lambda manifest: manifest["plan"].update({name: value}))
+    if name == "questions":
+        for path in (two[1] / "cells").iterdir():
+            path.unlink()
     with pytest.raises(ResultsError, match=f"{name} is .* in one and {value} in the other"):
         merge_runs(two, tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
@@ -86,8 +73,7 @@ def test_other_questions_are_refused(two, tmp_path, name, value):
 
 @pytest.mark.parametrize("name", ["weights", "version"])
 def test_another_model_is_refused(two, tmp_path, name):
-    for path in [two[1] / "run.json", *(two[1] / "cells").glob("*.json")]:
-        change(two[1], path.relative_to(two[1]), lambda data: data["identity"].update({name: "x"}))
+    restamp(two[1], **{name: "x"})
     with pytest.raises(ResultsError, match=f"{name} is"):
         merge_runs(two, tmp_path / "joined")
 
@@ -96,15 +82,17 @@ def _other_answer(cell):
     cell["tasks"]["needle"]["answers"][3] = "green"
 
 
-def _other_method(cell):
-    cell["cell"]["methods"] = [{"method": "random", "seed": 9}]
+def _other_method(manifest):
+    cell = next(one for one in manifest["plan"]["cells"] if one["key"] == "random--0.5")
+    cell["methods"] = [{"method": "random", "seed": 9}]
 
 
-@pytest.mark.parametrize(
-    ("edit", "what"), [(_other_answer, "answers"), (_other_method, "hyper-parameters")]
-)
-def test_a_shared_cell_that_differs_is_refused(two, tmp_path, edit, what):
-    change(two[1], "cells/random--0.5.json", edit)
+@pytest.mark.parametrize("what", ["answers", "hyper-parameters"])
+def test_a_shared_cell_that_differs_is_refused(two, tmp_path, what):
+    if what == "answers":
+        change(two[1] / "cells" / "random--0.5.json", _other_answer)
+    else:
+        restamp(two[1], _other_method)
     with pytest.raises(ResultsError, match=rf"'random--0\.5' .* differs in its {what}"):
         merge_runs(two, tmp_path / "joined")
 

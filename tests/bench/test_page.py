@@ -2,11 +2,12 @@
 
 import json
 import random
+from functools import partial
 from itertools import pairwise
 
 import pytest
 from tests.bench.html_checks import colours, contrast, faults, mixed, outside, read, visible
-from tests.bench.stored import write_results
+from tests.bench.stored import change, remark, restamp, write_results
 
 from vispress.bench.page.axes import AXES
 from vispress.bench.page.frontier import HIGHLIGHTED, highlighted, overview
@@ -14,7 +15,7 @@ from vispress.bench.page.questions import failures, samples, shown_budget, shown
 from vispress.bench.page.render import _TEMPLATES, page, write_page
 from vispress.bench.page.results import read as read_folder
 from vispress.bench.page.verdicts import findings, verdict_tables
-from vispress.bench.results.store import ResultsError
+from vispress.bench.results.files import ResultsError
 
 SKILLS = {"good": 0.95, "poor": 0.35, "random": 0.7, "uniform": 0.75, "no_image": 0.13}
 
@@ -96,9 +97,11 @@ def test_names_and_answers_are_escaped(tmp_path):
     bad = "<script>alert(1)<'&\">"
     groups = {bad: 0.9, "random": 0.7}
     folder = write_results(tmp_path / "r", groups, questions=4, keep_ratios=(0.5,), truth=bad)
-    manifest = json.loads((folder / "run.json").read_text())
-    manifest["plan"]["model"] = manifest["tasks"]["needle"]["needs"] = bad
-    (folder / "run.json").write_text(json.dumps(manifest))
+
+    def rename(manifest):
+        manifest["plan"]["model"] = manifest["tasks"]["needle"]["needs"] = bad
+
+    restamp(folder, rename)
     text = page(read_folder(folder), None)
     assert faults(text) == []
     assert "<script>alert" not in text
@@ -148,12 +151,20 @@ def test_cells_that_could_not_run_are_listed_with_their_reason(tmp_path):
 def test_cells_of_several_machines_are_told_apart(folder, tmp_path):
     copied = write_results(tmp_path / "r", {"good": 0.9, "random": 0.7}, questions=6)
     path = copied / "cells" / "good--0.5.json"
-    cell = json.loads(path.read_text())
-    cell["provenance"]["device"] = "another one"
-    path.write_text(json.dumps(cell))
+    change(path, lambda cell: cell["provenance"].update(device="another one"))
     words = visible(read(page(read_folder(copied), None)))
     assert "not all made in the same place" in words
     assert "another one" in words
+
+
+def test_a_clock_that_went_back_is_said(tmp_path):
+    folder = write_results(tmp_path / "r", {"good": 0.9}, questions=4)
+    assert "clock" not in visible(read(page(read_folder(folder), None)))
+    early = {"finished": "2025-12-31T23:59:59"}
+    change(folder / "cells" / "none.json", lambda cell: cell.update(early))
+    words = visible(read(page(read_folder(folder), None)))
+    assert "cells were finished before the run began" in words
+    assert "last cell finished 2026-01-02T03:05:06" in words
 
 
 def damage(name, change):
@@ -175,21 +186,35 @@ BROKEN = {
     "no object": (damage(CELL, "[]"), "no JSON object"),
     "of another run": (
         damage(CELL, lambda d: d | {"identity": d["identity"] | {"commit": "fff"}}),
-        "another run .commit fff in place of 0123456789ab",
+        r"another run than run\.json .commit fff in place of 0123456789ab",
     ),
     "of another key": (damage(CELL, lambda d: d | {"key": "x"}), "it says it is 'x'"),
-    "without a task": (damage(CELL, lambda d: d | {"tasks": {}}), "task attribute: no 'attribute'"),
+    "without a task": (
+        damage(CELL, lambda d: d | {"tasks": {}}),
+        r"tasks are \[\], the plan asks \['attribute', 'needle'\]",
+    ),
     "too few answers": (
         damage(CELL, lambda d: d["tasks"]["needle"].update(answers=["a"]) or d),
-        "4 marks and 1 answers for 4 questions",
+        "needle: .* 4 marks, 4 scores and 1 answers for 4 questions",
     ),
-    "without provenance": (damage(CELL, lambda d: d | {"provenance": None}), "no 'provenance'"),
+    "without provenance": (
+        damage(CELL, lambda d: d | {"provenance": None}),
+        "provenance must be a mapping, got None",
+    ),
     "half a manifest": (damage("run.json", '{"plan"'), "run.json is damaged"),
-    "manifest without plan": (damage("run.json", lambda d: {"identity": {}}), "no 'plan'"),
-    "task without card": (damage("run.json", lambda d: d | {"tasks": {}}), "run.json is damaged"),
+    "manifest without plan": (damage("run.json", lambda d: {"identity": {}}), "plan is missing"),
+    "task without card": (damage("run.json", lambda d: d | {"tasks": {}}), "tasks describes"),
     "of another version": (
-        damage("run.json", lambda d: d | {"identity": {"version": "0.0.1"}}),
+        lambda tmp_path: restamp(damage("run.json", lambda d: d)(tmp_path), version="0.0.1"),
         "results of vispress 0.0.1",
+    ),
+    "of another version, with another plan": (
+        lambda tmp_path: restamp(
+            damage("run.json", lambda d: d)(tmp_path),
+            lambda manifest: manifest["plan"].update(words=3),
+            version="0.0.1",
+        ),
+        r"plan\.words is not known.*\(vispress 0\.0\.1 wrote it",
     ),
 }
 
@@ -268,10 +293,8 @@ def by_hand(tmp_path, marks):
     )
     for name, right in marks.items():
         path = folder / "cells" / (f"{name}--0.5.json" if name != "none" else "none.json")
-        cell = json.loads(path.read_text())
         answers = ["red" if mark == "1" else "blue" for mark in right]
-        cell["tasks"]["attribute"] |= {"right": right, "answers": answers}
-        path.write_text(json.dumps(cell))
+        change(path, partial(remark, task="attribute", right=right, answers=answers))
     return read_folder(folder)
 
 

@@ -1,12 +1,12 @@
 """Questions on the page: what is shown of them, and that it is what the model kept and said."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 from tests.bench.html_checks import faults, outside, read, visible
+from tests.bench.stored import change, remark, restamp
 
 from vispress.bench.page.exhibits import make_picture, outline, runs, shot_of, words
 from vispress.bench.page.gallery import gallery
@@ -104,35 +104,34 @@ def test_questions_that_are_not_those_asked_are_not_shown(folder, tmp_path):
 
     copied = tmp_path / "r"
     shutil.copytree(folder, copied)
-    path = copied / "cells" / "none.json"
-    cell = json.loads(path.read_text())
-    task = cell["tasks"]["needle"]
-    task["right"] = "".join("10"[int(mark)] for mark in task["right"])
-    path.write_text(json.dumps(cell))
+
+    def invert(cell):
+        task = cell["tasks"]["needle"]
+        right = "".join("10"[int(mark)] for mark in task["right"])
+        remark(cell, "needle", right, task["answers"])
+        task |= {"low": 0.0, "high": 1.0}
+
+    change(copied / "cells" / "none.json", invert)
     shown = gallery(read_folder(copied), number=1)
     assert {exhibit.pick.task for exhibit in shown.samples} == {"attribute"}
     assert any(note.startswith("needle: the questions drawn here") for note in shown.notes)
 
 
 @pytest.mark.parametrize(
-    ("change", "note"),
+    ("changes", "note"),
     [
         ({"weights": "beef"}, "measured were beef"),
         ({"model": "somebody/else"}, "the model 'somebody/else' is not at hand"),
     ],
 )
-def test_without_the_model_answers_are_shown_without_kept_tokens(folder, tmp_path, change, note):
+def test_without_the_model_answers_are_shown_without_kept_tokens(folder, tmp_path, changes, note):
     import shutil
 
     copied = tmp_path / "r"
     shutil.copytree(folder, copied)
-    for path in [copied / "run.json", *(copied / "cells").glob("*.json")]:
-        data = json.loads(path.read_text())
-        if "weights" in change:
-            data["identity"]["weights"] = change["weights"]
-        elif "plan" in data:
-            data["plan"]["model"] = change["model"]
-        path.write_text(json.dumps(data))
+    own = {name: changes[name] for name in changes if name == "model"}
+    rest = {name: changes[name] for name in changes if name not in own}
+    restamp(copied, lambda manifest: manifest["plan"].update(own), **rest)
     results = read_folder(copied)
     shown = gallery(results, number=1)
     assert note in " ".join(shown.notes)
@@ -150,6 +149,7 @@ def test_an_unknown_task_is_named(folder, tmp_path):
     shutil.copytree(folder, copied)
     for path in [copied / "run.json", *(copied / "cells").glob("*.json")]:
         path.write_text(path.read_text().replace('"needle"', '"gone"'))
+    restamp(copied)
     shown = gallery(read_folder(copied), number=1)
     notes = " ".join(shown.notes)
     assert "gone: its questions cannot be drawn here" in notes

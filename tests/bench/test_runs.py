@@ -12,8 +12,8 @@ from tests.bench.test_engine import results, stored
 
 from vispress.bench.model.batches import Memory, make_batches
 from vispress.bench.model.loaded_model import LoadedModel
-from vispress.bench.results import store
-from vispress.bench.results.store import ResultsError
+from vispress.bench.results import files
+from vispress.bench.results.files import ResultsError
 from vispress.bench.results.summary import summarise, write_summary
 from vispress.bench.results.table import tables
 from vispress.bench.run import engine
@@ -225,7 +225,7 @@ def test_a_full_disk_loses_nothing(make_plan, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(ResultsError, match=r"No space left on device.*Finished cells are safe"):
             run(plan, tmp_path)
     assert sorted(stored(tmp_path)) == ["fastv--0.5", "none"]
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_from_the_start_is_named(make_plan, tmp_path, monkey
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store.Path, "mkdir", full)
+    monkeypatch.setattr(files.Path, "mkdir", full)
     with pytest.raises(ResultsError, match=r"cannot make the folder .*No space left"):
         run(make_plan(), tmp_path / "new")
 

@@ -13,16 +13,19 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from tests.bench.stored import manifest_of
 from tests.bench.test_engine import results, stored
 
 from vispress.bench.results import shards
+from vispress.bench.results.files import ResultsError
 from vispress.bench.results.shards import Shard, this_shard
-from vispress.bench.results.store import ResultsError, ResultsFolder, open_results
+from vispress.bench.results.store import ResultsFolder, open_results
 from vispress.bench.run import engine
 from vispress.bench.run.engine import run
 from vispress.errors import ConfigError
 
-IDENTITY = {"plan": "a", "commit": "c", "version": "1", "weights": "w"}
+MANIFEST = manifest_of()
+IDENTITY = MANIFEST.pop("identity")
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 RUN = """
@@ -109,7 +112,7 @@ def test_a_foreign_folder_is_refused_by_all(make_plan, tmp_path, meeting):
 def test_processes_of_different_plans_do_not_mix(tmp_path, meeting):
     def process(rank, identity):
         def call():
-            with open_results(tmp_path, identity, {}, shard=Shard(rank, 2, rank)):
+            with open_results(tmp_path, identity, MANIFEST, shard=Shard(rank, 2, rank)):
                 return "in"
 
         return call
@@ -121,7 +124,7 @@ def test_processes_of_different_plans_do_not_mix(tmp_path, meeting):
 
 
 def test_a_claimed_cell_is_left_to_its_process(tmp_path):
-    ours, theirs = (ResultsFolder(tmp_path, IDENTITY, shared=True) for _ in range(2))
+    ours, theirs = (ResultsFolder(tmp_path, MANIFEST, shared=True) for _ in range(2))
     with ours.claimed("a", wait=False) as mine:
         assert mine
         with theirs.claimed("a", wait=False) as also:
@@ -134,16 +137,16 @@ def test_a_claimed_cell_is_left_to_its_process(tmp_path):
 
 def test_an_orphan_of_a_killed_run_holds_the_folder(tmp_path):
     """The first process is gone; another one still writes its cell."""
-    with open_results(tmp_path, IDENTITY, {}):
+    with open_results(tmp_path, IDENTITY, MANIFEST):
         pass
     orphan = FileLock(tmp_path / ".lock-1")
     orphan.acquire()
     try:
         with pytest.raises(ResultsError, match="another run holds"):
-            open_results(tmp_path, IDENTITY, {}).__enter__()
+            open_results(tmp_path, IDENTITY, MANIFEST).__enter__()
     finally:
         orphan.release()
-    with open_results(tmp_path, IDENTITY, {}):
+    with open_results(tmp_path, IDENTITY, MANIFEST):
         pass
 
 

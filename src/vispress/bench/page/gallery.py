@@ -10,12 +10,13 @@ from vispress.api import compression_report
 from vispress.bench.model.loaded_model import LoadedModel, load_named_model
 from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
 from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
-from vispress.bench.page.results import Results, Stored
+from vispress.bench.page.results import Results
 from vispress.bench.page.sources import stored_plan
 from vispress.bench.page.tables import kind_of
 from vispress.bench.page.words import counted, listed
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.plan import plan_from_mapping
+from vispress.bench.results.stored import Stored
 from vispress.bench.results.summary import BLIND
 from vispress.bench.run.applied_cell import apply_cell
 from vispress.bench.run.engine import Advance

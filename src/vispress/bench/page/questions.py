@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from vispress.bench.page.results import Results, Stored
+from vispress.bench.page.results import Results
 from vispress.bench.plan.cells import UNCOMPRESSED
+from vispress.bench.results.stored import Stored
 from vispress.bench.results.summary import BLIND
 from vispress.bench.tasks.task import Prompt
 

@@ -19,7 +19,7 @@ from vispress.bench.page.tables import cost_table, results_table, task_cards
 from vispress.bench.page.verdicts import findings, places, verdict_tables
 from vispress.bench.page.words import accuracy, counted, listed, percent, ratio
 from vispress.bench.plan.cells import UNCOMPRESSED
-from vispress.bench.results.store import write_text
+from vispress.bench.results.files import write_text
 from vispress.bench.results.summary import BLIND
 from vispress.bench.run.engine import Advance
 
@@ -142,7 +142,7 @@ def facts(results: Results) -> list[tuple[str, str, str]]:
     refused = sum("refused" in cell for cell in results.cells)
     remark = f"{refused} of them not possible" if refused else ""
     found.append(("cells finished", f"{len(results.cells)} of {planned}", remark))
-    ends = sorted(cell["finished"] for cell in results.cells if "finished" in cell)
+    ends = sorted(cell["finished"] for cell in results.cells)
     if ends:
         commit = results.manifest["identity"].get("commit")
         found.append(("measured", ends[-1][:10], f"commit {commit}" if commit else ""))

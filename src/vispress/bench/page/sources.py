@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vispress.bench.page.results import Results
+from vispress.bench.results.stored import is_joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class Sources:
 def sources(results: Results) -> Sources:
     """What the page says about where its numbers come from."""
     identity, plan = results.manifest["identity"], results.plan
-    ends = sorted(cell["finished"] for cell in results.cells if "finished" in cell)
+    ends = sorted(cell["finished"] for cell in results.cells)
+    joined, created = is_joined(results.manifest), results.manifest["created"]
     facts = {
         "model": plan["model"],
         "weights (SHA-256, beginning)": identity.get("weights"),
@@ -49,9 +51,14 @@ def sources(results: Results) -> Sources:
         "seed of questions and bootstrap": plan["seed"],
         "seeds of methods": _seeds(results) or "none",
         "questions": f"{plan['questions']} a task",
-        "started": results.manifest.get("created"),
+        "joined" if joined else "started": created,
         "last cell finished": ends[-1] if ends else None,
     }
+    if ends and ends[0] < created and not joined:
+        facts["clock"] = (
+            "cells were finished before the run began: it was set back, or run.json was made anew; "
+            "nothing that is measured depends on it"
+        )
     return Sources(
         facts=tuple((name, str(value)) for name, value in facts.items() if value is not None),
         places=_places(results),

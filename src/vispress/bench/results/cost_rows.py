@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any
 
 from vispress.bench.results.stats import Quantiles
-from vispress.bench.results.store import ResultsError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +67,10 @@ def cost_of(cells: Sequence[Mapping[str, Any]]) -> Cost | None:
 
     Args:
         cells: Finished cells, as stored.
-
-    Raises:
-        ResultsError: They were measured by a version that measured something else.
     """
     costs = [cell["cost"] for cell in cells if "cost" in cell]
     if not costs:
         return None
-    needed = {*_SPREADS, "kv_bytes", "peak_bytes", "flops"}
-    if missing := needed - set(costs[0]):
-        raise ResultsError(
-            f"the stored cost has no {', '.join(sorted(missing))}: another version measured it; "
-            "run the plan again"
-        )
 
     def ratio(name: str) -> float:
         return fmean(cost[name] / cost[f"uncompressed_{name}"] for cost in costs)

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vispress.bench.plan.provenance import digest, now
-from vispress.bench.results.store import ResultsError, open_results, read_results
+from vispress.bench.plan.provenance import now
+from vispress.bench.results.files import ResultsError
+from vispress.bench.results.store import open_results, read_results
+from vispress.bench.results.stored import folder_fault, joined_digest
 
 _MAY_DIFFER = frozenset({"methods", "keep_ratios", "overrides", "controls", "cells"})
 """Entries of a plan that decide which cells there are, not what a cell measures."""
@@ -27,8 +29,9 @@ def merge_runs(folders: Sequence[Path], out: Path, *, force: bool = False) -> in
         Cells that more than one folder holds.
 
     Raises:
-        ResultsError: Fewer than two folders; one holds no run; their questions, models or shared
-            cells differ, or they share none; `out` is in use or holds other results.
+        ResultsError: Fewer than two folders; one holds no run or a damaged file; their questions,
+            models or shared cells differ, or they share none; `out` is in use or holds other
+            results.
     """
     different = {folder.resolve() for folder in folders}
     if len(different) < 2:
@@ -49,9 +52,12 @@ def merge_runs(folders: Sequence[Path], out: Path, *, force: bool = False) -> in
             _same_answers(cells[cell["key"]], cell, folder)
         cells |= {cell["key"]: cell for cell in more if cell["key"] not in cells}
         shared += len(common)
+    if (fault := folder_fault(list(cells.values()))) is not None:
+        raise ResultsError(f"these runs did not measure the same: {fault}")
     plan = _plan([manifest["plan"] for manifest, _ in runs])
-    identity = _identity([manifest["identity"] for manifest, _ in runs], plan)
-    joined = {"plan": plan, "tasks": first["tasks"], "created": now()}
+    identities = [manifest["identity"] for manifest, _ in runs]
+    identity = _identity(identities, plan)
+    joined = {"plan": plan, "tasks": first["tasks"], "joined": identities, "created": now()}
     with open_results(out, identity, joined, force=force) as results:
         for key, cell in cells.items():
             results.write(key, {k: v for k, v in cell.items() if k not in ("key", "identity")})
@@ -113,7 +119,7 @@ def _identity(identities: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) 
     commits = _unique(str(identity.get("commit")) for identity in identities)
     return {
         **identities[0],
-        "plan": digest([plan, *identities]),
+        "plan": joined_digest(plan, identities),
         "commit": ", ".join(commits),
     }
 

@@ -1,12 +1,13 @@
 """Frontier plots: accuracy against visual tokens kept."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vispress.bench.results.files import ResultsError
 from vispress.bench.results.stats import Interval
-from vispress.bench.results.store import ResultsError
 from vispress.bench.results.summary import BLIND, Row, Summary
 
 _MARKERS = "osD^vPX*<>hp"
@@ -59,7 +60,8 @@ def save_figure(figure: Any, path: Path) -> Path:
         figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
         os.replace(temporary, path)  # noqa: PTH105  (the atomic one)
     except (OSError, ValueError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ResultsError(f"cannot write {path}: {error}") from error
     return path
 

@@ -27,9 +27,10 @@ from vispress.bench.results.derived_metrics import (
     hard_subset,
     leakage,
 )
+from vispress.bench.results.files import write_json, write_text
 from vispress.bench.results.ranking import Ranking
 from vispress.bench.results.stats import Interval, bootstrap_mean
-from vispress.bench.results.store import read_results, write_json, write_text
+from vispress.bench.results.store import read_results
 
 BLIND = "no_image"
 
@@ -121,9 +122,13 @@ def summarise(folder: str | Path) -> Summary:
     """Read a results folder.
 
     Raises:
-        ResultsError: It holds no run.
+        ResultsError: It holds no run, or a file in it is damaged or of another run.
     """
-    manifest, cells = read_results(Path(folder))
+    return summary_of(*read_results(Path(folder)))
+
+
+def summary_of(manifest: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> Summary:
+    """What `read_results` found, as rows and comparisons."""
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for cell in cells:
         asked = cell["cell"]

@@ -1,0 +1,94 @@
+"""The results in `benchmarks/results`: each folder can be read, shown and joined."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from tests.bench.stored import change
+
+from vispress.bench.page.results import read as read_page
+from vispress.bench.results.files import ResultsError
+from vispress.bench.results.merge_runs import merge_runs
+from vispress.bench.results.store import MANIFEST, read_results
+from vispress.bench.results.stored import cell_fault
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FOLDERS = sorted(path.parent.name for path in RESULTS.glob(f"*/{MANIFEST}"))
+ARCHIVED = sorted(path.parent.name for path in RESULTS.glob("*/cells.tar.xz"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """A committed folder as its README says to unpack it, once."""
+    found = {}
+
+    def unpack(name):
+        if name not in found:
+            found[name] = tmp_path_factory.mktemp(name)
+            shutil.copy(RESULTS / name / MANIFEST, found[name])
+            if name in ARCHIVED:
+                extract(RESULTS / name / "cells.tar.xz", found[name])
+        return found[name]
+
+    return unpack
+
+
+def extract(archive, folder):
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+
+
+def test_there_are_results():
+    assert {"offline", "offline_clips", "offline_qwen"} <= set(ARCHIVED) <= set(FOLDERS)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_folder_can_be_read(unpacked, name):
+    manifest, cells = read_results(unpacked(name))
+    planned = manifest["plan"]["cells"]
+    assert [cell["cell"] for cell in cells] == (planned if name in ARCHIVED else [])
+
+
+def test_a_second_run_of_some_cells_can_be_read(unpacked, tmp_path):
+    manifest, _ = read_results(unpacked("offline_qwen"))
+    extract(RESULTS / "offline_qwen" / "again.tar.xz", tmp_path)
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()]
+    assert len(cells) == 33
+    assert {cell_fault(cell, cell["key"], manifest) for cell in cells} == {None}
+
+
+def test_a_changed_mark_is_seen(unpacked, tmp_path):
+    folder = tmp_path / "r"
+    shutil.copytree(unpacked("offline_clips"), folder)
+
+    def flip(cell):
+        task = cell["tasks"]["clip_order"]
+        task["right"] = "10"[int(task["right"][0])] + task["right"][1:]
+
+    change(folder / "cells" / "none.json", flip)
+    with pytest.raises(ResultsError, match=r"none\.json is damaged: tasks\.clip_order: mean is"):
+        read_results(folder)
+
+
+def test_a_page_can_be_made(unpacked):
+    assert read_page(unpacked("offline_clips")).summary.missing == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHIVED)
+def test_every_folder_can_be_joined(unpacked, tmp_path, name):
+    """The runs that it was made of are gone, so halves of it stand for two runs."""
+    halves = [tmp_path / "first", tmp_path / "second"]
+    keys = [cell["key"] for cell in read_results(unpacked(name))[0]["plan"]["cells"]]
+    for half, left in zip(halves, (keys[1::2], keys[2::2]), strict=True):
+        shutil.copytree(unpacked(name), half)
+        for key in left:
+            (half / "cells" / f"{key}.json").unlink()
+    out = tmp_path / "out"
+    assert merge_runs(halves, out) == 1
+    _, cells = read_results(out)
+    assert [cell["key"] for cell in cells] == keys
+    # joined once, it can be joined again
+    assert merge_runs([out, halves[0]], tmp_path / "again") == len(keys) - len(keys[1::2])
