@@ -99,6 +99,18 @@ def test_counts_are_the_placeholders(family: str, modality: str) -> None:
             assert ((crops.segment == -1) == (crops.col == -1)).all()
 
 
+@pytest.mark.parametrize(("family", "modality"), CASES)
+def test_grids_over_whole_pictures_are_those_of_the_layouts(family: str, modality: str) -> None:
+    seen = Seen(family, modality, samples_of(family, modality))
+    grids = seen.adapter.picture_grids(modality, seen.inputs)
+    if family in (*ANYRES, "internvl"):
+        assert grids is None
+        assert seen.adapter.picture_grids(modality, {}) is None
+    else:
+        assert grids == [grid for grid, _ in seen.layouts]
+        assert seen.adapter.picture_grids(modality, {}) == []
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith("llava")])
 def test_packed_projector_outputs_are_the_features(family: str) -> None:
     modalities = ("image", "video") if family in VIDEO else ("image",)

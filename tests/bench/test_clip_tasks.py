@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from vispress import compressed
+from vispress.adapters.base import find_adapter
 from vispress.analysis.inspect import open_prompt
 from vispress.bench.model.batches import Memory, make_batches
 from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.page.exhibits import pictures_of
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.downsample import Downsample, smaller
-from vispress.bench.plan.grids import video_grids
-from vispress.bench.plan.oracle import Oracle, choose, evidence_tokens, told
+from vispress.bench.plan.oracle import Oracle, choose_tokens, evidence_tokens, with_evidence
 from vispress.bench.plan.plan import plan_from_mapping
 from vispress.bench.run.applied_cell import apply_cell, check_cell
 from vispress.bench.run.engine import run
@@ -115,7 +115,7 @@ def test_evidence_of_a_step_is_its_own():
 def test_the_oracle_keeps_an_exact_count_and_evidence_first(num_keep):
     cells = [5, 2 * CELLS + 50, 2 * CELLS + 51]
     needed = set(evidence_tokens(cells, (6, 8, 8)).nonzero()[:, 0].tolist())
-    keep = choose(cells, (6, 8, 8), num_keep).tolist()
+    keep = choose_tokens(cells, (6, 8, 8), num_keep).tolist()
     assert keep == sorted(set(keep))
     assert len(keep) == num_keep
     assert needed <= set(keep) if len(needed) <= num_keep else set(keep) <= needed
@@ -124,8 +124,8 @@ def test_the_oracle_keeps_an_exact_count_and_evidence_first(num_keep):
 
 
 def test_the_oracle_is_told_steps_of_frames(qwen, prompts, inputs):
-    assert video_grids(qwen.model, inputs) == [(6, 8, 8)] * 4
-    method = told(Oracle(num_tokens=85), qwen.model, inputs, prompts)
+    assert find_adapter(qwen.model).picture_grids("video", inputs) == [(6, 8, 8)] * 4
+    method = with_evidence(Oracle(num_tokens=85), qwen.model, inputs, prompts)
     with compressed(qwen.model, method) as view, torch.no_grad():
         qwen.model(**inputs)
         kept = [sample.images[0].kept for sample in view.report.samples]
@@ -135,7 +135,7 @@ def test_the_oracle_is_told_steps_of_frames(qwen, prompts, inputs):
             step * 64 + token
             for step in range(6)
             for token in evidence_tokens(
-                [c % CELLS for c in cells if c // CELLS // 2 == step], (8, 8)
+                [c % CELLS for c in cells if c // CELLS // 2 == step], (1, 8, 8)
             )
             .nonzero()[:, 0]
             .tolist()
@@ -144,13 +144,13 @@ def test_the_oracle_is_told_steps_of_frames(qwen, prompts, inputs):
         assert len(own) == 85
     unknown = [replace(prompts[0], evidence=())]
     with pytest.raises(UnsupportedMethodError, match="does not say"):
-        told(Oracle(num_tokens=85), qwen.model, inputs, unknown)
+        with_evidence(Oracle(num_tokens=85), qwen.model, inputs, unknown)
 
 
 @pytest.mark.parametrize(("keep_ratio", "grid"), [(0.5, (6, 5, 6)), (0.111, (6, 2, 3))])
 def test_smaller_frames_keep_every_step(qwen, prompts, inputs, keep_ratio, grid):
     made = smaller(Downsample(keep_ratio=keep_ratio), qwen, inputs, prompts)
-    found = video_grids(qwen.model, made.inputs)
+    found = find_adapter(qwen.model).picture_grids("video", made.inputs)
     assert {tuple(sorted(own)) for own in found} == {tuple(sorted(grid))}
     tokens = int(np.prod(grid))
     assert tokens <= round(384 * keep_ratio)

@@ -15,6 +15,7 @@ from tests.tiny_models import (
     build,
 )
 
+from vispress.adapters.llava import LlavaAdapter
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.downsample import Downsample, any_size, smaller
 from vispress.bench.tasks.task import Prompt, get_task
@@ -66,12 +67,13 @@ def questions(subject):
 
 
 def test_grids_are_the_largest_within_the_budget():
-    assert Downsample(keep_ratio=0.25).grids([(12, 12), (8, 4)]) == [(6, 6), (4, 2)]
+    assert Downsample(keep_ratio=0.25).grids([(1, 12, 12), (1, 8, 4)]) == [(1, 6, 6), (1, 4, 2)]
+    assert Downsample(keep_ratio=0.25).grids([(6, 8, 8)]) == [(6, 4, 4)]
     for keep_ratio in (0.056, 0.111, 0.222, 0.333, 0.5, 0.9):
-        ((h, w),) = Downsample(keep_ratio=keep_ratio).grids([(12, 12)])
+        ((_, h, w),) = Downsample(keep_ratio=keep_ratio).grids([(1, 12, 12)])
         assert h * w <= round(144 * keep_ratio)
         assert (h + 1) * w > round(144 * keep_ratio)
-    assert Downsample(num_tokens=1).grids([(12, 12)]) == [(1, 1)]
+    assert Downsample(num_tokens=1).grids([(1, 12, 12)]) == [(1, 1, 1)]
 
 
 @pytest.mark.parametrize("wrong", [{"keep_ratio": 0.0}, {"num_tokens": 0}, {"keep_ratio": 2}])
@@ -152,7 +154,7 @@ def test_qwen_resizes_each_picture_by_its_own_grid(qwen):
 def test_more_tokens_than_asked_are_an_error(subject, monkeypatch):
     prompts = questions(subject)
     inputs = subject.encode(prompts)
-    monkeypatch.setattr("vispress.bench.plan.downsample._resized_llava", lambda *_: inputs)
+    monkeypatch.setattr(LlavaAdapter, "resize", lambda *_: inputs)
     with pytest.raises(BudgetError, match="off target: 720 visual tokens"):
         smaller(Downsample(keep_ratio=0.5), subject, inputs, prompts)
 

@@ -5,14 +5,14 @@ import torch
 from tests.tiny import Image, Sample, Text, build, make_inputs
 
 from vispress import compressed
-from vispress.bench.plan.grids import picture_grids
-from vispress.bench.plan.oracle import Oracle, choose, evidence_tokens, told
+from vispress.adapters.base import find_adapter
+from vispress.bench.plan.oracle import Oracle, choose_tokens, evidence_tokens, with_evidence
 from vispress.bench.tasks.task import Prompt, get_task
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 
 def tokens(cells, grid):
-    return evidence_tokens(cells, grid).nonzero()[:, 0].tolist()
+    return evidence_tokens(cells, (1, *grid)).nonzero()[:, 0].tolist()
 
 
 def test_evidence_on_the_models_own_grid():
@@ -35,14 +35,14 @@ def test_the_count_is_exact_and_evidence_comes_first(grid, count):
     cells = torch.randperm(144, generator=torch.Generator().manual_seed(count))[:count].tolist()
     needed = set(tokens(cells, grid))
     for num_keep in (1, 2, 7, 15, grid[0] * grid[1] - 1):
-        keep = choose(cells, grid, num_keep).tolist()
+        keep = choose_tokens(cells, (1, *grid), num_keep).tolist()
         assert keep == sorted(set(keep))
         assert len(keep) == num_keep
         assert needed <= set(keep) if len(needed) <= num_keep else set(keep) <= needed
 
 
 def test_what_is_left_is_spread_over_the_grid():
-    keep = choose([0], (12, 12), 10)
+    keep = choose_tokens([0], (1, 12, 12), 10)
     assert 0 in keep
     # 9 more: the middles of thirds
     assert keep.tolist()[1:] == [
@@ -51,11 +51,11 @@ def test_what_is_left_is_spread_over_the_grid():
 
 
 def test_too_much_evidence_is_thinned_evenly():
-    assert choose(range(0, 100), (12, 12), 4).tolist() == [12, 37, 62, 87]
+    assert choose_tokens(range(0, 100), (1, 12, 12), 4).tolist() == [12, 37, 62, 87]
 
 
 def oracle_report(model, inputs, prompts, **budget):
-    method = told(Oracle(**budget), model, inputs, prompts)
+    method = with_evidence(Oracle(**budget), model, inputs, prompts)
     with compressed(model, method) as view, torch.no_grad():
         model(**inputs)
         return [image for sample in view.report.samples for image in sample.images]
@@ -76,7 +76,7 @@ def test_each_picture_of_a_batch_keeps_its_own_evidence(subject):
     evidence = [cells for prompt in prompts for cells in prompt.evidence]
     assert len(set(evidence)) > 3
     for image, cells in zip(images, evidence, strict=True):
-        assert image.kept == tuple(choose(cells, (12, 12), 40).tolist())
+        assert image.kept == tuple(choose_tokens(cells, (1, 12, 12), 40).tolist())
         assert set(cells) <= set(image.kept)
 
 
@@ -90,11 +90,11 @@ def test_pictures_of_different_grids_are_told_apart():
     inputs = make_inputs("qwen2_5_vl", samples, padding="left")
     evidence = [((0,), (143,)), ((1, 2, 3),), ((66,),)]
     prompts = [Prompt((None,) * len(own), "", "", own) for own in evidence]
-    grids = picture_grids(model, inputs)
-    assert grids == [(4, 6), (6, 4), (6, 4), (4, 6)]
+    grids = find_adapter(model).picture_grids("image", inputs)
+    assert grids == [(1, 4, 6), (1, 6, 4), (1, 6, 4), (1, 4, 6)]
     images = oracle_report(model, inputs, prompts, keep_ratio=0.25)
     for image, grid, cells in zip(images, grids, [c for own in evidence for c in own], strict=True):
-        assert image.kept == tuple(choose(cells, grid, 6).tolist())
+        assert image.kept == tuple(choose_tokens(cells, grid, 6).tolist())
 
 
 def test_questions_without_evidence_are_refused(subject):
@@ -102,10 +102,10 @@ def test_questions_without_evidence_are_refused(subject):
     unknown = Prompt(prompt.images, prompt.text, prompt.answer)
     inputs = subject.encode([unknown])
     with pytest.raises(UnsupportedMethodError, match=r"which part of the picture.*how many"):
-        told(Oracle(keep_ratio=0.5), subject.model, inputs, [unknown])
+        with_evidence(Oracle(keep_ratio=0.5), subject.model, inputs, [unknown])
     odd = Prompt(prompt.images, prompt.text, prompt.answer, ((1,), (2,)))
     with pytest.raises(ConfigError, match="evidence of 2 pictures and 1"):
-        told(Oracle(keep_ratio=0.5), subject.model, inputs, [odd])
+        with_evidence(Oracle(keep_ratio=0.5), subject.model, inputs, [odd])
     wrong = Prompt(prompt.images, prompt.text, prompt.answer, ((144,),))
     with pytest.raises(ConfigError, match=r"in \[0, 144\), got 144"):
         oracle_report(subject.model, inputs, [wrong], keep_ratio=0.5)
@@ -114,7 +114,7 @@ def test_questions_without_evidence_are_refused(subject):
 def test_cut_pictures_are_refused_with_what_works():
     model = build("llava_next")
     with pytest.raises(UnsupportedMethodError, match="llava_next does not have; it works on llava"):
-        told(Oracle(keep_ratio=0.5), model, {}, [])
+        with_evidence(Oracle(keep_ratio=0.5), model, {}, [])
 
 
 def test_nothing_is_kept_without_being_told(subject):

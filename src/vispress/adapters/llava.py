@@ -1,12 +1,15 @@
 """LLaVA-1.5: one CLIP (or SigLIP) sequence an image, no geometry to undo."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from vispress.adapters.base import Modality, register_adapter
+from vispress.adapters.base import Encode, Grid, Modality, register_adapter
 from vispress.adapters.padding import padded_share
+from vispress.adapters.resizing import shorten_runs
 from vispress.adapters.towers import Layout, TowerAdapter
 
 
@@ -32,9 +35,54 @@ class LlavaAdapter(TowerAdapter):
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
     ) -> Sequence[Layout]:
         """The raster of the encoder's patches."""
-        patch = int(self.base.config.vision_config.patch_size)
-        h, w = (int(size) // patch for size in call["pixel_values"].shape[-2:])
+        h, w = self._grid(call["pixel_values"])
         return [((1, h, w) if h * w == count else (1, 1, count), None) for count in counts]
+
+    @property
+    def _patch(self) -> int:
+        return int(self.base.config.vision_config.patch_size)
+
+    def _grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        h, w = (int(size) // self._patch for size in pixels.shape[-2:])
+        return h, w
+
+    def picture_grids(self, modality: Modality, inputs: Mapping[str, Any]) -> Sequence[Grid]:
+        """The raster of the encoder's patches; all pictures of a batch have one size."""
+        if modality == "video" or inputs.get("pixel_values") is None:
+            return []
+        return [(1, *self._grid(inputs["pixel_values"]))] * len(inputs["pixel_values"])
+
+    @contextmanager
+    def any_size(self) -> Iterator[None]:
+        """Interpolate the encoder's position embeddings, by a hook on this instance."""
+
+        def interpolated(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"interpolate_pos_encoding": True}
+
+        tower = self.base.vision_tower
+        handle = tower.register_forward_pre_hook(interpolated, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def resize(
+        self, modality: Modality, inputs: Mapping[str, Any], grids: Sequence[Grid], encode: Encode
+    ) -> Mapping[str, Any]:
+        """Scale down the pixels that the processor made; it makes all pictures one size."""
+        if not grids:
+            return inputs
+        pixels, (_, rows, columns) = inputs["pixel_values"], grids[0]
+        h, w = self._grid(pixels)
+        size = (rows * self._patch, columns * self._patch)
+        scaled = interpolate(
+            pixels.float(), size, mode="bicubic", antialias=True, align_corners=False
+        )
+        config = self.base.config
+        pad = getattr(config.get_text_config(), "pad_token_id", None) or 0
+        shortened = shorten_runs(inputs, config.image_token_id, h * w, rows * columns, pad)
+        return {**shortened, "pixel_values": scaled.to(pixels.dtype)}
 
     def square_encoder(self) -> nn.Module | None:
         """The encoder itself: `LlavaImageProcessor` pads pictures where it is told to."""
@@ -42,7 +90,6 @@ class LlavaAdapter(TowerAdapter):
 
     def padding(self, pixels: Tensor) -> Tensor:
         """Bands around pictures that were padded to squares, found in the pixels."""
-        patch = int(self.base.config.vision_config.patch_size)
-        h, w = (int(size) // patch for size in pixels.shape[-2:])
+        patch, (h, w) = self._patch, self._grid(pixels)
         share = padded_share(pixels[..., : h * patch, : w * patch], patch)
         return share.flatten(1).unsqueeze(-1)

@@ -1,12 +1,20 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one packed encoder sequence, 2 x 2 merging, M-RoPE."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vispress.adapters.base import EncoderBlock, Modality, ModelAdapter, register_adapter
+from vispress.adapters.base import (
+    Encode,
+    EncoderBlock,
+    Grid,
+    Modality,
+    ModelAdapter,
+    register_adapter,
+)
 from vispress.adapters.towers import Layout
 from vispress.adapters.two_layers import of_transformers, patch_norm, two_layer
 from vispress.errors import UnsupportedModelError
@@ -120,6 +128,27 @@ class Qwen2VLAdapter(ModelAdapter):
                 raise UnsupportedModelError(f"{count} visual tokens do not fit the grid {grid}")
             found.append((grid, None))
         return found
+
+    def picture_grids(self, modality: Modality, inputs: Mapping[str, Any]) -> Sequence[Grid]:
+        """The raster of merged tokens of every picture and video, which keep their own sizes."""
+        if (grids := inputs.get(f"{modality}_grid_thw")) is None:
+            return []
+        return [(t, h // self._merge, w // self._merge) for t, h, w in grids.tolist()]
+
+    def any_size(self) -> AbstractContextManager[None]:
+        """Nothing to do: the encoder takes every size."""
+        return nullcontext()
+
+    def resize(
+        self, modality: Modality, inputs: Mapping[str, Any], grids: Sequence[Grid], encode: Encode
+    ) -> Mapping[str, Any]:
+        """Resize to whole tokens, which the processor then leaves as they are."""
+        side = int(self.base.config.vision_config.patch_size) * self._merge
+        sizes = [(rows * side, columns * side) for _, rows, columns in grids]
+        pixels = [height * width for height, width in sizes]
+        # the processor resizes what is outside of these bounds
+        bounds = {"shortest_edge": min(pixels, default=1), "longest_edge": max(pixels, default=1)}
+        return encode(sizes, {f"{modality}s_kwargs": {"size": bounds}})
 
 
 @register_adapter("Qwen2_5_VLModel")

@@ -159,7 +159,7 @@ def shot_of(image: ImageReport, evidence: Sequence[int]) -> Shot | None:
     shades = tuple(
         (opacity, runs(map(tuple, cells))) for opacity, cells in dims.items() if float(opacity) > 0
     )
-    needed = evidence_tokens(evidence, (rows, columns))
+    needed = evidence_tokens(evidence, (1, rows, columns))
     left = int(needed[list(image.kept)].sum())
     return Shot(
         columns=columns,

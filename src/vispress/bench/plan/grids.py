@@ -1,67 +1,48 @@
 """Grids of visual tokens over whole pictures, for the controls that must know them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vispress.adapters.base import find_adapter
+from vispress.adapters.base import Grid, Modality, ModelAdapter, find_adapter, list_families
 from vispress.errors import UnsupportedMethodError
 
-Grid = tuple[int, int]
-Steps = tuple[int, int, int]
 
-_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-_KNOWN = ("llava", *_QWEN)
-
-
-def check_family(name: str, model: Any) -> str:
-    """The model's family, if its tokens lie on one grid over the whole picture.
+def grid_adapter(control: str, model: Any) -> ModelAdapter:
+    """Find the adapter of a model whose tokens lie on one grid over each whole picture.
 
     Args:
-        name: The control that needs it, for the error.
+        control: The control that needs it, for the error.
         model: The model.
 
     Raises:
         UnsupportedMethodError: Pictures are cut into crops or tiles.
         UnsupportedModelError: No adapter knows the model.
     """
-    family = find_adapter(model).family
-    if family not in _KNOWN:
+    adapter = find_adapter(model)
+    find_grids(control, adapter, "image", {})
+    return adapter
+
+
+def find_grids(
+    control: str, adapter: ModelAdapter, modality: Modality, inputs: Mapping[str, Any]
+) -> Sequence[Grid]:
+    """Find the grid of each picture or video of a batch.
+
+    Args:
+        control: The control that needs it, for the error.
+        adapter: The model's.
+        modality: Image or video.
+        inputs: The batch, as its processor makes it.
+
+    Raises:
+        UnsupportedMethodError: The family has no such grids.
+    """
+    grids = adapter.picture_grids(modality, inputs)
+    if grids is None:
+        whole = "picture" if modality == "image" else "video"
         raise UnsupportedMethodError(
-            f"{name} needs one grid of visual tokens over the whole picture, which {family} does "
-            f"not have; it works on {', '.join(_KNOWN)}"
+            f"{control} needs one grid of visual tokens over the whole {whole}, which "
+            f"{adapter.family} does not have; it works on "
+            f"{', '.join(list_families(gives='picture_grids'))}"
         )
-    return family
-
-
-def picture_grids(model: Any, inputs: Any) -> list[Grid]:
-    """Rows and columns of visual tokens of every picture of a batch, in prompt order.
-
-    Args:
-        model: Of a family that `check_family` lets through.
-        inputs: A batch, as the processor gives it.
-    """
-    vision = model.config.vision_config
-    if "image_grid_thw" in inputs:
-        merge = int(vision.spatial_merge_size)
-        return [(h // merge, w // merge) for _, h, w in inputs["image_grid_thw"].tolist()]
-    if (pixels := inputs.get("pixel_values")) is None:
-        return []
-    h, w = (int(size) // int(vision.patch_size) for size in pixels.shape[-2:])
-    return [(h, w)] * len(pixels)
-
-
-def video_grids(model: Any, inputs: Any) -> list[Steps]:
-    """Steps, rows and columns of visual tokens of every video of a batch, in prompt order.
-
-    Args:
-        model: Of a family that `is_qwen`.
-        inputs: A batch, as the processor gives it.
-    """
-    if "video_grid_thw" not in inputs:
-        return []
-    merge = int(model.config.vision_config.spatial_merge_size)
-    return [(t, h // merge, w // merge) for t, h, w in inputs["video_grid_thw"].tolist()]
-
-
-def is_qwen(family: str) -> bool:
-    """Whether pictures keep their own resolution (Qwen-VL)."""
-    return family in _QWEN
+    return grids

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vispress.bench.plan.grids import Grid, Steps, check_family, picture_grids, video_grids
+from vispress.adapters.base import Grid
+from vispress.bench.plan.grids import find_grids, grid_adapter
 from vispress.bench.tasks.task import EVIDENCE_GRID, Prompt
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods._parts.geometry.grids import middles, small_grid
@@ -38,7 +39,7 @@ class Oracle(Compressor):
     paper: ClassVar[str] = "control"
     evidence: ClassVar[Evidence] = "control"
 
-    pictures: tuple[tuple[Steps, tuple[int, ...]], ...] | None = None
+    pictures: tuple[tuple[Grid, tuple[int, ...]], ...] | None = None
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
@@ -50,25 +51,31 @@ class Oracle(Compressor):
                 "oracle needs the evidence of every picture and one grid over each, got "
                 f"grid={tokens.grid}"
             )
-        own = [cells for grid, cells in self.pictures if grid == tokens.grid]
-        if len(own) != tokens.batch:
+        evidence = [cells for grid, cells in self.pictures if grid == tokens.grid]
+        if len(evidence) != tokens.batch:
             raise UnsupportedMethodError(
-                f"oracle knows the evidence of {len(own)} pictures of {tokens.grid} tokens, "
+                f"oracle knows the evidence of {len(evidence)} pictures of {tokens.grid} tokens, "
                 f"the batch has {tokens.batch}"
             )
-        keep = torch.stack([choose(cells, tokens.grid, num_keep) for cells in own])
+        keep = torch.stack([choose_tokens(cells, tokens.grid, num_keep) for cells in evidence])
         return TokenPlan(keep=keep.to(tokens.features.device))
 
 
-def told(method: Oracle, model: Any, inputs: Any, prompts: Sequence[Prompt]) -> Oracle:
-    """The oracle for one batch.
+def with_evidence(method: Oracle, model: Any, inputs: Any, prompts: Sequence[Prompt]) -> Oracle:
+    """Tell an oracle where the evidence of one batch is.
+
+    Args:
+        method: The oracle, which does not know it.
+        model: The model.
+        inputs: The batch, as its processor makes it.
+        prompts: The same batch, with its evidence.
 
     Raises:
         UnsupportedMethodError: A prompt does not say where its evidence is, or the family has no
             grid over the whole picture.
         ConfigError: A prompt's evidence does not fit its pictures.
     """
-    check_family("oracle", model)
+    adapter = grid_adapter("oracle", model)
     for prompt in prompts:
         if prompt.visuals and not prompt.evidence:
             raise UnsupportedMethodError(
@@ -81,31 +88,36 @@ def told(method: Oracle, model: Any, inputs: Any, prompts: Sequence[Prompt]) -> 
                 f"the question {prompt.text!r} has evidence of {len(prompt.evidence)} pictures and "
                 f"{prompt.visuals} pictures"
             )
-    images = [own for prompt in prompts for own in prompt.evidence[: len(prompt.images)]]
-    rasters = [(1, *grid) for grid in picture_grids(model, inputs)]
-    known = list(zip(rasters, images, strict=True))
-    if videos := video_grids(model, inputs):
-        frames = int(model.config.vision_config.temporal_patch_size)
-        cells = [own for prompt in prompts for own in prompt.evidence[len(prompt.images) :]]
-        known += [
-            (grid, tuple(c // _CELLS // frames * _CELLS + c % _CELLS for c in own))
-            for grid, own in zip(videos, cells, strict=True)
-        ]
+    images = [cells for prompt in prompts for cells in prompt.evidence[: len(prompt.images)]]
+    known = list(zip(find_grids("oracle", adapter, "image", inputs), images, strict=True))
+    videos = [
+        (frames, cells)
+        for prompt in prompts
+        for frames, cells in zip(prompt.videos, prompt.evidence[len(prompt.images) :], strict=True)
+    ]
+    if videos:
+        grids = find_grids("oracle", adapter, "video", inputs)
+        for grid, (frames, cells) in zip(grids, videos, strict=True):
+            shared = -(-len(frames) // grid[0])  # frames that become one step
+            known.append((grid, tuple(c // _CELLS // shared * _CELLS + c % _CELLS for c in cells)))
     return replace(method, pictures=tuple(known))
 
 
-def choose(cells: Iterable[int], grid: Grid | Steps, num_keep: int) -> Tensor:
-    """Ascending indices `[K]` of the tokens to keep of a picture or video.
+def choose_tokens(cells: Iterable[int], grid: Grid, num_keep: int) -> Tensor:
+    """Choose the tokens to keep of a picture or video: evidence first, the rest evenly.
 
     Args:
         cells: Evidence, on a raster of 12 x 12 over the picture or each step.
-        grid: Rows and columns of tokens, of a video steps before them.
+        grid: Steps, rows and columns of tokens.
         num_keep: K, at most the number of tokens; evidence beyond it is thinned at equal steps.
+
+    Returns:
+        Ascending indices `[K]`.
     """
     needed = evidence_tokens(cells, grid).nonzero()[:, 0]
     if len(needed) >= num_keep:
         return needed[middles(len(needed), num_keep)]
-    steps, height, width = _steps(grid)
+    steps, height, width = grid
     taken = torch.zeros(steps * height * width, dtype=torch.bool)
     taken[needed] = True
     if share := (num_keep - len(needed)) // steps:
@@ -118,13 +130,17 @@ def choose(cells: Iterable[int], grid: Grid | Steps, num_keep: int) -> Tensor:
     return taken.nonzero()[:, 0]
 
 
-def evidence_tokens(cells: Iterable[int], grid: Grid | Steps) -> Bool[Tensor, "N"]:
-    """Tokens whose area overlaps one of the cells.
+def evidence_tokens(cells: Iterable[int], grid: Grid) -> Bool[Tensor, "N"]:
+    """Mark the tokens whose area overlaps one of the cells.
+
+    Args:
+        cells: Evidence, on a raster of 12 x 12 over the picture or each step.
+        grid: Steps, rows and columns of tokens.
 
     Raises:
         ConfigError: A cell is outside the raster.
     """
-    steps, height, width = _steps(grid)
+    steps, height, width = grid
     marked = torch.zeros(steps * _CELLS, dtype=torch.float64)
     for cell in cells:
         if not 0 <= cell < len(marked):
@@ -136,13 +152,8 @@ def evidence_tokens(cells: Iterable[int], grid: Grid | Steps) -> Bool[Tensor, "N
     return (area > 1e-9).flatten()
 
 
-def _steps(grid: Grid | Steps) -> Steps:
-    """A picture is one step."""
-    return (1, *grid) if len(grid) == 2 else grid
-
-
 def _overlap(count: int) -> Float[Tensor, "count cells"]:
-    """Length that each of `count` equal parts of `[0, 1]` shares with each row of the raster."""
+    """Measure what each of `count` equal parts of `[0, 1]` shares with each row of the raster."""
     part = torch.arange(count + 1, dtype=torch.float64) / count
     cell = torch.arange(EVIDENCE_GRID + 1, dtype=torch.float64) / EVIDENCE_GRID
     start = torch.maximum(part[:-1, None], cell[None, :-1])

@@ -12,7 +12,7 @@ from vispress.api import compress_model, compression_report, remove_compression
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.downsample import any_size, smaller
-from vispress.bench.plan.oracle import Oracle, told
+from vispress.bench.plan.oracle import Oracle, with_evidence
 from vispress.bench.run.budget_check import KeptTokens, check_budget
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import UnsupportedMethodError
@@ -82,7 +82,9 @@ def compressors(
         UnsupportedMethodError: The prompts do not say it, or the model has no grid for it.
     """
     return [
-        told(method, loaded.model, inputs, prompts) if isinstance(method, Oracle) else method
+        with_evidence(method, loaded.model, inputs, prompts)
+        if isinstance(method, Oracle)
+        else method
         for method in cell.chain
     ]
 
