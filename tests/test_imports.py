@@ -84,6 +84,7 @@ INNER: dict[str, dict[str, int]] = {
     },
     "vispress.runtime": {
         "vispress.runtime.hooks": 0,
+        "vispress.runtime.layout": 0,
         "vispress.runtime.kv_cache": 1,
         "vispress.runtime.tokens": 2,
         "vispress.runtime.encoder": 1,
@@ -91,6 +92,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward": 5,
         "vispress.runtime.forward.state": 6,
         "vispress.runtime.forward.prompt_context": 7,
+        "vispress.runtime.forward.documents": 7,
         "vispress.runtime.forward.setup": 8,
         "vispress.runtime.forward.signals": 8,
         "vispress.runtime.forward.layer_inputs": 8,

@@ -58,18 +58,35 @@ ENCODER_SIGNALS = ATTENTION_SIGNALS | {
     Signal.PADDING,
 }
 """What is read while the encoder runs."""
+PROMPT_SIGNALS = frozenset(
+    {
+        Signal.TEXT_EMBEDDINGS,
+        Signal.TEXT_STATES,
+        Signal.KEY_NORMS,
+        Signal.TRANSITION,
+        Signal.CONTEXT,
+    }
+)
+"""What is read of the text around an image."""
 
 
 class Queries(StrEnum):
     """Whose attention rows `query_attention` holds."""
 
     LAST = "last"
-    """The last valid token of the sequence: Q = 1."""
+    """The last token of the prompt that the image stands in: Q = 1.
+
+    A prompt ends before the first supervised token behind the image, where labels are given; at the
+    prompt length, where one is known; else with the last valid token.
+    """
+    ENDS = "ends"
+    """As `LAST`, and with labels the token before each later supervised run of the document, too:
+    Q = their count."""
     TEXT_AFTER = "text_after"
-    """All valid non-visual tokens behind the image's last token: Q = their count."""
+    """All non-visual tokens of the prompt behind the image's last token: Q = their count."""
     AFTER = "after"
-    """All valid tokens behind the image's last token, other images too, and that token itself where
-    there are none; for `mean_attention` alone, as they are many.
+    """All tokens of the prompt behind the image's last token, other images too, and that token
+    itself where there are none; for `mean_attention` alone, as they are many.
     """
     ALL = "all"
-    """The mean over all valid tokens that the layer runs on, visual ones included: Q = 1."""
+    """The mean over all tokens of the prompt that the layer runs on, visual ones too: Q = 1."""

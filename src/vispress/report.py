@@ -188,9 +188,8 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
             placements.append(
                 PlacementReport(name, at.stage.value, at.layer, len(kept), kept, at.until)
             )
-        left = next(
-            (p.kept for p in reversed(placements) if p.until is None), range(image.num_visual)
-        )
+        shown = range(image.num_visual) if image.shown is None else image.shown.tolist()
+        left = next((p.kept for p in reversed(placements) if p.until is None), shown)
         positions = tuple((image.positions + record.past).tolist())
         samples[image.sample].append(
             ImageReport(

@@ -32,7 +32,7 @@ from vispress.methods.base import descending
 from vispress.runtime.encoder.capture import EncoderCapture, EncoderSink
 from vispress.runtime.hooks.attention import watch, watching
 from vispress.runtime.kv_cache.hf_compat import CACHE
-from vispress.runtime.tokens.images import Image, find_images
+from vispress.runtime.tokens.images import Located, locate_images
 from vispress.types import Signal
 
 Heads = Literal["one", "mean"]
@@ -164,7 +164,7 @@ class DAMRO(LogitsProcessor):
         """Embeddings `[B, L', D]` and mask of prompts with outliers for pictures, padded left."""
         marks = (self._prompt == self._adapter.placeholders()["image"]).long().cpu()
         valid = self._valid.bool().cpu()
-        images = find_images(marks, valid, [capture], {"image": 1})
+        images = locate_images(marks, [capture], {"image": 1})
         embeds = self._model.get_input_embeddings()(self._prompt)  # type: ignore[operator]
         layer = self._adapter.feature_layer()
         rows = []
@@ -188,11 +188,12 @@ class DAMRO(LogitsProcessor):
             mask.append([0] * (width - len(row)) + [1] * len(row))
         return out, torch.tensor(mask, device=embeds.device)
 
-    def _outliers(self, image: Image, score: Tensor) -> Tensor:
+    def _outliers(self, image: Located, score: Tensor) -> Tensor:
         """Tokens of a picture by descending score; with a thumbnail its own, then a newline."""
-        if image.crops is None:
+        _, crops = image.capture.layouts[image.number]
+        if crops is None:
             return descending(score[None])[0, : self.num_outliers]
-        segment = image.crops.segment.to(score.device)
+        segment = crops.segment.to(score.device)
         within = descending(score.masked_fill(segment != 0, -math.inf)[None])[0]
         count = min(self.num_outliers, int((segment == 0).sum()))
         newline = torch.where(segment == -1)[0][:1]

@@ -74,13 +74,13 @@ class PyramidDrop(ScorePruner):
                 stage=Stage.IN_LLM,
                 budget=budget,
                 layer=layer,
-                queries=Queries.LAST,
+                queries=Queries.ENDS,
                 attention_of="next",
             )
             for layer, budget in zip(layers, budgets, strict=True)
         )
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over heads of the last query's attention."""
+        """Mean over heads and ends of prompts (one but in training) of their attention."""
         assert tokens.query_attention is not None  # declared in `reads`
         return upcast(tokens.query_attention).mean(dim=(1, 2))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vispress.errors import BudgetError
+from vispress.kinds import PROMPT_SIGNALS
 from vispress.runtime.forward.decision import Change, Decision
 from vispress.runtime.forward.signals import visual_tokens
 from vispress.runtime.forward.state import ForwardState
@@ -24,6 +25,7 @@ class Choice:
     Args:
         drop: `[B, Q]` bool, visual tokens that are not kept.
         drop_counts: How many that is of each sample, on the host.
+        document_drops: The same of each document, where rows are packed.
         changes: Buckets whose survivors change value.
         entered: All buckets as they were, a ragged one row by row, with what the compressor
             remembers of them.
@@ -32,6 +34,7 @@ class Choice:
 
     drop: Tensor
     drop_counts: tuple[int, ...]
+    document_drops: tuple[int, ...]
     changes: list[Change]
     entered: list[Bucket]
     buckets: list[Bucket]
@@ -53,6 +56,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
     rows = state.last.to(hidden.device)
     drop = torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
     drop_counts = [0] * hidden.shape[0]
+    document_drops = [0] * len(rows.document_counts)
     changes: list[Change] = []
     entered: list[Bucket] = []
     after: list[Bucket] = []
@@ -71,11 +75,15 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                 if plan.features is not None or plan.assign is not None:
                     changes.append(Change(part, kept, plan))
             for number, image in enumerate(part.images):
-                drop_counts[image.sample] += part.num_visual - kept.num_visual
+                dropped = part.num_visual - kept.num_visual
+                drop_counts[image.sample] += dropped
+                if document_drops:
+                    document_drops[image.prompt.document] += dropped
                 image.trace.append(Trace(step.number, kept.index[number]))
             entered.append(replace(part, memory=kept.memory))
             after.append(kept)
-    return Choice(drop, tuple(drop_counts), changes, entered, after)
+    drops = tuple(drop_counts), tuple(document_drops)
+    return Choice(drop, *drops, changes, entered, after)
 
 
 def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision | None:
@@ -100,6 +108,7 @@ def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision
         choice.drop_counts,
         compact=step.positions == "compact",
         valid=state.valid_rows(rows),
+        document_drops=choice.document_drops,
     )
     if new.size == 0:
         raise BudgetError(
@@ -183,10 +192,17 @@ def asks(state: ForwardState, step: BoundPlacement) -> bool:
     )
 
 
+def asks_prompt(step: BoundPlacement) -> bool:
+    """Whether a placement decides by the text around an image: a prompt must have an end then."""
+    return step.placement.queries is not None or bool(step.method.signals() & PROMPT_SIGNALS)
+
+
 def _passes(step: BoundPlacement, bucket: Bucket) -> bool:
     """Whether all tokens of a bucket stay, without a look at them."""
     placement, first = step.placement, bucket.images[0]
     if bucket.passes(step.method.needs) or bucket.over(step.compressor):
+        return True
+    if not first.prompt.ends and asks_prompt(step):  # nothing asks about these images
         return True
     if placement.images == ("earlier" if first.last else "last"):
         return True

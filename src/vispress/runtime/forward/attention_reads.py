@@ -1,6 +1,6 @@
 """What was seen while decoder layers ran: attention rows and module transitions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -53,10 +53,11 @@ class AttentionRead:
         mode: When they are read.
         positions: `[B, R]` int64, their logical positions within the chunk (short samples repeat
             one); R = 0 for the mean over all.
-        lengths: Real rows of each sample, on the host.
-        images: Images of the call.
+        tails: Of each image, which of these rows ask about it.
         reads: Which of attention rows, their means and key norms are wanted.
         until: Decoder layer of the last placement that reads them.
+        groups: For the mean over all, where rows of a batch row do not ask about all its images:
+            `[M, B, Q]` bool on the host, rows of each group, and the group of each image.
         readers: What each compressor that reads them is made for, by its number in the chain.
     """
 
@@ -64,10 +65,10 @@ class AttentionRead:
     queries: Queries
     mode: Mode
     positions: Tensor
-    lengths: Sequence[int]
-    images: Sequence[Image]
+    tails: Mapping[Image, list[int]]
     reads: set[Signal]
     until: int
+    groups: tuple[Tensor, Mapping[Image, int]] | None = None
     readers: dict[int, Need | None] = field(default_factory=dict)
     rows: Tensor | None = None  # [B, H, R, S], from when they are seen until they are used
     means: Tensor | None = None  # [B, M, S], fp32, for the images of each sample in order
@@ -100,17 +101,6 @@ class AttentionRead:
         """Where rows of the call that was read are among its layer's keys."""
         return local + self.offset if self.offset else local
 
-    def tail(self, image: Image) -> list[int]:
-        """Rows that ask about an image: of those behind one, the last ones of its sample."""
-        length = self.lengths[image.sample]
-        count = length
-        if self.queries is Queries.TEXT_AFTER:
-            count = len(image.text_after)
-        elif self.queries is Queries.AFTER:
-            own = self.positions[image.sample, :length]
-            count = max(1, int((own > image.positions[-1]).sum()))
-        return list(range(length - count, length))
-
     @torch.no_grad()
     def read(
         self,
@@ -123,6 +113,7 @@ class AttentionRead:
         scaling: float,
         rotary: tuple[Tensor, Tensor] | None,
         backend: Backend,
+        documents: Tensor | None = None,
     ) -> None:
         """Compute the rows from what the layer's attention is called with.
 
@@ -136,13 +127,14 @@ class AttentionRead:
             scaling: Factor on the logits.
             rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
+            documents: `[B, P]` int64, number of each row's document where rows are packed.
         """
         self.seen, self.seen_on = True, rows
         if Signal.KEY_NORMS in self.reads:
             self.key_norms = upcast(key).abs().sum(dim=(1, 3))
         if Signal.ROTARY_PRIOR in self.reads:
             self.rotary, self.scaling = rotary, scaling
-        ask = partial(_attend, query, key, mask, self.offset, scaling, backend)
+        ask = partial(_attend, query, key, mask, self.offset, scaling, backend, documents)
         # as many scores at a time as the keys have elements
         size = max(1, key[0, :, 0].numel() // query.shape[1])
         if self.queries is not Queries.ALL:
@@ -154,7 +146,9 @@ class AttentionRead:
                 self.rows = ask(local)
             if Signal.MEAN_ATTENTION in self.reads:
                 self.means = self._means(ask, local, size)
-        elif Signal.QUERY_ATTENTION in self.reads and plain:
+        elif Signal.QUERY_ATTENTION in self.reads and self.groups is not None:
+            self.rows = self._grouped_means(ask, query, rows, valid, size)
+        elif Signal.QUERY_ATTENTION in self.reads and plain and documents is None:
             key = key[:, :, : query.shape[2]]  # a static buffer is longer
             self.rows = column_attention(
                 query, key, valid=valid, causal=True, scale=scaling, backend=backend
@@ -164,10 +158,10 @@ class AttentionRead:
 
     def _means(self, ask: Callable[..., Tensor], local: Tensor, size: int) -> Tensor:
         """`[B, M, S]`: mean over heads and over the rows that ask about each image of a sample."""
-        places, counts = numbered(self.images)
+        places, counts = numbered(list(self.tails))
         asks = torch.zeros(len(local), max(counts.values()), local.shape[1])
         for image, place in places.items():
-            asks[image.sample, place, self.tail(image)] = 1.0
+            asks[image.sample, place, self.tails[image]] = 1.0
         asks = sent(asks, local.device)
         total: Tensor | None = None
         for start in range(0, local.shape[1], size):
@@ -177,6 +171,24 @@ class AttentionRead:
             total = found if total is None else total + found
         assert total is not None
         return total / asks.sum(dim=2, keepdim=True).clamp(min=1.0)
+
+    def _grouped_means(
+        self,
+        ask: Callable[..., Tensor],
+        query: Tensor,
+        rows: LiveTokens,
+        valid: Tensor | None,
+        size: int,
+    ) -> Tensor:
+        """`[B, M, H, 1, S]`: mean over the rows of each group."""
+        assert self.groups is not None
+        index = rows.to(query.device).index
+        means = []
+        for group in sent(self.groups[0], query.device):
+            asking = group.gather(1, index)
+            asking = asking if valid is None else asking & valid
+            means.append(_mean_of_all(ask, query, asking, size))
+        return torch.stack(means, dim=1)
 
 
 def _mean_of_all(
@@ -202,6 +214,7 @@ def _attend(
     offset: int,
     scaling: float,
     backend: Backend,
+    documents: Tensor | None,
     local: Tensor,
     *,
     mean_heads: bool = False,
@@ -220,6 +233,12 @@ def _attend(
         mask = mask[:, 0]
     elif mask is not None:
         mask = mask[:, :S].bool()
+    if documents is not None and places is not None:  # packed rows of a varlen kernel: no mask
+        keys = torch.arange(S, device=local.device)
+        same = documents.gather(1, local)[:, :, None] == documents[:, None]
+        allowed = same & (keys <= places[:, :, None])
+        mask = allowed if mask is None else allowed & mask[:, None]
+        places = None
     return query_attention(
         query,
         key,

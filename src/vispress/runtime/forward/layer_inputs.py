@@ -10,7 +10,7 @@ from vispress.runtime.kv_cache.dynamic import layer_at, upgrade
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.tokens import masks
-from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rotary
+from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rotary, varlen_kwargs
 
 
 class _Handed(NamedTuple):
@@ -45,7 +45,8 @@ class LayerInputs:
         held = None if cache_of(kwargs) is None else self._short_layer(layer, rows)
         before = None if held is None else held.slots
         capacity = None if held is None else held.logical_capacity
-        given = kwargs.get("attention_mask") if self.state.mask_4d else None
+        cuts = self.state.mask_4d or self.state.packed
+        given = kwargs.get("attention_mask") if cuts else None
         key = (id(rows), id(before), capacity, hidden.device, id(given))
         handed = self._handed.get(key)
         if handed is None:
@@ -60,6 +61,8 @@ class LayerInputs:
         out = kwargs | {"attention_mask": handed.mask, "position_embeddings": handed.rotary}
         if "position_ids" in out:
             out["position_ids"] = None  # gaps would look like packed sequences to transformers
+        if self.state.packed:
+            out |= varlen_kwargs(rows, self._kind, kwargs)
         return out
 
     def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +119,7 @@ class LayerInputs:
         kwargs: dict[str, Any],
         hidden: Tensor,
     ) -> Tensor | None:
-        given = kwargs.get("attention_mask") if self.state.mask_4d else None
+        given = kwargs.get("attention_mask") if self.state.mask_4d or self.state.packed else None
         if self._kind is None:
             self._kind = masks.check_implementation(self.state.plan.implementation)
         past = self.state.past

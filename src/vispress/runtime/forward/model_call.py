@@ -25,6 +25,9 @@ class ModelCall:
     plan: Plan
     arguments: Mapping[str, Any]
     captures: dict[Modality, EncoderCapture] = field(default_factory=dict)
+    labels: Tensor | None = None
+    shift_labels: Tensor | None = None
+    prompt_lengths: Tensor | None = None
     _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def fetch(self) -> None:

@@ -11,6 +11,7 @@ from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward import setup
 from vispress.runtime.forward.apply_placement import apply, write_values
 from vispress.runtime.forward.attention_reads import TransitionMeasure
+from vispress.runtime.forward.documents import find_documents, find_ends
 from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
@@ -66,7 +67,9 @@ def begin(
         check_cache(cache)
     state = _make_state(plan, call, given, cache, embeds)
     if captures:
-        setup.find(plan, state, call, embeds)
+        documents = find_documents(state, given)
+        ends = find_ends(call, documents, state)
+        setup.find(plan, state, call, embeds, documents, ends)
     opened = ((stage.carries, stage.open(state)) for stage in stages)
     running = Running(state, [(carries, each) for carries, each in opened if each is not None])
     given[RUNNING] = running

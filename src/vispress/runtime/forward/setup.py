@@ -1,6 +1,7 @@
-"""Set up a prefill: find where the images stand and what must be read from attention."""
+"""Set up a prefill: read its layout, find its images and what must be read from attention."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +12,17 @@ from vispress.runtime.forward.attention_reads import AttentionRead, attention_la
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.prompt_context import note_prompt_context
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.layout import (
+    Document,
+    ImageLayout,
+    Prompt,
+    PromptEnds,
+    PromptLayout,
+    find_prompts,
+    runs_of,
+)
 from vispress.runtime.plan.plan import Plan
-from vispress.runtime.tokens.images import Image, find_images, make_buckets
+from vispress.runtime.tokens.images import Image, Located, locate_images, make_buckets
 from vispress.types import Placement, Queries
 
 _CODES: dict[Modality, int] = {"image": 1, "video": 2}
@@ -23,6 +33,8 @@ def find(
     state: ForwardState,
     call: ModelCall,
     embeds: Tensor,
+    documents: Sequence[Document],
+    ends: PromptEnds,
 ) -> None:
     """Locate the images and set up what must be read from attention."""
     placeholders, captures = plan.adapter.placeholders(), call.captures
@@ -32,51 +44,179 @@ def find(
         marks = marks.masked_fill(here, _CODES[modality])
     valid = state.host_valid
     valid = torch.ones(marks.shape, dtype=torch.bool) if valid is None else valid
-    text = valid & (marks == 0)
     ordered = [captures[modality] for modality in placeholders if modality in captures]
-    images = find_images(marks, valid, ordered, _CODES)
-    state.images = images
+    located = locate_images(marks, ordered, _CODES)
+    asking = valid if ends.supervised is None else valid & ~ends.supervised
+    state.layout = _layout(located, documents, valid, asking, ends)
+    images = _images(located, state.layout, asking & (marks == 0), valid)
+    state.images, state.asking = images, asking
     if plan.reads_context:
-        note_prompt_context(images, text, embeds)
+        note_prompt_context(images, embeds)
     if plan.reads_input:
         state.input_embeddings = embeds.detach()
     if plan.reads_text:
-        places = (sent(row.nonzero()[:, 0], embeds.device) for row in text)
-        state.text_embeddings = [row[own].detach() for row, own in zip(embeds, places, strict=True)]
-    state.buckets = make_buckets(images, embeds.device, by_text=plan.by_text)
-    state.reads = _wanted(plan, images, valid)
+        for image in images:
+            if image.prompt not in state.text_embeddings:
+                row, places = embeds[image.sample], sent(image.text, embeds.device)
+                state.text_embeddings[image.prompt] = row[places].detach()
+    state.buckets = make_buckets(
+        images, embeds.device, by_text=plan.by_text, by_ends=plan.reads_ends
+    )
+    state.reads = _reads(plan, images, state.layout, asking)
 
 
-def _wanted(plan: Plan, images: Sequence[Image], valid: Tensor) -> list[AttentionRead]:
+def _layout(
+    located: Sequence[Located],
+    documents: Sequence[Document],
+    valid: Tensor,
+    asking: Tensor,
+    ends: PromptEnds,
+) -> PromptLayout:
+    """The layout of a call whose images are located."""
+    batch, length = valid.shape
+    packed = len(documents) > batch
+    lasts = []
+    for one in located:
+        number = one.sample
+        if packed:
+            first = int(one.positions[0])
+            number = next(
+                n
+                for n, document in enumerate(documents)
+                if document.row == one.sample and document.start <= first < document.stop
+            )
+        lasts.append((number, int(one.positions[-1])))
+    prompts, numbers = find_prompts(documents, lasts, valid, ends)
+    whole = bool(asking.all())
+    images = []
+    for one, prompt in zip(located, numbers, strict=True):
+        shown = valid[one.sample][one.positions]
+        edges = torch.zeros(length, dtype=torch.bool).index_fill(0, one.positions, True)
+        dead = () if whole or bool(shown.all()) else runs_of(~shown)
+        modality = one.capture.modality
+        images.append(ImageLayout(modality, one.number, one.sample, prompt, runs_of(edges), dead))
+    hidden = ((),) * batch if whole else tuple(runs_of(~row) for row in asking)
+    return PromptLayout(batch, length, tuple(documents), prompts, tuple(images), hidden)
+
+
+def _images(
+    located: Sequence[Located], layout: PromptLayout, text: Tensor, valid: Tensor
+) -> list[Image]:
+    """The images with all that is known of them on the host."""
+    images: list[Image] = []
+    texts: dict[int, Tensor] = {}
+    numbers: Counter[int] = Counter()
+    for one, place in zip(located, layout.images, strict=True):
+        prompt = layout.prompts[place.prompt]
+        if place.prompt not in texts:
+            span = text[prompt.row, prompt.start : prompt.stop]
+            texts[place.prompt] = span.nonzero()[:, 0] + prompt.start
+        grid, crops = one.capture.layouts[one.number]
+        shown = None
+        if place.dead:
+            shown = valid[one.sample][one.positions].nonzero()[:, 0]
+        image = Image(
+            one.sample, one.capture.modality, one.positions, one.capture, one.number, grid, crops,
+            prompt, texts[place.prompt], shown, numbers[prompt.document],
+        )  # fmt: skip
+        numbers[prompt.document] += 1
+        images.append(image)
+    for image in images:
+        image.count_in_prompt = sum(
+            other.prompt.document == image.prompt.document
+            and int(other.positions[-1]) < max(image.prompt.stop, int(image.positions[-1]) + 1)
+            for other in images
+        )
+    return images
+
+
+def _reads(
+    plan: Plan, images: Sequence[Image], layout: PromptLayout, asking: Tensor
+) -> list[AttentionRead]:
     """Attention rows that the placements read, each once."""
-    wanted: list[AttentionRead] = []
-    for step in plan.placements:
-        placement, reads = step.placement, {*step.method.signals()}
+    found: list[AttentionRead] = []
+    for bound in plan.placements:
+        placement, reads = bound.placement, {*bound.method.signals()}
         for layer in attention_layers(placement):
-            known = next((w for w in wanted if w.serves(placement, layer)), None)
+            known = next((read for read in found if read.serves(placement, layer)), None)
             if known is None:
-                assert placement.queries is not None
-                rows = _query_positions(placement.queries, images, valid)
-                known = _want(placement, layer, rows, images)
-                wanted.append(known)
+                known = _read(placement, layer, images, layout, asking)
+                found.append(known)
             known.reads |= reads
-            known.readers[step.compressor] = step.method.needs
+            known.readers[bound.compressor] = bound.method.needs
             known.until = placement.layer
-    return wanted
+    return found
 
 
-def _want(
-    placement: Placement, layer: int, rows: list[list[int]], images: Sequence[Image]
+def _read(
+    placement: Placement,
+    layer: int,
+    images: Sequence[Image],
+    layout: PromptLayout,
+    asking: Tensor,
 ) -> AttentionRead:
-    """What is read of a layer for a placement (and others like it): rows of each sample."""
+    """What is read of a layer for a placement (and others like it): rows of each batch row."""
     assert placement.queries is not None
+    wanted = {image: _asking_rows(placement.queries, image, asking) for image in images}
+    union: list[set[int]] = [set() for _ in asking]
+    for image, asking_rows in wanted.items():
+        union[image.sample].update(asking_rows)
+    rows = [sorted(places) for places in union]
+    places = [{position: i for i, position in enumerate(row)} for row in rows]
+    tails = {
+        image: [places[image.sample][position] for position in asking_rows]
+        for image, asking_rows in wanted.items()
+    }
     width = max(map(len, rows))
     padded = [row + row[-1:] * (width - len(row)) if row else [0] * width for row in rows]
     positions = torch.tensor(padded, dtype=torch.long).view(len(rows), width)
-    mode, lengths = mode_of(placement), [len(row) for row in rows]
     return AttentionRead(
-        layer, placement.queries, mode, positions, lengths, images, set(), placement.layer
+        layer,
+        placement.queries,
+        mode_of(placement),
+        positions,
+        tails,
+        set(),
+        placement.layer,
+        groups=_groups(images, layout, asking) if placement.queries is Queries.ALL else None,
     )
+
+
+def _groups(
+    images: Sequence[Image], layout: PromptLayout, asking: Tensor
+) -> tuple[Tensor, Mapping[Image, int]] | None:
+    """Rows that ask about each image; None where all real rows of its batch row do."""
+    if not layout.packed and all(image.prompt.stop == layout.length for image in images):
+        return None
+    numbers: dict[Image, int] = {}
+    prompts: list[list[Prompt]] = [[] for _ in range(layout.batch)]
+    for image in images:
+        known = prompts[image.sample]
+        if image.prompt not in known:
+            known.append(image.prompt)
+        numbers[image] = known.index(image.prompt)
+    groups = torch.zeros(max(map(len, prompts)), *asking.shape, dtype=torch.bool)
+    for row, known in enumerate(prompts):
+        for number, prompt in enumerate(known):
+            span = slice(prompt.start, prompt.stop)
+            groups[number, row, span] = asking[row, span]
+    return groups, numbers
+
+
+def _asking_rows(queries: Queries, image: Image, asking: Tensor) -> list[int]:
+    """Chunk positions of the rows that ask about an image, ascending."""
+    prompt = image.prompt
+    if queries is Queries.ALL or not prompt.ends:
+        return []
+    if queries is Queries.LAST:
+        return list(prompt.ends[:1])
+    if queries is Queries.ENDS:
+        return list(prompt.ends)
+    if queries is Queries.TEXT_AFTER:
+        return image.text_after.tolist()
+    whole = asking[image.sample, prompt.start : prompt.stop].nonzero()[:, 0] + prompt.start
+    behind: list[int] = whole[whole > image.positions[-1]].tolist()
+    return behind or whole[-1:].tolist()
 
 
 def _placeholder_mask(plan: Plan, call: ModelCall, token: int) -> Tensor:
@@ -84,23 +224,7 @@ def _placeholder_mask(plan: Plan, call: ModelCall, token: int) -> Tensor:
     input_ids = call.arguments.get("input_ids")
     if isinstance(input_ids, Tensor):
         return torch.eq(call.on_host(input_ids), token)
-    given: Tensor = call.arguments["inputs_embeds"]
+    embeds: Tensor = call.arguments["inputs_embeds"]
     table = plan.adapter.base.get_input_embeddings()
-    own: Tensor = table(torch.tensor(token, device=given.device))
-    return torch.eq(given, own).all(-1).cpu()
-
-
-def _query_positions(queries: Queries, images: Sequence[Image], valid: Tensor) -> list[list[int]]:
-    """Chunk positions of the wanted rows of each sample."""
-    if queries is Queries.ALL:
-        return [[] for _ in valid]
-    if queries is Queries.LAST:
-        return [row.nonzero()[-1].tolist() for row in valid]
-    rows: list[list[int]] = [[] for _ in range(valid.shape[0])]
-    for image in images:  # the first image of a sample has the longest list
-        behind = image.text_after.tolist()
-        if queries is Queries.AFTER:
-            whole = valid[image.sample].nonzero()[:, 0]
-            behind = whole[whole > image.positions[-1]].tolist() or whole[-1:].tolist()
-        rows[image.sample] = max(rows[image.sample], behind, key=len)
-    return rows
+    placeholder: Tensor = table(torch.tensor(token, device=embeds.device))
+    return torch.eq(embeds, placeholder).all(-1).cpu()

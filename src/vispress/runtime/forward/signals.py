@@ -15,7 +15,7 @@ from vispress.runtime.forward.prompt_context import context_of
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.tokens.images import Bucket, numbered
 from vispress.runtime.tokens.live_tokens import LiveTokens
-from vispress.types import ATTENTION_SIGNALS, Placement, Queries, Signal, Transition, VisualTokens
+from vispress.types import ATTENTION_SIGNALS, Placement, Signal, Transition, VisualTokens
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
 
@@ -113,11 +113,10 @@ def visual_tokens(
     if Signal.DEPTH in reads:
         depth = state.plan.num_layers
         signals["depth"] = (placement.layer, depth)
-    numbers, counts = numbered(state.images)
     if Signal.IMAGE_COUNT in reads:
-        signals["image_count"] = torch.tensor([counts[image.sample] for image in bucket.images])
+        signals["image_count"] = torch.tensor([i.count_in_prompt for i in bucket.images])
     if Signal.IMAGE_NUMBER in reads:
-        signals["image_number"] = torch.tensor([numbers[image] for image in bucket.images])
+        signals["image_number"] = torch.tensor([i.number_in_prompt for i in bucket.images])
     return VisualTokens(
         features=hidden[sample, view.local(rows)],
         index=bucket.index,
@@ -191,7 +190,10 @@ def _rows_of(want: AttentionRead, placement: Placement, view: _View, backend: Ba
     assert want.rows is not None
     assert want.seen_on is not None
     probs = view.own(want.rows)  # [Bk, H, R, S]
-    if (picks := _tails(want, placement, view)) is not None:
+    if want.groups is not None:
+        numbers = torch.tensor([want.groups[1][image] for image in view.bucket.images])
+        probs = probs[torch.arange(len(numbers)), sent(numbers, view.device)]
+    elif (picks := _tails(want, view)) is not None:
         probs = _pick(probs, 2, picks, backend)
     # other steps before the same layer may have dropped rows since
     return _pick(probs, 3, want.slots(view.local(want.seen_on)), backend)
@@ -209,14 +211,9 @@ def _mean_attention(state: ForwardState, placement: Placement, view: _View) -> T
     return means.gather(1, want.slots(view.local(want.seen_on)))
 
 
-def _tails(want: AttentionRead, placement: Placement, view: _View) -> Tensor | None:
-    """`[Bk, Q]` of a sample's rows that stand behind each image; None for all of them.
-
-    Rows of a sample are its text behind the first image; behind this image is a tail of them.
-    """
-    if placement.queries is not Queries.TEXT_AFTER:
-        return None
-    tails = [want.tail(image) for image in view.bucket.images]
+def _tails(want: AttentionRead, view: _View) -> Tensor | None:
+    """`[Bk, Q]` of a batch row's rows that ask about each image; None for all of them."""
+    tails = [want.tails[image] for image in view.bucket.images]
     if all(tail == list(range(want.positions.shape[1])) for tail in tails):
         return None
     return sent(torch.tensor(tails, dtype=torch.int64), view.device)
@@ -235,7 +232,7 @@ def _rotary_prior(state: ForwardState, placement: Placement, view: _View) -> Ten
     assert want.seen_on is not None
     assert want.asked is not None
     asked, backend = view.own(want.asked), state.plan.backend
-    if (picks := _tails(want, placement, view)) is not None:
+    if (picks := _tails(want, view)) is not None:
         asked = asked.gather(1, picks)
     batch = len(state.last.index)
     tables = [view.own(upcast(table).expand(batch, -1, -1)) for table in want.rotary]
@@ -267,7 +264,7 @@ def _transitions(state: ForwardState, placement: Placement, view: _View) -> tupl
         found = [_on(x, view.device) for layer in layers for x in state.transitions[layer].measures]
         whole = view.own(torch.stack(found, dim=1))  # [Bk, 4 E, P]
         own = whole.gather(2, view.local(rows).unsqueeze(1).expand(-1, len(found), -1))
-        valid = view.own(state.row_validity(rows))
+        valid = _asking(state, rows, view)
         parts = zip(layers, torch.split(whole, 4, 1), torch.split(own, 4, 1), strict=True)
         for layer, of_all, of_own in parts:
             out.append(
@@ -282,10 +279,23 @@ def _transitions(state: ForwardState, placement: Placement, view: _View) -> tupl
     return tuple(out)
 
 
+def _asking(state: ForwardState, rows: LiveTokens, view: _View) -> Tensor:
+    """`[Bk, P]` bool: rows of the prompt that decides about each image."""
+    valid = view.own(state.row_validity(rows))
+    layout, images = state.layout, view.bucket.images
+    assert layout is not None
+    if not layout.packed and all(image.prompt.stop == layout.length for image in images):
+        return valid
+    spans = torch.tensor([(image.prompt.start, image.prompt.stop) for image in images])
+    start, stop = sent(spans, view.device).unsqueeze(-1).unbind(1)
+    asking = sent(torch.stack([state.asking[image.sample] for image in images]), view.device)
+    index = view.own(rows.index)
+    return valid & asking.gather(1, index) & (index >= start) & (index < stop)
+
+
 def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
-    """`[Bk, T, D]`, right-aligned; samples of one bucket have equally many text tokens."""
-    assert state.text_embeddings is not None
-    return _stacked([state.text_embeddings[image.sample] for image in bucket.images])
+    """`[Bk, T, D]`; prompts of one bucket have equally many text tokens."""
+    return _stacked([state.text_embeddings[image.prompt] for image in bucket.images])
 
 
 def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vispress.devices import sent
 from vispress.runtime.forward.attention_reads import (
     AttentionRead,
     EnoughRead,
@@ -16,6 +17,7 @@ from vispress.runtime.forward.attention_reads import (
 )
 from vispress.runtime.forward.decision import Decision
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
+from vispress.runtime.layout import Prompt, PromptLayout
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.tokens.images import Bucket, Image
 from vispress.runtime.tokens.live_tokens import LiveTokens
@@ -51,6 +53,9 @@ class ForwardState:
         mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
         position_ids: `[B or 1, Q]`, for compact positions.
         images: Images of this call, in order.
+        layout: What the prompt is; None of a call that brings no images.
+        asking: `[B, Q]` bool on the host, tokens that are neither padding nor answers.
+        packed: Whether a batch row holds several documents.
         mode: Whether this is the call itself, a look at a layer ahead, or a probe.
         rotary: Tables that the running layer was handed.
     """
@@ -69,7 +74,10 @@ class ForwardState:
     decided: dict[int, list[Decision]] = field(default_factory=dict)
     reads: list[AttentionRead] = field(default_factory=list)
     transitions: dict[int, TransitionMeasure] = field(default_factory=dict)
-    text_embeddings: list[Tensor] | None = None
+    layout: PromptLayout | None = None
+    asking: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
+    packed: bool = False
+    text_embeddings: dict[Prompt, Tensor] = field(default_factory=dict)
     input_embeddings: Tensor | None = None
     mode: Mode = "run"
     rotary: tuple[Tensor, Tensor] | None = None
@@ -176,11 +184,21 @@ class ForwardState:
                 if peeking and want.offset:  # its update did not run: the past is still apart
                     past = self.cache_layer(want.layer).keys
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                valid, plain = self.valid_rows(rows), self.past == 0 and not self.mask_4d
+                valid = self.valid_rows(rows)
+                plain = self.past == 0 and not (self.mask_4d or self.packed)
                 backend = self.plan.backend
-                want.read(rows, query, key, mask, valid, plain, scaling, self.rotary, backend)
+                documents = self.documents(rows) if self.packed else None
+                want.read(
+                    rows, query, key, mask, valid, plain, scaling, self.rotary, backend, documents
+                )
         if peeking or (self.mode == "probe" and all(want.seen for want in self.reads)):
             raise EnoughRead
+
+    def documents(self, rows: LiveTokens) -> Tensor:
+        """`[B, P]` int64, number of the document of each row."""
+        assert self.layout is not None
+        rows_at = rows.index
+        return sent(self.layout.document_of, rows_at.device).gather(1, rows_at)
 
     def _offset(self, layer: int, rows: LiveTokens) -> int:
         """Slot of the chunk's first row among the keys of a layer."""

@@ -51,6 +51,7 @@ class Plan:
         self.by_text = self.reads_text or any(
             bound.placement.queries is Queries.TEXT_AFTER for bound in placements
         )
+        self.reads_ends = any(bound.placement.queries is Queries.ENDS for bound in placements)
 
     @property
     def implementation(self) -> str | None:

@@ -89,8 +89,15 @@ class _Skips:
         rows = state.last.to(hidden.device)
         narrowed = partial(narrow, compact=bound.positions == "compact")
         none = torch.zeros_like(choice.drop), (0,) * len(choice.drop_counts)
-        base, local = narrowed(rows, *none, valid=state.valid_rows(rows))
-        some, inner = narrowed(base, choice.drop, choice.drop_counts, valid=base.valid)
+        still = (0,) * len(choice.document_drops)
+        base, local = narrowed(rows, *none, valid=state.valid_rows(rows), document_drops=still)
+        some, inner = narrowed(
+            base,
+            choice.drop,
+            choice.drop_counts,
+            valid=base.valid,
+            document_drops=choice.document_drops,
+        )
         assert placement.until is not None
         state.spans.append(LayerSkip(placement.layer, placement.until, some, base, inner))
         return Decision(rows, base, local, [], state.plan.backend)

@@ -1,9 +1,10 @@
-"""Images of one forward call: where their tokens stand, and buckets of images that look alike."""
+"""Keep the images of one call: where their tokens stand, and buckets of images that look alike."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from vispress.adapters.base import Modality
 from vispress.devices import sent
 from vispress.errors import CompressionStateError
+from vispress.runtime.layout import Prompt
 from vispress.types import CropLayout, Memory, Need
 
 if TYPE_CHECKING:
@@ -29,9 +31,12 @@ class Image:
         number: Place in the capture.
         grid: `(t, h, w)` of a plain raster, or None.
         crops: Geometry otherwise.
-        text_after: `[Q]` int64 on the host, positions of valid text behind the image.
-        text_count: Valid text tokens of the sample's chunk.
-        last: Whether no other image stands behind it in its sample (noted where it matters).
+        prompt: What decides about it.
+        text: `[T]` int64 on the host, positions of the prompt's valid text, answers left out.
+        shown: `[N]` int64 on the host, places of its tokens that are not masked; None for all.
+        number_in_prompt: Place among the images of its document, from 0.
+        count_in_prompt: Images of the document that stand before the prompt's end.
+        last: Whether no other image stands behind it in its prompt (noted where it matters).
         paired_text: `[D]`, mean embedding of the text that belongs to it (likewise).
     """
 
@@ -42,20 +47,39 @@ class Image:
     number: int
     grid: tuple[int, int, int] | None
     crops: CropLayout | None
-    text_after: Tensor
-    text_count: int
+    prompt: Prompt
+    text: Tensor
+    shown: Tensor | None = None
+    number_in_prompt: int = 0
+    count_in_prompt: int = 1
     last: bool = True
     paired_text: Tensor | None = None
     trace: list["Trace"] = field(default_factory=list)
 
     @property
     def num_visual(self) -> int:
-        """Tokens at the start (N0)."""
+        """Tokens at the start (N0), masked ones included."""
         return len(self.positions)
 
-    def likeness(self, *, by_text: bool) -> tuple[object, ...]:
-        """Images with equal likeness share a bucket; `by_text`: their texts must be as
-        long, too. A sample's last image and the others do not mix where that was noted.
+    @property
+    def num_shown(self) -> int:
+        """Tokens at the start that are not masked."""
+        return self.num_visual if self.shown is None else len(self.shown)
+
+    @cached_property
+    def text_after(self) -> Tensor:
+        """`[S]` int64 on the host, positions of the prompt's text behind the image."""
+        return self.text[self.text > self.positions[-1]]
+
+    def likeness(self, *, by_text: bool, by_ends: bool) -> tuple[object, ...]:
+        """Images with equal likeness share a bucket.
+
+        A prompt's last image and the others do not mix where that was noted, nor do images that
+        something asks about and those that nothing does.
+
+        Args:
+            by_text: Their texts must be as long, too.
+            by_ends: As many rows must stand for the ends of their prompts.
         """
         layout: tuple[object, ...] = ()
         if self.crops is not None:
@@ -63,8 +87,10 @@ class Image:
                 tuple(part.tolist())
                 for part in (self.crops.segment, self.crops.row, self.crops.col)
             )
-        text = (len(self.text_after), self.text_count) if by_text else ()
-        return (self.num_visual, self.grid, layout, self.modality, self.last, text)
+        text = (len(self.text_after), len(self.text)) if by_text else ()
+        ends = len(self.prompt.ends) if by_ends else bool(self.prompt.ends)
+        size = (self.num_visual, self.num_shown)
+        return (size, self.grid, layout, self.modality, self.last, text, ends)
 
 
 @dataclass
@@ -147,25 +173,37 @@ class Bucket:
         )
 
 
-def make_buckets(images: Sequence[Image], device: torch.device, *, by_text: bool) -> list[Bucket]:
-    """Group images by likeness, in order of appearance."""
+def make_buckets(
+    images: Sequence[Image], device: torch.device, *, by_text: bool, by_ends: bool
+) -> list[Bucket]:
+    """Group images by likeness, in order of appearance; what is masked is not in a bucket."""
     groups: dict[tuple[object, ...], list[Image]] = {}
     for image in images:
-        groups.setdefault(image.likeness(by_text=by_text), []).append(image)
+        if image.num_shown:
+            key = image.likeness(by_text=by_text, by_ends=by_ends)
+            groups.setdefault(key, []).append(image)
     buckets = []
     for group in groups.values():
         sample = torch.tensor([image.sample for image in group])
-        positions = torch.stack([image.positions for image in group])
+        positions = torch.stack([_shown(image, image.positions) for image in group])
         # one copy to the device for both
         both = sent(torch.cat([sample[:, None], positions], dim=1), device)
         sample, positions = both[:, 0], both[:, 1:]
-        index = torch.arange(positions.shape[1], device=device).expand(positions.shape)
+        if group[0].shown is None:
+            index = torch.arange(positions.shape[1], device=device).expand(positions.shape)
+        else:
+            places = [_shown(image, torch.arange(image.num_visual)) for image in group]
+            index = sent(torch.stack(places), device)
         buckets.append(Bucket(group, sample, positions, index))
     return buckets
 
 
+def _shown(image: Image, values: Tensor) -> Tensor:
+    return values if image.shown is None else values[image.shown]
+
+
 def numbered(images: Sequence[Image]) -> tuple[dict[Image, int], Counter[int]]:
-    """Place of each image among those of its sample, and how many each sample has."""
+    """Place of each image among those of its row, and how many each row has."""
     seen: Counter[int] = Counter()
     places = {}
     for image in images:
@@ -174,44 +212,49 @@ def numbered(images: Sequence[Image]) -> tuple[dict[Image, int], Counter[int]]:
     return places, seen
 
 
-def find_images(
-    marks: Tensor, valid: Tensor, captures: Sequence["EncoderCapture"], codes: dict[Modality, int]
-) -> list[Image]:
-    """Give each captured image its placeholder positions, in the model's own order.
+class Located(NamedTuple):
+    """An image of an encoder call, and its placeholders.
+
+    Args:
+        sample: Row of the batch.
+        positions: `[N0]` int64 on the host.
+        capture: The encoder call.
+        number: Place in it.
+    """
+
+    sample: int
+    positions: Tensor
+    capture: "EncoderCapture"
+    number: int
+
+
+def locate_images(
+    marks: Tensor, captures: Sequence["EncoderCapture"], codes: Mapping[Modality, int]
+) -> list[Located]:
+    """Give each captured image its placeholder positions, in the order of rows and positions.
 
     Args:
         marks: `[B, Q]` int64 on the host: 0 for text, else the modality's code.
-        valid: `[B, Q]` bool on the host, False on padding.
         captures: One encoder call a modality.
         codes: Code of each modality in `marks`.
 
     Raises:
         CompressionStateError: Placeholders and features do not fit (a chunk cuts an image in two).
     """
-    images: list[Image] = []
-    text = valid & (marks == 0)
+    found = []
     for capture in captures:
         where = (marks == codes[capture.modality]).nonzero()
-        numbers = _expansion(where, capture, marks.shape[0])
         start = 0
-        for number in numbers:
+        for number in _expansion(where, capture, marks.shape[0]):
             end = start + capture.counts[number]
             samples = where[start:end, 0]
             if len(samples) < capture.counts[number] or int(samples[0]) != int(samples[-1]):
                 raise _mismatch(len(where), capture)
-            sample, positions = int(samples[0]), where[start:end, 1]
-            behind = text[sample].nonzero()[:, 0]
-            grid, crops = capture.layouts[number]
-            images.append(
-                Image(
-                    sample, capture.modality, positions, capture, number, grid, crops,
-                    behind[behind > positions[-1]], len(behind),
-                )
-            )  # fmt: skip
+            found.append(Located(int(samples[0]), where[start:end, 1], capture, number))
             start = end
         if start != len(where):
             raise _mismatch(len(where), capture)
-    return sorted(images, key=lambda image: (image.sample, int(image.positions[0])))
+    return sorted(found, key=lambda one: (one.sample, int(one.positions[0])))
 
 
 def _expansion(where: Tensor, capture: "EncoderCapture", batch: int) -> list[int]:

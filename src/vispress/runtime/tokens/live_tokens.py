@@ -1,7 +1,9 @@
 """Which rows of the current chunk live from a decoder layer on, and how tensors follow them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ class LiveTokens:
         counts: Valid rows of each sample, on the host.
         dropped: `[B, Q]` bool, visual tokens dropped so far by placements with compact positions.
         whole: The stage before any placement: every logical position, padding included.
+        starts: `[B, Q]` int64, where the document of each position begins; None where rows are
+            not packed.
+        document_counts: Valid rows of each document, on the host; empty where rows are not packed.
     """
 
     index: Tensor
@@ -30,6 +35,8 @@ class LiveTokens:
     counts: tuple[int, ...]
     dropped: Tensor | None = None
     whole: bool = False
+    starts: Tensor | None = None
+    document_counts: tuple[int, ...] = ()
     _twins: dict[torch.device, "LiveTokens"] = field(default_factory=dict)
 
     @property
@@ -63,22 +70,29 @@ class LiveTokens:
             return number
         empty = torch.tensor([self.size - count for count in self.counts])
         first = sent(empty, self.index.device).unsqueeze(1)
-        return first + number
+        place = first + number
+        return place if min(self.counts) else place.clamp(max=self.size - 1)
 
     @cached_property
     def shift(self) -> Tensor | None:
         """`[B, P]` int64: by how much compact position ids are smaller, or None for no change."""
         if self.dropped is None:
             return None
-        before = self.dropped.long().cumsum(
-            1
-        )  # a survivor is never dropped: inclusive == exclusive
-        return before.gather(1, self.index)
+        # a survivor is never dropped: inclusive == exclusive
+        before = self.dropped.long().cumsum(1)
+        shift = before.gather(1, self.index)
+        if self.starts is None:
+            return shift
+        earlier = before - self.dropped.long()  # what was dropped in documents ahead of a row's
+        return shift - earlier.gather(1, self.starts.gather(1, self.index))
 
     @cached_property
     def total_shift(self) -> Tensor | None:
         """`[B]` int64: the shift of everything behind the chunk."""
-        return None if self.dropped is None else self.dropped.sum(1)
+        if self.dropped is None or self.starts is None:
+            return None if self.dropped is None else self.dropped.sum(1)
+        ahead = torch.arange(self.length, device=self.index.device) < self.starts[:, -1:]
+        return (self.dropped & ~ahead).sum(1)
 
     def to(self, device: torch.device) -> "LiveTokens":
         """The same rows on another device (sharded models); one twin a device."""
@@ -92,6 +106,8 @@ class LiveTokens:
                 self.counts,
                 None if self.dropped is None else self.dropped.to(device),
                 self.whole,
+                None if self.starts is None else self.starts.to(device),
+                self.document_counts,
             )
         return self._twins[device]
 
@@ -109,6 +125,7 @@ def narrow(
     *,
     compact: bool,
     valid: Tensor | None,
+    document_drops: tuple[int, ...] = (),
 ) -> tuple[LiveTokens, Tensor]:
     """Drop logical positions (and, at the first placement, padding).
 
@@ -118,6 +135,7 @@ def narrow(
         drop_counts: How many that is for each sample, on the host.
         compact: Whether later position ids close the gap.
         valid: `[B, P]` bool, current rows that are real tokens, or None for all.
+        document_drops: As `drop_counts`, of each document where rows are packed.
 
     Returns:
         The new rows, and `[B, P']` the place of each in the current ones.
@@ -136,7 +154,33 @@ def narrow(
     dropped = rows.dropped
     if compact:
         dropped = drop if dropped is None else dropped | drop
-    return LiveTokens(rows.index.gather(1, local), new_valid, rows.length, counts, dropped), local
+    index, pairs = rows.index.gather(1, local), (rows.document_counts, document_drops)
+    left = tuple(have - gone for have, gone in zip(*pairs, strict=True))
+    new = LiveTokens(
+        index, new_valid, rows.length, counts, dropped, starts=rows.starts, document_counts=left
+    )
+    return new, local
+
+
+def varlen_kwargs(rows: LiveTokens, kind: str | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Boundaries of packed documents for a varlen kernel, cut to the rows that live.
+
+    Args:
+        rows: Live tokens of one batch row with several documents.
+        kind: As from `masks.check_implementation`; other kinds than "flash" have a mask.
+        kwargs: Keyword arguments of the layer; boundaries that are not there are not missed.
+    """
+    if kind != "flash" and kwargs.get("cu_seq_lens_q") is None:
+        return {}
+    counts = [count for count in rows.document_counts if count]
+    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bounds, longest = sent(ends, rows.index.device), max(counts)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def gather_rows(x: Tensor, local: Tensor, backend: Backend) -> Tensor:

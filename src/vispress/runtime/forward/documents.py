@@ -1,0 +1,119 @@
+"""Read from a call which documents its rows hold and where their prompts end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispress.devices import sent
+from vispress.runtime.forward.model_call import ModelCall
+from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.layout import (
+    Document,
+    PromptEnds,
+    check_lengths,
+    split_documents,
+    whole_rows,
+)
+from vispress.runtime.tokens.masks import check_implementation
+
+IGNORED = -100
+"""Label of a token that no loss is taken on."""
+
+
+def find_documents(state: ForwardState, given: Mapping[str, Any]) -> tuple[Document, ...]:
+    """Find the documents of a chunk, as the model itself tells them apart; note them in the state.
+
+    Args:
+        state: The call.
+        given: Keyword arguments of the language model.
+    """
+    live = state.rows[0][1]
+    batch, length = live.index.shape
+    breaks = None if state.past or length < 2 else _breaks(state, given, batch, length)
+    if breaks is None or not bool(breaks[:, 1:].any()):
+        return whole_rows(batch, length)
+    documents = split_documents(breaks)
+    state.packed = True
+    valid = state.host_valid
+    starts = torch.zeros(batch, length, dtype=torch.long)
+    counts = []
+    for document in documents:
+        span = slice(document.start, document.stop)
+        starts[document.row, span] = document.start
+        whole = document.stop - document.start
+        counts.append(whole if valid is None else int(valid[document.row, span].sum()))
+    packed = replace(
+        live, starts=sent(starts, live.index.device), document_counts=tuple(counts), _twins={}
+    )
+    state.rows[0] = (0, packed)
+    return documents
+
+
+def _breaks(
+    state: ForwardState, given: Mapping[str, Any], batch: int, length: int
+) -> Tensor | None:
+    """`[B, Q]` bool: tokens that are not of the document of the one before; None: no sign of it."""
+    mask, bounds = given.get("attention_mask"), given.get("cu_seq_lens_q")
+    breaks = torch.zeros(batch, length, dtype=torch.bool)
+    if bounds is not None and check_implementation(state.plan.implementation) == "flash":
+        breaks[0, bounds.cpu().long()[1:-1]] = True
+        return breaks
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return _breaks_of_mask(mask, state.host_valid, batch)
+    ids = given.get("position_ids")
+    if isinstance(ids, Tensor) and ids.ndim == 3:  # M-RoPE: positions of text come first of four
+        ids = ids[0] if len(ids) == 4 else None
+    if mask is not None or state.cache is not None or not isinstance(ids, Tensor):
+        return None
+    # as transformers recognises packed rows: positions that do not go on by one
+    breaks[:, 1:] = (ids.diff(dim=-1) != 1).cpu().expand(batch, -1)
+    return breaks
+
+
+def _breaks_of_mask(mask: Tensor, valid: Tensor | None, batch: int) -> Tensor:
+    """`[B, Q]` bool: real tokens that do not see the real token before them."""
+    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    seen = seen.expand(batch, -1, -1)
+    length = seen.shape[1]
+    before = (torch.arange(length) - 1).expand(batch, -1)
+    if valid is not None:  # padding between documents is passed over
+        places = torch.arange(length).expand(batch, -1).masked_fill(~valid, -1)
+        before = torch.cat([before[:, :1], places.cummax(dim=1).values[:, :-1]], dim=1)
+    index = before.clamp(min=0).to(seen.device).unsqueeze(-1)
+    breaks = ~seen.gather(2, index)[:, :, 0].cpu() & (before >= 0)
+    return breaks if valid is None else breaks & valid
+
+
+def find_ends(call: ModelCall, documents: Sequence[Document], state: ForwardState) -> PromptEnds:
+    """Find where prompts end: at a length that was given, else before what is supervised.
+
+    Raises:
+        ConfigError: Not one length a document was given.
+    """
+    live = state.rows[0][1]
+    batch, length = live.index.shape
+    if call.prompt_lengths is not None:
+        lengths = [int(count) for count in call.prompt_lengths]
+        if batch != len(lengths) and batch % max(1, len(lengths)) == 0 and not state.packed:
+            times = batch // len(lengths)  # beams and several answers repeat samples
+            lengths = [count for count in lengths for _ in range(times)]
+        check_lengths(lengths, documents)
+        if state.past:
+            before = [state.past] * batch
+            if state.mask_2d is not None:
+                before = state.mask_2d[:, : state.past].sum(1).tolist()
+            lengths = [max(0, n - gone) for n, gone in zip(lengths, before, strict=True)]
+        return PromptEnds(lengths=lengths)
+    supervised = None
+    if isinstance(call.shift_labels, Tensor) and call.shift_labels.shape == (batch, length):
+        taught = call.shift_labels.cpu() != IGNORED
+        supervised = torch.zeros(batch, length, dtype=torch.bool)
+        supervised[:, 1:] = taught[:, :-1]
+    elif isinstance(call.labels, Tensor) and call.labels.shape == (batch, length):
+        supervised = call.labels.cpu() != IGNORED
+    return PromptEnds(supervised)

@@ -1,0 +1,201 @@
+"""State what a prompt is: documents, prompt ends, images, validity. On the host, hashable.
+
+A batch row holds one document, or several behind each other (packed). What ranks an image is a
+*prompt*: its document up to the row where an answer begins. Everything here follows from token ids,
+masks, labels and sizes alone, never from values that a model computes; so equal layouts are handled
+by equal steps, and a layout can be a key.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vispress.adapters.base import Modality
+from vispress.errors import ConfigError
+
+Runs = tuple[tuple[int, int], ...]
+"""Half-open ranges of positions, ascending."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sample: logical positions `[start, stop)` of a row of the chunk, padding included."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What decides about some images of a document: its tokens before an answer.
+
+    Args:
+        document: Number of the document.
+        row: Its row.
+        start: First position of the document.
+        stop: Position behind the prompt's last token.
+        ends: Rows that stand for the end of a prompt, this one's first: one, or those before all
+            later supervised runs too (see `Queries.ENDS`). Empty: nothing asks about its images.
+    """
+
+    document: int
+    row: int
+    start: int
+    stop: int
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where one image or video stands.
+
+    Args:
+        modality: Image or video.
+        number: Place in what the encoder gave.
+        row: Row of the batch.
+        prompt: Number of the prompt that decides about it.
+        runs: Its positions.
+        dead: Places among its tokens that are masked; they never enter the LLM's attention.
+    """
+
+    modality: Modality
+    number: int
+    row: int
+    prompt: int
+    runs: Runs
+    dead: Runs = ()
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """The prompt of one call.
+
+    Args:
+        batch: Rows (B).
+        length: Positions of the chunk (Q).
+        documents: In order of rows and positions.
+        prompts: Those that decide about images, in order.
+        images: In order of rows and positions.
+        hidden: Of each row, positions that are padding, or answers that must not decide.
+    """
+
+    batch: int
+    length: int
+    documents: tuple[Document, ...]
+    prompts: tuple[Prompt, ...]
+    images: tuple[ImageLayout, ...]
+    hidden: tuple[Runs, ...]
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return len(self.documents) > self.batch
+
+    @cached_property
+    def document_of(self) -> Tensor:
+        """`[B, Q]` int64, number of the document at each position."""
+        numbers = torch.zeros(self.batch, self.length, dtype=torch.long)
+        for number, document in enumerate(self.documents):
+            numbers[document.row, document.start : document.stop] = number
+        return numbers
+
+
+def runs_of(mask: Tensor) -> Runs:
+    """Ranges of the True places of `[Q]` bool."""
+    edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def whole_rows(batch: int, length: int) -> tuple[Document, ...]:
+    """One document a row."""
+    return tuple(Document(row, 0, length) for row in range(batch))
+
+
+def split_documents(breaks: Tensor) -> tuple[Document, ...]:
+    """Documents of `[B, Q]` bool, True where a token is not of the document of the one before."""
+    found = []
+    for row, marks in enumerate(breaks):
+        starts = [0, *(place for place in marks.nonzero()[:, 0].tolist() if place)]
+        ends = [*starts[1:], len(marks)]
+        found += [Document(row, a, b) for a, b in zip(starts, ends, strict=True)]
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEnds:
+    """Where prompts end, as the caller said.
+
+    Args:
+        supervised: `[B, Q]` bool, tokens that a loss is taken on; None without labels.
+        lengths: Tokens of each document's prompt in this chunk; None where nothing was said.
+    """
+
+    supervised: Tensor | None = None
+    lengths: Sequence[int] | None = None
+
+    def of(self, number: int, document: Document, valid: Tensor) -> tuple[int, ...] | None:
+        """Rows before each answer of a document, ascending; None: its last token asks.
+
+        Args:
+            number: Of the document.
+            document: The document.
+            valid: `[Q]` bool of its row.
+        """
+        span = slice(document.start, document.stop)
+        places = valid[span].nonzero()[:, 0] + document.start
+        if self.lengths is not None:
+            count = min(self.lengths[number], len(places))
+            return (int(places[count - 1]),) if count > 0 else ()
+        if self.supervised is None:
+            return None
+        taught = self.supervised[document.row][places]
+        starts = taught[1:] & ~taught[:-1]
+        return tuple(places[:-1][starts].tolist())
+
+
+def find_prompts(
+    documents: Sequence[Document], lasts: Sequence[tuple[int, int]], valid: Tensor, ends: PromptEnds
+) -> tuple[tuple[Prompt, ...], list[int]]:
+    """The prompts that decide about images, and the number of each image's.
+
+    Args:
+        documents: Of the chunk.
+        lasts: Document and last position of each image.
+        valid: `[B, Q]` bool, no padding.
+        ends: Where prompts end.
+    """
+    asked: dict[int, tuple[int, ...] | None] = {}
+    prompts: dict[Prompt, int] = {}
+    numbers = []
+    for number, last in lasts:
+        document = documents[number]
+        if number not in asked:
+            asked[number] = ends.of(number, document, valid[document.row])
+        rows = asked[number]
+        if rows is None:
+            places = valid[document.row, document.start : document.stop].nonzero()[:, 0]
+            rows = (int(places[-1]) + document.start,) if len(places) else ()
+            prompt = Prompt(number, document.row, document.start, document.stop, rows)
+        else:
+            rows = tuple(row for row in rows if row >= last)
+            stop = rows[0] + 1 if rows else document.start
+            prompt = Prompt(number, document.row, document.start, stop, rows)
+        numbers.append(prompts.setdefault(prompt, len(prompts)))
+    return tuple(prompts), numbers
+
+
+def check_lengths(lengths: Sequence[int], documents: Sequence[Document]) -> None:
+    """Refuse prompt lengths that are not one a document.
+
+    Raises:
+        ConfigError: Says how many are expected.
+    """
+    if len(lengths) != len(documents):
+        raise ConfigError(
+            f"prompt_lengths has {len(lengths)} entries for {len(documents)} documents; give one "
+            "a document: of an unpacked batch, one a row"
+        )
