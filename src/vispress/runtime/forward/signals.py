@@ -1,7 +1,5 @@
 """Fill a bucket's VisualTokens with the signals a compressor declares, and nothing else."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,55 +9,14 @@ from vispress.devices import sent
 from vispress.methods.base import Compressor, upcast
 from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward.attention_reads import AttentionRead, attention_layers
+from vispress.runtime.forward.bucket_view import BucketView, on_device, pick, stacked
 from vispress.runtime.forward.prompt_context import context_of
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.tokens.images import Bucket, numbered
 from vispress.runtime.tokens.live_tokens import LiveTokens
 from vispress.types import ATTENTION_SIGNALS, Placement, Signal, Transition, VisualTokens
 from vispress_kernels import Backend
-from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
-
-
-@dataclass(eq=False)
-class _View:
-    """What of a call's tensors belongs to a bucket."""
-
-    bucket: Bucket
-    _local: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the bucket's tensors."""
-        return self.bucket.index.device
-
-    def own(self, x: Tensor) -> Tensor:
-        """`[Bk, ...]` of `[B, ...]`: a row an image; no copy where these are the batch."""
-        x, samples = _on(x, self.device), [image.sample for image in self.bucket.images]
-        return x if samples == list(range(len(x))) else x[self.bucket.sample]
-
-    def places(self, rows: LiveTokens, positions: Tensor) -> Tensor:
-        """`[Bk, K]`: rows of logical positions."""
-        return positions if rows.whole else self.own(rows.place).gather(1, positions)
-
-    def local(self, rows: LiveTokens) -> Tensor:
-        """`[Bk, N]`: rows of the tokens that are still there; several signals ask for them."""
-        if id(rows) not in self._local:
-            self._local[id(rows)] = self.places(rows, self.bucket.positions)
-        return self._local[id(rows)]
-
-    def behind(self, rows: LiveTokens) -> Tensor:
-        """`[Bk, T]`: rows of the text behind each image."""
-        text = _stacked([image.text_after for image in self.bucket.images])
-        return self.places(rows, sent(text, self.device))
-
-
-def _on(x: Tensor, device: torch.device) -> Tensor:
-    return x if x.device == device else x.to(device)
-
-
-def _stacked(values: Sequence[Tensor]) -> Tensor:
-    """As `torch.stack`, without a copy of a single one."""
-    return values[0][None] if len(values) == 1 else torch.stack(list(values))
+from vispress_kernels.gather_tokens import gather_tokens_many
 
 
 def visual_tokens(
@@ -84,7 +41,7 @@ def visual_tokens(
     """
     parts = method.views()
     reads = frozenset() if parts else method.signals()
-    sample, view = bucket.sample.unsqueeze(1), _View(bucket)
+    sample, view = bucket.sample.unsqueeze(1), BucketView(bucket)
     first = bucket.images[0]
     signals = _encoder_signals(state, method, bucket, reads)
     asked = placement.queries is not None and bucket.reads_attention(compressor)
@@ -140,39 +97,39 @@ def _encoder_signals(
     device = bucket.index.device
     out: dict[str, Any] = {}
 
-    def stacked(values: list[Tensor], axis: int) -> Tensor:
+    def rows_of(values: list[Tensor], axis: int) -> Tensor:
         """Images to rows; only the tokens that are still there."""
-        whole = _on(_stacked(values), device)
+        whole = on_device(stacked(values), device)
         if bucket.num_visual == bucket.images[0].num_visual:
             return whole
-        return _pick(whole, axis, bucket.index, state.plan.backend)
+        return pick(whole, axis, bucket.index, state.plan.backend)
 
     for signal in ATTENTION_SIGNALS:
         if signal in reads:
             layers = state.plan.encoder_layers(method, signal)
             values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
-            out[signal.value] = stacked(values, values[0].ndim)
+            out[signal.value] = rows_of(values, values[0].ndim)
     if Signal.VISION_KEYS in reads:
         (*_, layer) = state.plan.encoder_layers(method, Signal.VISION_KEYS)
-        out["vision_keys"] = stacked([i.capture.keys(layer, i.number) for i in bucket.images], 2)
+        out["vision_keys"] = rows_of([i.capture.keys(layer, i.number) for i in bucket.images], 2)
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
-        out["vision_features"] = stacked(inputs, 1)
+        out["vision_features"] = rows_of(inputs, 1)
     if Signal.ENCODER_GROUPS in reads:
         alone = torch.arange(bucket.images[0].num_visual, device=device)
         groups = [i.capture.encoder_groups(i.number) for i in bucket.images]
         values = [alone if group is None else group.to(device) for group in groups]
-        out["encoder_groups"] = stacked(values, 1)
+        out["encoder_groups"] = rows_of(values, 1)
     if Signal.PROJECTOR in reads:
         out["projector"] = projector_function(adapter)
         two_layer = adapter.two_layer()
         out["two_layer"] = None if two_layer is None else two_layer.to(device)
     if Signal.PADDING in reads and adapter.square_encoder() is not None:
-        out["padding"] = stacked([i.capture.padding(i.number) for i in bucket.images], 1)
+        out["padding"] = rows_of([i.capture.padding(i.number) for i in bucket.images], 1)
     return out
 
 
-def _query_attention(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+def _query_attention(state: ForwardState, placement: Placement, view: BucketView) -> Tensor:
     """`[Bk, H, Q, N]` of the rows that the placement names, or `[Bk, E, H, Q, N]` of E layers."""
     layers = [
         _rows_of(_wanted(state, placement, layer), placement, view, state.plan.backend)
@@ -185,7 +142,9 @@ def _wanted(state: ForwardState, placement: Placement, layer: int) -> AttentionR
     return next(want for want in state.reads if want.serves(placement, layer))
 
 
-def _rows_of(want: AttentionRead, placement: Placement, view: _View, backend: Backend) -> Tensor:
+def _rows_of(
+    want: AttentionRead, placement: Placement, view: BucketView, backend: Backend
+) -> Tensor:
     """`[Bk, H, Q, N]` of one layer."""
     assert want.rows is not None
     assert want.seen_on is not None
@@ -194,12 +153,12 @@ def _rows_of(want: AttentionRead, placement: Placement, view: _View, backend: Ba
         numbers = torch.tensor([want.groups[1][image] for image in view.bucket.images])
         probs = probs[torch.arange(len(numbers)), sent(numbers, view.device)]
     elif (picks := _tails(want, view)) is not None:
-        probs = _pick(probs, 2, picks, backend)
+        probs = pick(probs, 2, picks, backend)
     # other steps before the same layer may have dropped rows since
-    return _pick(probs, 3, want.slots(view.local(want.seen_on)), backend)
+    return pick(probs, 3, want.slots(view.local(want.seen_on)), backend)
 
 
-def _mean_attention(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+def _mean_attention(state: ForwardState, placement: Placement, view: BucketView) -> Tensor:
     """`[Bk, N]` of the layer that the placement names."""
     (layer,) = attention_layers(placement)
     want = _wanted(state, placement, layer)
@@ -207,11 +166,11 @@ def _mean_attention(state: ForwardState, placement: Placement, view: _View) -> T
     assert want.seen_on is not None
     places = numbered(state.images)[0]
     number = sent(torch.tensor([places[image] for image in view.bucket.images]), view.device)
-    means = _on(want.means, view.device)[view.bucket.sample, number]
+    means = on_device(want.means, view.device)[view.bucket.sample, number]
     return means.gather(1, want.slots(view.local(want.seen_on)))
 
 
-def _tails(want: AttentionRead, view: _View) -> Tensor | None:
+def _tails(want: AttentionRead, view: BucketView) -> Tensor | None:
     """`[Bk, Q]` of a batch row's rows that ask about each image; None for all of them."""
     tails = [want.tails[image] for image in view.bucket.images]
     if all(tail == list(range(want.positions.shape[1])) for tail in tails):
@@ -219,12 +178,7 @@ def _tails(want: AttentionRead, view: _View) -> Tensor | None:
     return sent(torch.tensor(tails, dtype=torch.int64), view.device)
 
 
-def _pick(x: Tensor, axis: int, index: Tensor, backend: Backend) -> Tensor:
-    """Places `index [B, K]` along one axis of `[B, ...]`."""
-    return gather_tokens(x.movedim(axis, 1), index, backend=backend).movedim(1, axis)
-
-
-def _rotary_prior(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+def _rotary_prior(state: ForwardState, placement: Placement, view: BucketView) -> Tensor:
     """`[Bk, Q, N]`: a pair of ones at frequency f scores `2 cos(f (q - k))`, whatever the axes."""
     (layer,) = attention_layers(placement)
     want = _wanted(state, placement, layer)
@@ -244,7 +198,7 @@ def _rotary_prior(state: ForwardState, placement: Placement, view: _View) -> Ten
     return cos + sin
 
 
-def _key_norms(state: ForwardState, placement: Placement, view: _View) -> Tensor:
+def _key_norms(state: ForwardState, placement: Placement, view: BucketView) -> Tensor:
     """`[Bk, N + T]` of the layer that the placement names."""
     (layer,) = attention_layers(placement)
     want = _wanted(state, placement, layer)
@@ -254,14 +208,18 @@ def _key_norms(state: ForwardState, placement: Placement, view: _View) -> Tensor
     return view.own(want.key_norms).gather(1, want.slots(local))
 
 
-def _transitions(state: ForwardState, placement: Placement, view: _View) -> tuple[Transition, ...]:
+def _transitions(
+    state: ForwardState, placement: Placement, view: BucketView
+) -> tuple[Transition, ...]:
     same: dict[int, list[int]] = {}  # layers that ran on the same rows
     for layer in placement.transitions:
         same.setdefault(id(state.transitions[layer].rows), []).append(layer)
     out = []
     for layers in same.values():
         rows: LiveTokens = state.transitions[layers[0]].rows
-        found = [_on(x, view.device) for layer in layers for x in state.transitions[layer].measures]
+        found = [
+            on_device(x, view.device) for layer in layers for x in state.transitions[layer].measures
+        ]
         whole = view.own(torch.stack(found, dim=1))  # [Bk, 4 E, P]
         own = whole.gather(2, view.local(rows).unsqueeze(1).expand(-1, len(found), -1))
         valid = _asking(state, rows, view)
@@ -279,7 +237,7 @@ def _transitions(state: ForwardState, placement: Placement, view: _View) -> tupl
     return tuple(out)
 
 
-def _asking(state: ForwardState, rows: LiveTokens, view: _View) -> Tensor:
+def _asking(state: ForwardState, rows: LiveTokens, view: BucketView) -> Tensor:
     """`[Bk, P]` bool: rows of the prompt that decides about each image."""
     valid = view.own(state.row_validity(rows))
     layout, images = state.layout, view.bucket.images
@@ -295,13 +253,13 @@ def _asking(state: ForwardState, rows: LiveTokens, view: _View) -> Tensor:
 
 def _text_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
     """`[Bk, T, D]`; prompts of one bucket have equally many text tokens."""
-    return _stacked([state.text_embeddings[image.prompt] for image in bucket.images])
+    return stacked([state.text_embeddings[image.prompt] for image in bucket.images])
 
 
 def _input_embeddings(state: ForwardState, bucket: Bucket) -> Tensor:
     """`[Bk, N0, D]`, dropped tokens included."""
     assert state.input_embeddings is not None
     device = state.input_embeddings.device
-    positions = sent(_stacked([image.positions for image in bucket.images]), device)
-    sample = _on(bucket.sample, device).unsqueeze(1)
-    return _on(state.input_embeddings[sample, positions], bucket.index.device)
+    positions = sent(stacked([image.positions for image in bucket.images]), device)
+    sample = on_device(bucket.sample, device).unsqueeze(1)
+    return on_device(state.input_embeddings[sample, positions], bucket.index.device)
