@@ -221,14 +221,20 @@ def single(tokens, b):
 def take(tokens, keep):
     """What is left of the tokens after a placement that kept `keep` (features and encoder side)."""
     rows = torch.arange(len(keep))[:, None]
+
+    def left(signal):
+        """Along the last axis, whatever axes are between."""
+        index = keep.view(len(keep), *(1,) * (signal.ndim - 2), -1)
+        return signal.gather(-1, index.expand(*signal.shape[:-1], -1))
+
     return replace(
         tokens,
         features=tokens.features[rows, keep],
         index=tokens.index[rows, keep],
-        cls_attention=tokens.cls_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
-        column_attention=tokens.column_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
-        cls_logits=tokens.cls_logits.transpose(1, 2)[rows, keep].transpose(1, 2),
-        cls_wide_attention=tokens.cls_wide_attention.transpose(1, 2)[rows, keep].transpose(1, 2),
+        cls_attention=left(tokens.cls_attention),
+        column_attention=left(tokens.column_attention),
+        cls_logits=left(tokens.cls_logits),
+        cls_wide_attention=left(tokens.cls_wide_attention),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
         vision_features=tokens.vision_features[rows, keep],
         padding=tokens.padding[rows, keep],

@@ -25,8 +25,8 @@ class Part:
         rows: Rows of the bucket that have these places.
         places: `[n]`; tokens of the part, ascending, on the device of the features. Or `[p, n]`:
             those of p parts of one size and share, which count as rows of the bucket.
-        share: How many of them are to be kept; for newlines, all or none.
-        newline: Whether these are newline tokens, which carry no picture.
+        share: How many of them are to be kept; all newlines that are given.
+        newline: Whether these are newline tokens that stay, which carry no picture.
         whole: Whether these are all tokens of all rows.
     """
 
@@ -72,12 +72,17 @@ def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[
         groups = [(slice(b, b + 1), own) for b, own in enumerate(segments)]
     return [
         [
-            Part(rows, torch.where(own == segment)[0].to(device), share, newline=segment == -1)
+            _part(rows, torch.where(own == segment)[0].to(device), share, newline=segment == -1)
             for segment, share in segment_shares(own, num_keep).items()
             if share
         ]
         for rows, own in groups
     ]
+
+
+def _part(rows: slice, places: Tensor, share: int, *, newline: bool) -> Part:
+    """A sub-image, or the first newlines, of which all that are given stay."""
+    return Part(rows, places[:share] if newline else places, share, newline)
 
 
 def joined(parts: list[Part]) -> list[Part]:

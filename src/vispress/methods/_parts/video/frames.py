@@ -23,12 +23,14 @@ class Frames:
     newlines: Int[Tensor, "M"]
 
     def split(self, num_keep: int) -> tuple[int, Int[Tensor, "m"]]:
-        """What frames keep together, and the newlines that stay: all, or none.
+        """What frames keep together, and the newlines that stay.
 
-        Newlines count towards the budget; they go when it cannot hold them and a token a frame.
+        Newlines count towards the budget; they go when it cannot hold them and a token a frame, but
+        for as many as fill a budget that is larger than all frames.
         """
         if num_keep < len(self.newlines) + len(self.places):
-            return num_keep, self.newlines[:0]
+            stay = max(0, num_keep - self.places.numel())
+            return num_keep - stay, self.newlines[:stay]
         return num_keep - len(self.newlines), self.newlines
 
     def of(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B F t D"]:
