@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from vispress.adapters.decoder import layer_types
 from vispress.errors import UnsupportedMethodError
 from vispress.types import CLS_SIGNALS, CropLayout, Need, Signal, TwoLayer
 
@@ -74,6 +75,11 @@ class ModelAdapter(ABC):
     def decoder_layers(self) -> Sequence[nn.Module]:
         """Its decoder layers in order; each has `self_attn`, `mlp` and `input_layernorm`."""
         return self.base.language_model.layers  # type: ignore[no-any-return]
+
+    @property
+    def layer_types(self) -> Sequence[str]:
+        """Kind of attention of each decoder layer, as transformers names it."""
+        return layer_types(self.language_model.config, len(self.decoder_layers))
 
     @abstractmethod
     def placeholders(self) -> Mapping[Modality, int]:

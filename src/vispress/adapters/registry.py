@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from vispress.adapters.decoder import check_decoder
 from vispress.adapters.model_adapter import ModelAdapter
 from vispress.errors import ConfigError, UnsupportedModelError
 
@@ -66,7 +67,7 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         for parent in type(module).__mro__:
             if parent.__name__ in _ADAPTERS:
                 adapter = _ADAPTERS[parent.__name__](module)
-                _check_decoder(adapter)
+                check_decoder(adapter.family, adapter.language_model, adapter.decoder_layers)
                 adapter.check()
                 return adapter
     name = type(model).__name__
@@ -76,15 +77,3 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         f"no adapter for {name}{hint}; supported families: {', '.join(list_families())}. "
         "Add one with @vispress.register_adapter"
     )
-
-
-def _check_decoder(adapter: ModelAdapter) -> None:
-    """Refuse language models whose layers are not built as the runtime takes them to be."""
-    parts = ("input_layernorm", "self_attn", "mlp")
-    missing = [p for p in parts if not hasattr(adapter.decoder_layers[0], p)]
-    missing += [] if hasattr(adapter.language_model, "rotary_emb") else ["rotary_emb"]
-    if missing:
-        raise UnsupportedModelError(
-            f"{adapter.family} with {type(adapter.language_model).__name__} is not supported: its "
-            f"decoder has no {', '.join(missing)}; Llama-like decoders (Llama, Mistral, Qwen) work"
-        )

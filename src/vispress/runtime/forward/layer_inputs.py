@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.dynamic import layer_at, upgrade
+from vispress.runtime.kv_cache.dynamic import layer_at, physical_length, upgrade
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.tokens import masks
@@ -26,6 +26,9 @@ class _Handed(NamedTuple):
 class LayerInputs:
     """What the short layers of one call are handed; made once for all that run on the same rows.
 
+    Layers of one kind of attention (`Plan.layer_types`) are handed one mask and one pair of rotary
+    tables by transformers, so what is cut out of them is shared by kind.
+
     Args:
         state: The call.
     """
@@ -35,7 +38,7 @@ class LayerInputs:
         # keys hold the ids of rows and slots, which the state and the caches keep alive meanwhile
         self._handed: dict[tuple[Any, ...], _Handed] = {}
         self._rotary: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-        self._plain_past: Slots | None = None
+        self._plain_past: dict[int, Slots] = {}
         self._empty: Slots | None = None
         self._kind: str | None = None
 
@@ -45,15 +48,14 @@ class LayerInputs:
         held = None if cache_of(kwargs) is None else self._short_layer(layer, rows)
         before = None if held is None else held.slots
         capacity = None if held is None else held.logical_capacity
-        cuts = self.state.mask_4d or self.state.packed
-        given = kwargs.get("attention_mask") if cuts else None
-        key = (id(rows), id(before), capacity, hidden.device, id(given))
+        kind = self.state.plan.layer_types[layer]
+        key = (id(rows), id(before), capacity, hidden.device, kind)
         handed = self._handed.get(key)
         if handed is None:
             after = self._joined(before, rows)
             offset = 0 if held is None else held.physical
             buffer = rows.size if held is None else held.buffer(after, rows.size)
-            mask = self._mask(rows, after, offset, buffer, kwargs, hidden)
+            mask = self._mask(layer, rows, after, offset, buffer, kwargs, hidden)
             rotary = self._position_embeddings(layer, rows, kwargs, hidden)
             handed = self._handed[key] = _Handed(before, after, mask, rotary)
         if held is not None:
@@ -69,30 +71,29 @@ class LayerInputs:
         """What the layer's attention would get for the rows still there; stores nothing."""
         rows = self.state.last.to(hidden.device)
         mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
-        before = self._before(layer, hidden.device)
-        if not rows.whole or (before is not None and before is not self._plain_past):
-            slots = self._joined(before, rows)
+        held = self.state.cache_layer(layer)
+        if not rows.whole or isinstance(held, CompressedLayerMixin):
+            slots = self._joined(self._before(layer, hidden.device), rows)
             buffer = slots.positions.shape[1]
-            mask = self._mask(rows, slots, buffer - rows.size, buffer, kwargs, hidden)
+            mask = self._mask(layer, rows, slots, buffer - rows.size, buffer, kwargs, hidden)
             rotary = self._position_embeddings(layer, rows, kwargs, hidden)
         return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
 
     def _before(self, layer: int, device: torch.device) -> Slots | None:
         """What the cache layer holds before the chunk; one object for layers that hold the same."""
-        if self.state.cache is None:
-            return None
         held = self.state.cache_layer(layer)
         if isinstance(held, CompressedLayerMixin):
             return held.slots
-        if self.state.past == 0:
+        past = self.state.past
+        if held is None or past == 0:
             return None
-        if self._plain_past is None:
-            past, mask = self.state.past, self.state.mask_2d
-            batch = self.state.rows[0][1].index.shape[0]
-            positions = torch.arange(past, device=device).expand(batch, past)
-            valid = None if mask is None else mask[:, :past].to(device)
-            self._plain_past = Slots(positions, valid, None, past)
-        return self._plain_past
+        count = physical_length(held)  # a sliding window's are the latest
+        if count not in self._plain_past:
+            mask, batch = self.state.mask_2d, self.state.rows[0][1].index.shape[0]
+            positions = torch.arange(past - count, past, device=device).expand(batch, count)
+            valid = None if mask is None else mask[:, past - count : past].to(device)
+            self._plain_past[count] = Slots(positions, valid, None, past)
+        return self._plain_past[count]
 
     def _short_layer(self, layer: int, rows: LiveTokens) -> CompressedLayerMixin:
         """The cache layer that the chunk's rows will be stored in."""
@@ -112,6 +113,7 @@ class LayerInputs:
 
     def _mask(
         self,
+        layer: int,
         rows: LiveTokens,
         slots: Slots,
         offset: int,
@@ -119,11 +121,12 @@ class LayerInputs:
         kwargs: dict[str, Any],
         hidden: Tensor,
     ) -> Tensor | None:
-        given = kwargs.get("attention_mask") if self.state.mask_4d or self.state.packed else None
+        given = kwargs.get("attention_mask")
+        if given is not None and not self.state.plain_mask(layer, given):
+            return masks.cut_mask(given, rows, slots, offset, buffer, hidden.device)
         if self._kind is None:
             self._kind = masks.check_implementation(self.state.plan.implementation)
-        past = self.state.past
-        return masks.make_mask(self._kind, rows, slots, past, offset, buffer, given, hidden)
+        return masks.make_mask(self._kind, rows, slots, self.state.past, offset, buffer, hidden)
 
     def _position_embeddings(
         self, layer: int, rows: LiveTokens, kwargs: dict[str, Any], hidden: Tensor
@@ -131,19 +134,20 @@ class LayerInputs:
         given: tuple[Tensor, Tensor] = kwargs["position_embeddings"]
         held = self.state.cache_layer(layer) if self.state.cache is not None else None
         before = held.slots.shift if isinstance(held, CompressedLayerMixin) else None
-        key = (id(rows), id(before), hidden.device)
+        plan = self.state.plan
+        key = (id(rows), id(before), hidden.device, plan.layer_types[layer])
         if key in self._rotary:
             return self._rotary[key]
         if rows.shift is None and before is None:
             if not rows.whole:
                 cos, sin = (table.to(hidden.device) for table in given)
-                given = gather_rotary((cos, sin), rows.index, self.state.plan.backend)
+                given = gather_rotary((cos, sin), rows.index, plan.backend)
         else:
             assert self.state.position_ids is not None
             ids = self.state.position_ids.to(hidden.device).expand(rows.index.shape[0], -1)
             ids = ids.gather(1, rows.index)
             ids = ids if rows.shift is None else ids - rows.shift
             ids = ids if before is None else ids - before.to(hidden.device).unsqueeze(1)
-            given = self.state.plan.adapter.language_model.rotary_emb(hidden, ids.clamp(min=0))
+            given = plan.rotary(layer, hidden, ids.clamp(min=0))
         self._rotary[key] = given
         return given

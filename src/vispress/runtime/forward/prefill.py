@@ -137,19 +137,23 @@ def _make_state(
         chunk_valid=chunk,
         host_valid=None if valid is None else valid.cpu(),
         mask_4d=mask_4d,
+        plain_masks=not mask_4d and (mask is not None or cache is not None),
         position_ids=position_ids if position_ids.ndim == 2 else None,
     )
 
 
 def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
     """Which logical positions are real, read off a 4-D mask: a real token sees itself."""
-    if isinstance(mask, dict):
-        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if isinstance(mask, dict):  # that of a sliding window has no columns for what is out of it
+        given = (m for m in mask.values() if isinstance(m, Tensor))
+        mask = max(given, key=lambda m: m.shape[-1], default=None)
     if not isinstance(mask, Tensor):
         return None
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    own = seen.diagonal(offset=past, dim1=-2, dim2=-1)
-    return torch.cat([seen[:, -1, :past], own], dim=1).expand(batch, -1)
+    out = max(0, past + seen.shape[1] - seen.shape[2])
+    own = seen.diagonal(offset=past - out, dim1=-2, dim2=-1)
+    real = torch.cat([seen[:, :, : past - out].any(dim=1), own], dim=1)
+    return torch.nn.functional.pad(real, (out, 0), value=True).expand(batch, -1)
 
 
 def _before_llm(running: Running, module: Any, given: dict[str, Any], embeds: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vispress.adapters.decoder import FULL
 from vispress.devices import sent
 from vispress.runtime.forward.attention_reads import (
     AttentionRead,
@@ -50,7 +51,11 @@ class ForwardState:
         mask_2d: `[B, past + Q]` bool, or None for no padding at all.
         chunk_valid: `[B, Q]` bool, or None when the chunk has no padding.
         host_valid: The same on the host.
-        mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions.
+        mask_4d: Whether the caller (or `generate`) gave a 4-D mask over logical positions, or one
+            for each kind of layer.
+        plain_masks: Whether layers with full attention have masks of causality and padding alone:
+            not where the caller gave 4-D ones, nor where rows may hold several sequences, which
+            transformers looks for where there is neither a mask nor a cache.
         position_ids: `[B or 1, Q]`, for compact positions.
         images: Images of this call, in order.
         layout: What the prompt is; None of a call that brings no images.
@@ -68,6 +73,7 @@ class ForwardState:
     chunk_valid: Tensor | None
     host_valid: Tensor | None
     mask_4d: bool
+    plain_masks: bool
     position_ids: Tensor | None
     images: Sequence[Image] = ()
     buckets: list[Bucket] = field(default_factory=list)
@@ -166,6 +172,12 @@ class ForwardState:
             return True
         return isinstance(self.cache_layer(layer), CompressedLayerMixin)
 
+    def plain_mask(self, layer: int, mask: Tensor | None) -> bool:
+        """Whether the mask of a layer is known to be causality and padding alone."""
+        if mask is None or mask.ndim != 4:
+            return True
+        return self.plain_masks and not self.packed and self.plan.layer_types[layer] == FULL
+
     def observe(
         self,
         module: nn.Module,
@@ -186,6 +198,7 @@ class ForwardState:
                     key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
                 valid = self.valid_rows(rows)
                 plain = self.past == 0 and not (self.mask_4d or self.packed)
+                plain = plain and self.plain_mask(want.layer, mask)
                 backend = self.plan.backend
                 documents = self.documents(rows) if self.packed else None
                 want.read(

@@ -59,7 +59,7 @@ class StaticDecodeCall:
         valid = held.step()
         kwargs = kwargs | {
             "attention_mask": self._mask(held, valid, kwargs.get("attention_mask"), hidden),
-            "position_embeddings": self._rotary(held, position, hidden, kwargs),
+            "position_embeddings": self._rotary(number, held, position, hidden, kwargs),
             "position_ids": None,
         }
         for call in self.calls:
@@ -100,6 +100,7 @@ class StaticDecodeCall:
 
     def _rotary(
         self,
+        number: int,
         held: CompressedStaticLayer,
         position: Tensor,
         hidden: Tensor,
@@ -111,6 +112,4 @@ class StaticDecodeCall:
             return given
         ids = position.view(1, 1) if self.position_ids is None else self.position_ids
         compact = (ids - shift.unsqueeze(1)).clamp(min=0)
-        language_model = self.plan.adapter.language_model
-        rotary: tuple[Tensor, Tensor] = language_model.rotary_emb(hidden, compact)
-        return rotary
+        return self.plan.rotary(number, hidden, compact)

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+from torch import Tensor
+
 from vispress.adapters.base import ModelAdapter
+from vispress.adapters.decoder import has_rotary_by_type
 from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime.plan.bound import BoundPlacement
@@ -33,6 +36,8 @@ class Plan:
         self.methods, self.placements = tuple(methods), tuple(placements)
         self.notes = tuple(notes)
         self.num_layers = len(adapter.decoder_layers)
+        self.layer_types = tuple(adapter.layer_types)
+        self._rotary_by_type = has_rotary_by_type(adapter.language_model)
         at: dict[int, tuple[BoundPlacement, ...]] = {}
         for bound in placements:
             at[bound.placement.layer] = (*at.get(bound.placement.layer, ()), bound)
@@ -57,6 +62,20 @@ class Plan:
     def implementation(self) -> str | None:
         """The decoder's attention implementation now; users may set another one at any time."""
         return self.adapter.language_model.config._attn_implementation  # type: ignore[no-any-return]
+
+    def rotary(self, layer: int, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the rotary tables of a decoder layer.
+
+        Args:
+            layer: The layer.
+            hidden: Gives dtype and device.
+            position_ids: `[B, P]`.
+        """
+        kind = (self.layer_types[layer],) if self._rotary_by_type else ()
+        tables: tuple[Tensor, Tensor] = self.adapter.language_model.rotary_emb(
+            hidden, position_ids, *kind
+        )
+        return tables
 
     @cached_property
     def readers(self) -> tuple[Compressor, ...]:

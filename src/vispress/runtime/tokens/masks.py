@@ -1,4 +1,4 @@
-"""Attention masks of short layers, from positions and validity."""
+"""Attention masks of short layers: cut from the full sequence's, or made where these are plain."""
 
 import torch
 from torch import Tensor
@@ -32,10 +32,11 @@ def make_mask(
     past: int,
     offset: int,
     buffer: int,
-    given: Tensor | None,
     hidden: Tensor,
 ) -> Tensor | None:
-    """The mask of a short layer, in the form that an attention implementation takes.
+    """Make the mask of a short layer where it is known to be causality and padding alone.
+
+    It has the values that `cut_mask` would give, for fewer operations.
 
     Args:
         kind: As from `check_implementation`.
@@ -44,8 +45,7 @@ def make_mask(
         past: Logical length before the chunk.
         offset: Slot of the first row.
         buffer: Length of the key tensor.
-        given: A user's 4-D mask over the logical sequence.
-        hidden: Whose device and dtype the mask has.
+        hidden: Whose dtype the mask has.
 
     Returns:
         None where the implementation needs no mask.
@@ -53,69 +53,70 @@ def make_mask(
     if kind == "flash":
         return slots.valid
     plain = slots.valid is None and buffer == slots.positions.shape[1]
-    if given is None and kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
+    if kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
         return None
-    valid = None if slots.valid is None else slots.valid[:, offset : offset + rows.size]
-    allow = allowed_keys(rows.index + past, valid, slots, buffer, offset)
-    if given is not None:
-        return cut_mask(given.to(hidden.device), rows.index, slots, allow)
+    allow = slots.positions.unsqueeze(1) <= (rows.index + past).unsqueeze(2)
+    if slots.valid is not None:
+        allow = allow & slots.valid.unsqueeze(1)
+    if buffer > slots.positions.shape[1]:  # a static buffer is longer than what is used
+        allow = torch.nn.functional.pad(allow, (0, buffer - slots.positions.shape[1]))
+    if slots.valid is not None:
+        allow = torch.where(_queries(slots, rows, offset), allow, _own(rows, offset, buffer))
     return as_kind(allow, kind, hidden.dtype)
 
 
-def allowed_keys(
-    queries: Tensor, query_valid: Tensor | None, slots: Slots, buffer: int, offset: int
+def cut_mask(
+    mask: Tensor, rows: LiveTokens, slots: Slots, offset: int, buffer: int, device: torch.device
 ) -> Tensor:
-    """Which key slots each query row may attend to.
+    """Cut a short layer's mask out of the one that was made for the full sequence.
 
     Args:
-        queries: `[B, P]` logical positions of the query rows.
-        query_valid: `[B, P]` bool, or None for all.
+        mask: `[B or 1, H or 1, Q, K]`, bool (True = attend) or additive. Its last column is the
+            last logical position (of a sliding window only the latest have one), unless it has more
+            columns than there are positions (a static cache): then its first is the first.
+        rows: Rows that the layer runs on.
         slots: The layer's slots with the chunk stored.
+        offset: Slot of the first row.
         buffer: Length of the key tensor (a static buffer is longer than what is used).
-        offset: Slot of the first query row.
+        device: Where the layer runs.
 
     Returns:
-        `[B, P, buffer]` bool; no row is all False (padding rows see themselves).
+        `[B, H, P, buffer]` of the mask's dtype; padding rows see themselves, to stay finite.
     """
-    positions, valid = slots.positions, slots.valid
-    spare = buffer - positions.shape[1]
-    allow = positions.unsqueeze(1) <= queries.unsqueeze(2)
-    if valid is not None:
-        allow = allow & valid.unsqueeze(1)
+    B, P = rows.index.shape
+    H, K = mask.shape[1], mask.shape[3]
+    columns, seen, first = slots.positions, slots.valid, slots.logical - K
+    if first > 0:
+        columns = columns - first
+        inside = columns >= 0
+        seen, columns = inside if seen is None else seen & inside, columns.clamp(min=0)
+    spare = buffer - columns.shape[1]
     if spare:
-        allow = torch.nn.functional.pad(allow, (0, spare))
-    if query_valid is not None:
-        P = queries.shape[1]
-        own = torch.arange(P, device=queries.device).unsqueeze(1) + offset
-        itself = own == torch.arange(buffer, device=queries.device)
-        allow = torch.where(query_valid.unsqueeze(2), allow, itself)
-    return allow
+        seen = torch.ones_like(columns, dtype=torch.bool) if seen is None else seen
+        seen, columns = (torch.nn.functional.pad(x, (0, spare)) for x in (seen, columns))
+    mask = mask.to(device).expand(B, -1, -1, -1)
+    cut = mask.gather(2, rows.index[:, None, :, None].expand(-1, H, -1, K))
+    cut = cut.gather(3, columns[:, None, None, :].expand(-1, H, P, -1))
+    least, most = (False, True) if cut.dtype == torch.bool else (torch.finfo(cut.dtype).min, 0.0)
+    if seen is not None:
+        cut = cut.masked_fill(~seen[:, None, None], least)
+    if slots.valid is not None:
+        own = torch.full_like(cut[:1, :1], least).masked_fill_(_own(rows, offset, buffer), most)
+        cut = torch.where(_queries(slots, rows, offset)[:, None], cut, own)
+    return cut
 
 
-def cut_mask(mask: Tensor, queries: Tensor, slots: Slots, allow: Tensor) -> Tensor:
-    """Take rows and columns of a user's 4-D mask over the logical sequence.
+def _queries(slots: Slots, rows: LiveTokens, offset: int) -> Tensor:
+    """`[B, P, 1]` bool: rows that are no padding."""
+    assert slots.valid is not None
+    return slots.valid[:, offset : offset + rows.size].unsqueeze(2)
 
-    Args:
-        mask: `[B or 1, H or 1, Q, K]` over logical positions, bool (True = attend) or additive.
-        queries: `[B, P]` rows of the mask, counted within the chunk.
-        slots: The layer's slots with the chunk stored.
-        allow: `[B, P, S]`, what causality and validity allow.
 
-    Returns:
-        `[B, H, P, S]` of the mask's dtype.
-    """
-    B, P, S = allow.shape
-    mask = mask.expand(B, *mask.shape[1:])
-    H = mask.shape[1]
-    rows = mask.gather(2, queries[:, None, :, None].expand(B, H, P, mask.shape[-1]))
-    columns = slots.positions
-    if columns.shape[1] < S:
-        columns = torch.nn.functional.pad(columns, (0, S - columns.shape[1]))
-    cut = rows.gather(3, columns[:, None, None, :].expand(B, H, P, S))
-    if cut.dtype == torch.bool:
-        cut = cut & allow.unsqueeze(1)
-        return cut | ~cut.any(dim=-1, keepdim=True)  # a padding row may see nothing else
-    return cut.masked_fill(~allow.unsqueeze(1), torch.finfo(cut.dtype).min)
+def _own(rows: LiveTokens, offset: int, buffer: int) -> Tensor:
+    """`[P, buffer]` bool: the slot of each row."""
+    device = rows.index.device
+    here = torch.arange(rows.size, device=device).unsqueeze(1) + offset
+    return here == torch.arange(buffer, device=device)
 
 
 def as_kind(allow: Tensor, kind: str, dtype: torch.dtype) -> Tensor:

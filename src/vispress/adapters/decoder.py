@@ -1,0 +1,82 @@
+"""What the runtime takes a decoder to be: parts of a layer, kinds of attention."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Final
+
+from vispress.errors import UnsupportedModelError
+
+FULL: Final = "full_attention"
+SLIDING: Final = "sliding_attention"
+CHUNKED: Final = "chunked_attention"
+_PARTS = ("input_layernorm", "self_attn", "mlp")
+_WORKS = (
+    "Llama-like decoders (Llama, Mistral, Qwen) work, whose layers all have full, sliding-window "
+    "or chunked attention over keys of their own"
+)
+
+
+def layer_types(config: Any, count: int) -> tuple[str, ...]:
+    """Name the kind of attention of each decoder layer, as transformers does.
+
+    Args:
+        config: The language model's.
+        count: Its decoder layers.
+
+    Raises:
+        UnsupportedModelError: The config names the kinds of fewer layers than there are.
+    """
+    declared: Sequence[str] | None = getattr(config, "layer_types", None)
+    if declared is None:  # models of one kind of layer say it by these settings alone
+        if getattr(config, "sliding_window", None) is not None:
+            return (SLIDING,) * count
+        return (FULL if getattr(config, "attention_chunk_size", None) is None else CHUNKED,) * count
+    if len(declared) < count:
+        raise UnsupportedModelError(
+            f"config.layer_types names {len(declared)} of {count} decoder layers; name every layer"
+        )
+    return tuple(declared[:count])
+
+
+def window_of(config: Any, kind: str) -> int | None:
+    """Give the number of positions that a layer of some kind sees; None for all."""
+    names = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}
+    return getattr(config, names[kind], None) if kind in names else None
+
+
+def has_rotary_by_type(language_model: Any) -> bool:
+    """Tell whether each kind of layer has rotary tables of its own (Gemma 3)."""
+    return "layer_type" in inspect.signature(language_model.rotary_emb.forward).parameters
+
+
+def check_decoder(family: str, language_model: Any, layers: Sequence[Any]) -> None:
+    """Refuse language models of which some layer is not built as the runtime takes it to be.
+
+    Raises:
+        UnsupportedModelError: Names what is missing, or the kind of layer, and what works.
+    """
+    name = f"{family} with {type(language_model).__name__} is not supported"
+    missing = [] if hasattr(language_model, "rotary_emb") else ["rotary_emb"]
+    for number, layer in enumerate(layers):
+        lacks = [part for part in _PARTS if not hasattr(layer, part)] + missing
+        if lacks:
+            where = f"layer {number} ({type(layer).__name__}) " if number else ""
+            raise UnsupportedModelError(
+                f"{name}: its decoder {where}has no {', '.join(lacks)}; {_WORKS}"
+            )
+    config = language_model.config
+    for number, kind in enumerate(layer_types(config, len(layers))):
+        if kind not in (FULL, SLIDING, CHUNKED):
+            raise UnsupportedModelError(f"{name}: decoder layer {number} is {kind!r}; {_WORKS}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{name}: its last {config.num_kv_shared_layers} layers use keys and values of earlier "
+            f"ones (num_kv_shared_layers), which may hold other tokens; {_WORKS}"
+        )
+    both = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if both or getattr(config, "is_causal", None) is False:
+        setting = "use_bidirectional_attention" if both else "is_causal"
+        raise UnsupportedModelError(
+            f"{name} with {setting}={getattr(config, setting)!r}: text must be causal, since what "
+            "is kept must not depend on the answer"
+        )
