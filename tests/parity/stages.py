@@ -34,3 +34,8 @@ def drop(alive, image, keep):
     stays = ~image
     stays[visual[keep]] = True
     return alive[stays]
+
+
+def outputs(case, stage):
+    """The official outputs of one stage: `outputs(case, 0)("score")`."""
+    return lambda name: case[f"out/stage{stage}_{name}"]

@@ -2,12 +2,12 @@
 
 import torch
 from tests.methods.helpers import only
-from tests.parity.stages import attention_rows, drop, image_part, sequence_length
+from tests.parity.stages import attention_rows, drop, image_part, outputs, sequence_length
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.adapters.padding import share_outside
 from vispress.methods import Debias, FastV, PyramidDrop
-from vispress.methods._parts.geometry.padding import padding_mask
+from vispress.methods._parts.geometry.padding import THRESHOLDS, padding_mask
 from vispress.methods._parts.scoring.trend import FASTV_CURVE, SLOPES
 
 EXPONENTIAL_TO = 1e-4
@@ -94,11 +94,12 @@ def test_pyramiddrop_is_corrected_at_its_first_stage(case):
     cells = round(case["param/image_tokens"] ** 0.5)
     padding = padding_of(case["param/image_w"], case["param/image_h"], cells)
     assert method.threshold is None  # the patch's own
+    assert THRESHOLDS["pyramiddrop"] == case["param/pad_threshold"]
     alive = torch.arange(sequence_length(case))
     for stage, placement in enumerate(method.placements(case["param/n_layers"])):
-        out = {k.split("_", 1)[1]: v for k, v in case.items() if f"stage{stage}_" in k}
+        out = outputs(case, stage)
         image = image_part(case, alive)
-        assert alive[image].tolist() == out["scored_positions"].tolist()
+        assert alive[image].tolist() == out("scored_positions").tolist()
         last = case["in/q_last_instruction"][stage][:, None]
         rows = attention_rows(last, case["in/k"][stage], alive)[..., image]
         index = alive[image][None] - case["param/image_start"]
@@ -112,10 +113,10 @@ def test_pyramiddrop_is_corrected_at_its_first_stage(case):
             }
         )
         num_keep = placement.budget.resolve(case["param/image_tokens"])
-        assert num_keep == out["keep_count"]
+        assert num_keep == out("keep_count")
         (keep,) = method.plan(tokens, num_keep).keep
-        official = torch.searchsorted(alive[image], out["kept_positions"])
-        same_kept(case, keep, official, out["score"])
+        official = torch.searchsorted(alive[image], out("kept_positions"))
+        same_kept(case, keep, official, out("score"))
         alive = drop(alive, image, official)
     assert alive.tolist() == case["out/final_positions"].tolist()
     assert method.default_positions == "compact"

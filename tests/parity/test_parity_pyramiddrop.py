@@ -2,7 +2,7 @@
 
 import torch
 from tests.methods.helpers import only
-from tests.parity.stages import attention_rows, drop, image_part, sequence_length
+from tests.parity.stages import attention_rows, drop, image_part, outputs, sequence_length
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.methods import PyramidDrop
@@ -16,19 +16,19 @@ def test_every_stage_keeps_what_the_official_code_keeps(case):
     assert tuple(p.layer for p in placements) == layers
     alive = torch.arange(sequence_length(case))
     for stage, placement in enumerate(placements):
-        out = {k.split("_", 1)[1]: v for k, v in case.items() if f"stage{stage}_" in k}
+        out = outputs(case, stage)
         assert placement.attention_of == "next"
         image = image_part(case, alive)
-        assert alive[image].tolist() == out["scored_positions"].tolist()
+        assert alive[image].tolist() == out("scored_positions").tolist()
         last = case["in/q_last_instruction"][stage][:, None]
         rows = attention_rows(last, case["in/k"][stage], alive)[..., image]
         tokens = only(query_attention=rows[None])
         score = method.score(tokens)[0]
-        close(score, out["score"])
+        close(score, out("score"))
         num_keep = placement.budget.resolve(case["param/image_tokens"])
-        assert num_keep == out["keep_count"]
+        assert num_keep == out("keep_count")
         (keep,) = method.plan(tokens, num_keep).keep
-        official = torch.searchsorted(alive[image], out["kept_positions"])
+        official = torch.searchsorted(alive[image], out("kept_positions"))
         same_kept(case, keep, official, score)
         alive = drop(alive, image, official)
     assert alive.tolist() == case["out/final_positions"].tolist()

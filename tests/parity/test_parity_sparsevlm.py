@@ -54,6 +54,7 @@ def test_keeps_and_recycles_what_the_official_code_does(case):
     plan = fold_dropped(tokens.features, score, len(official), clusters, noise)
     values = merged(plan, tokens.features)[0]
     (keep,) = plan.keep
+    assert len(keep) == case["out/visual_tokens_after"]
     slots = torch.searchsorted(keep, official)
     assert torch.equal(keep[slots], official)
     start = case["param/visual_start"]
@@ -93,6 +94,7 @@ def test_the_plus_scores_and_keeps_what_the_official_code_does(case):
     num_keep = min(budget.resolve(576), tokens.num_visual - 1)
     (keep,) = method.plan(tokens, num_keep).keep
     assert keep.tolist() == case["out/kept_visual_rel"].tolist()
+    assert len(keep) == case["out/visual_tokens_after"]
     start = case["param/visual_start"]
     image = (p for p in case["out/kept_positions"].tolist() if p < start + tokens.num_visual)
     assert (keep + start).tolist() == [p for p in image if p >= start]
@@ -110,5 +112,7 @@ def test_clusters_are_the_official_ones(case):
         close((density * distance)[0], case["out/score"])
         assert centres[0].tolist() == case["out/centres_order"].tolist()
         assert label[0].tolist() == case["out/assignment"].tolist()
+        means = [x[0, label[0] == cluster].mean(dim=0) for cluster in range(count)]
+        close(torch.stack(means), case["out/merged"])
     if count == 1:
         assert label.unique().tolist() == [0]

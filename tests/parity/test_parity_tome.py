@@ -1,4 +1,8 @@
-"""ToMe against its official code; [CLS] alone is protected here, not a distillation token too."""
+"""ToMe against its official code.
+
+No encoder here has a distillation token, which that code protects beside [CLS]: its vectors are
+met by the same parts, told that nothing may join the first odd token.
+"""
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from vispress.methods._parts.clustering.bipartite import fold, match, schedule
 from vispress.methods.base import descending
 from vispress.methods.encoder_merger import EncoderTokens
 from vispress.runtime.encoder.merging import size_bias
+from vispress_kernels.assign_nearest import assign_nearest
 from vispress_kernels.merge_tokens import merge_tokens
 
 
@@ -61,11 +66,61 @@ def test_merges_what_the_official_code_merges(case):
     rest = order[:, r:].sort(dim=1).values if cls else order[:, r:]
     assert torch.equal(rest, case["out/unm_idx"])
     close(x, case["out/merged_wavg"])
+    close(x, case["out/merged_mean"])  # all sizes are 1
     close(total, case["out/size"])
     source = torch.nn.functional.one_hot(places, count).mT
     assert torch.equal(source, case["out/source"].long())
     back = x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
     close(back, case["out/unmerged_wavg"])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name)
+        for name, case in load("tome").items()
+        if case.get("param/distill_token")
+    ],
+)
+def test_a_distillation_token_stays_too(case):
+    metric, x = case["in/metric"].clone(), case["in/x"]
+    n, cls = metric.shape[1], bool(case["param/class_token"])
+    r = min(case["param/r"], (n - int(cls) - int(case["param/distill_token"])) // 2)
+    assert r == case["param/r_effective"]
+    metric[:, 1] = float("nan")  # a NaN is never nearest
+    cosine, nearest = match(metric, torch.tensor([n]), protect_first=cls)
+    close(cosine.clamp(min=-1e30), case["out/node_max"])
+    assert torch.equal(nearest[:, int(cls) :], case["out/node_idx"][:, int(cls) :])
+    order = descending(cosine)
+    assert torch.equal(order[:, :r], case["out/src_idx"])
+    assert torch.equal(nearest.gather(1, order[:, :r]), case["out/dst_idx"])
+    stays = order[:, r:].sort(dim=1).values if cls else order[:, r:]
+    assert torch.equal(stays, case["out/unm_idx"])
+    places = fold(cosine, nearest, torch.tensor([n]), torch.tensor([r]), n, in_order=cls)
+    # [CLS] and the distillation token come first there; here all even tokens come before odd ones
+    evens = stays.shape[1]
+    theirs = [0, evens, *range(1, evens), *range(evens + 1, n - r)]
+    for name in ("merged_wavg", "merged_mean"):
+        ours, total = merged(x, torch.ones(x.shape[:2]), places, n - r)
+        close(ours[:, theirs], case[f"out/{name}"])
+    close(total[:, theirs], case["out/size"])
+    source = torch.nn.functional.one_hot(places, n - r).mT[:, theirs]
+    assert torch.equal(source, case["out/source"].long())
+
+
+@each_case("tome", having="param/k")
+def test_every_kth_token_takes_the_others_in(case):
+    x, k = case["in/x"], case["param/k"]
+    whole = x.shape[1] // k * k  # what does not fill a group is left out
+    groups = case["in/metric"][:, :whole].unflatten(1, (-1, k))
+    others, kth = groups[:, :, :-1].flatten(1, 2), groups[:, :, -1]
+    nearest, _ = assign_nearest(others, kth)
+    assert torch.equal(nearest, case["out/dst_idx"])
+    own = torch.arange(kth.shape[1]).expand(len(x), -1)
+    places = torch.cat([nearest.unflatten(1, (-1, k - 1)), own[..., None]], dim=2).flatten(1)
+    ours, total = merged(x[:, :whole], torch.ones(len(x), whole), places, kth.shape[1])
+    close(ours, case["out/merged_wavg"])
+    close(total, case["out/size"])
 
 
 @each_case("tome", having="param/r_per_layer")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from tests.methods.helpers import only
-from tests.parity.stages import attention_rows, drop, image_part, sequence_length
+from tests.parity.stages import attention_rows, drop, image_part, outputs, sequence_length
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.methods import TransPrune
@@ -45,11 +45,11 @@ def test_every_stage_keeps_what_the_official_code_keeps(case):
     modules = [case[f"in/{name}"] for name in ("attn_in", "attn_out", "ffn_in", "ffn_out")]
     alive, steps = torch.arange(sequence_length(case)), {}
     for stage, placement in enumerate(method.placements(case["param/n_layers"])):
-        out = {k.split("_", 1)[1]: v for k, v in case.items() if f"stage{stage}_" in k}
+        out = outputs(case, stage)
         image = image_part(case, alive)
         assert (placement.layer, placement.attention_of) == (layers[stage], "next")
-        assert alive[image].tolist() == out["scored_positions"].tolist()
-        assert len(placement.transitions) == out["n_accumulated_layers"]
+        assert alive[image].tolist() == out("scored_positions").tolist()
+        assert len(placement.transitions) == out("n_accumulated_layers")
         for layer in placement.transitions:
             if layer not in steps:
                 x1, y1, x2, y2 = (m[measured.index(layer)][alive] for m in modules)
@@ -57,13 +57,13 @@ def test_every_stage_keeps_what_the_official_code_keeps(case):
         rows = attention_rows(case["in/q_text"][stage], case["in/k"][stage], alive)[..., image]
         tokens = only(query_attention=rows[None], transition=tuple(steps.values()))
         score = method.score(tokens)[0]
-        close(2 * score, out["score"])
+        close(2 * score, out("score"))
         for part, alpha in (("ttv", 1.0), ("iga", 0.0)):
-            close(replace(method, alpha=alpha).score(tokens)[0], out[f"{part}_normalised"])
+            close(replace(method, alpha=alpha).score(tokens)[0], out(f"{part}_normalised"))
         num_keep = placement.budget.resolve(case["param/image_tokens"])
-        assert num_keep == out["keep_count"]
+        assert num_keep == out("keep_count")
         (keep,) = method.plan(tokens, num_keep).keep
-        official = torch.searchsorted(alive[image], out["kept_positions"])
+        official = torch.searchsorted(alive[image], out("kept_positions"))
         same_kept(case, keep, official, score)
         alive = drop(alive, image, official)
         # survivors keep what was measured of them before

@@ -12,6 +12,7 @@ from vispress.methods._parts.scoring.encoder_attention import encoder_attention
 def test_keeps_what_the_official_code_keeps(case):
     tokens = only(vision_features=case["in/features"], cls_attention=case["in/cls_attn"])
     num_keep, important = case["param/keep_count"], case["param/important_count"]
+    assert num_keep - important == case["param/diverse_count"]
     method = VisPruner(important_ratio=case["param/important_ratio"])
     score = encoder_attention(tokens, "cls")
     close(score, case["out/score"])

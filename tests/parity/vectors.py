@@ -14,6 +14,22 @@ import torch
 FOLDER = Path(os.environ.get("VISPRESS_PARITY_DIR", Path(__file__).parent / "data"))
 
 
+READ = set()
+"""`(method, case, key)` of every value that was looked at; see `test_every_vector_is_read`."""
+
+
+class Case(dict):
+    """Values of one case by key, which remembers those that are looked at."""
+
+    def __init__(self, method, name):
+        super().__init__()
+        self.method, self.name = method, name
+
+    def __getitem__(self, key):
+        READ.add((self.method, self.name, key))
+        return super().__getitem__(key)
+
+
 def load(method):
     """`{case: {key: value}}`; scalars as Python numbers, arrays as tensors."""
     cases = {}
@@ -21,7 +37,7 @@ def load(method):
         for name in file.files:
             if name != "meta":
                 case, key = name.split("/", 1)
-                cases.setdefault(case, {})[key] = _plain(file[name])
+                cases.setdefault(case, Case(method, case))[key] = _plain(file[name])
     return cases
 
 
