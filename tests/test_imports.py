@@ -20,6 +20,7 @@ FLOORS: dict[str, int] = {
     "vispress.budget": 1,
     "vispress.checks": 1,
     "vispress.placement": 1,
+    "vispress.prompts": 1,
     "vispress.context": 1,
     "vispress.memory": 1,
     "vispress.devices": 1,
@@ -102,6 +103,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.stages": 12,  # each stage
         "vispress.runtime.forward.static_decode": 12,
         "vispress.runtime.forward.prefill_record": 12,
+        "vispress.runtime.forward.base_model": 13,
         "vispress.runtime.forward.prefill": 13,
         "vispress.runtime.attachment": 14,
         "vispress.runtime": 15,

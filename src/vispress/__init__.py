@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vispress.adapters.base import register_adapter
     from vispress.api import compress_model, compressed, compression_report, remove_compression
+    from vispress.prompts import prompt_lengths
     from vispress.registry import list_methods, register_method
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "compressed",
     "compression_report",
     "list_methods",
+    "prompt_lengths",
     "register_adapter",
     "register_method",
     "remove_compression",
@@ -28,6 +30,7 @@ _HOME = {
     "compression_report": "vispress.api",
     "remove_compression": "vispress.api",
     "list_methods": "vispress.registry",
+    "prompt_lengths": "vispress.prompts",
     "register_method": "vispress.registry",
     "register_adapter": "vispress.adapters.base",
 }

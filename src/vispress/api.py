@@ -80,6 +80,7 @@ def compress_model(
     adapter = find_adapter(model)
 
     from vispress.runtime.attachment import ATTRIBUTE, Attachment
+    from vispress.runtime.forward.owner import find_owner
     from vispress.runtime.plan.placements import bind_placements
     from vispress.runtime.plan.plan import Plan
     from vispress.runtime.stages import bind_all
@@ -101,7 +102,8 @@ def compress_model(
     placements, remarks = bind_placements(methods, adapter, positions)
     notes += remarks
     stages = bind_all(Binding(adapter, methods, placements, notes, backend))
-    Attachment(Plan(adapter, methods, placements, backend, notes), stages).attach()
+    plan = Plan(adapter, methods, placements, backend, notes)
+    Attachment(plan, stages, find_owner(model, adapter.base)).attach()
     return model
 
 

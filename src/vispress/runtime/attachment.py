@@ -1,8 +1,6 @@
 """Attach compressors to a model instance: hooks in, hooks out, nothing left behind."""
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,26 +11,16 @@ from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
 from vispress.kinds import Signal
 from vispress.methods.base import Compressor
-from vispress.runtime.encoder.capture import (
-    CAPTURE_ATTRIBUTE,
-    EncoderCapture,
-    EncoderSink,
-    watch_pixels,
-)
+from vispress.prompts import PROMPT_LENGTHS
+from vispress.runtime.encoder.capture import EncoderSink, watch_pixels
 from vispress.runtime.forward import prefill
-from vispress.runtime.forward.model_call import (
-    LATEST,
-    MODEL_CALLS,
-    SIZES,
-    ModelCall,
-    brings_images,
-    by_name,
-    capture_of,
-)
+from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
+from vispress.runtime.forward.model_call import ModelCall
+from vispress.runtime.forward.owner import check_replica, generates, owner_runs
 from vispress.runtime.forward.running import MEASURED, RUNNING, CarriedEmbeds, Running
 from vispress.runtime.forward.static_decode import StaticDecodeCall
-from vispress.runtime.hooks.attention import current_sink, watch, watching
-from vispress.runtime.hooks.instance_patch import Original, forget, patch_instance
+from vispress.runtime.hooks.attention import current_sink, watch
+from vispress.runtime.hooks.instance_patch import Original, forget, is_patched, patch_instance
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import RuntimeStage
 from vispress.runtime.tokens.live_tokens import live_deepstack
@@ -46,10 +34,11 @@ class Attachment:
     Args:
         plan: What is asked of the model.
         stages: The stages of its chain, in order.
+        owner: The head that owns the base model (see `find_owner`), or None.
     """
 
-    def __init__(self, plan: Plan, stages: Sequence[RuntimeStage]) -> None:
-        self.plan, self.stages = plan, tuple(stages)
+    def __init__(self, plan: Plan, stages: Sequence[RuntimeStage], owner: nn.Module | None) -> None:
+        self.plan, self.stages, self.owner = plan, tuple(stages), owner
         self.record: Any = None
         self._undo: list[Callable[[], None]] = []
         adapter = plan.adapter
@@ -71,7 +60,9 @@ class Attachment:
         """Install all hooks."""
         adapter, base = self.plan.adapter, self.plan.adapter.base
         self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
-        self._hook(base.register_forward_hook(self._base_ends, always_call=True))
+        self._undo.append(patch_instance(base, "forward", self._base_runs, keyword=PROMPT_LENGTHS))
+        if self.owner is not None:
+            self._attach_owner(self.owner)
         for modality in adapter.placeholders():
             self._wrap(base, f"get_{modality}_features", self._get_features, modality)
         language_model: Any = adapter.language_model
@@ -95,6 +86,14 @@ class Attachment:
         if hasattr(language_model, "_deepstack_process"):
             self._wrap(language_model, "_deepstack_process", self._deepstack)
         self._set(base, ATTRIBUTE, self)
+
+    def _attach_owner(self, owner: nn.Module) -> None:
+        base = self.plan.adapter.base
+        self._hook(owner.register_forward_pre_hook(self._owner_starts, with_kwargs=True))
+        for name, wrapper in (("forward", owner_runs), ("generate", generates)):
+            if hasattr(owner, name):
+                wrapped = partial(wrapper, base)
+                self._undo.append(patch_instance(owner, name, wrapped, keyword=PROMPT_LENGTHS))
 
     def _attach_encoder(self) -> None:
         plan = self.plan
@@ -134,72 +133,28 @@ class Attachment:
     # --- hooks of the base model and its encoder
 
     def _base_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() and not brings_images(kwargs):
-            return  # a compiled decode step: nothing to remember, nothing that breaks the graph
-        adapter = self.plan.adapter
-        now = (adapter.language_model, *adapter.decoder_layers)
-        if len(now) != len(self._decoder) or any(
-            a is not b for a, b in zip(now, self._decoder, strict=True)
-        ):
-            raise CompressionStateError(
-                "decoder layers were exchanged after compress_model: nothing would be compressed; "
-                "call remove_compression(model) and compress again"
-            )
-        call = ModelCall(self.plan, by_name(type(module).forward, (module, *args), kwargs))
-        if brings_images(call.arguments):
-            call.fetch()
-        for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
-            if output is not None:
-                call.captures[modality] = capture_of(self.plan, modality, output)
-        MODEL_CALLS.set((*MODEL_CALLS.get(), call))
-
-    def _base_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        check_replica(module, self.plan.adapter.base)
         if torch.compiler.is_compiling():
             return
-        if (calls := MODEL_CALLS.get()) and calls[-1].plan is self.plan:
-            MODEL_CALLS.set(calls[:-1])
+        for patched in (module, self.owner):
+            if patched is not None and not is_patched(patched, "forward"):
+                raise CompressionStateError(
+                    f"{type(patched).__name__}.forward was replaced after compress_model, which no "
+                    "longer sees what it is called with; call remove_compression(model), then "
+                    "compress_model behind whatever replaces it"
+                )
 
-    def _current(self) -> ModelCall | None:
-        calls = MODEL_CALLS.get()
-        return calls[-1] if calls and calls[-1].plan is self.plan else None
+    def _owner_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert self.owner is not None
+        check_replica(module, self.owner)
+
+    def _base_runs(self, original: Original, *args: Any, **kwargs: Any) -> Any:
+        return run_base(self.plan, self._decoder, original, args, kwargs)
 
     def _get_features(
         self, modality: Modality, original: Original, *args: Any, **kwargs: Any
     ) -> Any:
-        plan = self.plan
-        if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
-            return original(*args, **kwargs)
-        sink = EncoderSink(
-            plan.adapter,
-            plan.encoder_signals,
-            plan.all_encoder_layers,
-            plan.key_layers,
-            plan.backend,
-        )
-        arguments, call = by_name(original.function, args, kwargs), self._current()
-        if isinstance(sizes := arguments.get(SIZES), Tensor):
-            arguments[SIZES] = sizes.cpu() if call is None else call.on_host(sizes)
-        with watching(sink), self._encoding(modality, arguments) as merge:
-            output = original(*args, **kwargs)
-        features = plan.adapter.features(modality, output)
-        capture = EncoderCapture(plan.adapter, modality, features, arguments, sink, merge)
-        if not isinstance(output, tuple | list | Tensor):
-            setattr(output, CAPTURE_ATTRIBUTE, capture)
-            LATEST.set(dict(LATEST.get()) | {(id(plan), modality): weakref.ref(capture)})
-        if call is not None:
-            call.captures[modality] = capture
-            capture.transient = True
-        return output
-
-    @contextmanager
-    def _encoding(self, modality: Modality, arguments: dict[str, Any]) -> Iterator[Any]:
-        """Let the stage that acts in the encoder, if there is one, act in this call of it."""
-        encode = next((stage.encode for stage in self.stages if stage.encode is not None), None)
-        if encode is None:
-            yield None
-        else:
-            with encode(modality, arguments) as merge:
-                yield merge
+        return run_encoder(self.plan, self.stages, modality, original, args, kwargs)
 
     def _projector_starts(self, module: nn.Module, args: Any) -> None:
         sink = current_sink()
@@ -213,7 +168,7 @@ class Attachment:
             step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
             if step is not None:
                 return args, kwargs | {RUNNING: step}
-        call = self._current() or ModelCall(self.plan, {})
+        call = current_call(self.plan) or ModelCall(self.plan, {})
         running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
         return None if running is None else ((), kwargs)
 

@@ -14,13 +14,25 @@ from torch import Tensor
 
 from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
+from vispress.prompts import check_ends
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture
+from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.plan.plan import Plan
 
 
 @dataclass(eq=False)
 class ModelCall:
-    """What the base model's forward was called with; lives as long as that call."""
+    """What the base model's forward was called with; lives as long as that call.
+
+    Args:
+        plan: What is asked of the model.
+        arguments: Of the base model's forward, by name.
+        captures: What the vision encoder gave in this call, or before it.
+        labels: `[B, Q]` that the owner of the base model was called with, or None.
+        shift_labels: `[B, Q]`, one place ahead, likewise.
+        prompt_lengths: `[B]` int64 on the host (packed rows: one a document), tokens before each
+            answer, padding not counted, those in the cache counted; None where nobody said.
+    """
 
     plan: Plan
     arguments: Mapping[str, Any]
@@ -29,6 +41,12 @@ class ModelCall:
     shift_labels: Tensor | None = None
     prompt_lengths: Tensor | None = None
     _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch; 0 where nothing says."""
+        given = (self.arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+        return next((len(tensor) for tensor in given if tensor is not None), 0)
 
     def fetch(self) -> None:
         """Copy what is read here to the host, before the encoder is launched: no wait for work."""
@@ -41,6 +59,21 @@ class ModelCall:
         self._fetched = list(zip(given, copies, strict=True))
         if isinstance(sizes := self.arguments.get(SIZES), Tensor):
             self._fetched.append((sizes, sizes.cpu()))
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        """Refuse prompts that end behind their sample, where rows are samples."""
+        if self.prompt_lengths is None or len(self.prompt_lengths) != self.rows:
+            return
+        mask = self.arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            check_ends(self.prompt_lengths, self.on_host(mask).bool().sum(1).tolist())
+            return
+        cache = cache_of(self.arguments)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        given = (self.arguments.get(name) for name in ("input_ids", "inputs_embeds"))
+        shown = next(tensor for tensor in given if tensor is not None)
+        check_ends(self.prompt_lengths, [past + shown.shape[1]] * self.rows)
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Its copy on the host (int64 where it was fetched ahead; else work is waited for)."""

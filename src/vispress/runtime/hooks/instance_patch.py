@@ -22,38 +22,83 @@ class Original:
         return getattr(type(self.module), self.name).__get__(self.module)  # type: ignore[no-any-return]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        # not by a bound method: dynamo would look it up on the instance again, and find the patch
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
 
 class InstancePatch:
-    """Stands on an instance in place of a bound method; shows that method's signature."""
+    """Stands on an instance in place of a bound method; shows that method's signature.
 
-    def __init__(self, wrapper: Callable[..., Any], original: Original) -> None:
-        self.wrapper, self.original = wrapper, original
+    Args:
+        wrapper: Answers calls, with `original` in front of their arguments; None: `original` does.
+        original: The method.
+        keyword: A keyword that the wrapper takes out, shown in the signature too: trainers leave
+            out what they do not find there.
+    """
+
+    def __init__(
+        self, wrapper: Callable[..., Any] | None, original: Original, keyword: str | None = None
+    ) -> None:
+        self.wrapper, self.original, self.keyword = wrapper, original, keyword
 
     @property
     def __signature__(self) -> inspect.Signature:
         # generate() passes only the arguments it finds here
-        return inspect.signature(self.original.function)
+        signature = inspect.signature(self.original.function)
+        if self.keyword is None or self.wrapper is None or self.keyword in signature.parameters:
+            return signature
+        kind = inspect.Parameter.KEYWORD_ONLY
+        more = inspect.Parameter(self.keyword, kind, default=None)
+        known = list(signature.parameters.values())
+        end = len(known) - (bool(known) and known[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        return signature.replace(parameters=[*known[:end], more, *known[end:]])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapper is None:
+            return self.original(*args, **kwargs)
         return self.wrapper(self.original, *args, **kwargs)
 
 
-def patch_instance(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
-    """Let `wrapper(original, *args, **kwargs)` answer calls of `module.name`; returns the undo."""
-    previous = module.__dict__.get(name)
-    module.__dict__[name] = InstancePatch(wrapper, Original(module, name, previous))
-    return partial(_restore, module, name, previous)
+def patch_instance(
+    module: nn.Module, name: str, wrapper: Callable[..., Any], *, keyword: str | None = None
+) -> Callable[[], None]:
+    """Let `wrapper(original, *args, **kwargs)` answer calls of `module.name`; returns the undo.
+
+    Args:
+        module: The instance.
+        name: Of its method.
+        wrapper: What answers.
+        keyword: See `InstancePatch`.
+    """
+    original = Original(module, name, module.__dict__.get(name))
+    patch = InstancePatch(wrapper, original, keyword)
+    module.__dict__[name] = patch
+    return partial(_restore, patch)
+
+
+def is_patched(module: nn.Module, name: str) -> bool:
+    """Whether a patch still answers calls of `module.name`, wrapped or not."""
+    found = module.__dict__.get(name)
+    while found is not None:
+        if isinstance(found, InstancePatch) and found.wrapper is not None:
+            return True
+        found = getattr(found, "__wrapped__", None)
+    return False
 
 
 def forget(module: nn.Module, name: str) -> None:
     """Remove an attribute of the instance (a function, so that deep copies follow the module)."""
-    del module.__dict__[name]
+    module.__dict__.pop(name, None)
 
 
-def _restore(module: nn.Module, name: str, previous: Any) -> None:
-    if previous is None:
+def _restore(patch: InstancePatch) -> None:
+    module, name = patch.original.module, patch.original.name
+    patch.wrapper = None  # whoever wrapped it since keeps calling it, and reaches the original
+    if module.__dict__.get(name) is not patch:
+        return
+    if patch.original.previous is None:
         del module.__dict__[name]
     else:
-        module.__dict__[name] = previous
+        module.__dict__[name] = patch.original.previous

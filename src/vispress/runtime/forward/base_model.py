@@ -1,0 +1,128 @@
+"""Run the base model's forward, and the encoder calls in it, and remember what they were given."""
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from vispress.adapters.base import Modality
+from vispress.errors import CompressionStateError
+from vispress.prompts import PROMPT_LENGTHS, as_lengths
+from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture, EncoderSink
+from vispress.runtime.forward.model_call import (
+    LATEST,
+    MODEL_CALLS,
+    SIZES,
+    ModelCall,
+    brings_images,
+    by_name,
+    capture_of,
+)
+from vispress.runtime.forward.owner import is_traced, prompt_ends
+from vispress.runtime.hooks.attention import current_sink, watching
+from vispress.runtime.hooks.instance_patch import Original
+from vispress.runtime.plan.plan import Plan
+from vispress.runtime.stages.base import RuntimeStage
+
+
+def current_call(plan: Plan) -> ModelCall | None:
+    """Give the base model's call that runs in this context."""
+    calls = MODEL_CALLS.get()
+    return calls[-1] if calls and calls[-1].plan is plan else None
+
+
+def run_base(
+    plan: Plan,
+    decoder: Sequence[nn.Module],
+    original: Original,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run the base model's forward with an entry in `MODEL_CALLS`.
+
+    Args:
+        plan: What is asked of the model.
+        decoder: The language model and its layers, as they were when it was compressed.
+        original: The forward.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments, and perhaps `prompt_lengths`.
+
+    Raises:
+        CompressionStateError: The decoder's layers are others now.
+        ConfigError: The prompt lengths do not fit.
+    """
+    lengths = kwargs.pop(PROMPT_LENGTHS, None)
+    if is_traced(args, kwargs):
+        return original(*args, **kwargs)
+    adapter = plan.adapter
+    now = (adapter.language_model, *adapter.decoder_layers)
+    if len(now) != len(decoder) or any(a is not b for a, b in zip(now, decoder, strict=True)):
+        raise CompressionStateError(
+            "decoder layers were exchanged after compress_model: nothing would be compressed; "
+            "call remove_compression(model) and compress again"
+        )
+    base = adapter.base
+    call = ModelCall(plan, by_name(type(base).forward, (base, *args), kwargs))
+    given = None if lengths is None else as_lengths(lengths)
+    call.labels, call.shift_labels, call.prompt_lengths = prompt_ends(base, given, call.rows)
+    if brings_images(call.arguments):
+        call.fetch()
+    for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
+        if output is not None:
+            call.captures[modality] = capture_of(plan, modality, output)
+    before = MODEL_CALLS.get()
+    # a hook behind the forward would not do: torch runs it on `Exception` alone
+    try:
+        MODEL_CALLS.set((*before, call))
+        return original(*args, **kwargs)
+    finally:
+        MODEL_CALLS.set(before)
+
+
+def run_encoder(
+    plan: Plan,
+    stages: Sequence[RuntimeStage],
+    modality: Modality,
+    original: Original,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run `get_image_features` or `get_video_features`, and keep the signals that it shows."""
+    if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
+        return original(*args, **kwargs)
+    sink = EncoderSink(
+        plan.adapter,
+        plan.encoder_signals,
+        plan.all_encoder_layers,
+        plan.key_layers,
+        plan.backend,
+    )
+    arguments, call = by_name(original.function, args, kwargs), current_call(plan)
+    if isinstance(sizes := arguments.get(SIZES), Tensor):
+        arguments[SIZES] = sizes.cpu() if call is None else call.on_host(sizes)
+    with watching(sink), _encoding(stages, modality, arguments) as merge:
+        output = original(*args, **kwargs)
+    features = plan.adapter.features(modality, output)
+    capture = EncoderCapture(plan.adapter, modality, features, arguments, sink, merge)
+    if not isinstance(output, tuple | list | Tensor):
+        setattr(output, CAPTURE_ATTRIBUTE, capture)
+        LATEST.set(dict(LATEST.get()) | {(id(plan), modality): weakref.ref(capture)})
+    if call is not None:
+        call.captures[modality] = capture
+        capture.transient = True
+    return output
+
+
+@contextmanager
+def _encoding(
+    stages: Sequence[RuntimeStage], modality: Modality, arguments: dict[str, Any]
+) -> Iterator[Any]:
+    """Let the stage that acts in the encoder, if there is one, act in this call of it."""
+    encode = next((stage.encode for stage in stages if stage.encode is not None), None)
+    if encode is None:
+        yield None
+    else:
+        with encode(modality, arguments) as merge:
+            yield merge

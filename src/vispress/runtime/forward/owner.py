@@ -1,0 +1,193 @@
+"""Read from the head above a base model what the base model is not told: where prompts end.
+
+Labels are an argument of `...ForConditionalGeneration.forward` and go no deeper; `generate` knows
+where its prompt ends, and its forwards, which may bring drafts too, do not. The owner of the base
+model is patched, not hooked: PEFT calls its `forward` directly, which passes hooks by.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispress.errors import CompressionStateError, ConfigError
+from vispress.prompts import PROMPT_LENGTHS, as_lengths, current_lengths
+from vispress.runtime.forward.model_call import brings_images, by_name
+from vispress.runtime.hooks.instance_patch import Original
+from vispress.runtime.kv_cache.hf_compat import cache_of
+
+
+@dataclass(frozen=True, eq=False)
+class OwnerCall:
+    """What the owner's forward was called with beside the base model's arguments.
+
+    Args:
+        base: The base model it owns.
+        labels: `[B, Q]`, or None.
+        shift_labels: `[B, Q]`, one place ahead, or None.
+        prompt_lengths: `[B]` int64 on the host, given as a keyword, or None.
+    """
+
+    base: nn.Module
+    labels: Tensor | None = None
+    shift_labels: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Generating:
+    """A `generate` under way.
+
+    Args:
+        base: The base model of what generates.
+        prompt_lengths: `[B]` int64 on the host, of its prompts; None where it cannot be told.
+    """
+
+    base: nn.Module
+    prompt_lengths: Tensor | None
+
+
+# Contexts, because what stands between these calls and the base model (heads, wrappers, loops of
+# `generate`) hands nothing on. Both are set back by `finally`, which every interrupt runs.
+OWNER_CALL: ContextVar[OwnerCall | None] = ContextVar("vispress_owner_call", default=None)
+GENERATING: ContextVar[Generating | None] = ContextVar("vispress_generating", default=None)
+
+
+def find_owner(model: nn.Module, base: nn.Module) -> nn.Module | None:
+    """Find the head that owns the base model: the innermost module around it that takes labels.
+
+    Args:
+        model: What the user has, wrapped or not.
+        base: The base model in it.
+
+    Returns:
+        None when `model` is the base model, or nothing around it takes labels or generates.
+    """
+    path = next(name for name, module in model.named_modules() if module is base)
+    names = path.split(".") if path else []
+    around = [model.get_submodule(".".join(names[:n])) for n in reversed(range(len(names)))]
+    for module in around:
+        if "labels" in inspect.signature(type(module).forward).parameters:
+            return module
+    return next((module for module in around if hasattr(module, "generate")), None)
+
+
+def check_replica(module: nn.Module, attached: nn.Module) -> None:
+    """Refuse a copy that shares the hooks of the module they were made for.
+
+    Raises:
+        CompressionStateError: Says what works.
+    """
+    if module is not attached:
+        raise CompressionStateError(
+            "this is a replica of the compressed model (nn.DataParallel): the original's encoder "
+            "and hooks would answer for it. Use DistributedDataParallel, one process a device, or "
+            "device_map"
+        )
+
+
+def is_traced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is a compiled step without images: nothing to remember, nothing that may
+    break the graph.
+    """
+    return torch.compiler.is_compiling() and len(args) < 2 and not brings_images(kwargs)
+
+
+def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Answer the owner's `forward`: note what the base model will not be told."""
+    lengths = kwargs.pop(PROMPT_LENGTHS, None)
+    if is_traced(args, kwargs):
+        return original(*args, **kwargs)
+    labels = kwargs.get("labels")
+    if labels is None and args:
+        module = original.module
+        labels = by_name(type(module).forward, (module, *args), kwargs).get("labels")
+    given = None if lengths is None else as_lengths(lengths)
+    before = OWNER_CALL.get()
+    try:
+        OWNER_CALL.set(OwnerCall(base, labels, kwargs.get("shift_labels"), given))
+        return original(*args, **kwargs)
+    finally:
+        OWNER_CALL.set(before)
+
+
+def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Answer the owner's `generate`: note how long its prompts are, before any draft."""
+    given = kwargs.pop(PROMPT_LENGTHS, None)
+    lengths = current_lengths() if given is None else as_lengths(given)
+    found = _prompts_of(original, args, kwargs)
+    if lengths is None:
+        lengths = found
+    elif found is not None and len(found) != len(lengths):
+        raise ConfigError(
+            f"{PROMPT_LENGTHS} has {len(lengths)} entries, but generate got {len(found)} prompts"
+        )
+    before = GENERATING.get()
+    try:
+        GENERATING.set(Generating(base, lengths))
+        return original(*args, **kwargs)
+    finally:
+        GENERATING.set(before)
+
+
+def _prompts_of(original: Original, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`[B]` lengths of the prompts that `generate` is called with, as it will read them."""
+    given = by_name(original.function, args, kwargs)
+    ids = next((x for x in map(given.get, ("input_ids", "inputs")) if x is not None), None)
+    embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+    shown = ids if embeds is None else embeds
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        marks = mask.bool()
+    elif isinstance(shown, Tensor) and shown.ndim >= 2:
+        marks = torch.ones(shown.shape[:2], dtype=torch.bool, device=shown.device)
+        if embeds is None and shown.ndim == 2:
+            marks = _no_padding(original.module, given, shown, marks)
+    else:
+        return None
+    cache = cache_of(given)
+    if cache is not None and marks.shape[1] <= int(cache.get_seq_length()):
+        return None  # it shows what is new alone, and not what of the rest is padding
+    return marks.sum(1).cpu()
+
+
+def _no_padding(owner: Any, given: Mapping[str, Any], ids: Tensor, marks: Tensor) -> Tensor:
+    """Infer from the padding token what is padding, as `generate` does without a mask."""
+    config = given.get("generation_config") or owner.generation_config
+
+    def token(name: str) -> Any:
+        found = given.get(name)
+        found = getattr(config, name, None) if found is None else found
+        return getattr(owner.generation_config, name, None) if found is None else found
+
+    pad, ends = token("pad_token_id"), token("eos_token_id")
+    ends = ends if isinstance(ends, list | tuple | Tensor) else [ends]
+    if pad is None or any(end is not None and int(end) == int(pad) for end in ends):
+        return marks
+    return ids.ne(pad)
+
+
+def prompt_ends(
+    base: nn.Module, given: Tensor | None, rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Give labels, shifted labels and prompt lengths of a base model's call.
+
+    Args:
+        base: The base model.
+        given: Lengths from a keyword of its own.
+        rows: Of the call: prompts that `generate` repeats (beams, several answers) stand side by
+            side.
+    """
+    owner, generating = OWNER_CALL.get(), GENERATING.get()
+    owner = owner if owner is not None and owner.base is base else OwnerCall(base)
+    if generating is not None and generating.base is not base:
+        generating = None
+    lengths = owner.prompt_lengths if given is None else given
+    if lengths is None:
+        lengths = current_lengths() if generating is None else generating.prompt_lengths
+    if lengths is not None and generating is not None and rows % len(lengths) == 0:
+        lengths = lengths.repeat_interleave(rows // len(lengths))
+    return owner.labels, owner.shift_labels, lengths
