@@ -99,9 +99,6 @@ def find_ends(call: ModelCall, documents: Sequence[Document], state: ForwardStat
     batch, length = live.index.shape
     if call.prompt_lengths is not None:
         lengths = [int(count) for count in call.prompt_lengths]
-        if batch != len(lengths) and batch % max(1, len(lengths)) == 0 and not state.packed:
-            times = batch // len(lengths)  # beams and several answers repeat samples
-            lengths = [count for count in lengths for _ in range(times)]
         check_lengths(lengths, documents)
         if state.past:
             before = [state.past] * batch
