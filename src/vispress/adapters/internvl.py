@@ -54,7 +54,7 @@ class InternVLAdapter(TowerAdapter):
         return round(1 / float(self.base.config.downsample_ratio)) ** 2
 
     def patch_order(self, modality: Modality, call: Mapping[str, Any]) -> Tensor:
-        """As the pixel shuffle joins them."""
+        """Order patches as the pixel shuffle joins them."""
         h, w = self._patches(call)
         raster = torch.arange(h * w).view(1, h, w, 1)
         shuffled: Tensor = self.base.pixel_shuffle(raster, self.base.config.downsample_ratio)

@@ -43,12 +43,12 @@ class LlavaAdapter(TowerAdapter):
         return int(self.base.config.vision_config.patch_size)
 
     def _grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Count rows and columns of patches."""
         h, w = (int(size) // self._patch for size in pixels.shape[-2:])
         return h, w
 
     def picture_grids(self, modality: Modality, inputs: Mapping[str, Any]) -> Sequence[Grid]:
-        """The raster of the encoder's patches; all pictures of a batch have one size."""
+        """Take the raster of the encoder's patches; all pictures of a batch have one size."""
         if modality == "video" or inputs.get("pixel_values") is None:
             return []
         return [(1, *self._grid(inputs["pixel_values"]))] * len(inputs["pixel_values"])

@@ -1,4 +1,4 @@
-"""What the runtime must know about a model family. Everything here may know transformers."""
+"""The runtime's knowledge of a model family. Everything here may know transformers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ class EncoderBlock:
 
 
 class ModelAdapter(ABC):
-    """Where things are in one model family. Stateless: holds a reference to the base model only.
+    """Parts of the models of one family. Stateless: holds a reference to the base model only.
 
     Args:
         base: The base model (e.g. `LlavaModel`), which owns vision encoder and language model.
@@ -83,44 +83,44 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def placeholders(self) -> Mapping[Modality, int]:
-        """Token id that stands for one visual token, for each modality the model reads."""
+        """Name the token id of one visual token, for each modality the model reads."""
 
     # --- the vision side
 
     @abstractmethod
     def encoder_attentions(self) -> Sequence[nn.Module]:
-        """Attention modules of the vision encoder, one a layer (`ALL_ATTENTION_FUNCTIONS`)."""
+        """List the vision encoder's attention modules, one a layer (`ALL_ATTENTION_FUNCTIONS`)."""
 
     @abstractmethod
     def feature_layer(self) -> int:
-        """Index into `encoder_attentions` of the layer whose output becomes the visual tokens.
+        """Find the layer, in `encoder_attentions`, whose output becomes the visual tokens.
 
         For windowed encoders, the last layer with full attention (window columns do not compare).
         """
 
     def encoder_blocks(self) -> Sequence[EncoderBlock]:
-        """The encoder's layers up to the one whose output goes to the projector.
+        """List the encoder's layers up to the one whose output goes to the projector.
 
         Empty where they are not built that way: nothing can merge there.
         """
         return ()
 
     def encoder_taps(self) -> Sequence[nn.Module]:
-        """Modules that take an earlier layer's output as their first argument (DeepStack)."""
+        """List modules that take an earlier layer's output as their first argument (DeepStack)."""
         return ()
 
     def patches_per_token(self) -> int:
-        """Patches that become one visual token."""
+        """Count the patches that become one visual token."""
         return 1
 
     def patch_order(self, modality: Modality, call: Mapping[str, Any]) -> Tensor | None:
-        """`[n]` patches of one encoder sequence, token by token; None where they stand so."""
+        """Order the `[n]` patches of one encoder sequence by token; None where they stand so."""
         return None
 
     def sequences(
         self, modality: Modality, call: Mapping[str, Any], length: int
     ) -> Sequence[Sequence[int]]:
-        """Tokens of each encoder sequence (crop, frame or window) of each image or video.
+        """Count the tokens of each encoder sequence (crop, frame, window) of each image or video.
 
         Args:
             modality: Image or video.
@@ -130,7 +130,7 @@ class ModelAdapter(ABC):
         raise NotImplementedError
 
     def global_layers(self) -> Sequence[int]:
-        """Encoder layers with full attention (all, unless the encoder has window attention)."""
+        """List the encoder layers with full attention (all, unless some have window attention)."""
         return range(len(self.encoder_attentions()))
 
     @property
@@ -151,7 +151,7 @@ class ModelAdapter(ABC):
         return projector(features)  # type: ignore[no-any-return]
 
     def two_layer(self) -> TwoLayer | None:
-        """The projector's weights, if it is exactly two linear layers around a GELU, or these
+        """Take the projector's weights, if it is exactly two linear layers around a GELU, or these
         behind a norm of the patches.
 
         None where anything else may happen between token inputs (`projector_inputs`) and output: an
@@ -196,17 +196,17 @@ class ModelAdapter(ABC):
     def layouts(
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
     ) -> Sequence[tuple[Grid | None, CropLayout | None]]:
-        """`(grid, crops)` of each image or video with `counts[i]` visual tokens; one is None."""
+        """Find `(grid, crops)` of each image or video of `counts[i]` visual tokens; one is None."""
 
     def square_encoder(self) -> nn.Module | None:
-        """The module that is called with pixels of pictures padded to squares.
+        """Find the module that is called with pixels of pictures padded to squares.
 
         None for families whose visual tokens hold no padding (it is cut off, or never put on).
         """
         return None
 
     def padding(self, pixels: Tensor) -> Tensor:
-        """Share of each patch that is padding, for families with a `square_encoder`.
+        """Measure the share of each patch that is padding, for families with a `square_encoder`.
 
         Args:
             pixels: `[P, C, H, W]`, what that module was called with.
@@ -260,11 +260,11 @@ class ModelAdapter(ABC):
         raise UnsupportedMethodError(f"the adapter of {self.family} cannot resize pictures")
 
     def features(self, modality: Modality, output: Any) -> tuple[Tensor, ...]:
-        """`[N_i, D]` that the model scatters for each image, from `get_<modality>_features`."""
+        """Take `[N_i, D]` that the model scatters for each image of `get_<modality>_features`."""
         return tuple(output.pooler_output)
 
     def signals(self) -> frozenset[Signal]:
-        """Signals this family can give."""
+        """List the signals this family can give."""
         return frozenset(Signal) if self.has_cls else frozenset(Signal) - CLS_SIGNALS
 
     # --- checks
@@ -278,6 +278,6 @@ class ModelAdapter(ABC):
 
 
 def raster(h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each place of an `h x w` grid in raster order, on the host."""
+    """Number row and column of each place of an `h x w` grid in raster order, on the host."""
     rows = torch.arange(h).repeat_interleave(w)
     return rows, torch.arange(w).repeat(h)

@@ -130,13 +130,13 @@ class Qwen2VLAdapter(ModelAdapter):
         return found
 
     def picture_grids(self, modality: Modality, inputs: Mapping[str, Any]) -> Sequence[Grid]:
-        """The raster of merged tokens of every picture and video, which keep their own sizes."""
+        """Take the raster of merged tokens; every picture and video keeps its own size."""
         if (grids := inputs.get(f"{modality}_grid_thw")) is None:
             return []
         return [(t, h // self._merge, w // self._merge) for t, h, w in grids.tolist()]
 
     def any_size(self) -> AbstractContextManager[None]:
-        """Nothing to do: the encoder takes every size."""
+        """Change nothing: the encoder takes every size."""
         return nullcontext()
 
     def resize(

@@ -1,4 +1,4 @@
-"""What families with a `vision_tower` and a `multi_modal_projector` have in common."""
+"""Families with a `vision_tower` and a `multi_modal_projector`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -56,17 +56,17 @@ def patch_norm(norm: Any, first: Any) -> PatchNorm | None:
 
 
 def of_transformers(module: Any, names: tuple[str, ...]) -> bool:
-    """Whether a module is of one of the classes of transformers with these names."""
+    """Tell whether a module is of one of the classes of transformers with these names."""
     return type(module).__module__.startswith("transformers.") and type(module).__name__ in names
 
 
 def _changed(module: Any) -> bool:
-    """Whether a module's call is more than its class's forward (accelerate, adapters, users)."""
+    """Tell whether a call does more than the class's forward (accelerate, adapters, users)."""
     return bool(module._forward_hooks) or "forward" in module.__dict__
 
 
 def _plain(module: Any) -> bool:
-    """Whether nothing was added to a module, and its own weights can be read."""
+    """Tell whether nothing was added to a module, and its own weights can be read."""
     if module._forward_pre_hooks or _changed(module):
         return False
     weights = module.parameters(recurse=False)

@@ -63,7 +63,7 @@ def load(
 def heldout(
     kind: "QuestionKind", n: int, seed: int = 0
 ) -> "list[tuple[Image, str, str, Question]]":
-    """Held-out questions of one kind: unseen scenes, unseen handwriting, balanced answers.
+    """Draw held-out questions of one kind: unseen scenes and handwriting, balanced answers.
 
     Args:
         kind: One of `KINDS`.

@@ -38,7 +38,7 @@ class Batch:
 def make_batches(
     loaded: LoadedModel, task: str, prompts: Sequence[Prompt], size: int
 ) -> list[Batch]:
-    """All questions of a task; conversations whose texts are equally long come together.
+    """Group all questions of a task; conversations with equally long texts come together.
 
     Args:
         loaded: Whose tokens are counted.
@@ -63,7 +63,7 @@ def _lengths(loaded: LoadedModel, prompt: Prompt) -> list[int]:
 
 
 class Memory:
-    """What is the same for all cells: processed batches, and what the vision encoder gave for them.
+    """Batches shared by all cells: processed inputs, and the vision encoder's output for them.
 
     Both are kept while they fit; a batch that no longer fits is made each time, with equal results.
 
@@ -80,7 +80,7 @@ class Memory:
 
     @contextmanager
     def shown(self, batch: Batch, *, anew: bool) -> Iterator[Any]:
-        """The batch's inputs; inside, what the encoder gave before is found again.
+        """Enter a batch: inside, what the encoder gave for it before is found again.
 
         Args:
             batch: The batch.
@@ -91,7 +91,7 @@ class Memory:
             yield inputs
 
     def inputs(self, batch: Batch, *, pixels: bool = True) -> Any:
-        """The batch's first turn, on the model's device; not to be changed.
+        """Process the batch's first turn; the result is on the model's device, not to be changed.
 
         Args:
             batch: The batch.
@@ -133,7 +133,7 @@ class Memory:
             undo()
 
     def _knows(self, batch: Batch, sink: EncoderSink | None) -> bool:
-        """Whether the encoder need not run."""
+        """Tell whether the encoder need not run."""
         if batch not in self._features.held or sink is None:
             return batch in self._features.held
         return self._asked == sink.asked and batch in self._collected.held
@@ -174,13 +174,13 @@ class _Bounded:
 
 
 def _bare(output: Any) -> Any:
-    """The encoder's output without what only the encoder itself needs."""
+    """Drop from the encoder's output what only the encoder itself needs."""
     dropped = ("hidden_states", "attentions", "last_hidden_state")
     return type(output)(**{name: value for name, value in output.items() if name not in dropped})
 
 
 def _bytes(value: Any) -> int:
-    """Bytes of all tensors in nested mappings and lists."""
+    """Count the bytes of all tensors in nested mappings and lists."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     parts = value.values() if isinstance(value, Mapping) else value

@@ -47,7 +47,7 @@ class Checkpoint(LoadedModel):
         videos: Sequence[Sequence[Any]] | None = None,
         **options: Any,
     ) -> Any:
-        """See `LoadedModel.encode`; checkpoints are given no videos."""
+        """Process a batch's first turn through the chat template; see `LoadedModel.encode`."""
         if videos or any(prompt.videos for prompt in prompts):
             self.check_videos()
         texts = [self._render([prompt.text]) for prompt in prompts]
@@ -68,7 +68,7 @@ class Checkpoint(LoadedModel):
     def converse(
         self, prompts: Sequence[Prompt], inputs: Any, max_new_tokens: int
     ) -> list[tuple[str, ...]]:
-        """See `LoadedModel.converse`; the template's words between turns are added."""
+        """Answer every turn, the template's words between them; see `LoadedModel.converse`."""
         rendered = [
             replace(
                 prompt,
@@ -84,7 +84,7 @@ class Checkpoint(LoadedModel):
         return super().converse(rendered, inputs, max_new_tokens)
 
     def _render(self, turns: Sequence[str]) -> str:
-        """Questions of a conversation as the model is given them, each but the last answered."""
+        """Render the questions of a conversation, each but the last answered."""
         if not self.processor.chat_template:
             return " ".join(turns).replace(MARK, self.processor.image_token)
         messages: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ class Checkpoint(LoadedModel):
 
 
 def content_of(text: str) -> list[dict[str, str]]:
-    """A text with `<image>` marks as the content of a chat message."""
+    """Turn a text with `<image>` marks into the content of a chat message."""
     content: list[dict[str, str]] = []
     for number, part in enumerate(text.split(MARK)):
         content += [{"type": "image"}] if number else []
@@ -156,7 +156,7 @@ def load_checkpoint(
 
 
 def weights_hash(folder: Path) -> str:
-    """Hash of a checkpoint: small files whole; of weights the size and 64 blocks of 64 KiB.
+    """Hash a checkpoint: small files whole; of weights the size and 64 blocks of 64 KiB.
 
     Cheap for large checkpoints, and different for two trainings of one model.
     """
@@ -244,7 +244,7 @@ def _read_processor(folder: Path, name: str) -> Any:
 
 
 def _complete(model: Any, processor: Any) -> None:
-    """Token ids that generation and padding need, where a checkpoint leaves them out."""
+    """Set token ids that generation and padding need, where a checkpoint leaves them out."""
     tokenizer, generation = processor.tokenizer, model.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id

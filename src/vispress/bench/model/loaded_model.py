@@ -26,7 +26,7 @@ REFERENCES: Final = ("reference", "reference-qwen", "reference-qwen-clips")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What is measured.
+    """A model under test, with its processor.
 
     Args:
         name: As in the plan.
@@ -54,7 +54,7 @@ class LoadedModel:
         videos: Sequence[Sequence[Any]] | None = None,
         **options: Any,
     ) -> Any:
-        """Left-padded inputs of a batch's first turn, on the model's device.
+        """Process a batch's first turn into left-padded inputs on the model's device.
 
         Args:
             prompts: The batch.
@@ -83,7 +83,7 @@ class LoadedModel:
         ).to(self.model.device, self.model.dtype)
 
     def check_videos(self) -> None:
-        """Whether prompts may show videos.
+        """Check that prompts may show videos.
 
         Raises:
             ConfigError: They may not.
@@ -98,7 +98,7 @@ class LoadedModel:
             )
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """Greedy answers of one batch, through `model.generate`; those of turns joined by " / "."""
+        """Answer one batch greedily, through `model.generate`; turns are joined by " / "."""
         return [
             " / ".join(turns)
             for turns in self.converse(prompts, self.encode(prompts), max_new_tokens)
@@ -107,7 +107,7 @@ class LoadedModel:
     def converse(
         self, prompts: Sequence[Prompt], inputs: Any, max_new_tokens: int
     ) -> list[tuple[str, ...]]:
-        """Greedy answers of every turn of one batch, the cache kept between turns.
+        """Answer every turn of one batch greedily, the cache kept between turns.
 
         Args:
             prompts: The batch.
@@ -157,7 +157,7 @@ def to_device(model: Any, device: str | torch.device) -> None:
 
 
 def _is_reference(folder: Path) -> bool:
-    """Whether a folder holds a reference model: whole words for tokens, and no chat template."""
+    """Tell whether a folder holds a reference model: whole words for tokens, no chat template."""
     if (folder / "chat_template.jinja").is_file():
         return False
     try:

@@ -29,7 +29,7 @@ def converse(
     followups: Sequence[Sequence[str]],
     max_new_tokens: int,
 ) -> list[tuple[str, ...]]:
-    """Greedy answers of every turn, through `model.generate`; the cache is kept between turns.
+    """Answer every turn greedily, through `model.generate`; the cache is kept between turns.
 
     Args:
         model: Compressed or not.
@@ -50,7 +50,7 @@ def converse(
 
 @dataclass(frozen=True)
 class _Conversation:
-    """What all turns share."""
+    """Settings and answers that all turns of a batch share."""
 
     model: Any
     tokenizer: Any
@@ -65,11 +65,11 @@ class _Conversation:
         return [] if ids is None else list(ids) if isinstance(ids, list) else [int(ids)]
 
     def goes_on(self, row: int) -> bool:
-        """Whether a row has a turn that is not asked yet."""
+        """Tell whether a row has a turn that is not asked yet."""
         return len(self.followups[row]) >= len(self.answers[row])
 
     def next_text(self, row: int) -> Tensor:
-        """Token ids of a row's next turn."""
+        """Tokenise a row's next turn."""
         text = self.followups[row][len(self.answers[row]) - 1]
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return ids[0].to(self.model.device)  # type: ignore[no-any-return]
@@ -78,7 +78,7 @@ class _Conversation:
 def _ask_turn(
     conversation: _Conversation, rows: list[int], inputs: dict[str, Any], cache: Any
 ) -> None:
-    """One turn of some rows, then their later turns."""
+    """Ask some rows their next turn, then the later ones."""
     out = conversation.model.generate(
         **inputs, **{CACHE: cache}, max_new_tokens=conversation.max_new_tokens, do_sample=False
     )
@@ -126,7 +126,7 @@ def _ask_next_turns(
 
 
 def _grown(inputs: dict[str, Any], pick: Tensor, added: Tensor) -> dict[str, Any]:
-    """Inputs of a later turn: the whole sequence, without pictures."""
+    """Extend the inputs to a later turn: the whole sequence, without pictures."""
     grown = {}
     for name, fill in _GROWING.items():
         if name in inputs:
@@ -136,7 +136,7 @@ def _grown(inputs: dict[str, Any], pick: Tensor, added: Tensor) -> dict[str, Any
 
 
 def _cache_rows(cache: Any, pick: Tensor) -> Any:
-    """Some rows of a cache, as a cache of their own."""
+    """Copy some rows of a cache to a cache of their own."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
     part.batch_select_indices(pick)

@@ -1,4 +1,4 @@
-"""What frontiers are drawn against, and the scales that all plots of a page share."""
+"""Axes of the frontiers, and the scales that all plots of a page share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vispress.bench.results.summary import BLIND, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What a frontier is drawn against: tokens kept, or a measured time.
+    """An axis of a frontier: tokens kept, or a measured time.
 
     Args:
         name: Of the tab.
@@ -34,19 +34,19 @@ class Axis:
         return self.kept is not None
 
     def value(self, row: Row) -> float | None:
-        """The place of a row, None where it was not measured."""
+        """Find the place of a row, None where it was not measured."""
         if self.kept is not None:
             return self.kept(row)
         return None if (spread := self._spread(row)) is None else spread.median
 
     def at(self, row: Row) -> float:
-        """The place of a row that has one."""
+        """Find the place of a row that has one."""
         value = self.value(row)
         assert value is not None  # `by_group` leaves others out
         return value
 
     def ends(self, row: Row) -> tuple[float, float] | None:
-        """p20 and p80 of a time; None for tokens, which are counted."""
+        """Find p20 and p80 of a time; None for tokens, which are counted."""
         return None if (spread := self._spread(row)) is None else (spread.p20, spread.p80)
 
     def _spread(self, row: Row) -> Quantiles | None:
@@ -78,7 +78,7 @@ AXES = (
 
 
 def by_group(results: Results, axis: Axis) -> dict[str, list[Row]]:
-    """Rows with a place on the axis, least first; baseline and blind control left out."""
+    """Group the rows with a place on the axis, least first, without baseline and blind control."""
     groups: dict[str, list[Row]] = {}
     for row in results.summary.rows:
         shown = row.accuracy is not None and not row.uncompressed and row.group != BLIND
@@ -98,7 +98,7 @@ def x_scale(
     *,
     most: int,
 ) -> tuple[Scale, list[tuple[str, str]]]:
-    """Scale and ticks: the budgets asked for where tokens are counted, round values elsewhere."""
+    """Make scale and ticks: the budgets asked for where tokens are counted, else round values."""
     values = [axis.at(row) for rows in groups.values() for row in rows]
     if not axis.log:
         ends = [end for rows in groups.values() for row in rows for end in axis.ends(row) or ()]
@@ -123,7 +123,7 @@ def x_scale(
 def y_scale(
     groups: Mapping[str, Sequence[Row]], top: float, bottom: float, *, most: int
 ) -> tuple[Scale, list[tuple[str, str]]]:
-    """From the lowest interval, rounded down to a tenth, to 100 %."""
+    """Make the scale of accuracy, from the lowest interval (rounded down to a tenth) to 100 %."""
     lowest = min(accuracy(row).low for rows in groups.values() for row in rows)
     low = min(0.9, int(lowest * 10) / 10)
     scale = Scale(low=low, high=1.0, start=bottom, end=top)
@@ -131,7 +131,7 @@ def y_scale(
 
 
 def references(results: Results, y: Scale) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Lines across the plot (place, name, kind), and those that lie below its range, in words."""
+    """List the lines across the plot (place, name, kind), and in words those below its range."""
     found: list[tuple[float, str, str]] = []
     for group, name, kind in (("none", "uncompressed", "base"), (BLIND, "no image", "floor")):
         if (row := results.summary.find(group)) is not None:

@@ -41,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """What was kept of one picture.
+    """Tokens kept of one picture.
 
     Args:
         columns: Of the raster of visual tokens.
@@ -72,7 +72,7 @@ class View:
 
     @property
     def kept(self) -> str:
-        """How much was kept of all pictures, in words."""
+        """The share of all pictures that was kept, in words."""
         if not self.shots:
             return ""
         kept, total = (sum(getattr(s, name) for s in self.shots) for name in ("kept", "total"))
@@ -80,7 +80,7 @@ class View:
 
     @property
     def needed(self) -> str:
-        """How much of the evidence is left, in words."""
+        """The share of the evidence that is left, in words."""
         known = [shot.needed for shot in self.shots if shot.needed is not None]
         if not known or not (total := sum(of for _, of in known)):
             return ""
@@ -129,7 +129,7 @@ def make_picture(key: str, pixels: NDArray[np.float64], evidence: Sequence[int])
 
 
 def pictures_of(prompt: Prompt, key: str, loaded: LoadedModel | None) -> tuple[Picture, ...]:
-    """All pictures of a question, as the model sees them where it is at hand.
+    """Make all pictures of a question, as the model sees them where it is at hand.
 
     Of a video, every other frame, as it is.
     """
@@ -150,7 +150,7 @@ def pictures_of(prompt: Prompt, key: str, loaded: LoadedModel | None) -> tuple[P
 
 
 def shot_of(image: ImageReport, evidence: Sequence[int]) -> Shot | None:
-    """What a report says about one picture; None for pictures composed of crops."""
+    """Take one picture's tokens from a report; None for pictures composed of crops."""
     if image.grid is None:
         return None
     light = brightness(image)
@@ -172,7 +172,7 @@ def shot_of(image: ImageReport, evidence: Sequence[int]) -> Shot | None:
 
 
 def runs(cells: Iterable[tuple[int, ...]]) -> str:
-    """Cells (row, column) as path data, neighbours in a row together."""
+    """Draw cells (row, column) as path data, neighbours in a row together."""
     found: list[list[int]] = []
     for row, column in sorted(cells):
         if found and found[-1][0] == row and found[-1][1] + found[-1][2] == column:
@@ -183,7 +183,7 @@ def runs(cells: Iterable[tuple[int, ...]]) -> str:
 
 
 def outline(cells: Sequence[int], side: int) -> str:
-    """Border of a set of cells of a `side` x `side` raster, as path data on that raster."""
+    """Draw the border of a set of cells of a `side` x `side` raster, as path data on it."""
     inside = {divmod(cell, side) for cell in cells}
     edges = []
     for r, c in sorted(inside):
@@ -235,6 +235,6 @@ def exhibit(
 
 
 def words(text: str) -> str:
-    """A prompt as a reader would say it: without its mark for the answer."""
+    """Write a prompt as a reader would say it: without its mark for the answer."""
     text = text.strip().removesuffix(":").strip().replace(" ?", "?")
     return text.removeprefix("<image>").strip() if text.count("<image>") == 1 else text

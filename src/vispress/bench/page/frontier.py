@@ -80,7 +80,7 @@ class Plot:
 
 
 def highlighted(results: Results) -> dict[str, int]:
-    """Methods that get a colour, with their slots: `COLOUR_RULE` says which."""
+    """Choose the methods that get a colour, with their slots: `COLOUR_RULE` says which."""
     better: dict[str, int] = {}
     for found in results.summary.comparisons:
         if found.against == "random" and found.significant and found.difference.mean > 0:
@@ -95,7 +95,7 @@ def highlighted(results: Results) -> dict[str, int]:
 
 
 def overview(results: Results, axis: Axis, *, wide: bool) -> Plot | None:
-    """All methods in one plot; None where nothing was measured on this axis.
+    """Plot all methods in one; None where nothing was measured on this axis.
 
     Args:
         results: A folder.
@@ -178,7 +178,7 @@ def _labels(
     top: float,
     bottom: float,
 ) -> list[Label]:
-    """Names of what is not plain, beside the right end of its line, none over another."""
+    """Place the names of what is not plain beside the right ends of lines, none over another."""
     named = [one for one in series if one.kind != "plain"]
     ends = [(one.marks[-1].x, one.marks[-1].y, one.name, one.kind, one.slot) for one in named]
     ends += [(number(right), y, name, kind, -1) for y, name, kind in lines]

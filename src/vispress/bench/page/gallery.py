@@ -29,7 +29,7 @@ Questions = Mapping[str, Sequence[Prompt]]
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """What the page shows of questions.
+    """Questions that the page shows.
 
     Args:
         samples: Of every task.
@@ -83,14 +83,14 @@ def gallery(
 
 
 def _cells(results: Results) -> list[Stored]:
-    """Whose answers are shown: the uncompressed model's, the blind one's, then all groups'."""
+    """Choose whose answers are shown: uncompressed, blind, then all groups."""
     first = [results.baseline] if results.baseline is not None else []
     blind = [c for c in results.answered if c["cell"]["group"] == BLIND]
     return [*first, *blind, *shown_cells(results)]
 
 
 def _draw(results: Results, tasks: set[str], notes: list[str]) -> Questions:
-    """All questions of the tasks; those that are not what was asked are left out."""
+    """Draw all questions of the tasks; those that are not what was asked are left out."""
     prompts = {}
     for task in results.plan["tasks"]:
         if task not in tasks:
@@ -109,7 +109,7 @@ def _draw(results: Results, tasks: set[str], notes: list[str]) -> Questions:
 
 
 def _loaded(results: Results, device: str | torch.device, notes: list[str]) -> LoadedModel | None:
-    """The plan's model, if it is here and has the weights that were measured."""
+    """Load the plan's model, if it is here and has the weights that were measured."""
     name = results.plan["model"]
     if name != "reference" and not Path(name).is_dir():
         notes.append(f"kept tokens are not shown: the model {name!r} is not at hand")
@@ -126,7 +126,7 @@ def _loaded(results: Results, device: str | torch.device, notes: list[str]) -> L
 
 
 def _cells_again(results: Results, notes: list[str]) -> dict[str, Cell]:
-    """Cells of the stored plan as this version makes them, where that is what was measured."""
+    """Make the stored plan's cells again, where this version makes what was measured."""
     try:
         plan = plan_from_mapping(stored_plan(results.plan), "the stored plan")
     except VispressError as error:
@@ -145,7 +145,7 @@ def _ask_again(
     notes: list[str],
     advance: Advance,
 ) -> Shots:
-    """What every shown cell keeps of the shown questions."""
+    """Ask the shown questions again, and note what every shown cell keeps."""
     shots: Shots = {}
     asked = differ = 0
     cells = _cells_again(results, notes)
@@ -175,7 +175,7 @@ def _ask_again(
 def _watch(
     cell: Cell, loaded: LoadedModel, batch: Sequence[Prompt], results: Results
 ) -> tuple[list[str], list[tuple[Shot, ...]]]:
-    """Answers of a batch, and what was kept of each picture; nothing of composed pictures."""
+    """Answer a batch, and note what was kept of each picture that is not composed of crops."""
     limit, positions = results.plan["max_new_tokens"], results.plan["positions"]
     with apply_cell(cell, loaded, batch, loaded.encode(batch), positions) as now:
         turns = loaded.converse(batch, now.inputs, limit)

@@ -24,7 +24,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The pixel of a value, kept within the scale."""
+        """Find the pixel of a value, kept within the scale."""
         value = min(max(value, self.low), self.high)
         if self.log:
             part = math.log(value / self.low) / math.log(self.high / self.low)
@@ -34,7 +34,7 @@ class Scale:
 
 
 def nice_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round values in `[low, high]`: multiples of 1, 2, 2.5 or 5 times a power of ten.
+    """Choose round values in `[low, high]`: multiples of 1, 2, 2.5 or 5 times a power of ten.
 
     Args:
         low: Smaller end.
@@ -81,12 +81,12 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """A polyline as SVG path data, tenths of pixels."""
+    """Write a polyline as SVG path data, in tenths of pixels."""
     return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points) if points else ""
 
 
 def number(value: float) -> str:
-    """A pixel with at most one decimal."""
+    """Write a pixel with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 

@@ -61,7 +61,7 @@ class HeatMap:
 
 
 def heat_maps(results: Results) -> list[HeatMap]:
-    """One map a budget, largest first, then one for methods with a budget of their own."""
+    """Make one map a budget, largest first, then one for methods with a budget of their own."""
     asked: list[float | None] = [*results.keep_ratios, None]
     scores = _scores(results)
     found = [_map(results, keep_ratio, scores) for keep_ratio in asked]
@@ -70,7 +70,7 @@ def heat_maps(results: Results) -> list[HeatMap]:
 
 
 def _scores(results: Results) -> dict[tuple[str, float | None], dict[str, list[float]]]:
-    """Share of seeds that were right, by group, budget, task and question."""
+    """Compute the share of seeds that were right, by group, budget, task and question."""
     cells: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for cell in results.answered:
         cells.setdefault((cell["cell"]["group"], cell["cell"]["keep_ratio"]), []).append(cell)
@@ -153,7 +153,7 @@ def _shaded(mean: float, interval: str, gaps: list[list[float]] | None) -> HeatC
 
 
 def _variance(gaps: Sequence[float]) -> float:
-    """Variance of the mean of paired differences."""
+    """Compute the variance of the mean of paired differences."""
     return stdev(gaps) ** 2 / len(gaps) if len(gaps) > 1 else 1.0
 
 

@@ -43,7 +43,7 @@ class Panels:
 
 
 def panels(results: Results) -> Panels | None:
-    """A panel for every method and control; None where nothing is finished."""
+    """Make a panel for every method and control; None where nothing is finished."""
     axis = AXES[0]
     groups = by_group(results, axis)
     if not groups:
@@ -90,7 +90,7 @@ def panels(results: Results) -> Panels | None:
 
 
 def _verdict(results: Results, name: str) -> str:
-    """At how many budgets a method differs from random."""
+    """Count the budgets at which a method differs from random, in words."""
     if name in results.controls:
         return "control"
     found = [c for c in results.summary.comparisons if c.group == name and c.against == "random"]

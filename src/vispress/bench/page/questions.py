@@ -1,4 +1,4 @@
-"""Which questions are shown: by rule and from stored marks, so that nobody picks them by taste."""
+"""Picking questions to show: by rule and from stored marks, so that nobody picks by taste."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Pick:
 
 
 def shown_budget(results: Results) -> float | None:
-    """The budget that most groups have results at; of several, the smallest."""
+    """Find the budget that most groups have results at; of several, the smallest."""
     counts = {
         keep_ratio: len({c["cell"]["group"] for c in results.answered if at(c, keep_ratio)})
         for keep_ratio in results.keep_ratios
@@ -40,12 +40,12 @@ def shown_budget(results: Results) -> float | None:
 
 
 def at(cell: Stored, keep_ratio: float | None) -> bool:
-    """Whether a cell is of this budget."""
+    """Tell whether a cell is of this budget."""
     return bool(cell["cell"]["keep_ratio"] == keep_ratio)
 
 
 def shown_cells(results: Results) -> list[Stored]:
-    """One cell a group, its first seed: at the shown budget, or at a budget of its own."""
+    """Choose one cell a group, its first seed: at the shown budget, or at one of its own."""
     keep_ratio = shown_budget(results)
     found: dict[str, Stored] = {}
     for cell in results.answered:
@@ -56,7 +56,7 @@ def shown_cells(results: Results) -> list[Stored]:
 
 
 def samples(results: Results, number: int) -> list[Pick]:
-    """Questions of every task: the first one, then those that methods disagree about most.
+    """Pick questions of every task: the first one, then those that methods disagree about most.
 
     Args:
         results: A folder.
@@ -74,7 +74,7 @@ def samples(results: Results, number: int) -> list[Pick]:
 
 
 def failures(results: Results) -> list[Pick]:
-    """Questions that the uncompressed model answers and at least half of the methods do not."""
+    """Pick questions that the uncompressed model answers and half of the methods do not."""
     baseline, methods = results.baseline, _methods(results)
     if baseline is None or not methods:
         return []
@@ -92,7 +92,7 @@ def failures(results: Results) -> list[Pick]:
 
 
 def strangers(results: Results, prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
-    """Tasks whose stored marks do not fit the questions as they are drawn now."""
+    """Find tasks whose stored marks do not fit the questions as they are drawn now."""
     return [
         task
         for task, asked in prompts.items()
@@ -106,12 +106,12 @@ def _fits(stored: Stored, prompts: Sequence[Prompt]) -> bool:
 
 
 def _methods(results: Results) -> list[Stored]:
-    """Shown cells of methods, controls left out."""
+    """Drop the controls from the shown cells."""
     return [cell for cell in shown_cells(results) if not cell["cell"]["control"]]
 
 
 def _wrong(results: Results, task: str) -> list[float]:
-    """Share of methods that get each question wrong; without methods, nothing is wrong."""
+    """Compute the share of methods that get each question wrong; 0 without methods."""
     columns = [cell["tasks"][task]["right"] for cell in _methods(results)]
     if not columns:
         return [0.0] * results.plan["questions"]

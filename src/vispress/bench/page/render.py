@@ -64,7 +64,7 @@ def write_page(
 
 
 def page(results: Results, shown: Gallery | None) -> str:
-    """The HTML text.
+    """Render the HTML text.
 
     Args:
         results: A folder.
@@ -85,7 +85,7 @@ def page(results: Results, shown: Gallery | None) -> str:
 
 
 def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
-    """What the template is given."""
+    """Gather the template's variables."""
     plots = [
         (axis.name, overview(results, axis, wide=True), overview(results, axis, wide=False))
         for axis in AXES
@@ -128,7 +128,7 @@ def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
 
 
 def facts(results: Results) -> list[tuple[str, str, str]]:
-    """The figures on top: name, value, remark."""
+    """List the figures on top: name, value, remark."""
     base, blind = results.summary.find(UNCOMPRESSED), results.summary.find(BLIND)
     found = []
     for name, row in (("uncompressed", base), ("no image", blind)):
@@ -150,7 +150,7 @@ def facts(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _sections(made: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the navigation lists: sections that are there."""
+    """List the sections that are there, for the navigation."""
     known = (
         ("findings", "What stands", made["findings"]),
         ("frontier", "Frontier", made["plots"]),

@@ -1,4 +1,4 @@
-"""What a results folder holds, as the page asks for it."""
+"""A results folder as the page asks for it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -38,7 +38,7 @@ class Sources:
 
 
 def sources(results: Results) -> Sources:
-    """What the page says about where its numbers come from."""
+    """Describe where the page's numbers come from."""
     identity, plan = results.manifest["identity"], results.plan
     ends = sorted(cell["finished"] for cell in results.cells)
     joined, created = is_joined(results.manifest), results.manifest["created"]
@@ -97,12 +97,12 @@ def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def stored_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan as a user would write it: without its cells spelt out."""
+    """Reduce a stored plan to what a user would write: without its cells spelt out."""
     return {name: value for name, value in plan.items() if name != "cells"}
 
 
 def _yaml(plan: Mapping[str, Any]) -> str:
-    """The plan as a file that `vispress bench` takes."""
+    """Write the plan as a file that `vispress bench` takes."""
     import yaml
 
     return yaml.safe_dump(stored_plan(plan), sort_keys=False, allow_unicode=True, width=96)

@@ -109,25 +109,25 @@ _COST: tuple[Column, ...] = (
 
 
 def results_table(results: Results) -> Table:
-    """Accuracy and what stands beside it, one line a method and budget."""
+    """Make the table of accuracy and what stands beside it, one line a method and budget."""
     rows = [row for row in results.summary.rows if row.accuracy is not None]
     return _table(results, rows, _RESULTS)
 
 
 def cost_table(results: Results) -> Table | None:
-    """Times, memory and FLOPs; None where nothing was timed."""
+    """Make the table of times, memory and FLOPs; None where nothing was timed."""
     rows = [row for row in results.summary.rows if row.cost is not None]
     return _table(results, rows, _COST) if rows else None
 
 
 def kind_of(results: Results, group: str) -> str:
-    """How a group is drawn: `none`, `blind`, `oracle`, `control` or `method`."""
+    """Name how a group is drawn: `none`, `blind`, `oracle`, `control` or `method`."""
     special = {"none": "none", BLIND: "blind", ORACLE: "oracle"}
     return special.get(group, "control" if group in results.controls else "method")
 
 
 def _table(results: Results, rows: Sequence[Row], columns: Sequence[Column]) -> Table:
-    """All columns that say something."""
+    """Lay out all columns that say something."""
     made = [[make(row) or Field(text="") for row in rows] for _, _, make in columns]
     used = [i for i, column in enumerate(made) if any(field.text for field in column)]
     lines, previous = [], None
@@ -216,7 +216,7 @@ def _size(
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCard:
-    """What a task asks for, and what is answerable without it."""
+    """A task: the tokens it needs, and its share answerable without them."""
 
     name: str
     needs: str
@@ -225,7 +225,7 @@ class TaskCard:
 
 
 def task_cards(results: Results) -> list[TaskCard]:
-    """One card a task, in the order of the plan."""
+    """Make one card a task, in the order of the plan."""
     summary = results.summary
     base, blind = summary.find("none"), summary.find(BLIND)
     cards = []

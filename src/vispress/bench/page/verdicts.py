@@ -1,4 +1,4 @@
-"""What differs and what does not: sentences on top, the table of tests, certain places."""
+"""Verdicts of the tests: sentences on top, their table, certain places."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from vispress.bench.results.compare import Against, Comparison
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What stands at one budget."""
+    """Verdicts at one budget."""
 
     budget: str
     better: tuple[str, ...]
@@ -54,7 +54,7 @@ class VerdictTable:
 
 
 def findings(results: Results) -> list[Finding]:
-    """For each budget, which methods differ from random, and which beat every control."""
+    """Write, for each budget, which methods differ from random and which beat every control."""
     found = []
     for keep_ratio in results.keep_ratios:
         here = [c for c in results.summary.comparisons if c.keep_ratio == keep_ratio]
@@ -78,7 +78,7 @@ def findings(results: Results) -> list[Finding]:
 
 
 def verdict_tables(results: Results) -> list[VerdictTable]:
-    """The two tables: against random, and against the best control of each budget."""
+    """Make the two tables: against random, and against the best control of each budget."""
     kinds: tuple[Against, ...] = ("random", "best control")
     return [table for kind in kinds if (table := _verdict_table(results, kind)) is not None]
 
@@ -138,7 +138,7 @@ class Places:
 
 
 def places(results: Results) -> list[Places]:
-    """Places as far as they are certain; groups with the same range share a line."""
+    """List places as far as they are certain; groups with the same range share a line."""
     found = []
     for ranking in results.summary.rankings:
         ranges: dict[tuple[int, int], list[str]] = {}

@@ -1,1 +1,1 @@
-"""What a run does: plans, their cells, the controls beside them, where numbers come from."""
+"""Plans of runs: their cells, the controls beside them, where numbers come from."""

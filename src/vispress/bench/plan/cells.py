@@ -59,7 +59,7 @@ class Cell:
         return self.picture is not None or (bool(found) and all(found))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with every hyper-parameter."""
+        """Convert to plain data, with every hyper-parameter."""
         methods = [to_mapping(method) for method in self.chain]
         if self.picture is not None:
             given = {f.name: getattr(self.picture, f.name) for f in fields(self.picture)}
@@ -78,7 +78,7 @@ class Cell:
 def cells_of(
     entry: Entry, keep_ratios: tuple[float, ...], budget: BudgetMeaning, *, optional: bool = False
 ) -> list[Cell]:
-    """The cells of one entry of a plan's `methods`.
+    """Make the cells of one entry of a plan's `methods`.
 
     Args:
         entry: As `Plan.methods` says.
@@ -131,7 +131,7 @@ def cells_of(
 
 
 def takes_ratio(method: Made) -> bool:
-    """Whether a keep ratio can be set: there is no budget yet, and the method takes one."""
+    """Tell whether a keep ratio can be set: there is no budget yet, and the method takes one."""
     if not method.takes_budget or any(getattr(method, name, None) is not None for name in BUDGETS):
         return False
     try:
@@ -142,7 +142,7 @@ def takes_ratio(method: Made) -> bool:
 
 
 def _make(data: dict[str, Any], where: str) -> Made:
-    """A registered method, or a control of the benchmark's own."""
+    """Make a registered method, or a control of the benchmark's own."""
     own = _OWN.get(str(data.get("method")))
     if own is None:
         made = from_mapping(data, where)

@@ -28,7 +28,7 @@ _WITHOUT: Final[tuple[Entry, ...]] = ("no_image", "vtw")
 
 
 def expand(methods: Sequence[Entry], overrides: Overrides) -> Iterator[tuple[Entry, bool]]:
-    """The entries of a plan with `all` spelt out, and whether each is one of `all`.
+    """Spell out `all` among the entries of a plan, and tell whether each is one of `all`.
 
     Args:
         methods: As `Plan.methods`.
@@ -54,7 +54,7 @@ def expand(methods: Sequence[Entry], overrides: Overrides) -> Iterator[tuple[Ent
 
 
 def with_controls(methods: Sequence[Entry], *, budgets: bool) -> list[Entry]:
-    """The entries and the standard controls among them that are missing.
+    """Add the missing standard controls to the entries of a plan.
 
     Args:
         methods: As `Plan.methods`.
@@ -83,7 +83,7 @@ def _three_seeds(entry: Entry) -> Entry:
 
 
 def _group(entry: Entry) -> str:
-    """What the table calls an entry."""
+    """Name an entry as the table calls it."""
     if isinstance(entry, Mapping):
         return str(entry.get("label", entry.get("method")))
     return str(entry)

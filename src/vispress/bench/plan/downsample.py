@@ -45,7 +45,7 @@ class Downsample:
             self.budget()
 
     def budget(self) -> Budget:
-        """What a picture may keep.
+        """Build the budget of a picture.
 
         Raises:
             BudgetError: None is set.

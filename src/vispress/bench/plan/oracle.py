@@ -45,7 +45,7 @@ class Oracle(Compressor):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """Pictures of one grid come as one bucket, in prompt order."""
+        """Choose tokens of the pictures of one grid, which come as one bucket in prompt order."""
         if self.pictures is None or tokens.grid is None:
             raise UnsupportedMethodError(
                 "oracle needs the evidence of every picture and one grid over each, got "

@@ -20,7 +20,7 @@ from vispress.yaml_files import check_keys, read_yaml, shipped_files
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How cost is measured, interleaved with the uncompressed model.
+    """Settings of measuring cost, interleaved with the uncompressed model.
 
     Args:
         batch: Prompts of equal length in the timed batch; 0 measures nothing.
@@ -37,7 +37,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a benchmark does; `load_plan` reads one from YAML.
+    """A benchmark's plan; `load_plan` reads one from YAML.
 
     Args:
         tasks: Names of tasks. A YAML plan may also describe one in place, or name a YAML file that
@@ -104,7 +104,7 @@ class Plan:
         self.cells()
 
     def cells(self) -> tuple[Cell, ...]:
-        """The uncompressed model first, then every method at every keep ratio."""
+        """List the cells: the uncompressed model, then every method at every keep ratio."""
         cells = [Cell(group=UNCOMPRESSED)]
         methods: Sequence[Entry] = self.methods
         if self.controls == "standard":
@@ -118,19 +118,19 @@ class Plan:
         return tuple(cells)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with every cell spelt out."""
+        """Convert to plain data, with every cell spelt out."""
         data = asdict(self) | {"cells": [cell.to_dict() for cell in self.cells()]}
         sources = {name: get_task(name).source for name in self.tasks}
         data |= {"sources": found} if (found := {k: v for k, v in sources.items() if v}) else {}
         return cast("dict[str, Any]", json.loads(json.dumps(data)))
 
     def digest(self) -> str:
-        """Hash of everything that decides the results."""
+        """Hash everything that decides the results."""
         return digest(self.to_dict())
 
 
 def plan_path(name: str) -> Path:
-    """The file of a plan: a path, or the name of a shipped one.
+    """Find the file of a plan: a path, or the name of a shipped one.
 
     Raises:
         ConfigError: There is neither.
@@ -160,7 +160,7 @@ def load_plan(source: str | Path, **overrides: Any) -> Plan:
 
 
 def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
-    """A plan from parsed YAML.
+    """Build a plan from parsed YAML.
 
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; see also `Plan`.

@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "transformers", "triton", "accelerate", "numpy")
 
 @cache
 def commit() -> str | None:
-    """Commit of the checkout that vispress runs from, `+` if it was changed; None if installed."""
+    """Find the commit of the checkout, with `+` if it was changed; None if installed."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str | None:
@@ -44,17 +44,17 @@ def commit() -> str | None:
 
 
 def now() -> str:
-    """This moment in UTC, to the second."""
+    """Write this moment in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def digest(data: Any) -> str:
-    """Short hash of plain data, whatever the order of its keys."""
+    """Hash plain data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, vispress and what it computes with."""
+    """List the versions of Python, vispress and what it computes with."""
     found = {"python": platform.python_version(), "vispress": vispress.__version__}
     for name in _PACKAGES:
         try:
@@ -65,14 +65,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's architecture and thread count."""
+    """Name the GPU, or the processor's architecture and thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def provenance(model: torch.nn.Module) -> dict[str, Any]:
-    """What every results file records beside the plan."""
+    """Record what decides a result beside the plan."""
     parameter = next(model.parameters())
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return {

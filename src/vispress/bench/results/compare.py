@@ -1,4 +1,4 @@
-"""Which differences are real: paired tests at equal budget, corrected for the number of methods."""
+"""Testing differences: paired at equal budget, corrected for the number of methods."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def per_question(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Score of each question as a mean over a group's seeds, by task."""
+    """Average the score of each question over a group's seeds, by task."""
     return {
         task: [
             fmean(column)
@@ -68,7 +68,7 @@ def _scores(task: Mapping[str, Any]) -> list[float]:
 
 
 def loyalty(cells: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> Strata:
-    """Share of seeds that gave the uncompressed model's answer, right or wrong, by question.
+    """Compute the share of seeds that gave the uncompressed model's answer, by question.
 
     Args:
         cells: Seeds of one method at one budget.
@@ -87,7 +87,7 @@ def loyalty(cells: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> 
 
 
 def at_equal_budget(cells: Cells) -> dict[float, dict[str, list[Mapping[str, Any]]]]:
-    """Finished cells by keep ratio and group; without refused ones and those without a ratio."""
+    """Group finished cells by keep ratio and group, without refused ones and those of no ratio."""
     groups: dict[float, dict[str, list[Mapping[str, Any]]]] = {}
     for cell in cells:
         asked = cell["cell"]
@@ -97,7 +97,7 @@ def at_equal_budget(cells: Cells) -> dict[float, dict[str, list[Mapping[str, Any
 
 
 def compare(cells: Cells, *, seed: int = 0) -> tuple[Comparison, ...]:
-    """Every method against random and, where another is best, the best control, at each keep ratio.
+    """Compare every method with random and with the best control, at each keep ratio.
 
     The oracle, which is told the answer's place, is no control to be beaten.
 
@@ -123,7 +123,7 @@ def compare(cells: Cells, *, seed: int = 0) -> tuple[Comparison, ...]:
 
 
 def rankings(cells: Cells, *, seed: int = 0) -> tuple[Ranking, ...]:
-    """Methods and controls, the oracle aside, in order at each keep ratio.
+    """Rank methods and controls, the oracle aside, at each keep ratio.
 
     Args:
         cells: As in `compare`.
@@ -149,7 +149,7 @@ def _family(
     keep_ratio: float,
     seed: int,
 ) -> list[Comparison]:
-    """One Holm family: all methods against one control at one keep ratio."""
+    """Test one Holm family: all methods against one control at one keep ratio."""
     gaps = {name: minus(scores[name], scores[control]) for name in methods}
     values = [sign_flip_test(gap, seed=seed) for gap in gaps.values()]
     return [

@@ -63,7 +63,7 @@ CSV_COLUMNS = (
 
 
 def cost_of(cells: Sequence[Mapping[str, Any]]) -> Cost | None:
-    """The cost of a group's seeds, or None where nothing was timed.
+    """Average the cost of a group's seeds; None where nothing was timed.
 
     Args:
         cells: Finished cells, as stored.
@@ -93,7 +93,7 @@ def cost_of(cells: Sequence[Mapping[str, Any]]) -> Cost | None:
 
 
 def csv_cells(cost: Cost | None) -> dict[str, float]:
-    """What `CSV_COLUMNS` hold; nothing where nothing was timed."""
+    """Fill `CSV_COLUMNS`; nothing where nothing was timed."""
     if cost is None:
         return {}
     cells: dict[str, float] = {}
@@ -112,7 +112,7 @@ def csv_cells(cost: Cost | None) -> dict[str, float]:
 
 
 def _spread(found: Sequence[Mapping[str, float] | None]) -> Quantiles | None:
-    """Spreads of several seeds, averaged."""
+    """Average the spreads of several seeds."""
     spreads = [one for one in found if one is not None]
     if not spreads:
         return None

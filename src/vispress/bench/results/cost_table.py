@@ -14,7 +14,7 @@ _COLUMNS = (
 
 
 def cost_table(rows: Sequence[tuple[str, Cost]], batch: int) -> Table:
-    """Times and sizes; below each its ratio to the uncompressed model's.
+    """Make the table of times and sizes; below each its ratio to the uncompressed model's.
 
     Args:
         rows: Names and costs.

@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def csv_text(summary: "Summary") -> str:
-    """The whole file; what was not measured is empty."""
+    """Write the whole file as text; what was not measured is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -58,7 +58,7 @@ def csv_text(summary: "Summary") -> str:
 
 
 def _of_row(row: "Row") -> dict[str, Any]:
-    """Columns that are the same for all tasks of a row."""
+    """Fill the columns that are the same for all tasks of a row."""
     return {
         "loyalty": None if row.loyalty is None else row.loyalty.mean,
         **_three("gap_closed", row.gap_closed),

@@ -1,4 +1,4 @@
-"""What accuracy alone does not say: gap closed, the hard subset, gain over a blind model, turns."""
+"""Metrics beside accuracy: gap closed, the hard subset, gain over a blind model, turns."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -17,7 +17,7 @@ from vispress.bench.results.stats import (
 
 
 def gap_closed(cells: Cells, random: Cells, oracle: Cells, *, seed: int = 0) -> Interval | None:
-    """Where accuracy lies between random (0) and the oracle (1) at one budget.
+    """Compute where accuracy lies between random (0) and the oracle (1) at one budget.
 
     Args:
         cells: Seeds of a method.
@@ -41,7 +41,7 @@ def gap_closed(cells: Cells, random: Cells, oracle: Cells, *, seed: int = 0) -> 
 def hard_subset(
     cells: Cells, downsample: Cells, baseline: Mapping[str, Any], *, seed: int = 0
 ) -> tuple[Interval | None, int]:
-    """Accuracy on the questions that a smaller picture loses at the same budget.
+    """Compute accuracy on the questions that a smaller picture loses at the same budget.
 
     These are right for the uncompressed model and wrong for down-sampling; they are pooled over
     tasks, since some tasks have none.
@@ -66,7 +66,7 @@ def hard_subset(
 
 
 def gain(cells: Cells, blind: Cells, *, seed: int = 0) -> tuple[dict[str, Interval], Interval]:
-    """Multi-modal gain (MMStar): accuracy less that of the same model without the picture.
+    """Compute multi-modal gain (MMStar): accuracy less that of the model without the picture.
 
     Args:
         cells: Seeds of a method.
@@ -83,7 +83,7 @@ def gain(cells: Cells, blind: Cells, *, seed: int = 0) -> tuple[dict[str, Interv
 
 
 def leakage(blind: Cells, chance: Mapping[str, float]) -> dict[str, float]:
-    """Multi-modal leakage (MMStar), by task: what the model answers beyond chance without looking.
+    """Compute multi-modal leakage (MMStar) by task: accuracy beyond chance without looking.
 
     MMStar compares with the language model before multi-modal training; here the best constant
     answer stands in its place.
@@ -96,7 +96,7 @@ def leakage(blind: Cells, chance: Mapping[str, float]) -> dict[str, float]:
 
 
 def accuracy_by_turn(cells: Cells, *, seed: int = 0) -> dict[str, tuple[Interval, ...]]:
-    """Accuracy of each turn, by task; tasks of one turn are left out."""
+    """Compute the accuracy of each turn, by task; tasks of one turn are left out."""
     found = {}
     for task, first in cells[0]["tasks"].items():
         if "turns" in first:
@@ -106,5 +106,5 @@ def accuracy_by_turn(cells: Cells, *, seed: int = 0) -> dict[str, tuple[Interval
 
 
 def _means(seeds: Sequence[str]) -> list[float]:
-    """Share of seeds that got each question right."""
+    """Compute the share of seeds that got each question right."""
     return [fmean(map(int, column)) for column in zip(*seeds, strict=True)]

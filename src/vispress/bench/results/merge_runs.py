@@ -97,7 +97,7 @@ def _same_answers(known: Mapping[str, Any], cell: Mapping[str, Any], folder: Pat
 
 
 def _plan(plans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The first plan, with the methods and cells of all."""
+    """Merge the plans: the first one, with the methods and cells of all."""
     ratios = _unique(ratio for plan in plans for ratio in plan["keep_ratios"])
     overrides: dict[str, Any] = {}
     for plan in plans:
@@ -125,7 +125,7 @@ def _identity(identities: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) 
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:
-    """Without repetitions, in order; entries may be mappings."""
+    """Drop repetitions, in order; entries may be mappings."""
     out: list[Any] = []
     for item in items:
         if item not in out:

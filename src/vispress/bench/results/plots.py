@@ -67,7 +67,7 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 
 def _draw(axes: Any, summary: Summary, task: str | None) -> None:
-    """One panel; `task` None is the mean over tasks."""
+    """Draw one panel; `task` None is the mean over tasks."""
     groups: dict[str, list[Row]] = {}
     for row in summary.rows:
         if row.accuracy is not None:
@@ -108,7 +108,7 @@ def _draw(axes: Any, summary: Summary, task: str | None) -> None:
 
 
 def _references(axes: Any, summary: Summary, task: str | None) -> None:
-    """Horizontal lines: uncompressed, blind, and the best constant answer."""
+    """Draw horizontal lines: uncompressed, blind, and the best constant answer."""
     for group, name, style in (("none", "uncompressed", "-"), (BLIND, "no image", ":")):
         if (row := summary.find(group)) is not None:
             value = _value(row, task)

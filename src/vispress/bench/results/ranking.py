@@ -1,4 +1,4 @@
-"""Which places in a ranking are certain: all pairs tested at equal budget, ties said to be ties."""
+"""Certain places in a ranking: all pairs tested at equal budget, ties said to be ties."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

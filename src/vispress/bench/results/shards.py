@@ -24,7 +24,7 @@ _MEETINGS = count()
 
 @dataclass(frozen=True)
 class Shard:
-    """Which process of a run this is.
+    """One process of a run.
 
     Args:
         rank: From 0; the first one opens the folder and writes the summary.
@@ -42,11 +42,11 @@ class Shard:
         return self.rank == 0
 
     def device(self, device: str | torch.device) -> str | torch.device:
-        """`"cuda"` is a GPU of its own for each process of a machine."""
+        """Choose the device: `"cuda"` is a GPU of its own for each process of a machine."""
         return f"cuda:{self.local_rank}" if self.world > 1 and str(device) == "cuda" else device
 
     def tell(self, problem: str | None) -> None:
-        """As the leader: say how opening the folder went, and wait until all have heard it.
+        """Say how opening the folder went, and wait until all have heard it (the leader).
 
         Raises:
             ConfigError: The others do not come.
@@ -58,7 +58,7 @@ class Shard:
                 store.wait([f"{key}/{rank}" for rank in range(1, self.world)], _MEET)
 
     def hear(self) -> str | None:
-        """As another process: how opening went; None for well.
+        """Hear how opening the folder went, None for well (the other processes).
 
         Raises:
             ConfigError: The leader does not come.
@@ -71,7 +71,7 @@ class Shard:
 
 
 def this_shard(variables: Mapping[str, str] | None = None) -> Shard:
-    """This process, from the launcher's environment variables.
+    """Find out which process this is, from the launcher's environment variables.
 
     Args:
         variables: In place of the process's environment.
@@ -112,7 +112,7 @@ def _meeting() -> Iterator[None]:
 
 @cache
 def _store(shard: Shard) -> Any:
-    """A key-value store at the launcher's address."""
+    """Open a key-value store at the launcher's address."""
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", shard.rank, shard.world, timeout=_MEET))

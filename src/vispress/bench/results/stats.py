@@ -35,7 +35,7 @@ class Interval:
 def bootstrap_mean(
     strata: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """Mean of the strata's means, with a percentile bootstrap that resamples within each stratum.
+    """Average the strata's means, with a percentile bootstrap within each stratum.
 
     Where all scores are 0, or all are 1, a bootstrap has no spread; the exact binomial
     (Clopper-Pearson) bound of that many answers stands in for the missing end.
@@ -65,7 +65,7 @@ def bootstrap_mean(
 def bootstrap_difference(
     strata: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """As `bootstrap_mean`, for paired differences in `[-1, 1]`.
+    """Average paired differences in `[-1, 1]` over strata, with a bootstrap within each.
 
     Args:
         strata: Differences by question, one list a task.
@@ -86,7 +86,7 @@ def bootstrap_difference(
 def bootstrap_ratio(
     pairs: Sequence[Sequence[tuple[float, float]]], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """Ratio of two means over tasks, with a bootstrap that resamples both together.
+    """Divide two means over tasks, with a bootstrap that resamples both together.
 
     Args:
         pairs: Numerator and denominator by question, one list a task; the mean of the
@@ -112,7 +112,7 @@ def bootstrap_ratio(
 def sign_flip_test(
     strata: Sequence[Sequence[float]], *, seed: int = 0, flips: int = FLIPS
 ) -> float:
-    """Two-sided p-value of a paired test: are the differences centred on zero?
+    """Test whether paired differences are centred on zero (two-sided p-value).
 
     Under the null hypothesis each question's difference is as likely with the other sign. The
     statistic is the mean over tasks of the mean difference, as the tables show it.
@@ -146,7 +146,7 @@ def sign_flip_test(
 
 
 def minus(first: Strata, second: Strata) -> Strata:
-    """Differences by question."""
+    """Subtract by question."""
     return [
         [a - b for a, b in zip(one, other, strict=True)]
         for one, other in zip(first, second, strict=True)
@@ -154,7 +154,7 @@ def minus(first: Strata, second: Strata) -> Strata:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of p-values, in the order given."""
+    """Correct p-values by Holm's step-down procedure, in the order given."""
     order = sorted(range(len(values)), key=values.__getitem__)
     adjusted, highest = [0.0] * len(values), 0.0
     for rank, index in enumerate(order):
@@ -172,7 +172,7 @@ def _arrays(strata: Sequence[Sequence[Any]]) -> list[NDArray[np.float64]]:
 def _resampled(
     scores: NDArray[np.float64], rng: np.random.Generator, resamples: int
 ) -> NDArray[np.float64]:
-    """Means `[resamples]` (or `[resamples, C]`) of bootstrap samples of `[n]` (or `[n, C]`) scores.
+    """Average bootstrap samples of `[n]` (or `[n, C]`) scores: `[resamples]` (or `[resamples, C]`).
 
     Few scores differ, so it is drawn how often each occurs: the same law, a hundred times faster.
     """
@@ -198,6 +198,6 @@ class Quantiles:
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
-    """p20, median and p80."""
+    """Compute p20, median and p80."""
     p20, median, p80 = (float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)))
     return Quantiles(p20, median, p80)

@@ -114,7 +114,7 @@ class Summary:
     leakage: Mapping[str, float] = field(default_factory=dict)
 
     def find(self, group: str) -> Row | None:
-        """The first row of a group that has results."""
+        """Find the first row of a group that has results."""
         return next((r for r in self.rows if r.group == group and r.accuracy), None)
 
 
@@ -128,7 +128,7 @@ def summarise(folder: str | Path) -> Summary:
 
 
 def summary_of(manifest: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> Summary:
-    """What `read_results` found, as rows and comparisons."""
+    """Turn what `read_results` gave into rows and comparisons."""
     groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for cell in cells:
         asked = cell["cell"]
@@ -164,7 +164,7 @@ class Peers:
 
     @classmethod
     def of(cls, groups: Mapping[tuple[str, float | None], Cells]) -> "Peers":
-        """Those of a run, as far as they are finished."""
+        """Collect those of a run, as far as they are finished."""
         done = {
             key: cells
             for key, cells in groups.items()
@@ -212,7 +212,7 @@ def _row(
 def _against_peers(
     keep_ratio: float | None, cells: Cells, seed: int, peers: Peers
 ) -> dict[str, Any]:
-    """Fields of a row that compare it with other cells, as far as these are finished."""
+    """Compare a row with other cells, as far as these are finished."""
     found: dict[str, Any] = {}
     if peers.baseline is not None:
         found["loyalty"] = bootstrap_mean(loyalty(cells, peers.baseline), seed=seed)

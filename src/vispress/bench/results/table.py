@@ -13,7 +13,7 @@ from vispress.bench.results.summary import BLIND, Row, Summary
 
 
 def tables(summary: Summary) -> RenderableType:
-    """Accuracy and cost by method, accuracy by task, and what could not be run."""
+    """Make the tables of accuracy and cost by method, by task, and of what could not be run."""
     parts: list[RenderableType] = [_overview(summary), _by_task(summary)]
     costs = [(_name(row), row.cost) for row in summary.rows if row.cost is not None]
     if costs:
@@ -104,7 +104,7 @@ def _by_task(summary: Summary) -> Table:
 
 
 def ranking_text(ranking: Ranking) -> Text:
-    """The certain part of an order: places each may have, and tiers apart from each other."""
+    """Write the certain part of an order: places each may have, and tiers apart from each other."""
     text = Text(f"\nranking at {ranking.keep_ratio:g} (all pairs, sign-flip test, Holm): ", "bold")
     if ranking.tied:
         names = ", ".join(place.group for place in ranking.places)

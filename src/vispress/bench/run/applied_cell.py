@@ -1,4 +1,4 @@
-"""What a cell does to the model, for one batch: compress it, or hand it smaller pictures."""
+"""Applying a cell to the model, for one batch: compress it, or hand it smaller pictures."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def apply_cell(
     inputs: Any,
     positions: Positions | None = None,
 ) -> Iterator[AppliedCell]:
-    """The model as a cell has it, for one batch; as it was afterwards.
+    """Apply a cell to the model for one batch; afterwards the model is as it was.
 
     Args:
         cell: What is done.
@@ -76,7 +76,7 @@ def apply_cell(
 def compressors(
     cell: Cell, loaded: LoadedModel, prompts: Sequence[Prompt], inputs: Any
 ) -> list[Compressor]:
-    """The chain of a cell for one batch: the oracle is told where its evidence is.
+    """Make the chain of a cell for one batch: the oracle is told where its evidence is.
 
     Raises:
         UnsupportedMethodError: The prompts do not say it, or the model has no grid for it.
@@ -90,7 +90,7 @@ def compressors(
 
 
 def changes_encoder(cell: Cell) -> bool:
-    """Whether the vision encoder computes something else than for the uncompressed model."""
+    """Tell whether the vision encoder computes something else than uncompressed."""
     inside = any(method.encoder_merger() is not None for method in cell.chain)
     return cell.picture is not None or inside
 
@@ -98,7 +98,7 @@ def changes_encoder(cell: Cell) -> bool:
 def check_cell(
     cell: Cell, loaded: LoadedModel, positions: Positions | None, *, pictures: Sequence[str]
 ) -> None:
-    """Whether the model can run a cell at all, as far as that shows before any prompt.
+    """Check that the model can run a cell, as far as that shows before any prompt.
 
     Args:
         cell: What is to be done.
@@ -135,7 +135,7 @@ def answer(
     positions: Positions | None,
     kept: KeptTokens,
 ) -> list[tuple[str, ...]]:
-    """Answers of one batch; what the first turn's prefill kept is checked and added to `kept`.
+    """Answer one batch; what the first turn's prefill kept is checked and added to `kept`.
 
     Raises:
         BudgetError: A method kept another number of tokens than asked.

@@ -1,4 +1,4 @@
-"""Whether a run kept what was asked. Off target is an error, not a score."""
+"""Checking that a run kept what was asked: off target is an error, not a score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from vispress.report import CompressionReport, ImageReport
 def expected_counts(
     chain: Sequence[Compressor], num_visual: int, num_layers: int, *, last: bool = True
 ) -> list[int]:
-    """Tokens left of an image after each placement of a chain.
+    """Compute the tokens left of an image after each placement of a chain.
 
     Args:
         chain: The compressors.
@@ -35,7 +35,7 @@ def expected_counts(
 
 
 def mean_kept(image: ImageReport, num_layers: int) -> float:
-    """Tokens of an image that decoder layers run on, as a mean over them."""
+    """Average the tokens of an image over the decoder layers."""
     total = 0
     for layer in range(num_layers):
         acting = (
@@ -130,7 +130,7 @@ class KeptTokens:
         self.mean += left
 
     def to_dict(self) -> dict[str, float]:
-        """Averages an image, and as shares."""
+        """Convert to averages an image, and shares."""
         images, visual = max(1, self.images), max(1, self.visual)
         return {
             "images": self.images,

@@ -109,7 +109,7 @@ class _Work:
         self.bank = Bank.of(self.plan, self.loaded, drawn)
 
     def found(self, cell: Cell) -> bool:
-        """Whether a cell is finished already."""
+        """Tell whether a cell is finished already."""
         if self.folder.read(cell.key) is None:
             return False
         self.advance(cell.key, self.total)
@@ -171,7 +171,7 @@ class Bank:
 def run_cell(
     plan: Plan, cell: Cell, loaded: LoadedModel, bank: Bank, advance: Advance
 ) -> dict[str, Any]:
-    """Accuracy, kept tokens and cost of one cell, as plain data."""
+    """Measure accuracy, kept tokens and cost of one cell, as plain data."""
     kept = KeptTokens()
     given: dict[str, list[tuple[str, ...]]] = {
         name: [()] * len(prompts) for name, prompts in bank.questions.items()
@@ -207,7 +207,7 @@ def run_cell(
 def _scored(
     task: Task, prompts: Sequence[Prompt], given: Sequence[tuple[str, ...]], seed: int
 ) -> dict[str, Any]:
-    """What is stored of a task; `scores` only where an answer is neither right nor wrong.
+    """Convert a task's scores to what is stored; `scores` only where some are neither 0 nor 1.
 
     A conversation is right when all of its turns are.
     """
@@ -232,7 +232,7 @@ def _scored(
 
 
 def _refusals(plan: Plan, loaded: LoadedModel) -> dict[str, str]:
-    """Cells that this model cannot run, with the reason; asked before any cell runs.
+    """Find the cells that this model cannot run, with the reason, before any cell runs.
 
     Raises:
         ConfigError: A hyper-parameter that the plan itself gives does not fit the model.

@@ -34,7 +34,7 @@ def progress_bar(plan: Plan, console: Console, *, processes: int = 1) -> Iterato
 
 @contextmanager
 def counting(total: int, console: Console, *, processes: int = 1) -> Iterator[Advance]:
-    """The same for a number of questions.
+    """Show how many of a number of questions are answered; yields what `run` calls.
 
     Args:
         total: Questions, at most.
@@ -64,7 +64,7 @@ def counting(total: int, console: Console, *, processes: int = 1) -> Iterator[Ad
 
 
 class _Lines:
-    """The same for log files: a line when a cell begins."""
+    """Progress for log files: a line when a cell begins."""
 
     def __init__(self, console: Console, total: int, processes: int) -> None:
         self._console = console

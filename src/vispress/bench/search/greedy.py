@@ -24,7 +24,7 @@ GRID: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What to search for; options are checked before there is a model.
+    """A search to run; its options are checked before there is a model.
 
     Args:
         make: Greedy: the method that follows rates by layer.
@@ -50,7 +50,7 @@ class SearchRequest:
     def of(
         cls, name: str, options: dict[str, Any], unit: Unit | None, share: float, **rest: Any
     ) -> "SearchRequest":
-        """A greedy search of a method's schedule, or a sigmoid where a budget has a unit.
+        """Request a greedy search of a method's schedule, or a sigmoid where a budget has a unit.
 
         Raises:
             ConfigError: The method has no such schedule, or an option does not fit.
@@ -63,17 +63,17 @@ class SearchRequest:
 
     @property
     def words(self) -> str:
-        """What is asked, for the head of the file."""
+        """The request in words, for the head of the file."""
         if self.unit is None:
             return f"greedy, tolerance {self.tolerance:g}"
         return f"sigmoid, {self.share:g} of {self.unit}"
 
     def most(self, num_layers: int) -> int:
-        """Schedules that are tried, at most."""
+        """Count the schedules that are tried, at most."""
         return self.trials if self.make is None else greedy_steps(num_layers, self.grid)
 
     def search(self, objective: ScheduleObjective, storage: Path | None = None) -> SearchResult:
-        """Search; see `search_greedy` and `search_sigmoid`."""
+        """Search as requested; see `search_greedy` and `search_sigmoid`."""
         if self.make is not None:
             return search_greedy(objective, self.make, tolerance=self.tolerance, grid=self.grid)
         assert self.unit is not None
@@ -89,7 +89,7 @@ class SearchRequest:
 
 
 def scheduled(name: str, **options: Any) -> Callable[[Sequence[float]], Compressor]:
-    """Makes a method that takes `layers` and `ratios` follow a rate for every layer.
+    """Make a method that takes `layers` and `ratios` follow a rate for every layer.
 
     Args:
         name: Of the method.
@@ -122,7 +122,7 @@ def scheduled(name: str, **options: Any) -> Callable[[Sequence[float]], Compress
 
 
 def grid_for(name: str) -> tuple[float, ...]:
-    """Rates that a method takes: only Layerwise can drop all tokens."""
+    """List the rates that a method takes: only Layerwise can drop all tokens."""
     return GRID if name == Layerwise.name else tuple(rate for rate in GRID if rate)
 
 
@@ -133,7 +133,7 @@ def search_greedy(
     tolerance: float = 0.005,
     grid: Sequence[float] = GRID,
 ) -> SearchResult:
-    """The least rate of each layer, from shallow to deep, that is still good enough.
+    """Find the least rate of each layer, from shallow to deep, that is still good enough.
 
     A rate is tried with all deeper layers at the same rate, since what is dropped does not come
     back, and found by bisection: a metric that falls with every rate is taken for granted.
@@ -164,5 +164,5 @@ def search_greedy(
 
 
 def greedy_steps(num_layers: int, grid: Sequence[float] = GRID) -> int:
-    """Schedules that `search_greedy` values at most."""
+    """Count the schedules that `search_greedy` values at most."""
     return (num_layers - 1) * (len(grid) - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What a schedule is worth on calibration questions: accuracy, loyalty or first-token KL."""
+"""The value of a schedule on calibration questions: accuracy, loyalty or first-token KL."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -119,7 +119,7 @@ class ScheduleObjective:
     # --- values
 
     def value(self, method: Compressor, what: str = "") -> float:
-        """The metric under a compressor, higher is better.
+        """Measure the metric under a compressor, higher is better.
 
         Args:
             method: Compresses.
@@ -150,7 +150,7 @@ class ScheduleObjective:
         return self._mean(self._uncompressed(), self._uncompressed())
 
     def least(self, tolerance: float) -> float:
-        """The value that is still good enough: a share of accuracy less, or so many nats."""
+        """Compute the value still good enough: a share of accuracy less, or so many nats."""
         check_number("tolerance", tolerance, low=0.0)
         whole = self.uncompressed
         return whole - tolerance * (1.0 if self.calibration.metric == "kl" else whole)
@@ -158,15 +158,15 @@ class ScheduleObjective:
     # --- costs
 
     def share_of_tokens(self, method: Compressor) -> float:
-        """Mean over decoder layers of the visual tokens of the mean prompt, of all of them."""
+        """Compute a schedule's visual tokens, a mean over decoder layers, as a share of all."""
         return sum(self._left(method)) / self.num_layers / self.num_visual
 
     def share_of_flops(self, method: Compressor) -> float:
-        """Multiply-adds of its visual tokens in the decoder, of the uncompressed model's."""
+        """Compute a schedule's multiply-adds of visual tokens as a share of the uncompressed."""
         return self.flops_of(self._left(method))
 
     def flops_of(self, tokens_per_layer: Sequence[float]) -> float:
-        """The same for a count a layer."""
+        """Compute the multiply-adds of a count of visual tokens a layer, as a share likewise."""
         size = (self._text.hidden_size, self._text.intermediate_size)
         whole = flops([self.num_visual] * self.num_layers, *size)
         return flops(tokens_per_layer, *size) / whole  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ class ScheduleObjective:
         return self._reference
 
     def _outputs(self, cell: Cell, what: str) -> Iterator[Any]:
-        """Of each batch: answers, or log-probabilities `[B, V]` of the first token on the host."""
+        """Run every batch: answers, or log-probabilities `[B, V]` of first tokens on the host."""
         run = self._first_tokens if self.calibration.metric == "kl" else self._answers
         for batch in self.batches:
             with (
@@ -220,7 +220,7 @@ class ScheduleObjective:
         return chances.cpu()
 
     def _mean(self, found: Iterable[Any], reference: Iterable[Any]) -> float:
-        """Mean over tasks of the mean over questions."""
+        """Average over tasks the means over questions."""
         tasks: dict[str, list[float]] = {name: [] for name in self.calibration.tasks}
         for batch, own, whole in zip(self.batches, found, reference, strict=True):
             tasks[batch.task] += self._scores(batch, own, whole)
@@ -278,7 +278,7 @@ class SearchResult:
 
 
 def _read(log: Path | None, identity: str) -> Iterator[tuple[str, float]]:
-    """Values that an earlier run noted; a line that was cut off is left out."""
+    """Read the values that an earlier run noted; a line that was cut off is left out."""
     if log is None or not log.is_file():
         return
     for line in log.read_text(encoding="utf-8").splitlines():

@@ -23,7 +23,7 @@ Unit = Literal["tokens", "flops"]
 
 
 def sigmoid_of(name: str, **options: Any) -> Layerwise:
-    """The method of a sigmoid search, with hyper-parameters that it does not look for.
+    """Make the method of a sigmoid search, with hyper-parameters that it does not look for.
 
     Raises:
         ConfigError: Another method, or an option that the search looks for or that does not fit.
@@ -48,7 +48,7 @@ def search_sigmoid(
     storage: Path | None = None,
     method: Layerwise | None = None,
 ) -> SearchResult:
-    """Steepness and floor that are best under a budget, by Bayesian optimisation (optuna).
+    """Find the best steepness and floor under a budget, by Bayesian optimisation (optuna).
 
     Expected improvement under a Gaussian process (Matern 5/2), after 8 random trials; the first is
     the default steepness, so that what is found is never worse on the calibration questions.
@@ -105,7 +105,7 @@ def _solved(
     share: float,
     unit: Unit,
 ) -> Layerwise:
-    """The sigmoid of that shape that costs the share."""
+    """Solve for the sigmoid of that shape that costs the share."""
 
     def cost(rates: Sequence[float]) -> float:
         if unit == "tokens":

@@ -1,4 +1,4 @@
-"""How an answer in words is scored against a dataset's: each metric gives a number in `[0, 1]`.
+"""Scoring answers in words against a dataset's: each metric gives a number in `[0, 1]`.
 
 What each field calls by its name, written from the published definitions: VQA accuracy (Antol et
 al., arXiv:1505.00468, its leave-one-out form), ANLS (Biten et al., arXiv:1905.13648), relaxed
@@ -27,24 +27,24 @@ _PUNCTUATION: Final = re.compile(rf"[{re.escape(string.punctuation)}]")
 
 
 def exact(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Equal to one of the answers, but for case, outer space and a full stop at the end."""
+    """Score equality with one of the answers, but for case, outer space and a final full stop."""
     return float(_plain(prediction) in map(_plain, accepted))
 
 
 def contains(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """One of the answers stands in the prediction as whole words."""
+    """Score whether one of the answers stands in the prediction as whole words."""
     said = f" {_words(prediction)} "
     return float(any(f" {_words(answer)} " in said for answer in accepted if _words(answer)))
 
 
 def yes_no(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """The first "yes" or "no" of the prediction is the answer."""
+    """Score the first "yes" or "no" of the prediction."""
     found = re.search(r"\b(yes|no)\b", prediction.casefold())
     return float(found is not None and found[1] == _plain(accepted[0]))
 
 
 def vqa(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Share of three annotators that agree, as a mean over leaving one of them out.
+    """Score the share of three annotators that agree, a mean over leaving one of them out.
 
     With a single answer it is equality.
     """
@@ -56,13 +56,13 @@ def vqa(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -
 
 
 def anls(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """One minus the edit distance over the longer length, best of the answers; 0 below 0.5."""
+    """Score one minus the edit distance over the longer length, best answer; 0 below 0.5."""
     best = max(_similarity(_spaced(prediction), _spaced(answer)) for answer in accepted)
     return best if best >= _THRESHOLD else 0.0
 
 
 def number(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Within 5 % of a numeric answer; equal, as `exact` has it, to one that is no number."""
+    """Score a number within 5 % of the answer; an answer that is no number by `exact`."""
     said = _number(prediction)
     for answer in accepted:
         wanted = _number(answer)
@@ -76,7 +76,7 @@ def number(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()
 
 
 def choice(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """The option that the prediction names is the answer; naming none is wrong, never a guess.
+    """Score the option that the prediction names; naming none is wrong, never a guess.
 
     Args:
         prediction: "B", "(B) a dog", "The answer is B." or the option's own words.
@@ -87,7 +87,7 @@ def choice(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()
 
 
 def chosen_letter(prediction: str, choices: Sequence[str]) -> str | None:
-    """The letter of the option that a prediction names, or None."""
+    """Find the letter of the option that a prediction names, or None."""
     letters = LETTERS[: len(choices)]
     said = prediction.strip()
     # a capital that stands alone at the start, or after "answer is", "option"
@@ -153,7 +153,7 @@ def _similarity(a: str, b: str) -> float:
 
 
 def _distance(a: str, b: str) -> int:
-    """Levenshtein's."""
+    """Compute Levenshtein's distance."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i

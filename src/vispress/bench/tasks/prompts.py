@@ -35,13 +35,13 @@ class DatasetPrompt(Prompt):
 
 
 def score(metric: Metric, prediction: str, prompt: Prompt) -> float:
-    """A prediction by a metric, in `[0, 1]`."""
+    """Score a prediction by a metric, in `[0, 1]`."""
     assert isinstance(prompt, DatasetPrompt)  # `draw` makes no others
     return metric(prediction, prompt.accepted, prompt.choices)
 
 
 def draw(task: YamlTask, base: Path, n: int, seed: int) -> list[Prompt]:
-    """Up to `n` questions: fewer if the dataset, or the task's limit, has no more.
+    """Draw up to `n` questions: fewer if the dataset, or the task's limit, has no more.
 
     Args:
         task: What to read.
@@ -71,7 +71,7 @@ def draw(task: YamlTask, base: Path, n: int, seed: int) -> list[Prompt]:
 
 
 def _check_columns(task: YamlTask, rows: Rows) -> None:
-    """Every column that the description names is there; asked once, of the first row's names."""
+    """Check that every column that the task names is there, once, by the first row's names."""
     known = getattr(rows, "column_names", None) or list(rows[0] if rows else ())
     asked = {"question": [task.question], "answer": [task.answer], "images": _listed(task.images)}
     asked["choices"] = [] if isinstance(task.choices, int) else _listed(task.choices)
@@ -99,7 +99,7 @@ def _wanted(task: YamlTask, row: Row) -> bool:
 
 
 def _joined(task: YamlTask, options: dict[str, Any]) -> tuple[dict[Any, int], Rows]:
-    """Place of each key, and the rows with the pictures; those are read when they are asked for."""
+    """Find the place of each key, and the rows with the pictures, which are read when asked for."""
     join = task.images_from
     assert join is not None
     rows = load_rows(task.dataset, subset=join.subset, split=join.split, **options)
@@ -150,7 +150,7 @@ def _prompt(task: YamlTask, row: Row, images: tuple["Image", ...]) -> DatasetPro
 
 
 def _filled(task: YamlTask, values: Mapping[str, Any]) -> Iterator[str]:
-    """The prompt's lines with their fields filled in; those with nothing but empty ones go."""
+    """Fill in the fields of the prompt's lines; lines with nothing but empty ones go."""
     for line in task.template():
         filled = [_shown(values[field]) for _, field in line if field is not None]
         if not filled or any(filled):

@@ -36,12 +36,12 @@ class Undecoded(Sequence[Row]):
         return len(self._tables)
 
     def __getitem__(self, place: Any) -> Any:
-        """One row."""
+        """Read one row."""
         (row,) = self._tables[place].to_pylist()
         return row
 
     def column(self, name: str) -> list[Any]:
-        """One column of all rows, without reading others."""
+        """Read one column of all rows, without reading others."""
         (values,) = self._tables.select_columns(name)[:].to_pydict().values()
         return list(values)
 
@@ -91,7 +91,7 @@ def load_rows(
 
 
 def local_path(dataset: str, base: Path) -> Path | None:
-    """Where a dataset lies on this disk, or None."""
+    """Find where a dataset lies on this disk, or None."""
     for path in (base / dataset, Path(dataset)):
         if path.exists():
             return path
@@ -101,7 +101,7 @@ def local_path(dataset: str, base: Path) -> Path | None:
 
 
 def fingerprint(dataset: str, base: Path) -> str | None:
-    """Hash of a local dataset's files (names, sizes, content up to 64 MiB each); None elsewhere."""
+    """Hash a local dataset's files (names, sizes, content up to 64 MiB each); None elsewhere."""
     path = local_path(dataset, base)
     if path is None:
         return None
@@ -117,7 +117,7 @@ def fingerprint(dataset: str, base: Path) -> str | None:
 
 
 def open_pictures(value: Any, folder: Path) -> list["Image"]:
-    """The pictures in one cell of a dataset, as `open_picture` reads them.
+    """Open the pictures in one cell of a dataset, as `open_picture` reads them.
 
     Args:
         value: A picture, its bytes, `{"bytes": ..., "path": ...}`, a path from `folder`, a list of

@@ -53,7 +53,7 @@ class Prompt:
 
 
 def exact(prediction: str, prompt: Prompt) -> float:
-    """1.0 if the model's words are the answer, letter by letter, else 0.0."""
+    """Score 1.0 if the model's words are the answer, letter by letter, else 0.0."""
     return float(prediction == prompt.answer_text)
 
 
@@ -118,7 +118,7 @@ def register_task(task: Task) -> Task:
 
 
 def all_tasks() -> dict[str, Task]:
-    """Every task by name, the reference model's first."""
+    """List every task by name, the reference model's first."""
     from vispress.reference.world.clips import CLIP_CHANCE
     from vispress.reference.world.episodes import EPISODE_CHANCE
     from vispress.reference.world.questions import CHANCE
@@ -137,7 +137,7 @@ def all_tasks() -> dict[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name: registered, or described in a shipped file.
+    """Find the task of that name: registered, or in a shipped YAML file.
 
     Raises:
         ConfigError: No such task; the message suggests close names.

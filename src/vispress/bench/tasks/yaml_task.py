@@ -108,7 +108,7 @@ class YamlTask:
         return f"task {self.name!r}"
 
     def template(self) -> list[list[tuple[str, str | None]]]:
-        """The prompt's lines, each as (text, column or None) parts.
+        """Split the prompt into lines of (text, column or None) parts.
 
         Raises:
             ConfigError: It is malformed, or a field is more than a column's name.
@@ -126,7 +126,7 @@ class YamlTask:
 
 
 def register_entry(entry: Any, base: Path) -> str:
-    """The name of an entry of a plan's `tasks`; a described task becomes known by it.
+    """Name an entry of a plan's `tasks`; a YAML task becomes known by its name.
 
     Args:
         entry: A name, the path of a YAML file, or a mapping like such a file's.
@@ -144,18 +144,18 @@ def register_entry(entry: Any, base: Path) -> str:
 
 
 def shipped_task(name: str) -> Task | None:
-    """The task of that name in `configs/tasks`, or None."""
+    """Find the task of that name in `configs/tasks`, or None."""
     path = shipped_files("tasks").get(name)
     return None if path is None else task_from_yaml(*_read(path))
 
 
 def shipped_tasks() -> list[str]:
-    """Names of the shipped descriptions."""
+    """List the names of the shipped YAML tasks."""
     return sorted(shipped_files("tasks"))
 
 
 def parse_yaml_task(data: Any, where: str) -> YamlTask:
-    """A description from parsed YAML.
+    """Build a YAML task from parsed YAML.
 
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; see also `YamlTask`.
@@ -170,7 +170,7 @@ def parse_yaml_task(data: Any, where: str) -> YamlTask:
 
 
 def task_from_yaml(description: YamlTask, base: Path) -> Task:
-    """The task that a description stands for; its dataset is opened when questions are drawn."""
+    """Build the task of a YAML file; its dataset is opened when questions are drawn."""
     from vispress.bench.tasks.prompts import draw, score
 
     mark = fingerprint(description.dataset, base)
@@ -193,7 +193,7 @@ def _read(path: Path) -> tuple[YamlTask, Path]:
 
 
 def _build(cls: type[D], values: dict[str, Any], where: str) -> D:
-    """An object of a dataclass whose fields are checked against their annotations."""
+    """Build an object of a dataclass, its fields checked against their annotations."""
     for field in fields(cls):  # type: ignore[arg-type]
         required = field.default is MISSING
         if required and field.name not in values:
@@ -206,7 +206,7 @@ def _build(cls: type[D], values: dict[str, Any], where: str) -> D:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type (unions, tuples of words and plain classes)."""
+    """Tell whether a value is of an annotated type (unions, tuples of words, plain classes)."""
     if isinstance(hint, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if (origin := get_origin(hint)) is tuple:

@@ -1,1 +1,1 @@
-"""What compression costs: time, memory, KV bytes and FLOPs."""
+"""Costs of compression: time, memory, KV bytes and FLOPs."""

@@ -1,4 +1,4 @@
-"""What compression costs and saves, measured in turns with the uncompressed model.
+"""Costs and savings of compression, interleaved with the uncompressed model.
 
 Turns make ratios hold on a machine whose speed drifts: each round times every variant, every other
 round in the opposite order, and ratios are taken within the round.
@@ -44,7 +44,7 @@ TIMES: Mapping[str, Callable[[Sample], Any]] = {
 
 
 def timed_batch(loaded: LoadedModel, prompts: Sequence[Prompt], size: int) -> list[Prompt]:
-    """Up to `size` prompts of the commonest length, so that no padding is timed.
+    """Choose up to `size` prompts of the commonest length, so that no padding is timed.
 
     Prompts without pictures and videos are left out; where all are, the batch is empty.
     """
@@ -59,7 +59,7 @@ def timed_batch(loaded: LoadedModel, prompts: Sequence[Prompt], size: int) -> li
 
 @dataclass(frozen=True)
 class _Setup:
-    """What is run in turns.
+    """Variants to run in turns, with their inputs.
 
     Args:
         variants: Entered around the runs of each.
@@ -161,7 +161,7 @@ def _set_up(
 
 
 def in_rounds(variants: Variants, run: Callable[[str], Sample], timing: Timing) -> list[Round]:
-    """Samples of every variant, round by round; the first round and the first runs are warm-up.
+    """Sample every variant, round by round; the first round and the first runs are warm-up.
 
     Args:
         variants: What to enter around the runs of each.
@@ -181,7 +181,7 @@ def in_rounds(variants: Variants, run: Callable[[str], Sample], timing: Timing) 
 def _prefilled(
     model: Any, inputs: Any, chain: Sequence[Compressor], plan: Plan
 ) -> CompressionReport:
-    """The report of one prefill."""
+    """Report one prefill."""
     with compressed(model, list(chain), positions=plan.positions) as view:
         _first_token(model, inputs)
         return view.report
@@ -203,7 +203,7 @@ def _peaks(loaded: LoadedModel, setup: _Setup) -> dict[str, int]:
 
 
 def _times(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Milliseconds of all samples, ratios of the rounds' medians; None for what was not run."""
+    """Compute milliseconds of all samples and ratios of the rounds' medians; None if not run."""
     out: dict[str, Any] = {}
     for name, pick in TIMES.items():
         if pick(rounds[0][BASE][0]) is None:
@@ -218,7 +218,7 @@ def _times(rounds: Sequence[Round]) -> dict[str, Any]:
 
 
 def _overhead(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Encoder and prefill of the method less those of the replay, within each round."""
+    """Subtract the replay's encoder and prefill times from the method's, within each round."""
     if REPLAY not in rounds[0]:
         return {"overhead_ms": None, "overhead_share": None}
 

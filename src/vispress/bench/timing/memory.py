@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
-    """Most bytes in use at once while `call` runs, less what was in use before.
+    """Measure the most bytes in use at once while `call` runs, less those in use before.
 
     On a GPU this is what its allocator handed out (`torch.cuda.max_memory_allocated`). Elsewhere
     it is the sum of all tensors alive, counted operation by operation: exact and the same every

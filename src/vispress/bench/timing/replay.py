@@ -1,4 +1,4 @@
-"""What a method costs beyond compression itself: the same prefill with the choice already made."""
+"""A method's overhead, from a replay: its prefill with the choice already made."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,15 +38,15 @@ class _StandIn(Compressor):
         return self.method.placements(num_layers)
 
     def encoder_merger(self) -> EncoderMerger | None:
-        """The other one's: what merges in the encoder is no choice made for the LLM."""
+        """Pass on the wrapped method's: what merges in the encoder is no choice for the LLM."""
         return self.method.encoder_merger()
 
     def pair_masker(self) -> PairMasker | None:
-        """The other one's: what is masked is no choice of tokens."""
+        """Pass on the wrapped method's: what is masked is no choice of tokens."""
         return self.method.pair_masker()
 
     def cached_selector(self) -> CachedSelector | None:
-        """The other one's: what is chosen while decoding is no choice of the prefill."""
+        """Pass on the wrapped method's: a choice while decoding is none of the prefill."""
         return self.method.cached_selector()
 
 
@@ -71,7 +71,7 @@ class Recorder(_StandIn):
         return self.method.encoder_layers(num_layers, feature_layer)
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """The other one's plan."""
+        """Note the wrapped method's plan."""
         plan = self.method.plan(tokens, num_keep)
         self.log.append(plan)
         return plan
@@ -89,21 +89,21 @@ class Replay(_StandIn):
     plans: Iterator[TokenPlan]
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        """Without attention rows, probes and transitions."""
+        """Place the recorded plans, without attention rows, probes and transitions."""
         return tuple(
             replace(placement, queries=None, probe=None, transitions=())
             for placement in self.method.placements(num_layers)
         )
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """What was kept, and what decides which buckets the next placement asks about."""
+        """Repeat what was kept, and what decides which buckets the next placement asks about."""
         plan = next(self.plans)
         memory = tuple(replace(memory, attention=False) for memory in plan.memory)
         return TokenPlan(keep=plan.keep, memory=memory)
 
 
 def recorders(chain: Sequence[Compressor]) -> tuple[list[Compressor], list[list[TokenPlan]]]:
-    """Stand-ins for a chain, and where each of them notes its plans."""
+    """Make stand-ins for a chain, and where each of them notes its plans."""
     logs: list[list[TokenPlan]] = [[] for _ in chain]
     made: list[Compressor] = [
         Recorder(method=method, log=log) for method, log in zip(chain, logs, strict=True)
@@ -112,7 +112,7 @@ def recorders(chain: Sequence[Compressor]) -> tuple[list[Compressor], list[list[
 
 
 def replays(chain: Sequence[Compressor], logs: Sequence[Sequence[TokenPlan]]) -> list[Compressor]:
-    """Stand-ins that repeat one recorded prefill of a chain, as often as it is run."""
+    """Make stand-ins that repeat one recorded prefill of a chain, as often as it is run."""
     return [
         Replay(method=method, plans=cycle(log)) for method, log in zip(chain, logs, strict=True)
     ]

@@ -25,7 +25,7 @@ class Timer:
         self._now = now
 
     def mark(self) -> Any:
-        """This moment, in the order of the device's work."""
+        """Mark this moment, in the order of the device's work."""
         if self.device.type != "cuda":
             return self._now()
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -33,7 +33,7 @@ class Timer:
         return event
 
     def between(self, first: Any, last: Any) -> float:
-        """Milliseconds from one mark to another; waits for the last."""
+        """Measure milliseconds from one mark to another; waits for the last."""
         if self.device.type != "cuda":
             return float(1e3 * (last - first))
         last.synchronize()
@@ -83,7 +83,7 @@ class Marks:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Stands for `get_image_features` (which Qwen's video method calls too)."""
+        """Stand in for `get_image_features` (which Qwen's video method calls too)."""
         if self._depth:
             return original(*args, **kwargs)
         self._depth += 1
@@ -95,12 +95,12 @@ class Marks:
             self.encoder.append((first, self._timer.mark()))
 
     def enter(self, *_: Any) -> None:
-        """A pre-hook of the language model: its first call is the prefill."""
+        """Mark the prefill: a pre-hook of the language model, whose first call it is."""
         if self.prefill is None:
             self.prefill = self._timer.mark()
 
     def sample(self) -> Sample:
-        """The times between the marks."""
+        """Compute the times between the marks."""
         between, first, later = self._timer.between, self.tokens[0], self.tokens[1:]
         return Sample(
             encoder_ms=sum(between(a, b) for a, b in self.encoder),

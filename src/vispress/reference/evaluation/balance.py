@@ -16,7 +16,7 @@ def balanced(
     forms: Mapping[str, int],
     n: int,
 ) -> Iterator[tuple[T, Asked]]:
-    """What is shown, one after another, with one question each until there are n.
+    """Balance answers: take one question of each scene or clip until there are n.
 
     The forms take turns, and no answer of a form is right more often than its share, rounded up.
 

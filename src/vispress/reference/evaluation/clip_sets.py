@@ -68,7 +68,7 @@ def held_out_clips(kind: ClipKind, n: int, *, seed: int = 0) -> list[ClipQuestio
 def clip_answers(
     model: Any, processor: Any, questions: Iterable[ClipQuestion], *, batch: int = 32
 ) -> list[str]:
-    """As `generate_answers`, for clips."""
+    """Answer questions about clips, as `generate_answers` does about pictures."""
     questions = list(questions)
     texts, frames = [q.prompt for q in questions], [q.frames for q in questions]
     return generate_words(model, processor, texts, batch=batch, videos=frames)
@@ -82,7 +82,7 @@ def clip_accuracy(
     seed: int = 0,
     kinds: Iterable[ClipKind] = CLIP_KINDS,
 ) -> dict[str, float]:
-    """Share of exactly right answers by kind, on `n` held-out clips each."""
+    """Measure the share of exactly right answers by kind, on `n` held-out clips each."""
 
     def ask(kind: ClipKind) -> float:
         questions = held_out_clips(kind, n, seed=seed)

@@ -37,7 +37,7 @@ def episode_answers(
     *,
     batch: int = 32,
 ) -> list[str]:
-    """Greedy answers of plain transformers, in left-padded batches.
+    """Answer greedily with plain transformers, in left-padded batches.
 
     Args:
         model: The model.
@@ -75,7 +75,7 @@ def _converse(
     inputs: dict[str, Tensor],
     later: Sequence[Sequence[str]],
 ) -> list[str]:
-    """One word a turn, as the module says; `generate` skips what the cache holds."""
+    """Ask one word a turn, as the module says; `generate` skips what the cache holds."""
     cache = DynamicCache(config=model.config.get_text_config())
     asked: dict[str, Any] = dict(inputs)
     turns = []
@@ -106,7 +106,7 @@ def episode_accuracy(
     seed: int = 0,
     kinds: Iterable[EpisodeKind] = EPISODE_KINDS,
 ) -> dict[str, float]:
-    """Share of exactly right episodes by kind, on `n` held-out episodes each."""
+    """Measure the share of exactly right episodes by kind, on `n` held-out episodes each."""
 
     def ask(kind: EpisodeKind) -> float:
         episodes = held_out_episodes(kind, n, seed=seed)

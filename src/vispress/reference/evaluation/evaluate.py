@@ -81,7 +81,7 @@ def held_out(kind: QuestionKind, n: int, *, seed: int = 0) -> list[Example]:
 def generate_words(
     model: Any, processor: Any, texts: Sequence[str], *, batch: int, **shown: Sequence[Any]
 ) -> list[str]:
-    """Greedy answers of plain `model.generate`, in left-padded batches.
+    """Answer greedily with plain `model.generate`, in left-padded batches.
 
     Args:
         model: The model, compressed or not.
@@ -112,7 +112,7 @@ def generate_words(
 def generate_answers(
     model: Any, processor: Any, examples: Iterable[Example], *, batch: int = 64
 ) -> list[str]:
-    """Answers to one question a prompt.
+    """Answer one question a prompt.
 
     Args:
         model: The model, compressed or not.
@@ -129,12 +129,12 @@ def generate_answers(
 
 
 def share_right(answers: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of exactly right answers."""
+    """Compute the share of exactly right answers."""
     return sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted)
 
 
 def by_kind(model: Any, kinds: Iterable[Kind], ask: Callable[[Kind], float]) -> dict[str, float]:
-    """What `ask` finds for each kind, the model being in evaluation mode meanwhile."""
+    """Ask for each kind, the model in evaluation mode meanwhile."""
     was_training = model.training
     model.eval()
     scores = {str(kind): ask(kind) for kind in kinds}
@@ -150,7 +150,7 @@ def accuracy(
     seed: int = 0,
     kinds: Iterable[QuestionKind] = KINDS,
 ) -> dict[str, float]:
-    """Share of exactly right answers by kind, on `n` held-out questions each."""
+    """Measure the share of exactly right answers by kind, on `n` held-out questions each."""
 
     def ask_about(kind: QuestionKind) -> float:
         examples = held_out(kind, n, seed=seed)

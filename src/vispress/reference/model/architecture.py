@@ -1,4 +1,4 @@
-"""What the training script must know about a reference architecture, and the two there are."""
+"""The two reference architectures, as the training script must know them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ _PLACED: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What stands before the questions of a packed sequence: P tokens, the picture's among them.
+    """Prefix of the questions of a packed sequence: P tokens, the picture's among them.
 
     Args:
         ids: Token ids, P of them.
@@ -73,39 +73,39 @@ class Architecture(ABC):
 
     @abstractmethod
     def build(self, config: Mapping[str, int], seed: int) -> Any:
-        """A freshly initialised model; `config` sets `vision_layers` and `text_layers`."""
+        """Build and initialise a model; `config` sets `vision_layers` and `text_layers`."""
 
     @abstractmethod
     def heads(self) -> DenseHeads:
-        """Heads for its dense labels."""
+        """Build heads for its dense labels."""
 
     @abstractmethod
     def processor(self) -> Any:
-        """Its processor."""
+        """Build its processor."""
 
     @abstractmethod
     def load_processor(self, folder: Path) -> Any:
-        """The processor saved in a folder, offline."""
+        """Load the processor saved in a folder, offline."""
 
     @abstractmethod
     def parts(self, model: Any) -> dict[str, nn.Module]:
-        """Projector and vision side, in the order the optimiser takes them."""
+        """List projector and vision side, in the order the optimiser takes them."""
 
     @abstractmethod
     def collate(self, scenes: Sequence[Scene], seed: int, step: int) -> DenseBatch:
-        """The batch of a step; `seed` and `step` may choose a resolution."""
+        """Make the batch of a step; `seed` and `step` may choose a resolution."""
 
     @abstractmethod
     def look(self, model: Any, pixels: Tensor) -> Seen:
-        """What the vision side makes of uint8 pixels (B, S, S, 3)."""
+        """Encode uint8 pixels (B, S, S, 3) with the vision side."""
 
     @abstractmethod
     def prefix(self, side: int) -> Prefix:
-        """What comes before a question about a picture of `side` x `side` visual tokens."""
+        """Make the prefix of questions about a picture of `side` x `side` visual tokens."""
 
     @abstractmethod
     def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
-        """Last hidden states (B, L, D) of packed sequences, and what was seen."""
+        """Compute last hidden states (B, L, D) of packed sequences, with the vision side's output."""
 
     @abstractmethod
     def for_training(self, model: Any) -> None:
@@ -120,11 +120,11 @@ class LlavaReference(Architecture):
     third = "episodes"
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
-        """See `Architecture.build`."""
+        """Build a LLaVA; see `Architecture.build`."""
         return build_model(reference_config(**config), seed=seed)
 
     def heads(self) -> DenseHeads:
-        """With [CLS]."""
+        """Build heads for patches and [CLS]."""
         return DenseHeads(TEXT_WIDTH, VISION_WIDTH)
 
     def processor(self) -> Any:
@@ -136,23 +136,23 @@ class LlavaReference(Architecture):
         return load_part(LlavaProcessor, folder, "its processor", local_files_only=True)
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
-        """The tower and the projector."""
+        """List the tower and the projector."""
         return {
             "vision": model.model.vision_tower,
             "projector": model.model.multi_modal_projector,
         }
 
     def collate(self, scenes: Sequence[Scene], seed: int, step: int) -> DenseBatch:
-        """All pictures have 96 x 96 pixels."""
+        """Stack pictures, which all have 96 x 96 pixels."""
         return collate(list(scenes))
 
     def look(self, model: Any, pixels: Tensor) -> Seen:
-        """Features know their places from the encoder's table of positions."""
+        """Encode pictures; features know their places from the encoder's table of positions."""
         features, cls, last = encode_image(model, normalise(pixels))
         return Seen(features, features, cls, last)
 
     def prefix(self, side: int) -> Prefix:
-        """`<s>` and the visual tokens, one after another."""
+        """Put the visual tokens behind `<s>`, one after another."""
         ids = [WORD_ID[BOS], *[WORD_ID[IMAGE]] * side**2]
         return Prefix(ids, len(ids))
 
@@ -162,7 +162,7 @@ class LlavaReference(Architecture):
         return embed_and_run(model, batch, seen.features).last_hidden_state, seen
 
     def for_training(self, model: Any) -> None:
-        """Encoder and decoder."""
+        """Switch encoder and decoder."""
         model.model.vision_tower.set_attn_implementation(FULL)
         model.model.language_model.set_attn_implementation(PACKED)
 
@@ -175,11 +175,11 @@ class QwenReference(Architecture):
     third = "clips"
 
     def build(self, config: Mapping[str, int], seed: int) -> Any:
-        """See `Architecture.build`."""
+        """Build a LLaVA; see `Architecture.build`."""
         return build_qwen(qwen_config(**config), seed=seed)
 
     def heads(self) -> DenseHeads:
-        """Without [CLS]."""
+        """Build heads for tokens alone: there is no [CLS]."""
         return DenseHeads(TEXT_WIDTH, None, place_weight=1.0)
 
     def processor(self) -> Any:
@@ -191,23 +191,23 @@ class QwenReference(Architecture):
         return load_part(PicturesProcessor, folder, "its processor", local_files_only=True)
 
     def parts(self, model: Any) -> dict[str, nn.Module]:
-        """The merger counts as the projector, not as part of the encoder that holds it."""
+        """List merger and encoder; the merger counts as the projector."""
         return {"projector": model.model.visual.merger, "vision": model.model.visual}
 
     def collate(self, scenes: Sequence[Scene], seed: int, step: int) -> DenseBatch:
-        """All pictures of a step have one of four sizes."""
+        """Resize all pictures of a step to one of four sizes, and stack them."""
         return collate_tokens(list(scenes), side_of(seed, step))
 
     def look(self, model: Any, pixels: Tensor) -> Seen:
-        """Rotary positions are relative: nothing in the encoder knows where it is."""
+        """Encode pictures; rotary positions are relative, so no feature knows where it is."""
         return Seen(encode_qwen(model, pixels))
 
     def prefix(self, side: int) -> Prefix:
-        """`<s>`, and the picture between its marks, at positions of time, row and column."""
+        """Put the picture between its marks, at positions of time, row and column."""
         return _between_marks(IMAGE, 1, side)
 
     def clip_prefix(self, steps: int, side: int) -> Prefix:
-        """Likewise for a clip of `steps` temporal patches, one position of time each."""
+        """Put a clip of `steps` temporal patches between its marks, one position of time each."""
         return _between_marks(VIDEO, steps, side)
 
     def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
@@ -218,19 +218,19 @@ class QwenReference(Architecture):
         return out.last_hidden_state, Seen(features, states[:, 2 : batch.prefix - 1])
 
     def hidden_clips(self, model: Any, batch: "PackedBatch") -> Tensor:
-        """Last hidden states (B, L, D) of packed sequences behind a clip each."""
+        """Compute the last hidden states (B, L, D) of packed sequences behind a clip each."""
         hidden: Tensor = embed_and_run(
             model, batch, encode_clips(model, batch.pixels), mark=model.config.video_token_id
         ).last_hidden_state
         return hidden
 
     def for_training(self, model: Any) -> None:
-        """The decoder; `encode_qwen` stands for the encoder."""
+        """Switch the decoder; `encode_qwen` stands for the encoder."""
         model.model.language_model.set_attn_implementation(PACKED)
 
 
 def _between_marks(mark: str, steps: int, side: int) -> Prefix:
-    """`<s>` and a raster of steps, rows and columns between Qwen's marks."""
+    """Put a raster of steps, rows and columns between Qwen's marks, behind `<s>`."""
     n = steps * side * side
     words = [BOS, VISION_START, *[mark] * n, VISION_END]
     positions = np.zeros((3, 3 + n), dtype=np.int64)
@@ -243,7 +243,7 @@ def _between_marks(mark: str, steps: int, side: int) -> Prefix:
 def embed_and_run(
     model: Any, batch: "PackedBatch", features: Tensor, *, mark: int | None = None
 ) -> Any:
-    """Decoder outputs for packed sequences.
+    """Run the decoder on packed sequences.
 
     Args:
         model: The model.

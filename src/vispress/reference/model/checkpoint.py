@@ -23,7 +23,7 @@ FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "to
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The reference architecture that a model has.
+    """Find the reference architecture of a model.
 
     Raises:
         KeyError: It has none of them.
@@ -97,7 +97,7 @@ def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
 
 
 def _architecture(folder: Path) -> Architecture:
-    """What the configuration in a folder says it holds."""
+    """Find the architecture that a folder's configuration names."""
     name = read_settings(folder / "config.json", "the model")["model_type"]
     if name not in ARCHITECTURES:
         raise ValueError(f"model_type {name!r} is none of {[*ARCHITECTURES]}")

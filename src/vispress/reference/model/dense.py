@@ -50,7 +50,7 @@ class DenseBatch:
     content: Tensor
 
     def to(self, device: torch.device) -> "DenseBatch":
-        """The same batch on another device."""
+        """Move the batch to another device."""
         return DenseBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
@@ -75,7 +75,7 @@ def collate(scenes: list[Scene]) -> DenseBatch:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a model makes of a batch of pictures, as far as the dense heads read it.
+    """A model's view of a batch of pictures, as far as the dense heads read it.
 
     Args:
         features: Projected features, shape (B, N, D).
@@ -138,7 +138,7 @@ class DenseHeads(nn.Module):
     def forward(
         self, seen: Seen, embeddings: Tensor, batch: DenseBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and accuracies.
+        """Compute loss and accuracies.
 
         Args:
             seen: What the model makes of the batch's pixels.
@@ -183,7 +183,7 @@ class DenseHeads(nn.Module):
         return loss, scores
 
     def _place_loss(self, x: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy of thirds (against words) and of twelfths, and accuracy of the latter."""
+        """Compute cross entropy of thirds (by words) and twelfths, and accuracy of the latter."""
         place = (x * self.scale) @ words[self.place_ids].T
         fine = self.fine(x).float()
         side = math.isqrt(x.shape[1])
@@ -201,13 +201,13 @@ class DenseHeads(nn.Module):
 
 
 def _weighted(logits: Tensor, target: Tensor, background: float) -> Tensor:
-    """Cross entropy with class 0 weighted down."""
+    """Compute cross entropy with class 0 weighted down."""
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[0] = background
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=weight)
 
 
 def _hits(logits: Tensor, target: Tensor) -> Tensor:
-    """Accuracy where the label is not background."""
+    """Compute accuracy where the label is not background."""
     mask = target > 0
     return (((logits.argmax(-1) == target) & mask).sum() / mask.sum().clamp(min=1)).detach()

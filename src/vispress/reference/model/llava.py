@@ -27,7 +27,7 @@ MAX_NEW_TOKENS: Final = 4
 
 
 def reference_config(*, vision_layers: int = 5, text_layers: int = 6) -> LlavaConfig:
-    """Configuration of the shipped model.
+    """Make the configuration of the shipped model.
 
     Args:
         vision_layers: Layers of the vision encoder; features come from the last but one.
@@ -74,7 +74,7 @@ def reference_config(*, vision_layers: int = 5, text_layers: int = 6) -> LlavaCo
 
 
 def build_model(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGeneration:
-    """A freshly initialised model in fp32 with SDPA attention.
+    """Build and initialise a model in fp32 with SDPA attention.
 
     Weights are normal with std `1 / sqrt(fan_in)`, halved on projections back into the residual
     stream: at this size that trains clearly faster than CLIP's and Llama's defaults.
@@ -98,7 +98,7 @@ def initialised(
     *,
     seed: int,
 ) -> Model:
-    """A model made and initialised under a seed, in train mode, with its generation config set.
+    """Make and initialise a model under a seed, in train mode, its generation config set.
 
     Args:
         make: Makes the model.
@@ -168,7 +168,7 @@ def encode_image(
 
 
 def _cls_only(layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
-    """One encoder layer evaluated at [CLS] only: a fifth of its cost; gradients stop at its input.
+    """Evaluate one encoder layer at [CLS] only: a fifth of its cost; no gradient to its input.
 
     Shapes: (B, 1 + N, Dv) to (B, Dv).
     """
@@ -186,5 +186,5 @@ def _cls_only(layer: CLIPEncoderLayer, hidden: Tensor) -> Tensor:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 pixels (B, 96, 96, 3) to the model's input (B, 3, 96, 96), about `[-1, 1]`."""
+    """Convert uint8 pixels (B, 96, 96, 3) to the model's input (B, 3, 96, 96), about `[-1, 1]`."""
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)

@@ -67,12 +67,12 @@ class PackedBatch:
     dense: DenseBatch | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on another device."""
+        """Move the batch to another device."""
         values = [getattr(self, field.name) for field in fields(self)]
         return PackedBatch(*(v.to(device) if hasattr(v, "to") else v for v in values))
 
     def at(self, positions: NDArray[np.int64] | None) -> "PackedBatch":
-        """The same batch, its prefix at positions in time, rows and columns, (3, P), if any."""
+        """Copy the batch with its prefix at positions in time, rows and columns, (3, P), if any."""
         if positions is None:
             return self
         ids = self.position_ids.repeat(3, 1, 1)
@@ -80,7 +80,7 @@ class PackedBatch:
         return replace(self, position_ids=ids)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask within slots, shape (B, S, W, W): causal, and only one's own thread."""
+        """Make the additive mask within slots, (B, S, W, W): causal, and only one's own thread."""
         group = torch.unflatten(self.group[:, self.prefix :], 1, (-1, self.width))
         same = group[..., :, None] == group[..., None, :]
         order = torch.arange(self.width, device=group.device)
@@ -97,13 +97,13 @@ def stack(
     width: int = SLOT,
     dense: DenseBatch | None = None,
 ) -> PackedBatch:
-    """A batch of rows as `pack` lays them out; the other arguments are fields of the batch."""
+    """Stack rows that `pack` laid out; the other arguments are fields of the batch."""
     ids, positions, group, labels, early = torch.from_numpy(np.stack(rows, axis=1)).unbind()
     return PackedBatch(pixels, ids, positions, group, labels, early, prefix, width, dense)
 
 
 def prefix_ids(text: str = IMAGE, visual: int = NUM_PATCHES) -> list[int]:
-    """Token ids of a prefix, as the processor makes them.
+    """Make the token ids of a prefix, equal to the processor's.
 
     Args:
         text: Words and `<image>` marks.
@@ -160,7 +160,7 @@ def pack(
 
 
 def _lay(thread: Thread) -> tuple[list[int], list[int], list[int]]:
-    """Ids, labels and early labels of one thread."""
+    """Lay out ids, labels and early labels of one thread."""
     ids: list[int] = []
     labels: list[int] = []
     early: list[int] = []

@@ -30,7 +30,7 @@ from vispress.reference.world.words import BOS, EOS, IMAGE, PAD, SPECIAL, UNKNOW
 def build_tokenizer(
     ids: Mapping[str, int] = WORD_ID, extra: Mapping[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that puts `<s>` first and pads on the left.
+    """Build a word-level tokenizer that puts `<s>` first and pads on the left.
 
     Args:
         ids: Word to token id.
@@ -59,7 +59,7 @@ def build_tokenizer(
 
 
 def build_processor() -> LlavaProcessor:
-    """A `LlavaProcessor` whose image side needs Pillow only (no torchvision)."""
+    """Build a `LlavaProcessor` whose image side needs Pillow only (no torchvision)."""
     images = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -103,7 +103,7 @@ class PicturesProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
         videos_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Inputs of the model.
+        """Process pictures, videos and texts into inputs of the model.
 
         Args:
             images: Pictures, in the order of their marks.
@@ -138,7 +138,7 @@ class PicturesProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
     def _steps(
         self, videos: Sequence[NDArray[np.uint8]], options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Patches of temporal patches, [S, 3 * t * P * P], and the grid of each video, [V, 3]."""
+        """Cut videos into temporal patches [S, 3 * t * P * P], with the grids of videos, [V, 3]."""
         size = self.image_processor.temporal_patch_size
         pixels, grids = [], []
         for video in videos:
@@ -155,7 +155,7 @@ class PicturesProcessor(Qwen2_5_VLProcessor):  # type: ignore[misc]
 
 
 def build_qwen_processor() -> PicturesProcessor:
-    """The processor of the Qwen reference; its image side needs Pillow only.
+    """Build the processor of the Qwen reference; its image side needs Pillow only.
 
     Pictures of 84 to 120 pixels keep their size, rounded to visual tokens of 12 pixels.
     """
@@ -176,7 +176,7 @@ def build_qwen_processor() -> PicturesProcessor:
 
 
 def with_marks(processor: Any, prompt: str) -> str:
-    """A prompt as a processor's model wants it: Qwen's pictures and videos are between two marks.
+    """Write a prompt as a processor's model wants it: Qwen has pictures between two marks.
 
     Args:
         processor: Of a reference model, or of Qwen's.

@@ -39,7 +39,7 @@ QWEN_ID: Final[dict[str, int]] = {word: index for index, word in enumerate(QWEN_
 
 
 def qwen_config(*, vision_layers: int = 5, text_layers: int = 6) -> Qwen2_5_VLConfig:
-    """Configuration of the shipped model.
+    """Make the configuration of the shipped model.
 
     Args:
         vision_layers: Blocks of the vision encoder; the last and the one two before it attend to
@@ -92,7 +92,7 @@ def qwen_config(*, vision_layers: int = 5, text_layers: int = 6) -> Qwen2_5_VLCo
 
 
 def build_qwen(config: Qwen2_5_VLConfig, *, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A freshly initialised model in fp32 with SDPA attention, initialised as the LLaVA is.
+    """Build and initialise a model in fp32 with SDPA attention, as the LLaVA is.
 
     Args:
         config: As from `qwen_config`.
@@ -107,7 +107,7 @@ def build_qwen(config: Qwen2_5_VLConfig, *, seed: int) -> Qwen2_5_VLForCondition
 
 @torch.no_grad()
 def _initialise(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
-    """Normal with std `1 / sqrt(fan_in)`, halved where it ends in a residual stream."""
+    """Set normal weights of std `1 / sqrt(fan_in)`, halved where they end in a residual stream."""
     if parameter.ndim < 2:
         if name.endswith("bias"):
             parameter.zero_()
@@ -124,7 +124,7 @@ def _initialise(name: str, parameter: nn.Parameter, generator: torch.Generator) 
 
 
 def encode_qwen(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """Visual tokens of a batch of square pictures, as `get_image_features` computes them.
+    """Compute the visual tokens of a batch of square pictures, as `get_image_features` does.
 
     All windows of a batch go through attention at once; windows that the picture's edge cuts are
     filled up, and the filling is masked.
@@ -141,7 +141,7 @@ def encode_qwen(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Te
 
 
 def encode_clips(model: Qwen2_5_VLForConditionalGeneration, frames: Tensor) -> Tensor:
-    """Visual tokens of a batch of clips, as `get_video_features` computes them.
+    """Compute the visual tokens of a batch of clips, as `get_video_features` does.
 
     Two frames make one step; steps do not see each other in the encoder.
 
@@ -159,13 +159,13 @@ def encode_clips(model: Qwen2_5_VLForConditionalGeneration, frames: Tensor) -> T
 
 
 def _embed(pixels: Tensor, weight: Tensor) -> Tensor:
-    """Patches of uint8 pixels (B, S, S, 3) by weights (Dv, 3, P, P): (B, N, Dv)."""
+    """Embed patches of uint8 pixels (B, S, S, 3) by weights (Dv, 3, P, P): (B, N, Dv)."""
     patches = _patches(pixels, -(-pixels.shape[1] // TOKEN // WINDOW))
     return nn.functional.linear(patches, weight.flatten(1))
 
 
 def _encode(model: Qwen2_5_VLForConditionalGeneration, x: Tensor, side: int) -> Tensor:
-    """Blocks and merger over embedded patches (B, N, Dv) of pictures of `side`**2 tokens."""
+    """Run blocks and merger over embedded patches (B, N, Dv) of pictures of `side`**2 tokens."""
     across = -(-side // WINDOW)
     visual = model.model.visual
     places, bias, raster = _layout(side)
@@ -183,7 +183,7 @@ def _encode(model: Qwen2_5_VLForConditionalGeneration, x: Tensor, side: int) -> 
 
 
 def _patches(pixels: Tensor, across: int) -> Tensor:
-    """uint8 (B, S, S, 3) to (B, N, 108): by window, token, patch; N counts the filling."""
+    """Cut uint8 (B, S, S, 3) into (B, N, 108): by window, token, patch; N counts the filling."""
     whole = across * WINDOW * TOKEN
     x = pixels.float().div_(127.5).sub_(1.0)
     gap = whole - pixels.shape[1]
@@ -196,7 +196,7 @@ def _patches(pixels: Tensor, across: int) -> Tensor:
 
 @cache
 def _layout(side: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """How `_patches` lays out a picture of `side` x `side` tokens.
+    """Find how `_patches` lays out a picture of `side` x `side` tokens.
 
     Returns:
         Row and column of each patch, (N, 2); what to add to scores of each as a key, (N,), or None
@@ -225,7 +225,7 @@ def _block(
     mask: Tensor | None,
     windows: int,
 ) -> Tensor:
-    """One block over (B, N, Dv); the N patches are `windows` equal groups that do not mix."""
+    """Run one block over (B, N, Dv); the N patches are `windows` equal groups that do not mix."""
     attention = block.attn
     qkv = attention.qkv(_norm(block.norm1, x)).unflatten(-1, (3, attention.num_heads, -1))
     qk, v = qkv[:, :, :2], qkv[:, :, 2]

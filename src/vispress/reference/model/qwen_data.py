@@ -22,7 +22,7 @@ _LEAST: Final = 0.25
 
 
 def side_of(seed: int, step: int) -> int:
-    """Tokens along the pictures of a training step: mostly 8, else any of `SIDES`."""
+    """Choose the tokens along the pictures of a training step: mostly 8, else any of `SIDES`."""
     rng = np.random.default_rng((seed, 4, step))
     return _USUAL if rng.random() < _OFTEN else int(rng.choice(SIDES))
 
@@ -47,13 +47,13 @@ def collate_tokens(scenes: list[Scene], side: int) -> DenseBatch:
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """A square picture at another size, (S, S, 3) to (size, size, 3)."""
+    """Resize a square picture, (S, S, 3) to (size, size, 3)."""
     picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(picture).copy()
 
 
 def token_labels(scene: Scene, side: int) -> NDArray[np.int64]:
-    """Dense labels of `side` x `side` tokens, from those of the scene's 12 x 12 patches.
+    """Derive dense labels of `side` x `side` tokens from those of the scene's 12 x 12 patches.
 
     A token is labelled with the largest area that is not background. The token with the centre of
     a shape or a digit always has that item's name, colour and dot.
@@ -82,7 +82,7 @@ def token_labels(scene: Scene, side: int) -> NDArray[np.int64]:
 
 @cache
 def _share(side: int) -> NDArray[np.float32]:
-    """Share of each token that each patch covers, along one axis: (side, 12), rows sum to 1."""
+    """Compute the share of each token that each patch covers, along one axis: (side, 12)."""
     tokens, patches = np.arange(side)[:, None] / side, np.arange(GRID)[None, :] / GRID
     low, high = np.maximum(tokens, patches), np.minimum(tokens + 1 / side, patches + 1 / GRID)
     share: NDArray[np.float32] = (np.clip(high - low, 0, None) * side).astype(np.float32)

@@ -83,7 +83,7 @@ class EpisodeStream(Dataset[PackedBatch]):
         self.world = world
 
     def layout(self, number: int) -> Layout:
-        """Layout of a batch."""
+        """Name the layout of a batch."""
         return ROUND[number // self.world % len(ROUND)]
 
     def __getitem__(self, number: int) -> PackedBatch:
@@ -144,7 +144,7 @@ _WEIGHT: Final = {"changed": 3, "last": 2, "color": 2}
 
 
 def _several(shown: list[Shown], slots: int) -> PackedBatch:
-    """Rows of several pictures each, all with prefixes of one length."""
+    """Make rows of several pictures each, all with prefixes of one length."""
     rows = []
     for one in shown:
         prefix = prefix_ids(one.prefix)

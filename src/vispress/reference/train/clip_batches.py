@@ -56,7 +56,7 @@ class ClipStream(Dataset[PackedBatch]):
         )
 
     def layout(self, number: int) -> ClipLayout:
-        """Layout of a batch."""
+        """Name the layout of a batch."""
         return ROUND[number // self.world % len(ROUND)]
 
     def __getitem__(self, number: int) -> PackedBatch:
@@ -75,7 +75,7 @@ class ClipStream(Dataset[PackedBatch]):
 
 
 def _threads(clip: Clip) -> list[tuple[tuple[str, str], ...]]:
-    """Questions of a clip; what finds no room is left out."""
+    """Choose questions of a clip; what finds no room is left out."""
     asked: list[tuple[tuple[str, str], ...]] = []
     for form, (weight, most) in _TAKEN.items():
         for q in [q for q in clip.asked if q.form == form][:most]:

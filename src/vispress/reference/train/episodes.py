@@ -44,7 +44,7 @@ def extend_vocabulary(model: LlavaForConditionalGeneration) -> int:
 
 
 def see(model: LlavaForConditionalGeneration, pixels: Tensor, *, train: bool) -> Tensor:
-    """Projected features (I, N, D) of pictures (I, height, width, 3) of any one size.
+    """Compute projected features (I, N, D) of pictures (I, height, width, 3) of any one size.
 
     Args:
         model: The model.

@@ -30,7 +30,7 @@ EARLY_UNTIL: Final = 0.8
 def answer_loss(
     model: Any, hidden: Tensor, batch: PackedBatch, *, early: bool
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of answer words and end token, and accuracy of the first answer word.
+    """Compute cross entropy of answer words and end, and accuracy of the first answer word.
 
     Args:
         model: Its output embedding reads `hidden`.

@@ -1,4 +1,4 @@
-"""What both training stages share: budgets, the learning-rate curve, logs and resumable state."""
+"""A stage's loop: budgets, the learning-rate curve, logs and resumable state."""
 
 import json
 import math
@@ -27,7 +27,7 @@ LOG_EVERY: Final = 50  # steps
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long a stage trains; the learning rate follows whichever limit is nearer.
+    """Length of a stage; the learning rate follows whichever limit is nearer.
 
     Args:
         minutes: Wall-clock minutes spent training, pauses between resumed runs not counted.
@@ -46,7 +46,7 @@ class Budget:
             raise ConfigError(f"a budget needs positive minutes or images, got {self}")
 
     def progress(self, seconds: float, images: int) -> float:
-        """Share that is spent, `>= 0`; the stage ends at 1."""
+        """Compute the share that is spent, `>= 0`; the stage ends at 1."""
         shares = [0.0]
         if self.minutes is not None:
             shares.append(seconds / 60 / self.minutes)
@@ -56,7 +56,7 @@ class Budget:
 
 
 def learning_rate(progress: float, *, peak: float, floor: float) -> float:
-    """Linear warm-up over 2 %, then a cosine from `peak` to `floor * peak`."""
+    """Compute the learning rate: warm-up over 2 %, then a cosine from `peak` to `floor * peak`."""
     if progress < _WARM_UP:
         return peak * max(progress / _WARM_UP, 0.02)
     t = min(1.0, (progress - _WARM_UP) / (1 - _WARM_UP))
@@ -86,7 +86,7 @@ class Means:
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def take(self) -> dict[str, float]:
-        """The means since the last call."""
+        """Take the means since the last call."""
         means = {key: float(value) / self.count for key, value in self._sums.items()}
         self.count, self._sums = 0, {}
         return means
@@ -228,7 +228,7 @@ class Run:
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Read tensors and metadata of a safetensors file.
 
     Raises:
         CheckpointError: The file is missing, truncated or not safetensors.
@@ -277,7 +277,7 @@ class Saves:
 
 
 def stream(data: Dataset[Any], start: int, *, workers: int) -> Iterator[Any]:
-    """This process's share of `data[start * world], data[start * world + 1], ...`, without end."""
+    """Yield this process's share of `data[start * world], data[start * world + 1], ...` forever."""
     rank, world = rank_and_world()
     loader: DataLoader[Any] = DataLoader(
         data,

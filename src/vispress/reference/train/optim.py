@@ -17,7 +17,7 @@ _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(stack: Tensor) -> Tensor:
-    """Nearest orthogonal matrices by Newton-Schulz iteration in bf16.
+    """Find the nearest orthogonal matrices by Newton-Schulz iteration in bf16.
 
     Args:
         stack: Shape (S, R, C).

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Number of this process and how many there are; (0, 1) without `torch.distributed`."""
+    """Count processes: this one's number and how many; (0, 1) without `torch.distributed`."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def is_main() -> bool:
-    """Whether this process logs, saves and evaluates."""
+    """Tell whether this process logs, saves and evaluates."""
     return rank_and_world()[0] == 0
 
 

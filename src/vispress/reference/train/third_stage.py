@@ -28,7 +28,7 @@ class Layouts(Protocol):
     """Numbered batches of packed sequences that know what each of them shows."""
 
     def layout(self, number: int) -> str:
-        """The layout of a batch."""
+        """Name the layout of a batch."""
         ...
 
     def __getitem__(self, number: int) -> PackedBatch: ...

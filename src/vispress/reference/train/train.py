@@ -171,7 +171,7 @@ def _forget(out: Path) -> None:
 
 
 def _process(rank: int, world: int, meet: str, plan: Plan) -> None:
-    """One of several training processes."""
+    """Run one of several training processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     try:
@@ -183,7 +183,7 @@ def _process(rank: int, world: int, meet: str, plan: Plan) -> None:
 
 
 def _train(plan: Plan) -> None:
-    """All stages and the evaluation, in this process."""
+    """Run all stages and the evaluation, in this process."""
     torch.set_flush_denormal(True)
     device = torch.device(plan.device)
     common: dict[str, Any] = {"seed": plan.seed, "device": device, "workers": plan.workers}
@@ -212,7 +212,7 @@ def _train(plan: Plan) -> None:
 
 
 def _train_from_nothing(model: Any, plan: Plan, common: dict[str, Any]) -> None:
-    """Stages 1 and 2."""
+    """Run stages 1 and 2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         heads = plan.kind.heads().to(common["device"])
@@ -255,7 +255,7 @@ def _report(model: Any, plan: Plan, run: Run, *, third: bool) -> None:
 
 
 def _third_accuracy(model: Any, processor: Any, *, n: int, seed: int = 0) -> dict[str, float]:
-    """Accuracy on the kinds of stage 3."""
+    """Measure accuracy on the kinds of stage 3."""
     ask = clip_accuracy if architecture_of(model).third == "clips" else episode_accuracy
     return ask(model, processor, n=n, seed=seed)
 

@@ -1,4 +1,4 @@
-"""What lies behind the things of a scene."""
+"""Backgrounds of scenes."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def background(rng: np.random.Generator, side: int) -> NDArray[np.float32]:
-    """A dim canvas of side x side pixels: low-frequency colour plus a grating, fp32 (S, S, 3)."""
+    """Draw a dim canvas: low-frequency colour plus a grating, fp32 (S, S, 3)."""
     base = rng.uniform(55, 110) + rng.uniform(-22, 22, (4, 4, 3))
     up = _upsample(side)
     canvas: NDArray[np.float64] = np.einsum("yi,ijc,xj->yxc", up, base, up, optimize=True)
@@ -20,7 +20,7 @@ def background(rng: np.random.Generator, side: int) -> NDArray[np.float32]:
 
 @cache
 def _upsample(side: int) -> NDArray[np.float64]:
-    """Linear interpolation from 4 knots to `side` pixels, shape (side, 4)."""
+    """Interpolate linearly from 4 knots to `side` pixels, shape (side, 4)."""
     at = np.linspace(0, 3, side)
     weights: NDArray[np.float64] = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(4)[None, :]))
     return weights

@@ -44,7 +44,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class _Script:
-    """What happens: who is there in which colour at every step.
+    """Script of a clip: who is there in which colour at every step.
 
     Args:
         cast: Residents, which are always there, then visitors, of which at most one is there.
@@ -61,7 +61,7 @@ class _Script:
     visits: list[int]
 
     def name(self, member: int) -> str:
-        """What a shape is called; no two of a clip are alike."""
+        """Name a shape; no two of a clip are alike."""
         return SHAPES[self.cast[member][1]]
 
 
@@ -84,7 +84,7 @@ def _script(rng: np.random.Generator) -> _Script:
 
 
 def _draw(rng: np.random.Generator, script: _Script, split: Split) -> list[Scene]:
-    """A scene a step; steps that show the same are drawn once."""
+    """Draw a scene a step; steps that show the same are drawn once."""
     placed = place_items(rng, script.cast, in_order=True)
     look, grain = int(rng.integers(1 << 62)), int(rng.integers(1 << 62))
     drawn: dict[tuple[int, ...], Scene] = {}
@@ -98,7 +98,7 @@ def _draw(rng: np.random.Generator, script: _Script, split: Split) -> list[Scene
 
 
 def _film(rng: np.random.Generator, scenes: Sequence[Scene]) -> NDArray[np.uint8]:
-    """Two frames a scene, each with a little noise of its own: (12, 96, 96, 3)."""
+    """Film two frames a scene, each with a little noise of its own: (12, 96, 96, 3)."""
     still = np.stack([scene.pixels for scene in scenes]).repeat(2, axis=0).astype(np.int16)
     noise = rng.integers(-_FLICKER, _FLICKER + 1, still.shape, dtype=np.int8)
     film: NDArray[np.uint8] = np.clip(still + noise, 0, 255).astype(np.uint8)
@@ -106,7 +106,7 @@ def _film(rng: np.random.Generator, scenes: Sequence[Scene]) -> NDArray[np.uint8
 
 
 def show_clip(seed: int, split: Split, index: int) -> Clip:
-    """Which of two visitors comes first, what changed its colour and to what, and easier things."""
+    """Draw a clip and ask which visitor comes first, what changed its colour, and easier things."""
     rng = np.random.default_rng((seed, 20, 0 if split == "train" else 1, index))
     script = _script(rng)
     scenes = _draw(rng, script, split)

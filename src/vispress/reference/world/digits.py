@@ -30,7 +30,7 @@ _FONT: Final = (
 
 @cache
 def handwritten(split: Split) -> tuple[tuple[Image.Image, ...], ...]:
-    """Handwritten digits of one split, grouped by value.
+    """Load handwritten digits of one split, grouped by value.
 
     Args:
         split: `"train"` (1,347 images) or `"test"` (450 images, never drawn while training).
@@ -53,7 +53,7 @@ def handwritten(split: Split) -> tuple[tuple[Image.Image, ...], ...]:
 
 @cache
 def printed() -> tuple[Image.Image, ...]:
-    """The ten printed digits as 8-bit 7 x 9 images (one empty pixel all around)."""
+    """Draw the ten printed digits as 8-bit 7 x 9 images (one empty pixel all around)."""
     glyphs = []
     for rows in _FONT:
         pixels = np.zeros((9, 7), dtype=np.uint8)

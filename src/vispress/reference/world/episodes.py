@@ -86,7 +86,7 @@ class Shown:
 
 
 def episode_rng(seed: int, split: Split, index: int, kind: EpisodeKind) -> np.random.Generator:
-    """The generator of one episode's choices."""
+    """Make the generator of one episode's choices."""
     part = 0 if split == "train" else 1
     return np.random.default_rng((seed, 10 + EPISODE_KINDS.index(kind), part, index))
 
@@ -96,7 +96,7 @@ def _shapes(scene: Scene) -> list[Item]:
 
 
 def show_pair(seed: int, split: Split, index: int) -> Shown:
-    """Two scenes: in which of them something is, and what colour a shape has in one of them."""
+    """Draw two scenes: ask in which of them something is, and what colour a shape has in one."""
     # two neighbours, far away from the scenes of other stages
     scenes = tuple(draw_scene(seed, split, (1 << 33) + 2 * index + i) for i in range(2))
     found: list[Asked] = []
@@ -130,7 +130,7 @@ def _merge(items: list[Item]) -> tuple[int, ...]:
 
 
 def show_examples(seed: int, split: Split, index: int) -> Shown:
-    """Two examples that say whether a colour asks for the digit or the shape; then four colours.
+    """Draw two examples of whether a colour asks for the digit or the shape; ask four colours.
 
     In every picture four colours each have one digit and one shape; even numbers ask for digits.
     """
@@ -165,7 +165,7 @@ def _called(item: Item) -> str:
 
 
 def converse(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Three questions of different kinds, or none if the scene has none of a chosen kind."""
+    """Ask three questions of different kinds; none if the scene has none of a chosen kind."""
     kinds = [TURN_KINDS[i] for i in rng.permutation(len(TURN_KINDS))[:TURNS]]
     turns = []
     for kind in kinds:

@@ -17,7 +17,7 @@ VARIANTS: Final = 96  # masks a shape
 
 @cache
 def shape_masks() -> Alpha:
-    """Antialiased masks, shape (8, variants, 24, 24): sizes and small rotations of each shape."""
+    """Draw antialiased masks (8, variants, 24, 24): sizes and small rotations of each shape."""
     rng = np.random.default_rng(0)
     masks = np.zeros((len(SHAPES), VARIANTS, WINDOW, WINDOW), dtype=np.float32)
     axis = np.arange(WINDOW) + 0.5 - WINDOW / 2
@@ -33,7 +33,7 @@ def shape_masks() -> Alpha:
 
 
 def _distance(name: str, u: Plane, v: Plane) -> Plane:
-    """Signed distance to the outline of a shape of about unit radius, negative inside."""
+    """Compute the signed distance to a shape's outline (about unit radius), negative inside."""
     r, au, av = np.hypot(u, v), np.abs(u), np.abs(v)
     out: Plane
     if name == "circle":

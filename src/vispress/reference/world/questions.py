@@ -54,12 +54,12 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the processor is given."""
+        """The text that the processor is given."""
         return f"<image> {self.text}"
 
 
 def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> list[Question]:
-    """All questions of a kind about a scene, in random order.
+    """Ask all questions of a kind about a scene, in random order.
 
     Args:
         scene: The scene.
@@ -76,7 +76,7 @@ def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> list[Ques
 def mixture(
     scene: Scene, rng: np.random.Generator, quota: dict[QuestionKind, int]
 ) -> list[Question]:
-    """A shuffled training mixture.
+    """Draw a shuffled training mixture.
 
     Args:
         scene: The scene.
@@ -93,7 +93,7 @@ def mixture(
 
 
 def balance(questions: Iterable[Question], most: int) -> list[Question]:
-    """At most `most` questions, taking answers in turn; within an answer the order is kept."""
+    """Take at most `most` questions, answers in turn; within an answer the order is kept."""
     by_answer: dict[str, list[Question]] = {}
     for question in questions:
         by_answer.setdefault(question.answer, []).append(question)
@@ -111,7 +111,7 @@ def _shapes(scene: Scene) -> list[Item]:
 
 
 def _names(item: Item, shapes: list[Item]) -> list[str]:
-    """Names that fit this shape and no other."""
+    """List names that fit this shape and no other."""
     color, shape = COLORS[item.color], SHAPES[item.value]
     names = []
     if sum(s.value == item.value for s in shapes) == 1:
@@ -125,7 +125,7 @@ def _names(item: Item, shapes: list[Item]) -> list[str]:
 
 
 def _named(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Item]]:
-    """Every nameable shape with one of its names."""
+    """List every nameable shape with one of its names."""
     shapes = _shapes(scene)
     pairs = []
     for item in shapes:

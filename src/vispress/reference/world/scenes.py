@@ -195,7 +195,7 @@ def place_items(
 
 
 def _window(x: float, y: float) -> tuple[slice, slice]:
-    """Rows and columns of the canvas under a mask centred at (x, y)."""
+    """Find the rows and columns of the canvas under a mask centred at (x, y)."""
     left, top = round(x + _MARGIN - WINDOW / 2), round(y + _MARGIN - WINDOW / 2)
     return slice(top, top + WINDOW), slice(left, left + WINDOW)
 

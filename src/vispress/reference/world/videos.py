@@ -35,7 +35,7 @@ class Cast:
     since: int
 
     def colors(self, at: int) -> list[int]:
-        """Of all at a frame or step, as if all were there."""
+        """List the colours of all at a frame or step, as if all were there."""
         colors = [actor[2] for actor in self.actors]
         if at >= self.since:
             colors[self.changed] = self.new
@@ -90,7 +90,7 @@ def draw_frames(
 
 
 def _script(rng: np.random.Generator) -> tuple[list[Actor], list[list[int]], int, list[int]]:
-    """Cast of a video, its colours in each frame, who changes, and the frame of each visitor.
+    """Write a video's script: cast, colours in each frame, who changes, each visitor's frame.
 
     Residents come first and are always there; visitors come last, each in one frame only.
     """
@@ -109,7 +109,7 @@ def _script(rng: np.random.Generator) -> tuple[list[Actor], list[list[int]], int
 
 
 def show_video(seed: int, split: Split, index: int) -> Shown:
-    """Three frames: which of two visitors comes first, what changed, and colours in a frame."""
+    """Draw three frames: ask which visitor comes first, what changed, and colours in a frame."""
     rng = episode_rng(seed, split, index, "order")
     cast, shown, changed, when = _script(rng)
     scenes = draw_frames(rng, cast, shown, split)
