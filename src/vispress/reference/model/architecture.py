@@ -105,7 +105,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def hidden(self, model: Any, batch: "PackedBatch") -> tuple[Tensor, Seen]:
-        """Compute last hidden states (B, L, D) of packed sequences, with the vision side's output."""
+        """Compute last hidden states (B, L, D) of packed sequences, and the vision features."""
 
     @abstractmethod
     def for_training(self, model: Any) -> None:
