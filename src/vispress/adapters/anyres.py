@@ -53,7 +53,7 @@ class AnyResAdapter(TowerAdapter):
         split = torch.split(places.view(-1, self._side**2, 1), crops)
         traced = self._stitch(split, call, resize=False)
         shown = self._stitch([torch.ones_like(part) for part in split], call)
-        found: list[Layout] = []
+        layouts: list[Layout] = []
         for count, part, trace, mark in zip(counts, split, traced, shown, strict=True):
             if len(mark) != count:
                 raise UnsupportedModelError(
@@ -62,10 +62,10 @@ class AnyResAdapter(TowerAdapter):
             # place of each token among the image's crops; -1 is a newline
             place = torch.where(trace > 0, trace - part.min(), -1)[:, 0].long()
             if len(place) == count:
-                found.append((None, self._layout(place)))
+                layouts.append((None, self._layout(place)))
             else:
-                found.append((None, self._resized(place, mark[:, 0] > 0)))
-        return found
+                layouts.append((None, self._resized(place, mark[:, 0] > 0)))
+        return layouts
 
     def _layout(self, place: Tensor) -> CropLayout:
         size = self._side**2
@@ -116,7 +116,7 @@ def _inside(segment: Tensor) -> tuple[Tensor, Tensor]:
     col = torch.arange(w).expand(h, w)
     first_row, first_col = torch.zeros_like(row), torch.zeros_like(col)
     for each in torch.unique(segment):
-        own = segment == each
-        first_row = torch.where(own, row[own].min(), first_row)
-        first_col = torch.where(own, col[own].min(), first_col)
+        inside = segment == each
+        first_row = torch.where(inside, row[inside].min(), first_row)
+        first_col = torch.where(inside, col[inside].min(), first_col)
     return row - first_row, col - first_col

@@ -34,11 +34,11 @@ class LlavaOnevisionAdapter(AnyResAdapter):
 
     def features(self, modality: Modality, output: Any) -> tuple[Tensor, ...]:
         """Until transformers 5.17, the forward appends the newline to a video's features."""
-        found = super().features(modality, output)
+        features = super().features(modality, output)
         names = inspect.signature(self.base.get_video_features).parameters
         if modality == "image" or "pixel_values_videos" in names:
-            return found
-        return tuple(torch.cat([f, self.base.image_newline[None].to(f)]) for f in found)
+            return features
+        return tuple(torch.cat([f, self.base.image_newline[None].to(f)]) for f in features)
 
     def _crops(self, call: Mapping[str, Any]) -> list[int]:
         from transformers.models.llava_onevision.modeling_llava_onevision import (

@@ -79,8 +79,8 @@ class Qwen2VLAdapter(ModelAdapter):
         if not of_transformers(self.projector, MERGERS):
             return None
         norm, layers = self._merger_parts()
-        found = patch_norm(norm, layers[0])
-        return None if found is None else two_layer(self.projector, layers, found)
+        normed = patch_norm(norm, layers[0])
+        return None if normed is None else two_layer(self.projector, layers, normed)
 
     def _merger_parts(self) -> tuple[nn.Module, tuple[Any, Any, Any]]:
         """The norm of a known merger, and the layers of its MLP."""
@@ -121,13 +121,13 @@ class Qwen2VLAdapter(ModelAdapter):
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
     ) -> Sequence[Layout]:
         """The raster of merged tokens; frames (or temporal patches) are its first axis."""
-        found: list[Layout] = []
+        layouts: list[Layout] = []
         for count, (t, h, w) in zip(counts, _grid(modality, call).tolist(), strict=True):
             grid = (t, h // self._merge, w // self._merge)
             if grid[0] * grid[1] * grid[2] != count:
                 raise UnsupportedModelError(f"{count} visual tokens do not fit the grid {grid}")
-            found.append((grid, None))
-        return found
+            layouts.append((grid, None))
+        return layouts
 
     def picture_grids(self, modality: Modality, inputs: Mapping[str, Any]) -> Sequence[Grid]:
         """Take the raster of merged tokens; every picture and video keeps its own size."""
@@ -176,12 +176,12 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         self, modality: Modality, call: Mapping[str, Any], length: int
     ) -> Sequence[Sequence[int]]:
         """One a window, in all blocks: windows lie inside of frames."""
-        found = []
+        windows = []
         for grid in _grid(modality, call):
             _, bounds = self._windows(grid[None])
             tokens = torch.as_tensor(bounds).cpu() // self._merge**2
-            found.append(tokens.diff().tolist())
-        return found
+            windows.append(tokens.diff().tolist())
+        return windows
 
     def _in_order(self, values: Tensor, grid: Tensor) -> Tensor:
         index, _ = self._windows(grid)
@@ -192,13 +192,13 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         from transformers.vision_utils import get_vision_window_index
 
         visual = self.base.visual
-        found: tuple[Tensor, Tensor] = get_vision_window_index(
+        order: tuple[Tensor, Tensor] = get_vision_window_index(
             grid,
             spatial_merge_size=visual.spatial_merge_size,
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
-        return found
+        return order
 
 
 @register_adapter("Qwen3VLModel")

@@ -196,7 +196,8 @@ def _opened(rows: Sequence[tuple[Path, str]], loaded: "LoadedModel") -> Iterator
     from dataclasses import replace
 
     from vispress.analysis.inspect import open_prompt
-    from vispress.bench.model.checkpoints import MARK, Checkpoint
+    from vispress.bench.model.checkpoints import Checkpoint
+    from vispress.bench.tasks.task import MARK
 
     for file, question in rows:
         prompt = open_prompt(str(file), question)  # asks in the reference model's manner

@@ -21,10 +21,10 @@ from typing import Any, Final
 
 from torch import nn
 
-from vispress.bench.model.checkpoints import HUB_ID, MARK, load_checkpoint
+from vispress.bench.model.checkpoints import HUB_ID, load_checkpoint
 from vispress.bench.model.loaded_model import DTYPES
 from vispress.bench.tasks.rows import open_pictures
-from vispress.bench.tasks.task import Prompt
+from vispress.bench.tasks.task import MARK, Prompt
 from vispress.checks import suggest
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError, VispressError
 from vispress.integrations.options import Compression, Tally, read_compression, watch

@@ -15,7 +15,7 @@ import torch
 
 from vispress.adapters.base import find_adapter, list_families
 from vispress.bench.model.loaded_model import REFERENCES, LoadedModel, to_device
-from vispress.bench.tasks.task import Prompt
+from vispress.bench.tasks.task import MARK, Prompt
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
 from vispress.model_folders import (
     check_folder,
@@ -26,8 +26,6 @@ from vispress.model_folders import (
     skeleton,
 )
 
-MARK: Final = "<image>"
-"""Where a picture stands in a prompt's text."""
 _ANSWER: Final = "\u241eanswer\u241e"  # stands for the model's answer when a template is rendered
 HUB_ID: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _FILES: Final = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
@@ -55,9 +53,9 @@ class Checkpoint(LoadedModel):
         if bos and all(text.startswith(bos) for text in texts):
             # the template has written it already
             options = {"add_special_tokens": False} | options
-        own = [list(prompt.images) for prompt in prompts] if images is None else images
+        shown = [list(prompt.images) for prompt in prompts] if images is None else images
         return self.processor(
-            images=[list(pictures) for pictures in own] if any(own) else None,
+            images=[list(pictures) for pictures in shown] if any(shown) else None,
             text=texts,
             padding=True,
             padding_side="left",
@@ -137,15 +135,15 @@ def load_checkpoint(
     """
     folder = Path(name)
     if not folder.is_dir():
-        found = HUB_ID.fullmatch(name)
-        if found is None:
+        hub_id = HUB_ID.fullmatch(name)
+        if hub_id is None:
             raise ConfigError(
                 f"model must be one of {[*REFERENCES]}, a folder with a checkpoint, or a hub id "
                 f"(org/name or org/name@revision), got {name!r}"
             )
         # the configuration first: an unsupported model need not be downloaded
-        _check_architecture(_fetch(found[1], found[2], ("config.json",)), name)
-        folder = _fetch(found[1], found[2], _FILES)
+        _check_architecture(_fetch(hub_id[1], hub_id[2], ("config.json",)), name)
+        folder = _fetch(hub_id[1], hub_id[2], _FILES)
     _check_architecture(folder, name)
     model = _read_model(folder, name, str(device) == "auto", dtype, attention)
     processor = _read_processor(folder, name)

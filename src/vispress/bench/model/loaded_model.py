@@ -68,9 +68,9 @@ class LoadedModel:
         from vispress.reference.model.processor import with_marks
 
         pictures = [prompt.images for prompt in prompts] if images is None else images
-        flat = [image for own in pictures for image in own]
+        flat = [image for x in pictures for image in x]
         clips = [prompt.videos for prompt in prompts] if videos is None else videos
-        if shown := [clip for own in clips for clip in own]:
+        if shown := [clip for x in clips for clip in x]:
             self.check_videos()
             options = {"videos": shown} | options
         return self.processor(

@@ -45,7 +45,7 @@ def converse(
     conversation = _Conversation(model, tokenizer, max_new_tokens, followups, answers)
     cache = DynamicCache(config=model.config.get_text_config())
     _ask_turn(conversation, list(range(len(followups))), dict(inputs), cache)
-    return [tuple(own) for own in answers]
+    return [tuple(turns) for turns in answers]
 
 
 @dataclass(frozen=True)

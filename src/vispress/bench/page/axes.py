@@ -116,8 +116,8 @@ def x_scale(
     asked = sorted(ratio * visual for ratio in results.keep_ratios)
     asked = [t for t in asked if scale.low <= t <= scale.high] or [low, high]
     step = -(-len(asked) // most)
-    found = [(number(scale(t)), f"{t:.0f}") for t in asked[::step]]
-    return scale, ([(number(start), "0")] if 0.0 in values else []) + found
+    labelled = [(number(scale(t)), f"{t:.0f}") for t in asked[::step]]
+    return scale, ([(number(start), "0")] if 0.0 in values else []) + labelled
 
 
 def y_scale(
@@ -132,10 +132,10 @@ def y_scale(
 
 def references(results: Results, y: Scale) -> tuple[list[tuple[str, str, str]], list[str]]:
     """List the lines across the plot (place, name, kind), and in words those below its range."""
-    found: list[tuple[float, str, str]] = []
+    levels: list[tuple[float, str, str]] = []
     for group, name, kind in (("none", "uncompressed", "base"), (BLIND, "no image", "floor")):
         if (row := results.summary.find(group)) is not None:
-            found.append((accuracy(row).mean, name, kind))
-    found.append((fmean(results.summary.chance.values()), "best constant answer", "floor"))
-    lines = [(number(y(v)), f"{name} {percent(v)}", kind) for v, name, kind in found if v >= y.low]
-    return lines, [f"{name} {percent(v)} %" for v, name, _ in found if v < y.low]
+            levels.append((accuracy(row).mean, name, kind))
+    levels.append((fmean(results.summary.chance.values()), "best constant answer", "floor"))
+    lines = [(number(y(v)), f"{name} {percent(v)}", kind) for v, name, kind in levels if v >= y.low]
+    return lines, [f"{name} {percent(v)} %" for v, name, _ in levels if v < y.low]

@@ -133,20 +133,20 @@ def pictures_of(prompt: Prompt, key: str, loaded: LoadedModel | None) -> tuple[P
 
     Of a video, every other frame, as it is.
     """
-    found = []
+    pictures = []
     for number, image in enumerate(prompt.images):
         pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
         if loaded is not None:
             pixels = seen_picture(loaded, prompt, number)
         evidence = prompt.evidence[number] if prompt.evidence else ()
-        found.append(make_picture(f"{key}-{number}", pixels, evidence))
+        pictures.append(make_picture(f"{key}-{number}", pixels, evidence))
     cells = EVIDENCE_GRID**2
     for number, frames in enumerate(prompt.videos, start=len(prompt.images)):
         evidence = prompt.evidence[number] if prompt.evidence else ()
         for frame in range(0, len(frames), 2):
-            own = [cell % cells for cell in evidence if cell // cells in (frame, frame + 1)]
-            found.append(make_picture(f"{key}-{number}-{frame}", frames[frame] / 255, own))
-    return tuple(found)
+            in_frames = [cell % cells for cell in evidence if cell // cells in (frame, frame + 1)]
+            pictures.append(make_picture(f"{key}-{number}-{frame}", frames[frame] / 255, in_frames))
+    return tuple(pictures)
 
 
 def shot_of(image: ImageReport, evidence: Sequence[int]) -> Shot | None:
@@ -173,13 +173,13 @@ def shot_of(image: ImageReport, evidence: Sequence[int]) -> Shot | None:
 
 def runs(cells: Iterable[tuple[int, ...]]) -> str:
     """Draw cells (row, column) as path data, neighbours in a row together."""
-    found: list[list[int]] = []
+    spans: list[list[int]] = []
     for row, column in sorted(cells):
-        if found and found[-1][0] == row and found[-1][1] + found[-1][2] == column:
-            found[-1][2] += 1
+        if spans and spans[-1][0] == row and spans[-1][1] + spans[-1][2] == column:
+            spans[-1][2] += 1
         else:
-            found.append([row, column, 1])
-    return "".join(f"M{column} {row}h{count}v1h-{count}z" for row, column, count in found)
+            spans.append([row, column, 1])
+    return "".join(f"M{column} {row}h{count}v1h-{count}z" for row, column, count in spans)
 
 
 def outline(cells: Sequence[int], side: int) -> str:

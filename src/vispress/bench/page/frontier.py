@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from vispress.bench.page.axes import Axis, by_group, references, x_scale, y_scale
 from vispress.bench.page.geometry import MARKERS, Scale, number, path, spread
 from vispress.bench.page.results import Results
-from vispress.bench.page.words import TIMES, accuracy, budget, percent
+from vispress.bench.page.words import TIMES, accuracy, budget, interval
 from vispress.bench.results.compare import ORACLE
+from vispress.bench.results.stats import Interval
 from vispress.bench.results.summary import Row
 
 HIGHLIGHTED = len(MARKERS)
@@ -82,9 +83,9 @@ class Plot:
 def highlighted(results: Results) -> dict[str, int]:
     """Choose the methods that get a colour, with their slots: `COLOUR_RULE` says which."""
     better: dict[str, int] = {}
-    for found in results.summary.comparisons:
-        if found.against == "random" and found.significant and found.difference.mean > 0:
-            better[found.group] = better.get(found.group, 0) + 1
+    for test in results.summary.comparisons:
+        if test.against == "random" and test.significant and test.difference.mean > 0:
+            better[test.group] = better.get(test.group, 0) + 1
     certain = [place for ranking in results.summary.rankings for place in ranking.places]
     beaten = {name: sum(p.first - 1 for p in certain if p.group == name) for name in better}
     order = [name for name in results.groups if name in better]
@@ -137,6 +138,11 @@ def overview(results: Results, axis: Axis, *, wide: bool) -> Plot | None:
     )
 
 
+def whisker(x: float, score: Interval, y: Scale) -> str:
+    """Draw the interval of a score as a vertical line, as path data."""
+    return f"M{number(x)} {number(y(score.low))}V{number(y(score.high))}"
+
+
 def _series(
     results: Results,
     name: str,
@@ -150,19 +156,16 @@ def _series(
     x, y = scales
     points, marks = [], []
     for row in rows:
-        value, found = axis.at(row), accuracy(row)
-        at = (x(value), y(found.mean))
+        value, score = axis.at(row), accuracy(row)
+        at = (x(value), y(score.mean))
         points.append(at)
         lines = ""
         if whiskers:
-            lines = f"M{number(at[0])} {number(y(found.low))}V{number(y(found.high))}"
+            lines = whisker(at[0], score, y)
             if (across := axis.ends(row)) is not None:
                 lines += f"M{number(x(across[0]))} {number(at[1])}H{number(x(across[1]))}"
         shown = f"{value:.2f}{TIMES}" if not axis.log else f"{value:.1f} tokens"
-        title = (
-            f"{name}{budget(row, ', asked ')}: {percent(found.mean)} % "
-            f"({percent(found.low)} to {percent(found.high)}), {shown}"
-        )
+        title = f"{name}{budget(row, ', asked ')}: {interval(score)}, {shown}"
         marks.append(Mark(x=number(at[0]), y=number(at[1]), whiskers=lines, title=title))
     slot = slots.get(name, -1)
     kind = "highlight" if slot >= 0 else "control" if name in results.controls else "plain"
@@ -179,8 +182,8 @@ def _labels(
     bottom: float,
 ) -> list[Label]:
     """Place the names of what is not plain beside the right ends of lines, none over another."""
-    named = [one for one in series if one.kind != "plain"]
-    ends = [(one.marks[-1].x, one.marks[-1].y, one.name, one.kind, one.slot) for one in named]
+    named = [line for line in series if line.kind != "plain"]
+    ends = [(line.marks[-1].x, line.marks[-1].y, line.name, line.kind, line.slot) for line in named]
     ends += [(number(right), y, name, kind, -1) for y, name, kind in lines]
     places = spread([float(y) for _, y, *_ in ends], _LABEL_GAP, top + 4, bottom - 2)
     return [

@@ -162,8 +162,8 @@ def _ask_again(
             batch = [prompts[task][i] for i in indices]
             if not any(prompt.images for prompt in batch):
                 continue
-            answers, found = _watch(cell, loaded, batch, results)
-            for i, answer, seen in zip(indices, answers, found, strict=True):
+            answers, kept = _watch(cell, loaded, batch, results)
+            for i, answer, seen in zip(indices, answers, kept, strict=True):
                 shots[cell.key, task, i] = seen
                 asked += 1
                 differ += answer != stored["tasks"][task]["answers"][i]

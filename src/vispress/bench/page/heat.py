@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from vispress.bench.page.results import Results
-from vispress.bench.page.words import name_of, percent, points
+from vispress.bench.page.words import bounds, name_of, points
 from vispress.bench.plan.cells import UNCOMPRESSED
 from vispress.bench.plan.controls import RANDOM
 from vispress.bench.results.compare import per_question
@@ -64,9 +64,9 @@ def heat_maps(results: Results) -> list[HeatMap]:
     """Make one map a budget, largest first, then one for methods with a budget of their own."""
     asked: list[float | None] = [*results.keep_ratios, None]
     scores = _scores(results)
-    found = [_map(results, keep_ratio, scores) for keep_ratio in asked]
+    maps = [_map(results, keep_ratio, scores) for keep_ratio in asked]
     references = {UNCOMPRESSED, BLIND}
-    return [m for m in found if any(row.kind not in references for row in m.rows)]
+    return [m for m in maps if any(row.kind not in references for row in m.rows)]
 
 
 def _scores(results: Results) -> dict[tuple[str, float | None], dict[str, list[float]]]:
@@ -74,7 +74,7 @@ def _scores(results: Results) -> dict[tuple[str, float | None], dict[str, list[f
     cells: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for cell in results.answered:
         cells.setdefault((cell["cell"]["group"], cell["cell"]["keep_ratio"]), []).append(cell)
-    return {key: per_question(found) for key, found in cells.items()}
+    return {key: per_question(seeds) for key, seeds in cells.items()}
 
 
 def _map(
@@ -92,14 +92,16 @@ def _map(
         if row.tasks is None:
             refused.append(row.group)
             continue
-        own = scores[row.group, row.keep_ratio]
-        cells = [_cell(row, task, own, random) for task in tasks]
+        by_task = scores[row.group, row.keep_ratio]
+        cells = [_cell(row, task, by_task, random) for task in tasks]
         # plain words for the template's classes
         kind = "control" if row.group in results.controls else "method"
         kind = row.group if reference else kind
         rows.append(
             HeatRow(
-                name=name_of(row.group), kind=kind, cells=(*cells, _mean(cells, row, own, random))
+                name=name_of(row.group),
+                kind=kind,
+                cells=(*cells, _mean(cells, row, by_task, random)),
             )
         )
     return HeatMap(
@@ -114,25 +116,25 @@ def _map(
 def _cell(
     row: Row,
     task: str,
-    own: Mapping[str, Sequence[float]],
+    by_task: Mapping[str, Sequence[float]],
     random: Mapping[str, Sequence[float]] | None,
 ) -> HeatCell:
     assert row.tasks is not None  # `_map` leaves others out
     value = row.tasks[task]
-    gaps = None if random is None else [_minus(own[task], random[task])]
-    return _shaded(value.mean, f"{percent(value.low)} to {percent(value.high)}", gaps)
+    gaps = None if random is None else [_minus(by_task[task], random[task])]
+    return _shaded(value.mean, bounds(value), gaps)
 
 
 def _mean(
     cells: Sequence[HeatCell],
     row: Row,
-    own: Mapping[str, Sequence[float]],
+    by_task: Mapping[str, Sequence[float]],
     random: Mapping[str, Sequence[float]] | None,
 ) -> HeatCell:
     value = row.accuracy
     assert value is not None  # `_map` leaves others out
-    gaps = None if random is None else [_minus(own[task], random[task]) for task in own]
-    return _shaded(value.mean, f"{percent(value.low)} to {percent(value.high)}", gaps)
+    gaps = None if random is None else [_minus(by_task[task], random[task]) for task in by_task]
+    return _shaded(value.mean, bounds(value), gaps)
 
 
 def _shaded(mean: float, interval: str, gaps: list[list[float]] | None) -> HeatCell:

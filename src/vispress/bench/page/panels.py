@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vispress.bench.page.axes import AXES, by_group, references, x_scale, y_scale
-from vispress.bench.page.frontier import Mark
+from vispress.bench.page.frontier import Mark, whisker
 from vispress.bench.page.geometry import number, path
 from vispress.bench.page.results import Results
-from vispress.bench.page.words import accuracy, counted, percent
+from vispress.bench.page.words import accuracy, counted, interval
 
 WIDTH, HEIGHT = 232, 168
 _LEFT, _RIGHT, _TOP, _BOTTOM = 28.0, 226.0, 8.0, 142.0
@@ -50,20 +50,17 @@ def panels(results: Results) -> Panels | None:
         return None
     x, xticks = x_scale(results, groups, axis, _LEFT, _RIGHT, most=4)
     y, yticks = y_scale(groups, _TOP, _BOTTOM, most=4)
-    lines, found = {}, []
+    lines, drawn = {}, []
     for name, rows in groups.items():
         at = [(x(axis.at(row)), y(accuracy(row).mean)) for row in rows]
         lines[name] = path(at)
         marks = []
         for (px, py), row in zip(at, rows, strict=True):
             value = accuracy(row)
-            whiskers = f"M{number(px)} {number(y(value.low))}V{number(y(value.high))}"
-            title = (
-                f"{axis.at(row):.1f} tokens: {percent(value.mean)} % "
-                f"({percent(value.low)} to {percent(value.high)})"
-            )
+            whiskers = whisker(px, value, y)
+            title = f"{axis.at(row):.1f} tokens: {interval(value)}"
             marks.append(Mark(x=number(px), y=number(py), whiskers=whiskers, title=title))
-        found.append(
+        drawn.append(
             Panel(
                 name=name,
                 control=name in results.controls,
@@ -85,7 +82,7 @@ def panels(results: Results) -> Panels | None:
         others="".join(lines.values()),
         random=lines.get("random", ""),
         base=bases[0] if bases else None,
-        panels=found,
+        panels=drawn,
     )
 
 
@@ -93,11 +90,11 @@ def _verdict(results: Results, name: str) -> str:
     """Count the budgets at which a method differs from random, in words."""
     if name in results.controls:
         return "control"
-    found = [c for c in results.summary.comparisons if c.group == name and c.against == "random"]
-    if not found:
+    tests = [c for c in results.summary.comparisons if c.group == name and c.against == "random"]
+    if not tests:
         return "not compared with random"
-    better = sum(c.significant and c.difference.mean > 0 for c in found)
-    worse = sum(c.significant and c.difference.mean < 0 for c in found)
-    where = f"of {counted(len(found), 'budget')}"
+    better = sum(c.significant and c.difference.mean > 0 for c in tests)
+    worse = sum(c.significant and c.difference.mean < 0 for c in tests)
+    where = f"of {counted(len(tests), 'budget')}"
     parts = [f"better at {better}"] * bool(better) + [f"worse at {worse}"] * bool(worse)
     return f"{', '.join(parts)} {where}" if parts else f"as random at all {where[3:]}"

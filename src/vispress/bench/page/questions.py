@@ -47,12 +47,12 @@ def at(cell: Stored, keep_ratio: float | None) -> bool:
 def shown_cells(results: Results) -> list[Stored]:
     """Choose one cell a group, its first seed: at the shown budget, or at one of its own."""
     keep_ratio = shown_budget(results)
-    found: dict[str, Stored] = {}
+    chosen: dict[str, Stored] = {}
     for cell in results.answered:
         group = cell["cell"]["group"]
         if group not in (UNCOMPRESSED, BLIND) and (at(cell, keep_ratio) or at(cell, None)):
-            found.setdefault(group, cell)
-    return list(found.values())
+            chosen.setdefault(group, cell)
+    return list(chosen.values())
 
 
 def samples(results: Results, number: int) -> list[Pick]:
@@ -78,16 +78,16 @@ def failures(results: Results) -> list[Pick]:
     baseline, methods = results.baseline, _methods(results)
     if baseline is None or not methods:
         return []
-    found = []
+    candidates = []
     for number, task in enumerate(results.plan["tasks"]):
         right, wrong = baseline["tasks"][task]["right"], _wrong(results, task)
         lost = [i for i, mark in enumerate(right) if mark == "1" and wrong[i] >= _MOST]
         lost.sort(key=lambda i: (-wrong[i], i))
-        found += [(-wrong[i], number, i, task) for i in lost[:_PER_TASK]]
+        candidates += [(-wrong[i], number, i, task) for i in lost[:_PER_TASK]]
     total = len(methods)
     return [
         Pick(task=task, index=i, why=f"{round(-share * total)} of {total} methods get it wrong")
-        for share, _, i, task in sorted(found)[:FAILURES]
+        for share, _, i, task in sorted(candidates)[:FAILURES]
     ]
 
 

@@ -17,7 +17,7 @@ from vispress.bench.page.results import Results, read
 from vispress.bench.page.sources import sources
 from vispress.bench.page.tables import cost_table, results_table, task_cards
 from vispress.bench.page.verdicts import findings, places, verdict_tables
-from vispress.bench.page.words import accuracy, counted, listed, percent, ratio
+from vispress.bench.page.words import accuracy, bounds, counted, listed, percent, ratio
 from vispress.bench.plan.cells import UNCOMPRESSED
 from vispress.bench.results.files import write_text
 from vispress.bench.results.summary import BLIND
@@ -130,23 +130,22 @@ def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
 def facts(results: Results) -> list[tuple[str, str, str]]:
     """List the figures on top: name, value, remark."""
     base, blind = results.summary.find(UNCOMPRESSED), results.summary.find(BLIND)
-    found = []
+    figures = []
     for name, row in (("uncompressed", base), ("no image", blind)):
         if row is not None:
             value = accuracy(row)
-            between = f"{percent(value.low)} to {percent(value.high)}"
-            found.append((f"{name}, accuracy", f"{percent(value.mean)} %", between))
+            figures.append((f"{name}, accuracy", f"{percent(value.mean)} %", bounds(value)))
     if base is not None:
-        found.append(("visual tokens", f"{base.visual_tokens:.0f}", "an image"))
+        figures.append(("visual tokens", f"{base.visual_tokens:.0f}", "an image"))
     planned = len(results.cells) + len(results.missing)
     refused = sum("refused" in cell for cell in results.cells)
     remark = f"{refused} of them not possible" if refused else ""
-    found.append(("cells finished", f"{len(results.cells)} of {planned}", remark))
+    figures.append(("cells finished", f"{len(results.cells)} of {planned}", remark))
     ends = sorted(cell["finished"] for cell in results.cells)
     if ends:
         commit = results.manifest["identity"].get("commit")
-        found.append(("measured", ends[-1][:10], f"commit {commit}" if commit else ""))
-    return found
+        figures.append(("measured", ends[-1][:10], f"commit {commit}" if commit else ""))
+    return figures
 
 
 def _sections(made: Mapping[str, Any]) -> list[tuple[str, str]]:

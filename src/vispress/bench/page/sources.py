@@ -67,13 +67,13 @@ def sources(results: Results) -> Sources:
 
 
 def _seeds(results: Results) -> str:
-    found: dict[str, list[int]] = {}
+    by_group: dict[str, list[int]] = {}
     for cell in results.plan["cells"]:
         if cell["seed"] is not None:
-            seeds = found.setdefault(cell["group"], [])
+            seeds = by_group.setdefault(cell["group"], [])
             if cell["seed"] not in seeds:
                 seeds.append(cell["seed"])
-    return "; ".join(f"{group} {', '.join(map(str, seeds))}" for group, seeds in found.items())
+    return "; ".join(f"{group} {', '.join(map(str, seeds))}" for group, seeds in by_group.items())
 
 
 def _places(results: Results) -> tuple[Source, ...]:

@@ -8,6 +8,7 @@ from vispress.bench.page.results import Results
 from vispress.bench.page.words import (
     DASH,
     TIMES,
+    bounds,
     name_of,
     percent,
     points,
@@ -163,7 +164,7 @@ def _kept_end(row: Row) -> Field:
 def _share(value: Interval | None) -> Field | None:
     if value is None:
         return None
-    below = signed(f"{percent(value.low)} to {percent(value.high)}")
+    below = signed(bounds(value))
     return Field(text=signed(percent(value.mean)), below=below, sort=value.mean)
 
 
@@ -179,7 +180,7 @@ def _hard(row: Row) -> Field | None:
         return None
     return Field(
         text=percent(row.hard.mean),
-        below=f"{percent(row.hard.low)} to {percent(row.hard.high)}, n = {row.hard_questions}",
+        below=f"{bounds(row.hard)}, n = {row.hard_questions}",
         sort=row.hard.mean,
     )
 

@@ -55,16 +55,16 @@ class VerdictTable:
 
 def findings(results: Results) -> list[Finding]:
     """Write, for each budget, which methods differ from random and which beat every control."""
-    found = []
+    verdicts = []
     for keep_ratio in results.keep_ratios:
-        here = [c for c in results.summary.comparisons if c.keep_ratio == keep_ratio]
-        random = [c for c in here if c.against == "random"]
+        tests = [c for c in results.summary.comparisons if c.keep_ratio == keep_ratio]
+        random = [c for c in tests if c.against == "random"]
         if not random:
             continue
-        best = [c for c in here if c.against == "best control"]
+        best = [c for c in tests if c.against == "best control"]
         # random is the best control where no other one is named
         winners = best or random
-        found.append(
+        verdicts.append(
             Finding(
                 budget=ratio(keep_ratio),
                 better=tuple(c.group for c in random if _verdict(c) == "better"),
@@ -74,7 +74,7 @@ def findings(results: Results) -> list[Finding]:
                 best_control=winners[0].control,
             )
         )
-    return found
+    return verdicts
 
 
 def verdict_tables(results: Results) -> list[VerdictTable]:
@@ -84,16 +84,16 @@ def verdict_tables(results: Results) -> list[VerdictTable]:
 
 
 def _verdict_table(results: Results, against: Against) -> VerdictTable | None:
-    found = [c for c in results.summary.comparisons if c.against == against]
-    if not found:
+    tests = [c for c in results.summary.comparisons if c.against == against]
+    if not tests:
         return None
-    ends = [abs(end) for c in found for end in (c.difference.low, c.difference.high)]
+    ends = [abs(end) for c in tests for end in (c.difference.low, c.difference.high)]
     reach = max(0.05, nice_ticks(0.0, max(*ends, 0.05) * 1.1, 4)[-1])
     reach = max(reach, max(ends))
-    budgets = [r for r in results.keep_ratios if any(c.keep_ratio == r for c in found)]
-    by_place = {(c.group, c.keep_ratio): c for c in found}
-    controls = {c.keep_ratio: c.control for c in found}
-    groups = [name for name in results.groups if any(c.group == name for c in found)]
+    budgets = [r for r in results.keep_ratios if any(c.keep_ratio == r for c in tests)]
+    by_place = {(c.group, c.keep_ratio): c for c in tests}
+    controls = {c.keep_ratio: c.control for c in tests}
+    groups = [name for name in results.groups if any(c.group == name for c in tests)]
     return VerdictTable(
         against="random" if against == RANDOM else "the best control",
         columns=tuple((ratio(b), controls[b]) for b in budgets),
@@ -105,16 +105,16 @@ def _verdict_table(results: Results, against: Against) -> VerdictTable | None:
     )
 
 
-def _place_verdict(found: Comparison | None, reach: float) -> Verdict | None:
-    if found is None:
+def _place_verdict(test: Comparison | None, reach: float) -> Verdict | None:
+    if test is None:
         return None
-    gap = found.difference
+    gap = test.difference
     low, mid, high = (50 + 50 * value / reach for value in (gap.low, gap.mean, gap.high))
     return Verdict(
         difference=points(gap.mean),
         interval=f"{points(gap.low)} to {points(gap.high)}",
-        p=p_value(found.p_holm),
-        verdict=_verdict(found),
+        p=p_value(test.p_holm),
+        verdict=_verdict(test),
         low=round(low, 1),
         mid=round(mid, 1),
         high=round(high, 1),
@@ -122,10 +122,10 @@ def _place_verdict(found: Comparison | None, reach: float) -> Verdict | None:
     )
 
 
-def _verdict(found: Comparison) -> str:
-    if not found.significant:
+def _verdict(test: Comparison) -> str:
+    if not test.significant:
         return "equal"
-    return "better" if found.difference.mean > 0 else "worse"
+    return "better" if test.difference.mean > 0 else "worse"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +139,13 @@ class Places:
 
 def places(results: Results) -> list[Places]:
     """List places as far as they are certain; groups with the same range share a line."""
-    found = []
+    lines = []
     for ranking in results.summary.rankings:
         ranges: dict[tuple[int, int], list[str]] = {}
         for place in ranking.places:
             ranges.setdefault((place.first, place.last), []).append(place.group)
         order = sorted(ranges)
-        found.append(
+        lines.append(
             Places(
                 budget=ratio(ranking.keep_ratio),
                 tied=ranking.tied,
@@ -155,4 +155,4 @@ def places(results: Results) -> list[Places]:
                 ),
             )
         )
-    return found
+    return lines

@@ -25,6 +25,16 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def bounds(value: Interval) -> str:
+    """Write the ends of an interval in percent."""
+    return f"{percent(value.low)} to {percent(value.high)}"
+
+
+def interval(value: Interval) -> str:
+    """Write an accuracy in percent, with its interval."""
+    return f"{percent(value.mean)} % ({bounds(value)})"
+
+
 def points(value: float) -> str:
     """Write a difference of shares in points, with a sign (a true minus), one decimal."""
     text = f"{100 * value:+.1f}"

@@ -55,16 +55,16 @@ class Cell:
     @property
     def control(self) -> bool:
         """Whether all of it are controls; False for the uncompressed model."""
-        found = [method.evidence == "control" for method in self.chain]
-        return self.picture is not None or (bool(found) and all(found))
+        flags = [method.evidence == "control" for method in self.chain]
+        return self.picture is not None or (bool(flags) and all(flags))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data, with every hyper-parameter."""
         methods = [to_mapping(method) for method in self.chain]
         if self.picture is not None:
-            given = {f.name: getattr(self.picture, f.name) for f in fields(self.picture)}
-            own = {name: value for name, value in given.items() if value is not None}
-            methods = [{"method": self.picture.name, **own}]
+            values = {f.name: getattr(self.picture, f.name) for f in fields(self.picture)}
+            budgets = {name: value for name, value in values.items() if value is not None}
+            methods = [{"method": self.picture.name, **budgets}]
         return {
             "key": self.key,
             "group": self.group,
@@ -143,21 +143,21 @@ def takes_ratio(method: Made) -> bool:
 
 def _make(data: dict[str, Any], where: str) -> Made:
     """Make a registered method, or a control of the benchmark's own."""
-    own = _OWN.get(str(data.get("method")))
-    if own is None:
+    control = _OWN.get(str(data.get("method")))
+    if control is None:
         made = from_mapping(data, where)
         assert isinstance(made, Compressor)
         return made
     values = {key: value for key, value in data.items() if key != "method"}
-    valid = [field.name for field in fields(own) if field.name in BUDGETS]
+    valid = [field.name for field in fields(control) if field.name in BUDGETS]
     for key in values:
         if key not in valid:
-            raise ConfigError(f"{own.name} has no key {key!r}; valid: {', '.join(valid)}")
-    return own(**values)
+            raise ConfigError(f"{control.name} has no key {key!r}; valid: {', '.join(valid)}")
+    return control(**values)
 
 
-def _label(given: Any, default: str) -> str:
-    label = default if given is None else str(given)
+def _label(asked: Any, default: str) -> str:
+    label = default if asked is None else str(asked)
     if not _LABEL.fullmatch(label) or label == UNCOMPRESSED:
         raise ConfigError(
             f"a label has letters, digits and . + = - _ and is not {UNCOMPRESSED!r}: got {label!r}"

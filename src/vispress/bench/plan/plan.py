@@ -121,7 +121,9 @@ class Plan:
         """Convert to plain data, with every cell spelt out."""
         data = asdict(self) | {"cells": [cell.to_dict() for cell in self.cells()]}
         sources = {name: get_task(name).source for name in self.tasks}
-        data |= {"sources": found} if (found := {k: v for k, v in sources.items() if v}) else {}
+        data |= (
+            {"sources": datasets} if (datasets := {k: v for k, v in sources.items() if v}) else {}
+        )
         return cast("dict[str, Any]", json.loads(json.dumps(data)))
 
     def digest(self) -> str:
@@ -155,8 +157,8 @@ def load_plan(source: str | Path, **overrides: Any) -> Plan:
     """
     path = plan_path(str(source))
     plan = plan_from_mapping(read_yaml(path, "the plan"), str(path))
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return replace(plan, **given) if given else plan
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    return replace(plan, **changes) if changes else plan
 
 
 def plan_from_mapping(data: Any, where: str = "plan") -> Plan:

@@ -20,12 +20,12 @@ _PACKAGES = ("torch", "transformers", "triton", "accelerate", "numpy")
 @cache
 def commit() -> str | None:
     """Find the commit of the checkout, with `+` if it was changed; None if installed."""
-    here = Path(__file__)
+    file = Path(__file__)
 
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments],
+                ["git", "-C", str(file.parent), *arguments],
                 capture_output=True,
                 text=True,
                 timeout=20,
@@ -36,10 +36,10 @@ def commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     # an environment inside some other checkout is not that checkout's code
-    if git("ls-files", "--error-unmatch", here.name) is None:
+    if git("ls-files", "--error-unmatch", file.name) is None:
         return None
     head = git("rev-parse", "--short=12", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parents[2]))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(file.parents[2]))
     return head and head + ("+" if changed else "")
 
 
@@ -55,13 +55,13 @@ def digest(data: Any) -> str:
 
 def versions() -> dict[str, str]:
     """List the versions of Python, vispress and what it computes with."""
-    found = {"python": platform.python_version(), "vispress": vispress.__version__}
+    installed = {"python": platform.python_version(), "vispress": vispress.__version__}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def device_name(device: torch.device) -> str:

@@ -105,10 +105,10 @@ def compare(cells: Cells, *, seed: int = 0) -> tuple[Comparison, ...]:
         cells: Finished cells, as stored; refused ones and those without a keep ratio are left out.
         seed: Of the tests.
     """
-    found: list[Comparison] = []
+    tests: list[Comparison] = []
     for keep_ratio, by_group in at_equal_budget(cells).items():
-        scores = {name: list(per_question(own).values()) for name, own in by_group.items()}
-        controls = [name for name, own in by_group.items() if own[0]["cell"]["control"]]
+        scores = {name: list(per_question(seeds).values()) for name, seeds in by_group.items()}
+        controls = [name for name, seeds in by_group.items() if seeds[0]["cell"]["control"]]
         methods = [name for name in by_group if name not in controls]
         controls = [name for name in controls if name != ORACLE]
         if not controls:
@@ -116,10 +116,10 @@ def compare(cells: Cells, *, seed: int = 0) -> tuple[Comparison, ...]:
         best = max(controls, key=lambda name: fmean(map(fmean, scores[name])))
         # with the control's default label; under another one it still counts as a control
         if RANDOM in controls:
-            found += _family(methods, scores, RANDOM, "random", keep_ratio, seed)
+            tests += _family(methods, scores, RANDOM, "random", keep_ratio, seed)
         if best != RANDOM:
-            found += _family(methods, scores, best, "best control", keep_ratio, seed)
-    return tuple(found)
+            tests += _family(methods, scores, best, "best control", keep_ratio, seed)
+    return tuple(tests)
 
 
 def rankings(cells: Cells, *, seed: int = 0) -> tuple[Ranking, ...]:
@@ -132,8 +132,8 @@ def rankings(cells: Cells, *, seed: int = 0) -> tuple[Ranking, ...]:
     made = []
     for keep_ratio, by_group in at_equal_budget(cells).items():
         scores = {
-            name: list(per_question(own).values())
-            for name, own in by_group.items()
+            name: list(per_question(seeds).values())
+            for name, seeds in by_group.items()
             if name != ORACLE
         }
         if len(scores) > 1:

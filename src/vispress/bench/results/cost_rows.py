@@ -111,10 +111,12 @@ def csv_cells(cost: Cost | None) -> dict[str, float]:
     return cells | {"flops_ratio_mac3": cost.flops_ratio["mac3"]}
 
 
-def _spread(found: Sequence[Mapping[str, float] | None]) -> Quantiles | None:
+def _spread(measured: Sequence[Mapping[str, float] | None]) -> Quantiles | None:
     """Average the spreads of several seeds."""
-    spreads = [one for one in found if one is not None]
+    spreads = [spread for spread in measured if spread is not None]
     if not spreads:
         return None
-    p20, median, p80 = (fmean(one[name] for one in spreads) for name in ("p20", "median", "p80"))
+    p20, median, p80 = (
+        fmean(spread[name] for spread in spreads) for name in ("p20", "median", "p80")
+    )
     return Quantiles(p20, median, p80)

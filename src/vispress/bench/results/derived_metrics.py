@@ -28,11 +28,11 @@ def gap_closed(cells: Cells, random: Cells, oracle: Cells, *, seed: int = 0) -> 
     Returns:
         None where the oracle is not significantly better than random.
     """
-    own, low, high = (list(per_question(group).values()) for group in (cells, random, oracle))
+    method, low, high = (list(per_question(group).values()) for group in (cells, random, oracle))
     gap = minus(high, low)
     if fmean(map(fmean, gap)) <= 0 or sign_flip_test(gap, seed=seed) >= LEVEL:
         return None
-    won = minus(own, low)
+    won = minus(method, low)
     return bootstrap_ratio(
         [list(zip(*pair, strict=True)) for pair in zip(won, gap, strict=True)], seed=seed
     )
@@ -55,9 +55,9 @@ def hard_subset(
     Returns:
         Accuracy, None where there is no such question, and how many there are.
     """
-    own, small = per_question(cells), per_question(downsample)
+    method, small = per_question(cells), per_question(downsample)
     scores = [
-        own[task][i]
+        method[task][i]
         for task, asked in baseline["tasks"].items()
         for i, right in enumerate(asked["right"])
         if right == "1" and small[task][i] == 0
@@ -76,8 +76,8 @@ def gain(cells: Cells, blind: Cells, *, seed: int = 0) -> tuple[dict[str, Interv
     Returns:
         By task, and the mean over tasks.
     """
-    own, without = per_question(cells), per_question(blind)
-    gaps = dict(zip(own, minus(list(own.values()), list(without.values())), strict=True))
+    sighted, without = per_question(cells), per_question(blind)
+    gaps = dict(zip(sighted, minus(list(sighted.values()), list(without.values())), strict=True))
     by_task = {task: bootstrap_difference([gap], seed=seed) for task, gap in gaps.items()}
     return by_task, bootstrap_difference(list(gaps.values()), seed=seed)
 
@@ -92,17 +92,19 @@ def leakage(blind: Cells, chance: Mapping[str, float]) -> dict[str, float]:
         blind: The cell without picture.
         chance: Accuracy of the best constant answer, by task.
     """
-    return {task: max(0.0, fmean(own) - chance[task]) for task, own in per_question(blind).items()}
+    return {
+        task: max(0.0, fmean(scores) - chance[task]) for task, scores in per_question(blind).items()
+    }
 
 
 def accuracy_by_turn(cells: Cells, *, seed: int = 0) -> dict[str, tuple[Interval, ...]]:
     """Compute the accuracy of each turn, by task; tasks of one turn are left out."""
-    found = {}
+    by_task = {}
     for task, first in cells[0]["tasks"].items():
         if "turns" in first:
             columns = zip(*(cell["tasks"][task]["turns"] for cell in cells), strict=True)
-            found[task] = tuple(bootstrap_mean([_means(flags)], seed=seed) for flags in columns)
-    return found
+            by_task[task] = tuple(bootstrap_mean([_means(flags)], seed=seed) for flags in columns)
+    return by_task
 
 
 def _means(seeds: Sequence[str]) -> list[float]:

@@ -76,11 +76,11 @@ def _same_questions(
     pairs |= {name: (first["plan"].get(name), other["plan"].get(name)) for name in names}
     for task in sorted(set(first["tasks"]) | set(other["tasks"])):
         pairs[f"task {task}"] = (first["tasks"].get(task), other["tasks"].get(task))
-    for name, (here, there) in pairs.items():
-        if here != there:
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
             raise ResultsError(
-                f"{path} and {other_path} cannot be joined: {name} is {here} in one and {there} in "
-                "the other; run the second plan with what the first one asked"
+                f"{path} and {other_path} cannot be joined: {name} is {ours} in one and {theirs} "
+                "in the other; run the second plan with what the first one asked"
             )
 
 

@@ -53,7 +53,7 @@ def rank(scores: Mapping[str, Strata], keep_ratio: float, *, seed: int = 0) -> R
         keep_ratio: Of all of them.
         seed: Of the tests.
     """
-    accuracy = {name: fmean(map(fmean, own)) for name, own in scores.items()}
+    accuracy = {name: fmean(map(fmean, tasks)) for name, tasks in scores.items()}
     order = sorted(scores, key=lambda name: -accuracy[name])
     pairs = list(combinations(order, 2))
     values = [sign_flip_test(minus(scores[a], scores[b]), seed=seed) for a, b in pairs]

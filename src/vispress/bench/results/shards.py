@@ -79,18 +79,18 @@ def this_shard(variables: Mapping[str, str] | None = None) -> Shard:
     Raises:
         ConfigError: They are incomplete or no numbers.
     """
-    given = os.environ if variables is None else variables
-    if given.get("WORLD_SIZE", "1") == "1":
+    environment = os.environ if variables is None else variables
+    if environment.get("WORLD_SIZE", "1") == "1":
         return Shard()
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE={given['WORLD_SIZE']} announces several processes, but "
+            f"WORLD_SIZE={environment['WORLD_SIZE']} announces several processes, but "
             f"{', '.join(missing)} is not set; start them with accelerate launch or torchrun"
         )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
-        rank, world, local = (int(given.get(name, given["RANK"])) for name in names)
+        rank, world, local = (int(environment.get(name, environment["RANK"])) for name in names)
     except ValueError as error:
         raise ConfigError(f"{', '.join(names)} must be integers: {error}") from error
     if not 0 <= rank < world:

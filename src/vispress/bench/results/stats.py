@@ -148,8 +148,8 @@ def sign_flip_test(
 def minus(first: Strata, second: Strata) -> Strata:
     """Subtract by question."""
     return [
-        [a - b for a, b in zip(one, other, strict=True)]
-        for one, other in zip(first, second, strict=True)
+        [a - b for a, b in zip(left, right, strict=True)]
+        for left, right in zip(first, second, strict=True)
     ]
 
 

@@ -137,7 +137,7 @@ def summary_of(manifest: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> 
     chance = {name: card["chance"] for name, card in manifest["tasks"].items()}
     peers = Peers.of(groups)
     return Summary(
-        rows=tuple(_row(*key, found, seed, peers) for key, found in groups.items()),
+        rows=tuple(_row(*key, seeds, seed, peers) for key, seeds in groups.items()),
         chance=chance,
         plan=manifest["plan"],
         missing=len(manifest["plan"]["cells"]) - len(cells),
@@ -213,22 +213,22 @@ def _against_peers(
     keep_ratio: float | None, cells: Cells, seed: int, peers: Peers
 ) -> dict[str, Any]:
     """Compare a row with other cells, as far as these are finished."""
-    found: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     if peers.baseline is not None:
-        found["loyalty"] = bootstrap_mean(loyalty(cells, peers.baseline), seed=seed)
+        compared["loyalty"] = bootstrap_mean(loyalty(cells, peers.baseline), seed=seed)
     if peers.blind is not None:
-        found["gain"], found["mean_gain"] = gain(cells, peers.blind, seed=seed)
+        compared["gain"], compared["mean_gain"] = gain(cells, peers.blind, seed=seed)
     if keep_ratio is None:
-        return found
+        return compared
     random, oracle, small = (
         peers.at.get((name, keep_ratio)) for name in (RANDOM, ORACLE, Downsample.name)
     )
     if random is not None and oracle is not None:
-        found["gap_closed"] = gap_closed(cells, random, oracle, seed=seed)
+        compared["gap_closed"] = gap_closed(cells, random, oracle, seed=seed)
     if small is not None and peers.baseline is not None:
         measured = hard_subset(cells, small, peers.baseline, seed=seed)
-        found["hard"], found["hard_questions"] = measured
-    return found
+        compared["hard"], compared["hard_questions"] = measured
+    return compared
 
 
 def write_summary(summary: Summary, folder: str | Path) -> None:
@@ -244,7 +244,7 @@ def write_summary(summary: Summary, folder: str | Path) -> None:
         "chance": summary.chance,
         "provenance": summary.provenance,
         "rows": [asdict(row) for row in summary.rows],
-        "comparisons": [asdict(found) for found in summary.comparisons],
+        "comparisons": [asdict(test) for test in summary.comparisons],
         "rankings": [asdict(ranking) for ranking in summary.rankings],
         "leakage": summary.leakage,
     }

@@ -128,13 +128,13 @@ def _against_controls(summary: Summary) -> Table:
     )
     for name in ("method", "asked", "against", "difference", "p", ""):
         table.add_column(name, justify="right" if name in ("asked", "difference", "p") else "left")
-    for found in summary.comparisons:
-        gap = found.difference
-        verdict = "=" if not found.significant else "better" if gap.mean > 0 else "worse"
-        against = found.control if found.against == "random" else f"best control, {found.control}"
+    for test in summary.comparisons:
+        gap = test.difference
+        verdict = "=" if not test.significant else "better" if gap.mean > 0 else "worse"
+        against = test.control if test.against == "random" else f"best control, {test.control}"
         difference = f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
-        ratio = f"{found.keep_ratio:g}"
-        table.add_row(found.group, ratio, against, difference, f"{found.p_holm:.2g}", verdict)
+        ratio = f"{test.keep_ratio:g}"
+        table.add_row(test.group, ratio, against, difference, f"{test.p_holm:.2g}", verdict)
     return table
 
 

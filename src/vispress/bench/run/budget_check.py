@@ -109,10 +109,10 @@ class KeptTokens:
 
     def add(self, report: CompressionReport) -> None:
         """Add one prefill."""
-        found = [image for sample in report.samples for image in sample.images]
-        self.images += len(found)
-        self.visual += sum(image.num_visual for image in found)
-        self.end += sum(image.num_kept for image in found)
+        images = [image for sample in report.samples for image in sample.images]
+        self.images += len(images)
+        self.visual += sum(image.num_visual for image in images)
+        self.end += sum(image.num_kept for image in images)
         self.mean += sum(map(sum, report.visual_per_layer)) / report.num_layers
         self.notes |= set(report.notes)
 

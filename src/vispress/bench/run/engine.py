@@ -173,7 +173,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Measure accuracy, kept tokens and cost of one cell, as plain data."""
     kept = KeptTokens()
-    given: dict[str, list[tuple[str, ...]]] = {
+    said: dict[str, list[tuple[str, ...]]] = {
         name: [()] * len(prompts) for name, prompts in bank.questions.items()
     }
     anew = changes_encoder(cell)
@@ -189,10 +189,10 @@ def run_cell(
                 kept=kept,
             )
         for place, turns in zip(batch.places, answers, strict=True):
-            given[batch.task][place] = turns
+            said[batch.task][place] = turns
         advance(f"{cell.key}, {batch.task}", len(batch.prompts))
     tasks = {
-        name: _scored(get_task(name), prompts, given[name], plan.seed)
+        name: _scored(get_task(name), prompts, said[name], plan.seed)
         for name, prompts in bank.questions.items()
     }
     result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
@@ -205,13 +205,13 @@ def run_cell(
 
 
 def _scored(
-    task: Task, prompts: Sequence[Prompt], given: Sequence[tuple[str, ...]], seed: int
+    task: Task, prompts: Sequence[Prompt], conversations: Sequence[tuple[str, ...]], seed: int
 ) -> dict[str, Any]:
     """Convert a task's scores to what is stored; `scores` only where some are neither 0 nor 1.
 
     A conversation is right when all of its turns are.
     """
-    answers = [" / ".join(turns) for turns in given]
+    answers = [" / ".join(turns) for turns in conversations]
     scores = [task.score(a, p) for a, p in zip(answers, prompts, strict=True)]
     scored: dict[str, Any] = {
         "questions": len(scores),
@@ -223,7 +223,7 @@ def _scored(
         scored["scores"] = scores
     wanted = [(p.answer, *(answer for _, answer in p.followups)) for p in prompts]
     if (most := max(map(len, wanted))) > 1:
-        pairs = list(zip(given, wanted, strict=True))
+        pairs = list(zip(conversations, wanted, strict=True))
         scored["turns"] = [
             "".join(str(int(a[turn] == w[turn])) for a, w in pairs if turn < len(w))
             for turn in range(most)

@@ -98,8 +98,8 @@ def scheduled(name: str, **options: Any) -> Callable[[Sequence[float]], Compress
     Raises:
         ConfigError: The method has no such schedule, or an option does not fit.
     """
-    own = {field.name for field in fields(get_method(name))}
-    if not {"layers", "ratios"} <= own:
+    names = {field.name for field in fields(get_method(name))}
+    if not {"layers", "ratios"} <= names:
         known = [
             other
             for other in list_methods()
@@ -109,8 +109,8 @@ def scheduled(name: str, **options: Any) -> Callable[[Sequence[float]], Compress
     for key in ("layers", "ratios", "keep_ratio", "num_tokens", "mean_keep_ratio"):
         if key in options:
             raise ConfigError(f"{key} is what the search finds; leave it out")
-    if name == Layerwise.name and (given := {"steepness", "midpoint", "floor"} & set(options)):
-        raise ConfigError(f"{', '.join(sorted(given))} is of a sigmoid, not of rates by layer")
+    if name == Layerwise.name and (of_sigmoid := {"steepness", "midpoint", "floor"} & set(options)):
+        raise ConfigError(f"{', '.join(sorted(of_sigmoid))} is of a sigmoid, not of rates by layer")
 
     def make(rates: Sequence[float]) -> Compressor:
         changes = [layer for layer, (a, b) in enumerate(pairwise(rates), 1) if b != a]

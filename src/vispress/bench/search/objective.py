@@ -97,18 +97,18 @@ class ScheduleObjective:
     @property
     def identity(self) -> str:
         """Hash of everything that decides a value, but for the schedule."""
-        own = {"weights": self.loaded.weights, "commit": commit()}
-        own |= {"version": vispress.__version__, "dtype": str(self.loaded.model.dtype)}
-        return digest(own | asdict(self.calibration))
+        decisive = {"weights": self.loaded.weights, "commit": commit()}
+        decisive |= {"version": vispress.__version__, "dtype": str(self.loaded.model.dtype)}
+        return digest(decisive | asdict(self.calibration))
 
     @property
     def batches(self) -> list[Batch]:
         """All questions."""
         if not self._batches:
-            own = self.calibration
-            for name in own.tasks:
-                prompts = get_task(name).draw(own.questions, own.seed)
-                self._batches += make_batches(self.loaded, name, prompts, own.batch_size)
+            calibration = self.calibration
+            for name in calibration.tasks:
+                prompts = get_task(name).draw(calibration.questions, calibration.seed)
+                self._batches += make_batches(self.loaded, name, prompts, calibration.batch_size)
         return self._batches
 
     @property
@@ -219,21 +219,21 @@ class ScheduleObjective:
         chances: Tensor = out.logits[0].float().log_softmax(dim=-1)
         return chances.cpu()
 
-    def _mean(self, found: Iterable[Any], reference: Iterable[Any]) -> float:
+    def _mean(self, outputs: Iterable[Any], reference: Iterable[Any]) -> float:
         """Average over tasks the means over questions."""
         tasks: dict[str, list[float]] = {name: [] for name in self.calibration.tasks}
-        for batch, own, whole in zip(self.batches, found, reference, strict=True):
-            tasks[batch.task] += self._scores(batch, own, whole)
+        for batch, output, whole in zip(self.batches, outputs, reference, strict=True):
+            tasks[batch.task] += self._scores(batch, output, whole)
         return fmean(map(fmean, tasks.values()))
 
-    def _scores(self, batch: Batch, found: Any, reference: Any) -> list[float]:
+    def _scores(self, batch: Batch, output: Any, reference: Any) -> list[float]:
         if self.calibration.metric == "kl":
-            divergence = (reference.exp() * (reference - found)).sum(dim=-1)
+            divergence = (reference.exp() * (reference - output)).sum(dim=-1)
             return (-divergence.clamp(min=0)).tolist()  # type: ignore[no-any-return]
         if self.calibration.metric == "loyalty":
-            return [float(a == b) for a, b in zip(found, reference, strict=True)]
+            return [float(a == b) for a, b in zip(output, reference, strict=True)]
         score = get_task(batch.task).score
-        return [score(answer, prompt) for answer, prompt in zip(found, batch.prompts, strict=True)]
+        return [score(answer, prompt) for answer, prompt in zip(output, batch.prompts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,12 +267,12 @@ class SearchResult:
 
     def save(self, path: Path, objective: ScheduleObjective, how: str) -> None:
         """Write the YAML that `compress_model(model, config=path)` takes, with its origin above."""
-        own = objective.calibration
+        calibration = objective.calibration
         origin = (
-            f"vispress search {how}: {own.metric} {self.value:.4f}, uncompressed "
+            f"vispress search {how}: {calibration.metric} {self.value:.4f}, uncompressed "
             f"{self.uncompressed:.4f}, at {100 * self.tokens:.1f} % of visual tokens and\n"
-            f"{100 * self.flops:.1f} % of their FLOPs; {own.questions} questions each of "
-            f"{', '.join(own.tasks)} (seed {own.seed}), {objective.loaded.name}"
+            f"{100 * self.flops:.1f} % of their FLOPs; {calibration.questions} questions each of "
+            f"{', '.join(calibration.tasks)} (seed {calibration.seed}), {objective.loaded.name}"
         )
         save_config(self.method, path, origin=origin)
 

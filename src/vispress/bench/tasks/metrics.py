@@ -39,8 +39,8 @@ def contains(prediction: str, accepted: Sequence[str], choices: Sequence[str] = 
 
 def yes_no(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
     """Score the first "yes" or "no" of the prediction."""
-    found = re.search(r"\b(yes|no)\b", prediction.casefold())
-    return float(found is not None and found[1] == _plain(accepted[0]))
+    word = re.search(r"\b(yes|no)\b", prediction.casefold())
+    return float(word is not None and word[1] == _plain(accepted[0]))
 
 
 def vqa(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -52,7 +52,7 @@ def vqa(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -
     agree = [_vqa_words(answer) == said for answer in accepted]
     if len(agree) == 1:
         return float(agree[0])
-    return fmean(min(1.0, (sum(agree) - one) / 3) for one in agree)
+    return fmean(min(1.0, (sum(agree) - left_out) / 3) for left_out in agree)
 
 
 def anls(prediction: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -96,8 +96,8 @@ def chosen_letter(prediction: str, choices: Sequence[str]) -> str | None:
         rf".*?\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([{letters}])\b",
         rf".*?\(([{letters}])\)",
     ):
-        if found := re.match(pattern, said, flags=re.DOTALL):
-            return found[1]
+        if match := re.match(pattern, said, flags=re.DOTALL):
+            return match[1]
     same = [letter for letter, words in zip(letters, choices, strict=True) if exact(said, [words])]
     if not same and re.fullmatch(rf"[{letters.lower()}]\.?", said):
         same = [said[0].upper()]

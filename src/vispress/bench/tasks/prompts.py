@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vispress.bench.tasks.metrics import LETTERS, Metric
 from vispress.bench.tasks.rows import Row, Rows, Undecoded, load_rows, local_path, open_pictures
-from vispress.bench.tasks.task import Prompt
+from vispress.bench.tasks.task import MARK, Prompt
 from vispress.bench.tasks.yaml_task import YamlTask
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MARK: Final = "<image>"
-"""Where a picture stands in a prompt's text."""
 _NOTHING: Final = ("", "nan")
 
 
@@ -59,15 +57,15 @@ def draw(task: YamlTask, base: Path, n: int, seed: int) -> list[Prompt]:
     order = list(range(len(rows)))
     if task.shuffle:
         Random(seed if task.seed is None else task.seed).shuffle(order)
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for row in (rows[i] for i in order):
-        if len(found) == min(n, task.limit or n):
+        if len(prompts) == min(n, task.limit or n):
             break
         if _wanted(task, row) and (images := _images(task, row, base, pictures)):
-            found.append(_prompt(task, row, tuple(images)))
-    if not found:
+            prompts.append(_prompt(task, row, tuple(images)))
+    if not prompts:
         raise ConfigError(f"task {task.name!r}: none of {len(rows)} rows has a picture and fits")
-    return found
+    return prompts
 
 
 def _check_columns(task: YamlTask, rows: Rows) -> None:
@@ -169,21 +167,21 @@ def _options(task: YamlTask, row: Row) -> list[str]:
     if isinstance(task.choices, int):
         return [""] * task.choices
     if isinstance(task.choices, str):
-        found = row[task.choices]
-        if not isinstance(found, list | tuple) or len(found) < 2:
+        options = row[task.choices]
+        if not isinstance(options, list | tuple) or len(options) < 2:
             raise ConfigError(
                 f"task {task.name!r}: column {task.choices!r} must hold a list of options, "
-                f"got {found!r}"
+                f"got {options!r}"
             )
-        return [str(option) for option in found]
+        return [str(option) for option in options]
     # a question with fewer options than others leaves the last columns empty
     return [text for column in task.choices if (text := _shown(row[column]))]
 
 
 def _accepted(task: YamlTask, value: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
     if task.choices is None:
-        found = value if isinstance(value, list | tuple) else [value]
-        answers = tuple(str(answer).strip() for answer in found if answer is not None)
+        listed = value if isinstance(value, list | tuple) else [value]
+        answers = tuple(str(answer).strip() for answer in listed if answer is not None)
         if not answers:
             raise ConfigError(f"task {task.name!r}: a row has no answer, got {value!r}")
         return answers

@@ -68,16 +68,16 @@ def load_rows(
     package = _package(dataset)
     try:
         if path is None:
-            found = package.load_dataset(dataset, subset, split=split, revision=revision)
+            rows = package.load_dataset(dataset, subset, split=split, revision=revision)
         elif (path / "dataset_dict.json").is_file():
-            found = package.load_from_disk(str(path))[split]
+            rows = package.load_from_disk(str(path))[split]
         elif (path / "state.json").is_file():
-            found = package.load_from_disk(str(path))
+            rows = package.load_from_disk(str(path))
         elif path.is_dir():
-            found = package.load_dataset(str(path), subset, split=split)
+            rows = package.load_dataset(str(path), subset, split=split)
         elif path.suffix in _BUILDERS:
             builder = _BUILDERS[path.suffix]
-            found = package.load_dataset(builder, data_files=str(path), split="train")
+            rows = package.load_dataset(builder, data_files=str(path), split="train")
         else:
             raise ConfigError(
                 f"cannot read {path}: it is no folder, and files must end in .jsonl, "
@@ -87,7 +87,7 @@ def load_rows(
         raise
     except Exception as error:  # each builder has errors of its own, down to pyarrow's
         raise ConfigError(_cannot(dataset, subset, split, path, error)) from error
-    return Undecoded(found)
+    return Undecoded(rows)
 
 
 def local_path(dataset: str, base: Path) -> Path | None:

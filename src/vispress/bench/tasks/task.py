@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from vispress.reference.world.words import ClipKind, EpisodeKind, QuestionKind
 
+MARK: Final = "<image>"
+"""Where a picture stands in a prompt's text."""
 EVIDENCE_GRID: Final = 12
 """Rows, and columns, of the raster that `Prompt.evidence` counts in."""
 
@@ -145,10 +147,10 @@ def get_task(name: str) -> Task:
     from vispress.bench.tasks.yaml_task import shipped_task, shipped_tasks
 
     tasks = all_tasks()
-    found = tasks.get(name) or shipped_task(name)
-    if found is None:
+    task = tasks.get(name) or shipped_task(name)
+    if task is None:
         raise ConfigError(f"unknown task {name!r}; {suggest(name, [*tasks, *shipped_tasks()])}")
-    return found
+    return task
 
 
 def _drawer(kind: "QuestionKind") -> Callable[[int, int], list[Prompt]]:

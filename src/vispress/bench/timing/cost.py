@@ -170,11 +170,11 @@ def in_rounds(variants: Variants, run: Callable[[str], Sample], timing: Timing) 
     """
     rounds: list[Round] = []
     for number in range(timing.rounds):
-        found = {}
+        samples = {}
         for name in list(variants)[:: -1 if number % 2 else 1]:
             with variants[name]():
-                found[name] = [run(name) for _ in range(timing.repeats + 1)][1:]
-        rounds.append(found)
+                samples[name] = [run(name) for _ in range(timing.repeats + 1)][1:]
+        rounds.append(samples)
     return rounds[1:]
 
 
@@ -193,13 +193,13 @@ def _first_token(model: Any, inputs: Any) -> None:
 
 
 def _peaks(loaded: LoadedModel, setup: _Setup) -> dict[str, int]:
-    found = {}
+    peaks = {}
     for name in (BASE, KEPT):
         call = partial(_first_token, loaded.model, setup.inputs[name])
         with setup.variants[name]():
             call()
-            found[name] = peak_bytes(loaded.device, call)
-    return {"peak_bytes": found[KEPT], "uncompressed_peak_bytes": found[BASE]}
+            peaks[name] = peak_bytes(loaded.device, call)
+    return {"peak_bytes": peaks[KEPT], "uncompressed_peak_bytes": peaks[BASE]}
 
 
 def _times(rounds: Sequence[Round]) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def _times(rounds: Sequence[Round]) -> dict[str, Any]:
             out |= {f"{name}_ms": None, f"uncompressed_{name}_ms": None, f"{name}_ratio": None}
             continue
         for prefix, variant in (("", KEPT), ("uncompressed_", BASE)):
-            all_of_them = [pick(sample) for one in rounds for sample in one[variant]]
+            all_of_them = [pick(sample) for samples in rounds for sample in samples[variant]]
             out[f"{prefix}{name}_ms"] = asdict(quantiles(all_of_them))
-        ratios = [_median(one[KEPT], pick) / _median(one[BASE], pick) for one in rounds]
+        ratios = [_median(samples[KEPT], pick) / _median(samples[BASE], pick) for samples in rounds]
         out[f"{name}_ratio"] = asdict(quantiles(ratios))
     return out
 
@@ -225,8 +225,8 @@ def _overhead(rounds: Sequence[Round]) -> dict[str, Any]:
     def work(sample: Sample) -> float:
         return sample.encoder_ms + sample.prefill_ms
 
-    extra = [_median(one[KEPT], work) - _median(one[REPLAY], work) for one in rounds]
-    full = [_median(one[BASE], TIMES["prefill"]) for one in rounds]
+    extra = [_median(samples[KEPT], work) - _median(samples[REPLAY], work) for samples in rounds]
+    full = [_median(samples[BASE], TIMES["prefill"]) for samples in rounds]
     return {
         "overhead_ms": asdict(quantiles(extra)),
         "overhead_share": asdict(quantiles([a / b for a, b in zip(extra, full, strict=True)])),

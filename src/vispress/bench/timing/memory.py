@@ -51,12 +51,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        inputs = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
         out = func(*args, **kwargs)
         for x in _tensors(out):
             storage = x.untyped_storage()
             # views and in-place results share storage with what the operation was given
-            if storage._cdata not in given and storage._cdata not in self._alive:
+            if storage._cdata not in inputs and storage._cdata not in self._alive:
                 self._add(storage)
         return out
 

@@ -26,11 +26,11 @@ def balanced(
         forms: Those that may be asked, with the number of their answers.
         n: How many.
     """
-    share, found = -(-n // len(forms)), 0
+    share, drawn = -(-n // len(forms)), 0
     taken: Counter[tuple[str, str]] = Counter()
     by_form: Counter[str] = Counter()
     for index in count():
-        if found == n:
+        if drawn == n:
             return
         shown = show(index)
         for q in asked(shown):
@@ -39,6 +39,6 @@ def balanced(
             if taken[q.form, q.answer] < -(-share // forms[q.form]):
                 taken[q.form, q.answer] += 1
                 by_form[q.form] += 1
-                found += 1
+                drawn += 1
                 yield shown, q
                 break

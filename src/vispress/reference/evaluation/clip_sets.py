@@ -56,12 +56,12 @@ def held_out_clips(kind: ClipKind, n: int, *, seed: int = 0) -> list[ClipQuestio
     """
     check_choice("kind", kind, CLIP_KINDS)
     check_integer("n", n, low=1)
-    found = balanced(
+    asked = balanced(
         lambda index: show_clip(seed, "test", index), lambda clip: clip.asked, _FORMS[kind], n
     )
     return [
         ClipQuestion(kind, clip.frames, f"{VIDEO} {q.text}", q.answer, q.evidence[0])
-        for clip, q in found
+        for clip, q in asked
     ]
 
 

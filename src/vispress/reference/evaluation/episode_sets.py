@@ -82,7 +82,7 @@ def held_out_episodes(kind: EpisodeKind, n: int, *, seed: int = 0) -> list[Episo
     if kind == "multi_turn":
         return _conversations(n, seed)
     show, forms = _SHOW[kind]
-    found = balanced(lambda index: show(seed, "test", index), lambda shown: shown.asked, forms, n)
+    asked = balanced(lambda index: show(seed, "test", index), lambda shown: shown.asked, forms, n)
     return [
         Episode(
             kind,
@@ -91,7 +91,7 @@ def held_out_episodes(kind: EpisodeKind, n: int, *, seed: int = 0) -> list[Episo
             q.answer,
             q.evidence,
         )
-        for shown, q in found
+        for shown, q in asked
     ]
 
 
@@ -103,9 +103,9 @@ def _conversations(n: int, seed: int) -> list[Episode]:
         rng = episode_rng(seed, "test", index, "multi_turn")
         turns = []
         for kind in (TURN_KINDS[i] for i in rng.permutation(len(TURN_KINDS))[:TURNS]):
-            if not (found := ask(scene, kind, rng)):
+            if not (questions := ask(scene, kind, rng)):
                 break
-            turns.append(min(found, key=lambda q: taken.get((q.kind, q.answer), 0)))
+            turns.append(min(questions, key=lambda q: taken.get((q.kind, q.answer), 0)))
         if len(turns) < TURNS:
             continue
         for q in turns:

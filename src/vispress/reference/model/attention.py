@@ -62,8 +62,8 @@ def packed_attention(
     inside = (q @ k.mT + attention_mask[:, None]).flatten(2, 3)  # [B, H, S * W, W]
     scores = torch.cat([text @ prefix_key.mT, inside], dim=-1).softmax(-1)
     to_prefix, to_slot = torch.split(scores, [size, width], dim=-1)
-    own = torch.unflatten(to_slot, 2, (slots, width)) @ v
-    answer = to_prefix @ prefix_value + own.flatten(2, 3)
+    within = torch.unflatten(to_slot, 2, (slots, width)) @ v
+    answer = to_prefix @ prefix_value + within.flatten(2, 3)
     return torch.cat([prefix, answer], dim=2).transpose(1, 2), None
 
 

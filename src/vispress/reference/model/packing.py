@@ -152,10 +152,10 @@ def pack(
             continue
         at = size + width * slot + used[slot]
         used[slot] += len(ids)
-        here = slice(at, at + len(ids))
-        out[0, here], out[3, here], out[4, here] = ids, labels, early
-        out[1, here] = (size if start is None else start) + np.arange(len(ids))
-        out[2, here] = number
+        place = slice(at, at + len(ids))
+        out[0, place], out[3, place], out[4, place] = ids, labels, early
+        out[1, place] = (size if start is None else start) + np.arange(len(ids))
+        out[2, place] = number
     return out
 
 

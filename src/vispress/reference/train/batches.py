@@ -146,10 +146,10 @@ _WEIGHT: Final = {"changed": 3, "last": 2, "color": 2}
 def _several(shown: list[Shown], slots: int) -> PackedBatch:
     """Make rows of several pictures each, all with prefixes of one length."""
     rows = []
-    for one in shown:
-        prefix = prefix_ids(one.prefix)
+    for example in shown:
+        prefix = prefix_ids(example.prefix)
         # what is asked for only in training comes last, and may find no room
-        asked = sorted(one.asked, key=lambda q: q.form == "other")
+        asked = sorted(example.asked, key=lambda q: q.form == "other")
         threads = [((q.text, q.answer),) for q in asked for _ in range(_WEIGHT.get(q.form, 1))]
         row = pack(threads, slots, prefix=prefix, width=_WIDE)
         # the answers of examples are asked for as well
@@ -157,5 +157,5 @@ def _several(shown: list[Shown], slots: int) -> PackedBatch:
             if prefix[at] == WORD_ID[":"]:
                 row[3, at] = prefix[at + 1]
         rows.append(row)
-    pixels = torch.from_numpy(np.stack([s.pixels for one in shown for s in one.scenes]))
+    pixels = torch.from_numpy(np.stack([s.pixels for example in shown for s in example.scenes]))
     return stack(pixels, rows, prefix=len(prefix), width=_WIDE)

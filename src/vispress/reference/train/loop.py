@@ -41,8 +41,8 @@ class Budget:
     images: int | None = None
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.minutes, self.images) if v is not None]
-        if not given or min(given) <= 0:
+        limits = [v for v in (self.minutes, self.images) if v is not None]
+        if not limits or min(limits) <= 0:
             raise ConfigError(f"a budget needs positive minutes or images, got {self}")
 
     def progress(self, seconds: float, images: int) -> float:
@@ -207,12 +207,14 @@ class Run:
         if not path.exists():
             return False
         tensors, metadata = read_state(path)
-        if (found := json.loads(metadata["settings"])) != self.settings:
-            raise ConfigError(f"{path} was trained with {found}, not with {self.settings}")
+        if (trained := json.loads(metadata["settings"])) != self.settings:
+            raise ConfigError(f"{path} was trained with {trained}, not with {self.settings}")
         for name, module in self.modules.items():
             prefix = f"{name}."
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            module.load_state_dict(own)
+            weights = {
+                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+            }
+            module.load_state_dict(weights)
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):

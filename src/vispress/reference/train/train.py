@@ -193,8 +193,8 @@ def _train(plan: Plan) -> None:
         _train_from_nothing(model, plan, common)
     else:
         model = read(plan.start)[0].to(device).train()
-        if (found := architecture_of(model)) is not plan.kind:
-            raise ConfigError(f"{plan.start} holds a {found.name!r}, not a {plan.architecture!r}")
+        if (kind := architecture_of(model)) is not plan.kind:
+            raise ConfigError(f"{plan.start} holds a {kind.name!r}, not a {plan.architecture!r}")
         if plan.kind.third == "episodes":
             extend_vocabulary(model)
         for_training(model)

@@ -99,7 +99,7 @@ def show_pair(seed: int, split: Split, index: int) -> Shown:
     """Draw two scenes: ask in which of them something is, and what colour a shape has in one."""
     # two neighbours, far away from the scenes of other stages
     scenes = tuple(draw_scene(seed, split, (1 << 33) + 2 * index + i) for i in range(2))
-    found: list[Asked] = []
+    asked: list[Asked] = []
     pairs = [{(s.color, s.value) for s in _shapes(scene)} for scene in scenes]
     for at, scene in enumerate(scenes):
         other = _shapes(scenes[1 - at])
@@ -107,7 +107,7 @@ def show_pair(seed: int, split: Split, index: int) -> Shown:
         for color, value in sorted(pairs[at] - pairs[1 - at]):
             same = [s for s in shapes if (s.color, s.value) == (color, value)]
             text = f"which picture has a {COLORS[color]} {SHAPES[value]} ? :"
-            found.append(Asked("which", text, ORDINALS[at], _beside(at, _merge(same))))
+            asked.append(Asked("which", text, ORDINALS[at], _beside(at, _merge(same))))
         for item in shapes:
             # the other picture must offer another answer
             if (
@@ -116,9 +116,9 @@ def show_pair(seed: int, split: Split, index: int) -> Shown:
                 and all(s.color != item.color for s in other if s.value == item.value)
             ):
                 text = f"what color is the {SHAPES[item.value]} in the {ORDINALS[at]} picture ? :"
-                found.append(Asked("color", text, COLORS[item.color], _beside(at, item.patches)))
-    order = episode_rng(seed, split, index, "compare").permutation(len(found))
-    return Shown(scenes, PAIR, tuple(found[i] for i in order))
+                asked.append(Asked("color", text, COLORS[item.color], _beside(at, item.patches)))
+    order = episode_rng(seed, split, index, "compare").permutation(len(asked))
+    return Shown(scenes, PAIR, tuple(asked[i] for i in order))
 
 
 def _beside(at: int, patches: tuple[int, ...]) -> Evidence:
@@ -169,7 +169,7 @@ def converse(scene: Scene, rng: np.random.Generator) -> list[Question]:
     kinds = [TURN_KINDS[i] for i in rng.permutation(len(TURN_KINDS))[:TURNS]]
     turns = []
     for kind in kinds:
-        if not (found := ask(scene, kind, rng)):
+        if not (questions := ask(scene, kind, rng)):
             return []
-        turns.append(found)
-    return [found[0] for found in turns]
+        turns.append(questions)
+    return [questions[0] for questions in turns]

@@ -69,8 +69,8 @@ def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> list[Ques
     Returns:
         Possibly none: a scene without a sign has no reading question.
     """
-    found = _ASK[kind](scene, rng)
-    return [found[i] for i in rng.permutation(len(found))]
+    questions = _ASK[kind](scene, rng)
+    return [questions[i] for i in rng.permutation(len(questions))]
 
 
 def mixture(
@@ -140,22 +140,22 @@ def _merge(items: Iterable[Item]) -> tuple[int, ...]:
 
 def _attribute(scene: Scene, _: np.random.Generator) -> list[Question]:
     shapes = _shapes(scene)
-    found = []
+    questions = []
     for item in shapes:
         color, shape = COLORS[item.color], SHAPES[item.value]
         if sum(s.value == item.value for s in shapes) == 1:
             text = f"what color is the {shape} ? :"
-            found.append(Question("attribute", text, color, item.patches))
+            questions.append(Question("attribute", text, color, item.patches))
         if sum(s.color == item.color for s in shapes) == 1:
             text = f"which shape is {color} ? :"
-            found.append(Question("attribute", text, shape, item.patches))
-    return found
+            questions.append(Question("attribute", text, shape, item.patches))
+    return questions
 
 
 def _place(scene: Scene, _: np.random.Generator) -> list[Question]:
     shapes = _shapes(scene)
     third = IMAGE_SIZE / 3
-    found = []
+    questions = []
     for row, row_name in enumerate(ROWS):
         for column, column_name in enumerate(COLUMNS):
             # distance of each centre from the middle of this ninth
@@ -167,27 +167,27 @@ def _place(scene: Scene, _: np.random.Generator) -> list[Question]:
             if len(near) == 1 and far[near[0]] < third / 2 - _CLEAR:
                 item = shapes[near[0]]
                 text = f"what shape is at the {row_name} {column_name} ? :"
-                found.append(Question("place", text, SHAPES[item.value], item.patches))
-    return found
+                questions.append(Question("place", text, SHAPES[item.value], item.patches))
+    return questions
 
 
 def _existence(scene: Scene, rng: np.random.Generator) -> list[Question]:
     shapes = _shapes(scene)
     pairs = {(s.color, s.value) for s in shapes}
     colors, values = {c for c, _ in pairs}, {v for _, v in pairs}
-    found = []
+    questions = []
     for color in sorted(colors):
         for value in sorted(values):
             text = f"is there a {COLORS[color]} {SHAPES[value]} ? :"
             if (color, value) in pairs:
                 same = [s for s in shapes if (s.color, s.value) == (color, value)]
-                found.append(Question("existence", text, "yes", _merge(same)))
+                questions.append(Question("existence", text, "yes", _merge(same)))
             else:
                 # a hard negative: both halves occur, not together
                 half = [s for s in shapes if s.color == color or s.value == value]
-                found.append(Question("existence", text, "no", _merge(half)))
-    yes = [q for q in found if q.answer == "yes"]
-    no = [q for q in found if q.answer == "no"]
+                questions.append(Question("existence", text, "no", _merge(half)))
+    yes = [q for q in questions if q.answer == "yes"]
+    no = [q for q in questions if q.answer == "no"]
     most = min(len(yes), len(no))
     keep = [pool[i] for pool in (yes, no) for i in rng.permutation(len(pool))[:most]]
     return keep
@@ -229,18 +229,18 @@ def _reading(scene: Scene, _: np.random.Generator) -> list[Question]:
 
 def _where(scene: Scene, rng: np.random.Generator) -> list[Question]:
     third = IMAGE_SIZE / 3
-    found = []
+    questions = []
     for name, item in _named(scene, rng):
         off = min(abs(at - border) for at in (item.x, item.y) for border in (third, 2 * third))
         if off >= _CLEAR:
             answer = f"{ROWS[item.row]} {COLUMNS[item.column]}"
-            found.append(Question("where", f"where is the {name} ? :", answer, item.patches))
-    return found
+            questions.append(Question("where", f"where is the {name} ? :", answer, item.patches))
+    return questions
 
 
 def _relation(scene: Scene, rng: np.random.Generator) -> list[Question]:
     named = _named(scene, rng)
-    found = []
+    questions = []
     for name, item in named:
         for other_name, other in named:
             dx, dy = item.x - other.x, item.y - other.y
@@ -252,14 +252,14 @@ def _relation(scene: Scene, rng: np.random.Generator) -> list[Question]:
             else:
                 answer = "above" if dy < 0 else "below"
             text = f"which side of the {other_name} is the {name} ? :"
-            found.append(Question("relation", text, answer, _merge((item, other))))
-    return found
+            questions.append(Question("relation", text, answer, _merge((item, other))))
+    return questions
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> list[Question]:
     shapes = _shapes(scene)
     colors, values = Counter(s.color for s in shapes), Counter(s.value for s in shapes)
-    found = []
+    questions = []
     for index in range(len(COLORS)):
         groups = (
             (colors[index], f"{COLORS[index]} shapes", [s for s in shapes if s.color == index]),
@@ -268,12 +268,12 @@ def _count(scene: Scene, rng: np.random.Generator) -> list[Question]:
         for number, name, items in groups:
             if number <= _MAX_COUNT:
                 text = f"how many {name} ? :"
-                found.append(Question("count", text, NUMBERS[number], _merge(items)))
+                questions.append(Question("count", text, NUMBERS[number], _merge(items)))
     # nothing is the commonest number of all: one question about it is enough
-    zero = [q for q in found if not q.patches]
+    zero = [q for q in questions if not q.patches]
     spare = set(rng.permutation(len(zero))[1:].tolist())
     skip = {zero[i].text for i in spare}
-    return [q for q in found if q.text not in skip]
+    return [q for q in questions if q.text not in skip]
 
 
 _ASK: Final[dict[QuestionKind, Callable[[Scene, np.random.Generator], list[Question]]]] = {

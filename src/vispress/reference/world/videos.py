@@ -117,7 +117,7 @@ def show_video(seed: int, split: Split, index: int) -> Shown:
     at: list[dict[str, tuple[int, ...]]] = [
         {SHAPES[i.value]: i.patches for i in scene.items if i.kind == "shape"} for scene in scenes
     ]
-    found: list[Asked] = []
+    questions: list[Asked] = []
     guests = names[-len(when) :]
     for i, j in combinations(range(len(when)), 2):
         if when[i] == when[j]:
@@ -127,16 +127,16 @@ def show_video(seed: int, split: Split, index: int) -> Shown:
             tuple(sorted({p for g in (i, j) if when[g] == f for p in at[f][guests[g]]}))
             for f in range(3)
         )
-        for one, two in ((i, j), (j, i)):
-            text = f"which comes first the {guests[one]} or the {guests[two]} ? :"
-            found.append(Asked("order", text, sooner, seen))
+        for first, second in ((i, j), (j, i)):
+            text = f"which comes first the {guests[first]} or the {guests[second]} ? :"
+            questions.append(Asked("order", text, sooner, seen))
     for guest, frame in zip(range(-len(when), 0), when, strict=True):
         text = f"which picture has a {COLORS[cast[guest][2]]} {names[guest]} ? :"
         only = tuple(at[f][names[guest]] if f == frame else () for f in range(3))
-        found.append(Asked("visit", text, ORDINALS[frame], only))
+        questions.append(Asked("visit", text, ORDINALS[frame], only))
     who = names[changed]
     everywhere = tuple(frame[who] for frame in at)
-    found.append(Asked("changed", "which shape changed its color ? :", who, everywhere))
+    questions.append(Asked("changed", "which shape changed its color ? :", who, everywhere))
     for frame, colors in enumerate(shown):
         for k, (kind, color) in enumerate(zip((a[0] for a in cast), colors, strict=True)):
             if kind != "shape" or color == GONE:
@@ -144,6 +144,6 @@ def show_video(seed: int, split: Split, index: int) -> Shown:
             form = "last" if k == changed and frame == 2 else "other"
             text = f"what color is the {names[k]} in the {ORDINALS[frame]} picture ? :"
             only = tuple(at[f][names[k]] if f == frame else () for f in range(3))
-            found.append(Asked(form, text, COLORS[color], only))
-    order = rng.permutation(len(found))
-    return Shown(tuple(scenes), FRAMES, tuple(found[i] for i in order))
+            questions.append(Asked(form, text, COLORS[color], only))
+    order = rng.permutation(len(questions))
+    return Shown(tuple(scenes), FRAMES, tuple(questions[i] for i in order))
