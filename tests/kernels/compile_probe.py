@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,23 @@ def narrow_products(ttir: str) -> list[str]:
     return flagged
 
 
+def _asked(flags: Collection[str]) -> list[Variant]:
+    """`--all`, or the defaults; `--even` of them; `--one` of each kernel, with the most flags."""
+    found = [
+        v
+        for v in variants()
+        if (v.default or "--all" in flags) and (v.even or "--even" not in flags)
+    ]
+    if "--one" not in flags:
+        return found
+    by_flags = sorted(found, key=lambda v: sum(c is True for c in v.constants.values()))
+    return list({v.kernel: v for v in by_flags}.values())
+
+
 def main(out: str, capability: str, *flags: str) -> None:
     """Compile, and write what was found, or the error, for each variant by name."""
     results = {}
-    for variant in variants():
-        if not (variant.default or "--all" in flags) or ("--even" in flags and not variant.even):
-            continue
+    for variant in _asked(flags):
         try:
             found = compile_variant(variant, int(capability))
         except Exception as error:  # every failure is reported, not only the first
