@@ -25,27 +25,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `full`, unless it is asked for by `-m full` or by its node id."""
+    """Leave out what is marked `full`, and most cases of slow tests, unless they are asked for.
+
+    `-m full` asks for everything, a node id for its case.
+    """
     if re.search(r"\bfull\b", config.option.markexpr):
         for item in items:  # everything, not only what is left out by default
             item.add_marker(pytest.mark.full)
         return
     named = {arg.rpartition("/")[2] for arg in config.args if "[" in arg}
-    stay = [
-        item
-        for item in items
-        if not item.get_closest_marker("full") or item.nodeid.rpartition("/")[2] in named
-    ]
+    asked = [item for item in items if item.nodeid.rpartition("/")[2] in named]
+    stay = [item for item in items if not item.get_closest_marker("full")]
     if config.option.quick:
-        stay = one_of_each([item for item in stay if not item.get_closest_marker("slow")])
-    kept = set(stay)
+        stay = some_of_each([item for item in stay if not item.get_closest_marker("slow")])
+    else:
+        slow = [item for item in stay if item.get_closest_marker("slow")]
+        left_out = {*slow} - {*some_of_each(slow)}
+        stay = [item for item in stay if item not in left_out]
+    kept = {*stay, *asked}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = stay
+    items[:] = [item for item in items if item in kept]
 
 
-def one_of_each(items: list[pytest.Item]) -> list[pytest.Item]:
-    """One case of each test function: always the same one, and not always the first."""
+def some_of_each(items: list[pytest.Item]) -> list[pytest.Item]:
+    """One case of each test function, or as many as its mark `slow` says: always the same ones."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return [found[crc32(name.encode()) % len(found)] for name, found in cases.items()]
+    chosen = []
+    for name, found in cases.items():
+        mark = found[0].get_closest_marker("slow")
+        count = 1 if mark is None else mark.kwargs.get("cases", 1)
+        first = crc32(name.encode())  # not always the first ones
+        chosen += [found[(first + i) % len(found)] for i in range(min(count, len(found)))]
+    return chosen

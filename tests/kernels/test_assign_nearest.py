@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from vispress_kernels.assign_nearest import assign_nearest
+from vispress_kernels.assign_nearest.reference import first_equal
 
 pytest.importorskip("triton")
 
 # B, N, M, D
-SHAPES = [(1, 1, 1, 1), (2, 37, 11, 100), (1, 70, 577, 33), (0, 4, 3, 8), (2, 0, 3, 8)]
+# 701 targets: a last split with fewer blocks than the others
+SHAPES = [(1, 1, 1, 1), (2, 37, 11, 100), (1, 70, 701, 33), (0, 4, 3, 8), (2, 0, 3, 8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -54,6 +56,21 @@ def test_equal_targets_tie_whatever_a_product_makes_of_their_places(randn, devic
         own = torch.arange(M, device=device) % 3
         own[:3] += 3
         assert torch.equal(index, own.expand(2, -1))
+
+
+def test_no_row_is_its_own_nearest_in_any_block(randn, device):
+    x = randn(1, 150, 16)
+    index, _ = assign_nearest(x, x, exclude_self=True, backend="triton")
+    assert torch.equal(index, assign_nearest(x, x, exclude_self=True, backend="torch")[0])
+    assert (index != torch.arange(150, device=device)).all()
+
+
+@pytest.mark.parametrize("block", [4, 1024])
+def test_rows_are_equal_in_all_their_numbers(device, block):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 2, (2, 40, 4), generator=generator).float().to(device)
+    first = (rows[:, :, None] == rows[:, None]).all(-1).int().argmax(-1)
+    assert torch.equal(first_equal(rows, block), first)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vispress_kernels import has_triton, resolve_backend
+from vispress_kernels._backend import needs_grad
 
 LEAN = """
 import sys
@@ -85,6 +86,23 @@ def test_triton_is_chosen_when_asked_but_not_for_fp64(device):
     x = torch.ones(1, device=device)
     assert resolve_backend("triton", x) == "triton"
     assert resolve_backend("triton", x, x.double()) == "torch"
+
+
+def test_a_gradient_is_needed_where_autograd_would_record_one():
+    x = torch.ones(1, requires_grad=True)
+    assert needs_grad(None, x)
+    assert not needs_grad(x.detach(), None)
+    with torch.no_grad():
+        assert not needs_grad(x)
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+def test_a_kernel_without_backward_is_not_chosen_where_a_gradient_is_needed(device):
+    x = torch.ones(1, device=device, requires_grad=True)
+    assert resolve_backend("auto", x, has_backward=False) == "torch"
+    with pytest.raises(ValueError, match="no backward"):
+        resolve_backend("triton", x, has_backward=False)
+    assert resolve_backend("triton", x, has_backward=True) == "triton"
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs triton")

@@ -18,7 +18,11 @@ ANY = settings(
 CHOOSES = ("assign_nearest", "maxmin_select", "dpp_select")
 
 
-LARGE = [pytest.param(N, marks=pytest.mark.slow) for N in (577, 1500)]  # the interpreter's fault
+# slow by the interpreter's fault
+LARGE = [
+    pytest.param(577, marks=pytest.mark.slow(cases=len(OPS))),
+    pytest.param(1500, marks=pytest.mark.full),
+]
 
 
 @pytest.mark.parametrize("N", [1, 37, *LARGE])

@@ -83,7 +83,7 @@ def compare(family: str, method: str, launched: Counter[str], **more: Any) -> No
     assert "gather_tokens_kernel" in kernels
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=12)
 @pytest.mark.parametrize("method", [m for m in cases.DROPS if cases.fits("llava", m)])
 def test_both_backends_keep_the_same(method: str, launched: Counter[str]) -> None:
     compare("llava", method, launched, **({"m": 4} if method == "zoo_prune" else {}))

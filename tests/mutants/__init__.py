@@ -48,7 +48,8 @@ class Mutant:
             root: Holds `src` and `kernels`.
             check: Change nothing.
         """
-        command = ["git", "apply", *(["--check"] if check else []), str(self.patch)]
+        # a line of context is enough: code around a fault may change
+        command = ["git", "apply", "-C1", *(["--check"] if check else []), str(self.patch)]
         # as outside of any repository: paths in patches are from `root`
         env = {"PATH": os.environ["PATH"], "GIT_CEILING_DIRECTORIES": str(root.parent)}
         done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)

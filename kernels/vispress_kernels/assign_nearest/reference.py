@@ -30,8 +30,9 @@ def first_equal(rows: Tensor, block: int = 1024) -> Tensor:
         block: Rows compared at a time.
     """
     B, N, D = rows.shape
-    # summed token by token, so that equal rows have equal sums and stand side by side once sorted
-    mix = torch.arange(1, D + 1, device=rows.device).mul(0.61803398875).frac().to(rows.dtype)
+    # summed token by token, so that equal rows have equal sums and stand side by side once sorted;
+    # sines of whole numbers have no whole combination that is 0, so that rows of few values differ
+    mix = torch.arange(1, D + 1, device=rows.device).sin().to(rows.dtype)
     parts = [(rows[:, i : i + block] * mix).sum(-1) for i in range(0, N, block)]
     order = torch.cat(parts, 1).sort(dim=1, stable=True).indices
     batch = torch.arange(B, device=rows.device)[:, None]

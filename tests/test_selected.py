@@ -1,0 +1,74 @@
+"""What pytest runs by default, with `--quick`, with `-m full`, and by node id."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import pytest_collection_modifyitems as choose
+
+
+class Item:
+    """What the choice sees of a collected test."""
+
+    def __init__(self, name: str, case: int, *marks: pytest.MarkDecorator) -> None:
+        self.nodeid = f"tests/some/test_some.py::{name}[{case}]"
+        self.name, self.marks = name, {mark.name: mark.mark for mark in marks}
+
+    def get_closest_marker(self, name: str) -> pytest.Mark | None:
+        return self.marks.get(name)
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.marks[mark.name] = mark.mark
+
+
+TESTS = ("fast", "thinned", "slow", "slow_with_more")
+SLOW = pytest.mark.slow, pytest.mark.slow(cases=3)
+
+
+def collected() -> list[Item]:
+    """Three, two, four and four cases."""
+    items = [Item("fast", case) for case in range(3)]
+    items += [Item("thinned", 0), Item("thinned", 1, pytest.mark.full)]
+    items += [Item("slow", case, SLOW[0]) for case in range(4)]
+    return items + [Item("slow_with_more", case, SLOW[1]) for case in range(4)]
+
+
+def run(*args: str, marks: str = "", quick: bool = False) -> list[Item]:
+    """What stays of the tests, those that pytest's own `-m` leaves out among them."""
+    gone: list[Any] = []
+    option = SimpleNamespace(markexpr=marks, quick=quick)
+    hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
+    items: list[Any] = collected()
+    before = len(items)
+    choose(SimpleNamespace(option=option, args=args, hook=hook), items)  # type: ignore[arg-type]
+    assert len(items) + len(gone) == before
+    return items
+
+
+def counts(items: list[Item]) -> tuple[int, ...]:
+    return tuple(sum(item.name == name for item in items) for name in TESTS)
+
+
+def test_by_default_what_is_full_and_most_that_is_slow_is_left_out() -> None:
+    assert counts(run()) == (3, 1, 1, 3)
+    assert counts(run(marks="not slow")) == (3, 1, 1, 3)
+    assert [item.nodeid for item in run()] == [item.nodeid for item in run()]
+
+
+def test_quick_runs_one_case_of_each_and_no_slow_one() -> None:
+    assert counts(run(quick=True)) == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize("marks", ["full", "full and not slow"])
+def test_full_runs_everything(marks: str) -> None:
+    items = run(marks=marks)
+    assert counts(items) == (3, 2, 4, 4)
+    assert all("full" in item.marks for item in items)  # as pytest's own `-m full` asks
+
+
+def test_what_is_named_runs_whatever_it_is() -> None:
+    name = "tests/some/test_some.py::"
+    found = run(f"{name}thinned[1]", *(f"{name}slow[{case}]" for case in range(4)))
+    assert counts(found) == (3, 2, 4, 3)
+    assert counts(run("tests/some/test_some.py")) == (3, 1, 1, 3)
