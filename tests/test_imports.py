@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
     "vispress.context": 1,
     "vispress.memory": 1,
     "vispress.devices": 1,
+    "vispress.precision": 1,
     "vispress.projectors": 1,
     "vispress.registry": 1,
     "vispress.flops": 1,

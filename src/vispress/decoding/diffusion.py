@@ -24,6 +24,7 @@ from vispress.checks import check_flag, check_integer, check_number
 from vispress.errors import ConfigError
 from vispress.flops import flops
 from vispress.methods.base import upcast
+from vispress.precision import full_precision
 from vispress_kernels.maxmin_select import maxmin_select
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -82,7 +83,9 @@ class LateSteps:
         generator = torch.Generator("cpu").manual_seed(self.seed)
         first = int(torch.randint(states.shape[1], (1,), generator=generator))
         pivot = torch.full((len(states),), first, device=states.device)
-        return maxmin_select(states, num_keep, first=pivot).sort(dim=1).values
+        with full_precision():
+            chosen = maxmin_select(states, num_keep, first=pivot)
+        return chosen.sort(dim=1).values
 
 
 @dataclass(frozen=True)

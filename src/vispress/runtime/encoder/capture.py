@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import upcast
+from vispress.precision import full_precision
 from vispress.runtime.encoder.merging import EncoderMerge
 from vispress.runtime.hooks.attention import attention_rows, current_sink
 from vispress.types import CropLayout, Signal
@@ -155,6 +156,20 @@ class EncoderCapture:
         self.layouts: Sequence[tuple[tuple[int, int, int] | None, CropLayout | None]]
         self.layouts = adapter.layouts(modality, self.counts, call)
         self._signals: dict[tuple[Signal, int], tuple[Tensor, ...]] = {}
+        self.encoder_tokens = () if merge is None else tuple(merge.per_image())
+        """Tokens of each image ahead of the encoder, then behind each of its layers."""
+        with full_precision():
+            self._read(adapter, call, sink, merge)
+
+    def _read(
+        self,
+        adapter: ModelAdapter,
+        call: Mapping[str, Any],
+        sink: EncoderSink,
+        merge: EncoderMerge | None,
+    ) -> None:
+        """Carry what the encoder showed to visual tokens."""
+        modality = self.modality
 
         def pack(values: Tensor) -> tuple[Tensor, ...]:
             return tuple(v.reshape(len(v), -1) for v in adapter.pack(modality, values, call))
@@ -171,8 +186,6 @@ class EncoderCapture:
             self._signals[Signal.VISION_FEATURES, 0] = pack(rows)
         if sink.padding is not None:
             self._signals[Signal.PADDING, 0] = pack(sink.padding)
-        self.encoder_tokens = () if merge is None else tuple(merge.per_image())
-        """Tokens of each image ahead of the encoder, then behind each of its layers."""
         names = None if merge is None else merge.groups()
         if names is not None:
             # pooling and joining leave a name as it is only where all have it
@@ -232,7 +245,7 @@ def _join(parts: Sequence[Tensor], packed: bool) -> Tensor:
 
 
 def projector_function(adapter: ModelAdapter) -> Callable[[Tensor], Tensor]:
-    """The projector, computing in the dtype of its input.
+    """The projector, computing in the dtype of its input, or as autocast has it where that is on.
 
     Weights that cannot be cast (quantised or offloaded) are used as they are, in their own dtype.
     """
@@ -241,7 +254,7 @@ def projector_function(adapter: ModelAdapter) -> Callable[[Tensor], Tensor]:
         projector = adapter.projector
         weights = list(projector.parameters())
         own = weights[0].dtype if weights else x.dtype
-        if own == x.dtype:
+        if own == x.dtype or torch.is_autocast_enabled(x.device.type):
             return adapter.project(projector, x)
         if any(w.is_meta or not w.dtype.is_floating_point for w in weights):
             floating = own if own.is_floating_point else torch.get_default_dtype()

@@ -15,6 +15,7 @@ from vispress.devices import sent
 from vispress.errors import UnsupportedMethodError
 from vispress.methods.base import Compressor, upcast
 from vispress.methods.encoder_merger import EncoderMerger, EncoderTokens
+from vispress.precision import full_precision
 from vispress.runtime.encoder.sequences import Packed, Sequences
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens
@@ -183,7 +184,8 @@ class EncoderMerge:
             has_cls=bool(self.prefix),
             backend=self.backend,
         )
-        into = self.step.merger.fold(seen)
+        with full_precision():
+            into = self.step.merger.fold(seen)
         self.into = self.layout.folded(into[:, 1:] - 1 if self.ahead else into)
         self.target = self.into.clamp(min=0) if self.layout.padded else self.into
         self.left = self.layout.left

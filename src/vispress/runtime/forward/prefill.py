@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from vispress.precision import full_precision
 from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward import setup
 from vispress.runtime.forward.apply_placement import apply, write_values
@@ -69,7 +70,8 @@ def begin(
     if captures:
         documents = find_documents(state, given)
         ends = find_ends(call, documents, state)
-        setup.find(plan, state, call, embeds, documents, ends)
+        with full_precision():
+            setup.find(plan, state, call, embeds, documents, ends)
     opened = ((stage.carries, stage.open(state)) for stage in stages)
     running = Running(state, [(carries, each) for carries, each in opened if each is not None])
     given[RUNNING] = running
@@ -233,7 +235,10 @@ def _itself(saved: Tensor) -> Tensor:
 
 def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:
     """Note how far a module (0 attention, 1 MLP) moved its rows."""
-    found = transition_scores(x.detach(), y.detach(), backend=state.plan.backend)
+    dtype = torch.promote_types(x.dtype, y.dtype)  # autocast may change it on the way
+    x, y = x.detach().to(dtype), y.detach().to(dtype)
+    with full_precision():
+        found = transition_scores(x, y, backend=state.plan.backend)
     if part == 0:
         state.transitions[number] = TransitionMeasure(state.rows_at(number), [found])
     else:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from vispress.precision import full_precision
 from vispress.runtime.forward.layer_inputs import LayerInputs
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.attention import OBSERVER
@@ -61,7 +62,8 @@ class Running:
         """Carry out a placement by its stage."""
         for carries, call in self._carries:
             if bound.placement.stage in carries and call.place is not None:
-                return call.place(bound, hidden)
+                with full_precision():
+                    return call.place(bound, hidden)
         return None
 
     def attend(

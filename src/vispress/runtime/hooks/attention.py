@@ -15,6 +15,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from vispress.precision import full_precision
+
 _PREFIX = "vispress_watching_"
 OBSERVER: Final = "vispress_running"
 """Keyword argument of a watched decoder layer's attention: the call that runs, whose `attend` is
@@ -132,13 +134,16 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if (running := kwargs.pop(OBSERVER, None)) is not None:
-        attention_mask = running.attend(module, query, key, attention_mask, implementation, kwargs)
-    else:
-        if (sink := current_sink()) is not None:
-            sink.observe(module, query, key, attention_mask, kwargs)
-        if (merge := current_merge()) is not None:
-            attention_mask = merge.attend(key, attention_mask, implementation)
+    with full_precision():
+        if (running := kwargs.pop(OBSERVER, None)) is not None:
+            attention_mask = running.attend(
+                module, query, key, attention_mask, implementation, kwargs
+            )
+        else:
+            if (sink := current_sink()) is not None:
+                sink.observe(module, query, key, attention_mask, kwargs)
+            if (merge := current_merge()) is not None:
+                attention_mask = merge.attend(key, attention_mask, implementation)
     if implementation == "eager":  # not in the registry: each modeling file has its own
         run = sys.modules[_defining_module(module)].eager_attention_forward
     else:
