@@ -57,7 +57,7 @@ TRAINED = (
     ("internvl", "visionzip"),
     ("llava", "scm"),
     ("qwen2_5_vl", "lvlm_csp"),
-    ("qwen3_vl", "sparsevlm"),
+    ("qwen3_vl", "dart"),
 )
 
 
