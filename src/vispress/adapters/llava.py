@@ -60,6 +60,8 @@ class LlavaAdapter(TowerAdapter):
         def interpolated(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, kwargs | {"interpolate_pos_encoding": True}
 
+        # a hook: a keyword of the model's call would reach the language model, too, and what runs
+        # the model (timing, conversations) knows nothing but its inputs
         tower = self.base.vision_tower
         handle = tower.register_forward_pre_hook(interpolated, with_kwargs=True)
         try:

@@ -180,13 +180,14 @@ def _watch(
     with apply_cell(cell, loaded, batch, loaded.encode(batch), positions) as now:
         turns = loaded.converse(batch, now.inputs, limit)
         report = compression_report(loaded.model)
-    found = []
+    kept = []
     for prompt, sample in zip(batch, report.samples, strict=True):
         evidence = prompt.evidence or ((),) * len(prompt.images)
-        shots = [shot_of(image, own) for image, own in zip(sample.images, evidence, strict=True)]
+        pairs = zip(sample.images, evidence, strict=True)
+        shots = [shot_of(image, cells) for image, cells in pairs]
         whole = tuple(shot for shot in shots if shot is not None)
-        found.append(whole if len(whole) == len(shots) else ())
-    return [" / ".join(own) for own in turns], found
+        kept.append(whole if len(whole) == len(shots) else ())
+    return [" / ".join(answers) for answers in turns], kept
 
 
 def _agreement(asked: int, differ: int) -> str:

@@ -19,6 +19,8 @@ def grid_adapter(control: str, model: Any) -> ModelAdapter:
         UnsupportedModelError: No adapter knows the model.
     """
     adapter = find_adapter(model)
+    # an adapter without such grids says so of every batch, also of this empty one: a model is
+    # refused before any question is asked
     find_grids(control, adapter, "image", {})
     return adapter
 

@@ -10,7 +10,7 @@ from vispress.bench.model.loaded_model import DTYPES, Dtype
 from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
 from vispress.bench.plan.provenance import digest
-from vispress.bench.tasks.task import get_task
+from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.bench.tasks.yaml_task import register_entry
 from vispress.checks import check_choice, check_integer, suggest
 from vispress.errors import ConfigError
@@ -92,11 +92,7 @@ class Plan:
             check_integer(f"timing.{name}", getattr(self.timing, name), low=low)
         check_choice("budget", self.budget, get_args(BudgetMeaning))
         check_choice("positions", self.positions, (None, *get_args(Positions)))
-        names = [str(task) for task in self.tasks]
-        if not names or len(set(names)) != len(names):
-            raise ConfigError(f"tasks must be a list of different names, got {names}")
-        for name in names:
-            get_task(name)
+        check_tasks([str(task) for task in self.tasks])
         check_choice("controls", self.controls, get_args(Controls))
         check_choice("dtype", self.dtype, tuple(DTYPES))
         if not isinstance(self.overrides, Mapping):

@@ -20,10 +20,9 @@ from vispress.bench.plan.provenance import commit, digest
 from vispress.bench.run.applied_cell import apply_cell, changes_encoder
 from vispress.bench.run.budget_check import check_budget
 from vispress.bench.run.engine import Advance
-from vispress.bench.tasks.task import get_task
+from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.checks import check_choice, check_integer, check_number
 from vispress.config import save_config, to_mapping
-from vispress.errors import ConfigError
 from vispress.flops import flops, visual_per_layer
 from vispress.methods.base import Compressor
 
@@ -60,10 +59,7 @@ class Calibration:
         check_integer("seed", self.seed, low=0)
         for name in ("questions", "batch_size", "max_new_tokens"):
             check_integer(name, getattr(self, name), low=1)
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ConfigError(f"tasks must be a list of different names, got {list(self.tasks)}")
-        for task in self.tasks:
-            get_task(task)
+        check_tasks(self.tasks)
 
 
 class ScheduleObjective:

@@ -1,6 +1,6 @@
 """Tasks by name: where questions come from, what blind guessing earns, which tokens they need."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -136,6 +136,18 @@ def all_tasks() -> dict[str, Task]:
             clip, _NEEDS[clip], CLIP_CHANCE[clip], _clip_drawer(clip), shows="videos"
         )
     return tasks | _TASKS
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Check that different tasks are named, and that all are known.
+
+    Raises:
+        ConfigError: There is no name, one stands twice, or a task is unknown.
+    """
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"tasks must be a list of different names, got {list(names)}")
+    for name in names:
+        get_task(name)
 
 
 def get_task(name: str) -> Task:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from vispress.bench.tasks.metrics import METRICS
 from vispress.bench.tasks.rows import fingerprint
 from vispress.bench.tasks.task import Task, register_task
-from vispress.checks import suggest
+from vispress.checks import check_integer, check_number, suggest
 from vispress.errors import ConfigError
 from vispress.yaml_files import check_keys, read_yaml, shipped_files
 
@@ -95,12 +95,11 @@ class YamlTask:
             )
         if (self.metric == "choice") != (self.choices is not None):
             raise ConfigError(f"{self._at}: metric 'choice' and the key 'choices' go together")
-        if not 0.0 <= self.chance <= 1.0:
-            raise ConfigError(f"{self._at}: chance must be in [0, 1], got {self.chance}")
+        check_number(f"{self._at}: chance", self.chance, low=0.0, high=1.0)
         for key, low in (("limit", 1), ("seed", 0), ("choices", 2)):
             value = getattr(self, key)
-            if isinstance(value, int) and value < low:
-                raise ConfigError(f"{self._at}: {key} must be at least {low}, got {value!r}")
+            if isinstance(value, int):
+                check_integer(f"{self._at}: {key}", value, low=low)
         self.template()
 
     @property

@@ -113,25 +113,25 @@ def show_clip(seed: int, split: Split, index: int) -> Clip:
     at = [{SHAPES[i.value]: i.patches for i in s.items if i.kind == "shape"} for s in scenes]
 
     def seen(*where: tuple[int, str]) -> tuple[tuple[int, ...]]:
-        found = {2 * step * NUM_PATCHES + p for step, name in where for p in at[step][name]}
-        return (tuple(sorted(found)),)
+        cells = {2 * step * NUM_PATCHES + p for step, name in where for p in at[step][name]}
+        return (tuple(sorted(cells)),)
 
-    found: list[Asked] = []
+    questions: list[Asked] = []
     first = len(script.cast) - len(script.visits)
     guests = [script.name(first + i) for i in range(len(script.visits))]
     for i, j in combinations(range(len(guests)), 2):
         where = seen((script.visits[i], guests[i]), (script.visits[j], guests[j]))
-        for one, two in ((i, j), (j, i)):
-            pair = f"the {guests[one]} or the {guests[two]} ? :"
-            found.append(Asked("order", f"which comes first {pair}", guests[i], where))
-            found.append(Asked("late", f"which comes last {pair}", guests[j], where))
+        for left, right in ((i, j), (j, i)):
+            pair = f"the {guests[left]} or the {guests[right]} ? :"
+            questions.append(Asked("order", f"which comes first {pair}", guests[i], where))
+            questions.append(Asked("late", f"which comes last {pair}", guests[j], where))
     for guest, step in enumerate(script.visits):
         color = COLORS[script.cast[first + guest][2]]
         text = f"what color is the {guests[guest]} ? :"
-        found.append(Asked("visit", text, color, seen((step, guests[guest]))))
+        questions.append(Asked("visit", text, color, seen((step, guests[guest]))))
     who, since = script.name(script.changed), script.since
     both = seen((since - 1, who), (since, who))
-    found.append(Asked("changed", "which shape changed its color ? :", who, both))
+    questions.append(Asked("changed", "which shape changed its color ? :", who, both))
     for member, actor in enumerate(script.cast[:first]):
         if actor[0] != "shape":
             continue
@@ -140,6 +140,6 @@ def show_clip(seed: int, split: Split, index: int) -> Clip:
             form = word if member == script.changed else "other"
             shown = since if form == "last" else step  # the earliest step that tells
             answer = COLORS[script.shown[step][member]]
-            found.append(Asked(form, text, answer, seen((shown, script.name(member)))))
-    asked = tuple(found[i] for i in rng.permutation(len(found)))
+            questions.append(Asked(form, text, answer, seen((shown, script.name(member)))))
+    asked = tuple(questions[i] for i in rng.permutation(len(questions)))
     return Clip(_film(rng, scenes), asked)
