@@ -1,5 +1,6 @@
 """Attach compressors to a model instance: hooks in, hooks out, nothing left behind."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -57,8 +58,16 @@ class Attachment:
     # --- on and off
 
     def attach(self) -> None:
-        """Install all hooks."""
+        """Install all hooks, or none."""
+        try:
+            self._attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _attach(self) -> None:
         adapter, base = self.plan.adapter, self.plan.adapter.base
+        self._set(base, ATTRIBUTE, self)
         self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
         self._undo.append(patch_instance(base, "forward", self._base_runs, keyword=PROMPT_LENGTHS))
         if self.owner is not None:
@@ -85,7 +94,6 @@ class Attachment:
         self._attach_encoder()
         if hasattr(language_model, "_deepstack_process"):
             self._wrap(language_model, "_deepstack_process", self._deepstack)
-        self._set(base, ATTRIBUTE, self)
 
     def _attach_owner(self, owner: nn.Module) -> None:
         base = self.plan.adapter.base
@@ -108,9 +116,10 @@ class Attachment:
             self._undo += watch_pixels(plan.adapter)
 
     def detach(self) -> None:
-        """Take everything off again, in reverse order."""
+        """Take everything off again, in reverse order; what is interrupted can be done again."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -168,6 +177,8 @@ class Attachment:
             step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
             if step is not None:
                 return args, kwargs | {RUNNING: step}
+        if self._measured and not torch.compiler.is_compiling():
+            MEASURED.set(None)
         call = current_call(self.plan) or ModelCall(self.plan, {})
         running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
         return None if running is None else ((), kwargs)
@@ -210,16 +221,18 @@ class Attachment:
     ) -> None:
         running = kwargs.get(RUNNING)
         if isinstance(running, Running) and running.state.mode == "run":
-            MEASURED.set(running)
+            MEASURED.set(weakref.ref(running))
             self._note(running, number, 0, args, kwargs, output)
 
     @torch.no_grad()
     def _mlp_ran(self, number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        running = MEASURED.get()
-        if running is not None:
-            MEASURED.set(None)
+        measured = MEASURED.get()
+        if measured is None:
+            return
+        MEASURED.set(None)
+        if (running := measured()) is not None:
             self._note(running, number, 1, args, kwargs, output)
 
     def _note(

@@ -1,6 +1,5 @@
 """Run the base model's forward, and the encoder calls in it, and remember what they were given."""
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,17 +11,19 @@ from vispress.errors import CompressionStateError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture, EncoderSink
 from vispress.runtime.forward.model_call import (
-    LATEST,
     MODEL_CALLS,
     SIZES,
     ModelCall,
     brings_images,
     by_name,
     capture_of,
+    remember,
 )
 from vispress.runtime.forward.owner import is_traced, prompt_ends
 from vispress.runtime.hooks.attention import current_sink, watching
 from vispress.runtime.hooks.instance_patch import Original
+from vispress.runtime.kv_cache.dynamic import expect_nothing
+from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import RuntimeStage
 
@@ -72,11 +73,15 @@ def run_base(
     for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
         if output is not None:
             call.captures[modality] = capture_of(plan, modality, output)
-    before = MODEL_CALLS.get()
+    # a base model is not called inside itself: an entry of its own would be a dead call's
+    before = tuple(other for other in MODEL_CALLS.get() if other.plan is not plan)
     # a hook behind the forward would not do: torch runs it on `Exception` alone
     try:
         MODEL_CALLS.set((*before, call))
         return original(*args, **kwargs)
+    except BaseException:
+        expect_nothing(cache_of(call.arguments))
+        raise
     finally:
         MODEL_CALLS.set(before)
 
@@ -108,7 +113,7 @@ def run_encoder(
     capture = EncoderCapture(plan.adapter, modality, features, arguments, sink, merge)
     if not isinstance(output, tuple | list | Tensor):
         setattr(output, CAPTURE_ATTRIBUTE, capture)
-        LATEST.set(dict(LATEST.get()) | {(id(plan), modality): weakref.ref(capture)})
+        remember(plan, capture)
     if call is not None:
         call.captures[modality] = capture
         capture.transient = True

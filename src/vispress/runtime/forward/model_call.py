@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import FunctionType, MappingProxyType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ class ModelCall:
 
 SIZES = "image_sizes"
 """What AnyRes models are told of each image; read number by number."""
-LATEST: ContextVar[Mapping[tuple[int, Modality], "weakref.ref[EncoderCapture]"]] = ContextVar(
-    "vispress_latest", default=MappingProxyType({})
-)
+_Latest = tuple["weakref.ref[Plan]", Modality, "weakref.ref[EncoderCapture]"]
+LATEST: ContextVar[tuple[_Latest, ...]] = ContextVar("vispress_latest", default=())
+"""The last encoder call of each plan that lives; weak, so that it keeps no features alive."""
 MODEL_CALLS: ContextVar[tuple[ModelCall, ...]] = ContextVar("vispress_calls", default=())
 
 
@@ -95,12 +95,22 @@ def brings_images(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in names)
 
 
+def remember(plan: Plan, capture: EncoderCapture) -> None:
+    """Let a capture be the latest of its plan and modality."""
+    others = [
+        entry
+        for entry in LATEST.get()
+        if entry[2]() is not None and (entry[0]() is not plan or entry[1] != capture.modality)
+    ]
+    LATEST.set((*others, (weakref.ref(plan), capture.modality, weakref.ref(capture))))
+
+
 def capture_of(plan: Plan, modality: Modality, output: Any) -> EncoderCapture:
     """What was seen when these features were computed (by `generate`, ahead of the forward)."""
     capture: EncoderCapture | None = getattr(output, CAPTURE_ATTRIBUTE, None)
     if capture is None:  # accelerate rebuilds containers on their way to a device
-        seen = LATEST.get().get((id(plan), modality))
-        latest = None if seen is None else seen()
+        found = (seen() for of, kind, seen in LATEST.get() if of() is plan and kind == modality)
+        latest = next(found, None)
         if latest is not None and latest.gave(plan.adapter.features(modality, output)):
             capture = latest
     if capture is None:

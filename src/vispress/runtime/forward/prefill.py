@@ -65,7 +65,7 @@ def begin(
     if cache is None and captures and _caches(module, given):
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
-        check_cache(cache)
+        check_cache(cache, plan.num_layers)
     state = _make_state(plan, call, given, cache, embeds)
     if captures:
         documents = find_documents(state, given)

@@ -5,6 +5,7 @@ layer to its attention. So it belongs to the call, not to a module or a thread: 
 that runs again finds it, and nothing is left behind when a forward ends, in whatever way.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
@@ -21,9 +22,10 @@ from vispress.types import Stage
 
 RUNNING: Final = OBSERVER
 """Keyword argument of the language model, its layers and their attention: the call that runs."""
-MEASURED: ContextVar["Running | None"] = ContextVar("vispress_measured", default=None)
+MEASURED: ContextVar["weakref.ref[Running] | None"] = ContextVar("vispress_measured", default=None)
 """The call whose attention was measured last in this context. Its layer's MLP runs next and is
-given hidden states alone; what another call left here is overwritten before it could be read."""
+given hidden states alone. What an interrupted call left here is dropped when the next begins, and
+kept alive by nothing."""
 _DEEPSTACK = "deepstack_visual_embeds"
 
 

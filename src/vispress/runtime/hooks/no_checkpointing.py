@@ -16,23 +16,26 @@ class NoCheckpointing:
     """
 
     def __init__(self) -> None:
-        self._running = 0
+        self._running: set[object] = set()
         self._off: list[nn.Module] = []
 
     @contextmanager
     def __call__(self, layers: Sequence[nn.Module]) -> Iterator[None]:
-        with _LOCK:
-            self._running += 1
-            if self._running == 1:
-                self._off = [x for x in layers if getattr(x, "gradient_checkpointing", False)]
+        call = object()
+        # calls are named, not counted, and entered inside `try`: so an interrupt at any point
+        # leaves nothing running
+        try:
+            with _LOCK:
+                if not self._running:
+                    self._off += [x for x in layers if getattr(x, "gradient_checkpointing", False)]
+                self._running.add(call)
                 for layer in self._off:
                     layer.gradient_checkpointing = False  # type: ignore[assignment]
-        try:
             yield
         finally:
             with _LOCK:
-                self._running -= 1
-                if self._running == 0:
+                self._running.discard(call)
+                if not self._running:
                     for layer in self._off:
                         layer.gradient_checkpointing = True  # type: ignore[assignment]
                     self._off = []

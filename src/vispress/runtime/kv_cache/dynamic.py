@@ -118,11 +118,23 @@ def is_compressed(cache: Cache | None) -> bool:
     )
 
 
-def check_cache(cache: Cache) -> None:
-    """Refuse, by name, cache kinds whose rows the runtime cannot keep short.
+def expect_nothing(cache: Cache | None) -> None:
+    """Take back what layers of a cache expect of a call that was interrupted."""
+    for layer in [] if cache is None else getattr(cache, "layers", ()):
+        if isinstance(layer, CompressedLayerMixin):
+            layer.expect_nothing()
+
+
+def check_cache(cache: Cache, num_layers: int) -> None:
+    """Refuse, by name, caches whose rows the runtime cannot keep short.
+
+    Args:
+        cache: The cache.
+        num_layers: Of the decoder.
 
     Raises:
         UnsupportedModelError: The cache or one of its layers is of an unsupported kind.
+        CompressionStateError: An interrupted forward has filled some of its layers.
     """
     works = "use DynamicCache() or StaticCache(config, max_cache_len)"
     if not hasattr(cache, "layers"):
@@ -140,6 +152,21 @@ def check_cache(cache: Cache) -> None:
             raise UnsupportedModelError(
                 f"cache layers of kind {kind.__name__} are not supported under compression; {works}"
             )
+    _check_whole(cache, num_layers)
+
+
+def _check_whole(cache: Cache, num_layers: int) -> None:
+    """Refuse a growing cache that a forward has filled in part: its layers disagree from there."""
+    layers = cache.layers
+    if not layers or isinstance(layers[0], StaticLayer):  # whose lengths would wait for the device
+        return
+    first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
+    last = last if len(layers) >= num_layers else 0
+    if first != last:
+        raise CompressionStateError(
+            f"this KV cache holds a part of an interrupted forward (layer 0 {first} tokens, layer "
+            f"{num_layers - 1} {last}); start with a new cache"
+        )
 
 
 def layer_at(cache: Cache, index: int) -> CacheLayerMixin:

@@ -193,6 +193,10 @@ class CompressedLayerMixin(CacheLayerMixin):
         """Say what the layer holds once the coming chunk is stored."""
         self.pending = slots
 
+    def expect_nothing(self) -> None:
+        """Take back what was expected of a call that ended before the layer was reached."""
+        self.pending = None
+
     def coming(self) -> Tensor:
         """`[B, P]` logical positions of the slots, those of the chunk to be stored included."""
         return (self.slots if self.pending is None else self.pending).positions

@@ -94,6 +94,11 @@ class CompressedStaticLayer(CompressedLayerMixin, StaticLayer):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
+    def expect_nothing(self) -> None:
+        """Take back a token's slot too, ahead of its keys and values."""
+        super().expect_nothing()
+        self.stepping = False
+
     def step(self) -> Tensor:
         """Take in one token's slot, ahead of its keys and values.
 
