@@ -16,7 +16,6 @@ COMING = {
         "13_masks",
         "14_prompt_decides",
         "15_precision",
-        "16_interruption",
     )
 }
 """Files of laws that are being written."""
