@@ -55,6 +55,7 @@ FLOORS: dict[str, int] = {
 
 INNER: dict[str, dict[str, int]] = {
     "vispress.methods": {
+        "vispress.methods.cache_evictor": 0,
         "vispress.methods.cached_selector": 0,
         "vispress.methods.encoder_merger": 0,
         "vispress.methods.pair_masker": 0,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CONVENTIONS = ("mac3", "flop3", "fastv2")
 
-HIDING = ("pre_llm", "in_llm")
+HIDING = ("pre_llm", "in_llm", "skip")
 """Stages whose placements keep rows from decoder layers in a prefill."""
 
 

@@ -17,6 +17,7 @@ class Stage(StrEnum):
     DECODE = "decode"
     MASK = "mask"
     SKIP = "skip"
+    CACHE = "cache"
 
 
 class Signal(StrEnum):

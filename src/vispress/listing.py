@@ -13,6 +13,7 @@ from vispress.config import make_compressor
 from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
+from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import CLS_SIGNALS, Placement, Stage
@@ -80,7 +81,7 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
 
 def _reads(cls: type[Compressor]) -> str:
     """What a method is shown beside the features; a mask of pairs is decided without these."""
-    if issubclass(cls, PairMasker):
+    if issubclass(cls, PairMasker | CacheEvictor):
         return "attention of the layers it acts in"
     return ", ".join(sorted(signal.value for signal in cls.reads))
 
@@ -89,6 +90,8 @@ def _does(cls: type[Compressor]) -> str:
     """What becomes of the tokens that are not kept."""
     if issubclass(cls, PairMasker):
         return "masks"
+    if issubclass(cls, CacheEvictor):
+        return "evicts"
     return "merges" if cls.merges else "prunes"
 
 
@@ -115,6 +118,8 @@ def _prefill(placements: Sequence[Placement]) -> str:
         return "in the encoder"
     if first.stage is Stage.MASK:
         return f"in attention, from layer {first.layer} of {_DEPTH}"
+    if first.stage is Stage.CACHE:
+        return f"in the KV cache, behind the prefill, from layer {first.layer}"
     if first.probe is not None:
         return f"before the LLM, after a probe of layers 0 to {first.probe}"
     parts = []

@@ -122,6 +122,7 @@ class CompressionReport:
     visual_per_layer: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
     _alive: tuple[Tensor, ...] = field(repr=False, compare=False)
+    _cached: Mapping[int, Tensor] = field(repr=False, compare=False, default_factory=dict)
 
     def alive(self, layer: int) -> Tensor:
         """`[B, L]` bool: positions of the full logical sequence that enter decoder layer `layer`.
@@ -134,6 +135,17 @@ class CompressionReport:
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer must be in [0, {self.num_layers}), got {layer}")
         return self._alive[layer]
+
+    def cached(self, layer: int) -> Tensor:
+        """`[B, Hkv or 1, L]` bool: positions that each KV head of a layer's cache holds.
+
+        As `alive`, but where a method evicts from the cache behind the prefill.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        alive = self.alive(layer)
+        return self._cached[layer] if layer in self._cached else alive[:, None]
 
     @property
     def mean_keep_ratio(self) -> float:
@@ -217,6 +229,7 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
         visual_per_layer=per_layer,
         notes=(*record.notes, *(remark for remarks in record.remarks for remark in remarks())),
         _alive=tuple(record.layer_alive),
+        _cached=record.layer_cached,
     )
 
 

@@ -12,6 +12,7 @@ from vispress import list_methods
 from vispress.adapters.base import find_adapter
 from vispress.config import make_compressor
 from vispress.methods.base import Compressor
+from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
 from vispress.types import CLS_SIGNALS
@@ -73,8 +74,11 @@ CASES = [
     if method not in VIDEO_ONLY and fits(family, method)
 ]
 
-MASKING = frozenset(name for name in METHODS if issubclass(get_method(name), PairMasker))
-"""Methods that drop nothing; `test_pair_masks` has the masked model that they equal."""
+MASKING = frozenset(
+    name for name in METHODS if issubclass(get_method(name), PairMasker | CacheEvictor)
+)
+"""Methods that drop nothing from a prefill; `test_pair_masks` and `test_cache_stage` have the
+masked models that they equal."""
 DROPPING = [case for case in CASES if case[1] not in MASKING]
 BUDGETED = [case for case in CASES if case[1] not in NO_BUDGET]
 """Methods without a budget end with no token: they have no identity and take no number."""

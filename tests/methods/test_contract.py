@@ -19,6 +19,7 @@ from tests.methods.helpers import (
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor, ScorePruner
+from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
@@ -151,11 +152,14 @@ def bucket(method, geometry="image", **kwargs):
 
 def count_for(method, tokens, count):
     """The budget the runtime would hand over."""
-    if isinstance(method, PairMasker):
+    if isinstance(method, PairMasker | CacheEvictor):
         return tokens.num_visual
     if not method.takes_budget:
         return 0
     return count if count > 0 else tokens.num_visual + count
+
+
+FROM_FIRST = (Stage.SKIP, Stage.CACHE)
 
 
 def planned(method, tokens, count=7):
@@ -333,7 +337,8 @@ def test_placements_fit_the_depth(name, num_layers):
     layers = [p.layer for p in placements]
     assert layers == sorted(set(layers))
     for p in placements:
-        assert (p.stage is Stage.PRE_LLM) == (p.layer == 0)
+        first = p.layer == 0  # layers may be skipped, and caches cut, from the first one on
+        assert first if p.stage is Stage.PRE_LLM else not first or p.stage in FROM_FIRST
         assert 0 <= p.layer < num_layers
         assert list(p.transitions) == sorted(set(p.transitions))
         assert all(0 <= done < p.layer for done in p.transitions)

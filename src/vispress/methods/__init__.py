@@ -1,6 +1,7 @@
 """The built-in methods; importing this package registers them. One import line a method."""
 
 from vispress.methods.adsc import ADSC as ADSC
+from vispress.methods.attended_cache import AttendedCache as AttendedCache
 from vispress.methods.avg_pool import AvgPool as AvgPool
 from vispress.methods.catp import CATP as CATP
 from vispress.methods.cdpruner import CDPruner as CDPruner

@@ -13,6 +13,7 @@ from torch import Tensor
 from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
 from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
+from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.pair_masker import PairMasker
@@ -134,6 +135,10 @@ class Compressor(ABC):
     def pair_masker(self) -> PairMasker | None:
         """What masks (text row, visual token) pairs; None where the method masks none."""
         return self if isinstance(self, PairMasker) else None
+
+    def cache_evictor(self) -> CacheEvictor | None:
+        """What evicts from the KV cache behind a prefill; None where the method does not."""
+        return self if isinstance(self, CacheEvictor) else None
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """The single budget of a method with one placement before `layer`.

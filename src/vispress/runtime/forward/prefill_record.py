@@ -1,6 +1,6 @@
 """Remember a prefill; a report is made of it only when one is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ class PrefillRecord:
         images: With their traces.
         layer_alive: `[B, past + Q]` bool a decoder layer; layers with the same rows share one
             tensor.
+        layer_cached: `[B, Hkv or 1, past + Q]` bool of decoder layers whose cache was cut behind
+            their prefill: what each KV head holds.
         kv_bytes: Keys and values in the cache after the prefill.
         width: LLM hidden size.
         mlp_width: LLM MLP size.
@@ -35,6 +37,7 @@ class PrefillRecord:
     notes: Sequence[str]
     images: Sequence[Image]
     layer_alive: Sequence[Tensor]
+    layer_cached: Mapping[int, Tensor]
     kv_bytes: int
     width: int
     mlp_width: int
@@ -59,6 +62,7 @@ class PrefillRecord:
             state.plan.notes,
             state.images,
             layers,
+            {layer: _cached(state, layer) for layer in state.evicted},
             kv_bytes,
             config.hidden_size,
             config.intermediate_size,
@@ -74,6 +78,7 @@ def _alive(state: ForwardState, layer: int, seen: dict[int, tuple[object, Tensor
     if state.cache is not None and layer < len(state.cache.layers):
         held = state.cache.layers[layer]
     slots = held.slots if isinstance(held, CompressedLayerMixin) and held.slots.logical else None
+    slots = state.evicted[layer][0] if layer in state.evicted else slots
     same = rows if slots is None else slots  # held in `seen`, so that its id stays its own
     if id(same) in seen:
         return seen[id(same)][1]
@@ -91,3 +96,14 @@ def _alive(state: ForwardState, layer: int, seen: dict[int, tuple[object, Tensor
         alive = torch.cat([before, chunk], dim=1)
     seen[id(same)] = (same, alive)
     return alive
+
+
+def _cached(state: ForwardState, layer: int) -> Tensor:
+    """`[B, Hkv or 1, past + Q]` bool: what a layer holds that was cut behind its attention."""
+    slots, gone = state.evicted[layer]
+    stays = ~gone if slots.valid is None else ~gone & slots.valid[:, None]
+    index = slots.positions[:, None].expand_as(stays)
+    full = state.past + state.rows[0][1].length
+    # where several slots name one position, those that hold nothing must not clear it
+    cached = torch.zeros(*stays.shape[:2], full + 1, dtype=torch.bool, device=stays.device)
+    return cached.scatter(2, index.masked_fill(~stays, full), True)[..., :-1]

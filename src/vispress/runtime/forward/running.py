@@ -17,7 +17,7 @@ from vispress.runtime.forward.layer_inputs import LayerInputs
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.attention import OBSERVER
 from vispress.runtime.plan.bound import BoundPlacement
-from vispress.runtime.stages.base import Entering, StageCall
+from vispress.runtime.stages.base import Entering, StageCall, Watched
 from vispress.types import Stage
 
 RUNNING: Final = OBSERVER
@@ -73,13 +73,15 @@ class Running:
         module: Any,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         mask: Tensor | None,
         implementation: str,
         kwargs: Mapping[str, Any],
     ) -> Tensor | None:
         """Show a watched attention to the stages, then read the rows that placements want."""
         for attend in self.attends:
-            mask = attend(module.layer_idx, query, key, mask, kwargs["scaling"])
+            watched = Watched(query, key, value, mask, kwargs["scaling"])
+            mask = attend(module.layer_idx, watched)
         self.state.observe(module, query, key, mask, kwargs)
         return mask
 

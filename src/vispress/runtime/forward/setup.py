@@ -140,7 +140,7 @@ def _reads(
         for layer in attention_layers(placement):
             known = next((read for read in found if read.serves(placement, layer)), None)
             if known is None:
-                known = _read(placement, layer, images, layout, asking)
+                known = read_of(placement, layer, images, layout, asking)
                 found.append(known)
             known.reads |= reads
             known.readers[bound.compressor] = bound.method.needs
@@ -148,7 +148,7 @@ def _reads(
     return found
 
 
-def _read(
+def read_of(
     placement: Placement,
     layer: int,
     images: Sequence[Image],

@@ -97,7 +97,7 @@ def _encoder_signals(
     device = bucket.index.device
     out: dict[str, Any] = {}
 
-    def rows_of(values: list[Tensor], axis: int) -> Tensor:
+    def per_image(values: list[Tensor], axis: int) -> Tensor:
         """Images to rows; only the tokens that are still there."""
         whole = on_device(stacked(values), device)
         if bucket.num_visual == bucket.images[0].num_visual:
@@ -108,31 +108,31 @@ def _encoder_signals(
         if signal in reads:
             layers = state.plan.encoder_layers(method, signal)
             values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
-            out[signal.value] = rows_of(values, values[0].ndim)
+            out[signal.value] = per_image(values, values[0].ndim)
     if Signal.VISION_KEYS in reads:
         (*_, layer) = state.plan.encoder_layers(method, Signal.VISION_KEYS)
-        out["vision_keys"] = rows_of([i.capture.keys(layer, i.number) for i in bucket.images], 2)
+        out["vision_keys"] = per_image([i.capture.keys(layer, i.number) for i in bucket.images], 2)
     if Signal.VISION_FEATURES in reads:
         inputs = [i.capture.vision_features(i.number) for i in bucket.images]
-        out["vision_features"] = rows_of(inputs, 1)
+        out["vision_features"] = per_image(inputs, 1)
     if Signal.ENCODER_GROUPS in reads:
         alone = torch.arange(bucket.images[0].num_visual, device=device)
         groups = [i.capture.encoder_groups(i.number) for i in bucket.images]
         values = [alone if group is None else group.to(device) for group in groups]
-        out["encoder_groups"] = rows_of(values, 1)
+        out["encoder_groups"] = per_image(values, 1)
     if Signal.PROJECTOR in reads:
         out["projector"] = projector_function(adapter)
         two_layer = adapter.two_layer()
         out["two_layer"] = None if two_layer is None else two_layer.to(device)
     if Signal.PADDING in reads and adapter.square_encoder() is not None:
-        out["padding"] = rows_of([i.capture.padding(i.number) for i in bucket.images], 1)
+        out["padding"] = per_image([i.capture.padding(i.number) for i in bucket.images], 1)
     return out
 
 
 def _query_attention(state: ForwardState, placement: Placement, view: BucketView) -> Tensor:
     """`[Bk, H, Q, N]` of the rows that the placement names, or `[Bk, E, H, Q, N]` of E layers."""
     layers = [
-        _rows_of(_wanted(state, placement, layer), placement, view, state.plan.backend)
+        rows_of(_wanted(state, placement, layer), view, state.plan.backend)
         for layer in attention_layers(placement)
     ]
     return layers[0] if len(layers) == 1 else torch.stack(layers, dim=1)
@@ -142,9 +142,7 @@ def _wanted(state: ForwardState, placement: Placement, layer: int) -> AttentionR
     return next(want for want in state.reads if want.serves(placement, layer))
 
 
-def _rows_of(
-    want: AttentionRead, placement: Placement, view: BucketView, backend: Backend
-) -> Tensor:
+def rows_of(want: AttentionRead, view: BucketView, backend: Backend) -> Tensor:
     """`[Bk, H, Q, N]` of one layer."""
     assert want.rows is not None
     assert want.seen_on is not None

@@ -17,7 +17,7 @@ from vispress.runtime.forward.attention_reads import (
     TransitionMeasure,
 )
 from vispress.runtime.forward.decision import Decision
-from vispress.runtime.kv_cache.slots import CompressedLayerMixin
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.layout import Prompt, PromptLayout
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.tokens.images import Bucket, Image
@@ -63,6 +63,8 @@ class ForwardState:
         packed: Whether a batch row holds several documents.
         mode: Whether this is the call itself, a look at a layer ahead, or a probe.
         rotary: Tables that the running layer was handed.
+        evicted: Of cache layers that were cut behind their attention, what they held, and
+            `[B, Hkv or 1, S]` bool, which of it left.
     """
 
     plan: Plan
@@ -88,6 +90,7 @@ class ForwardState:
     mode: Mode = "run"
     rotary: tuple[Tensor, Tensor] | None = None
     spans: list[Span] = field(default_factory=list)
+    evicted: dict[int, tuple[Slots, Tensor]] = field(default_factory=dict)
     own_from: int | None = None  # layers that are handed their own mask, short or not
 
     @property
@@ -144,6 +147,7 @@ class ForwardState:
             decided={number: [] for number in range(1, self.plan.num_layers)},  # none acts
             transitions={},
             spans=[],
+            evicted={},
             own_from=None,
         )
 
@@ -187,25 +191,44 @@ class ForwardState:
         kwargs: Mapping[str, Any],
     ) -> None:
         """Read the rows that placements want of a watched decoder layer."""
-        scaling, peeking = float(kwargs["scaling"]), self.mode == "peek"
         for want in self.reads:
             here = want.layer == module.layer_idx and want.mode == self.mode
             if here and not want.seen and want.needed(self.buckets):
-                rows = self.last if peeking else self.rows_at(want.layer)
-                want.offset = self._offset(want.layer, rows)
-                if peeking and want.offset:  # its update did not run: the past is still apart
-                    past = self.cache_layer(want.layer).keys
-                    key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
-                valid = self.valid_rows(rows)
-                plain = self.past == 0 and not (self.mask_4d or self.packed)
-                plain = plain and self.plain_mask(want.layer, mask)
-                backend = self.plan.backend
-                documents = self.documents(rows) if self.packed else None
-                want.read(
-                    rows, query, key, mask, valid, plain, scaling, self.rotary, backend, documents
-                )
-        if peeking or (self.mode == "probe" and all(want.seen for want in self.reads)):
+                rows = self.last if self.mode == "peek" else self.rows_at(want.layer)
+                self.read(want, rows, query, key, mask, float(kwargs["scaling"]))
+        if self.mode == "peek" or (self.mode == "probe" and all(want.seen for want in self.reads)):
             raise EnoughRead
+
+    def read(
+        self,
+        want: AttentionRead,
+        rows: LiveTokens,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> None:
+        """Read some rows of what a layer's attention is called with."""
+        want.offset = self._offset(want.layer, rows)
+        if self.mode == "peek" and want.offset:  # its update did not run: the past is still apart
+            past = self.cache_layer(want.layer).keys
+            key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
+        valid = self.valid_rows(rows)
+        plain = self.past == 0 and not (self.mask_4d or self.packed)
+        plain = plain and self.plain_mask(want.layer, mask)
+        documents = self.documents(rows) if self.packed else None
+        want.read(
+            rows,
+            query,
+            key,
+            mask,
+            valid,
+            plain,
+            scaling,
+            self.rotary,
+            self.plan.backend,
+            documents,
+        )
 
     def documents(self, rows: LiveTokens) -> Tensor:
         """`[B, P]` int64, number of the document of each row."""

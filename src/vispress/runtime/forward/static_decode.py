@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
 from vispress.runtime.plan.plan import Plan
-from vispress.runtime.stages.base import RuntimeStage
+from vispress.runtime.stages.base import RuntimeStage, Watched
 from vispress.runtime.tokens import masks
 
 
@@ -72,6 +72,7 @@ class StaticDecodeCall:
         module: Any,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         mask: Tensor | None,
         implementation: str,
         kwargs: Mapping[str, Any],
@@ -79,7 +80,8 @@ class StaticDecodeCall:
         """Show a watched attention to the stages."""
         for call in self.calls:
             if call.attend is not None:
-                mask = call.attend(module.layer_idx, query, key, mask, kwargs["scaling"])
+                watched = Watched(query, key, value, mask, kwargs["scaling"])
+                mask = call.attend(module.layer_idx, watched)
         return mask
 
     def _mask(

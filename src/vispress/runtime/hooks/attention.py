@@ -137,7 +137,7 @@ def _watched_attention(
     with full_precision():
         if (running := kwargs.pop(OBSERVER, None)) is not None:
             attention_mask = running.attend(
-                module, query, key, attention_mask, implementation, kwargs
+                module, query, key, value, attention_mask, implementation, kwargs
             )
         else:
             if (sink := current_sink()) is not None:

@@ -44,13 +44,15 @@ def bind_placements(
             found.append(
                 (placement.layer, number, method, placement, _positions(method, adapter, positions))
             )
-        if placements[0].layer < reached:
+        # what leaves the cache leaves it behind the prefill, wherever rows were dropped in it
+        evicts = placements[0].stage is Stage.CACHE
+        if placements[0].layer < reached and not evicts:
             raise ConfigError(
                 f"{method.name} acts before layer {placements[0].layer}, but the compressor "
                 "before it in the "
                 f"chain acts until layer {reached}; order the chain by layer"
             )
-        reached = max(p.until or p.layer for p in placements)
+        reached = reached if evicts else max(p.until or p.layer for p in placements)
         notes += _notes(method, placements, layers, adapter, positions)
     found.sort(key=lambda item: item[:2])
     steps = [
@@ -61,7 +63,7 @@ def bind_placements(
 
 
 def _check(method: Compressor, placement: Placement, layers: int) -> None:
-    low = 0 if placement.stage in (Stage.PRE_LLM, Stage.SKIP) else 1
+    low = 0 if placement.stage in (Stage.PRE_LLM, Stage.SKIP, Stage.CACHE) else 1
     high = 1 if placement.stage is Stage.PRE_LLM else layers
     if not low <= placement.layer < high:
         raise ConfigError(

@@ -10,7 +10,7 @@ the spine (`forward.prefill`) runs what is there and names none. `stages.bind_al
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, NamedTuple, final
 
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -64,13 +64,22 @@ class Entering:
     kwargs: dict[str, Any]
 
 
-class Attend(Protocol):
-    """Look at what a watched layer's attention is called with; gives the mask to use."""
+class Watched(NamedTuple):
+    """What a watched layer's attention is called with.
 
-    def __call__(
-        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor | None:
-        """Args: layer, post-RoPE query `[B, H, P, D]`, key `[B, Hkv, S, D]`, mask, logit factor."""
+    Args:
+        query: `[B, H, P, D]`, post-RoPE.
+        key: `[B, Hkv, S, D]`, the past included.
+        value: `[B, Hkv, S, D]`.
+        mask: As its implementation takes it, or None.
+        scaling: Factor on the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
 
 
 @final
@@ -85,7 +94,7 @@ class StageCall:
             layer; None when no row moves and no value changes.
         enter: Changes the hidden states that enter a layer, behind its placements.
         layer_kwargs: Changes the keyword arguments of a layer, cut to its rows.
-        attend: Looks at a watched layer's attention, and may change its mask.
+        attend: Looks at a watched layer's attention, and gives the mask to use.
         leave: Changes the hidden states that leave one of `RuntimeStage.left_layers`.
         end: Finishes behind the last layer.
         remarks: Says for a report what happened in this call, when one is asked for.
@@ -96,7 +105,7 @@ class StageCall:
     place: Callable[[BoundPlacement, Tensor], Decision | None] | None = None
     enter: Callable[[int, Tensor], Tensor] | None = None
     layer_kwargs: Callable[[int, Tensor, dict[str, Any]], dict[str, Any]] | None = None
-    attend: Attend | None = None
+    attend: Callable[[int, Watched], Tensor | None] | None = None
     leave: Callable[[int, Tensor], Tensor] | None = None
     end: Callable[[], None] | None = None
     remarks: Callable[[], Sequence[str]] | None = None

@@ -24,7 +24,7 @@ from vispress.runtime.hooks.attention import attention_rows
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.plan.plan import Plan
-from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
+from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall, Watched
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.images import Image
 from vispress.types import Placement, Stage
@@ -225,14 +225,12 @@ class Decoding:
         mask = kwargs.get("attention_mask")
         return kwargs | {"attention_mask": self._narrowed(held.coming(), mask, hidden)}
 
-    def attend(
-        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor | None:
+    def attend(self, number: int, watched: Watched) -> Tensor | None:
         """Choose, by what the attention of the layer that is read is called with."""
         if number == self.step.reads:
             with torch.no_grad():  # no decorator: a graph would break at it
-                self._choose(query, key, mask, scaling)
-        return mask
+                self._choose(watched.query, watched.key, watched.mask, watched.scaling)
+        return watched.mask
 
     def _choose(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
         held = self.cache.layers[self.step.reads]

@@ -24,7 +24,7 @@ from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
-from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
+from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall, Watched
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.pair_masks import LayerPairs, PairMasks
 from vispress.types import Stage
@@ -125,18 +125,16 @@ class _Pairs:
     first: int
     masks: PairMasks
 
-    def attend(
-        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor | None:
+    def attend(self, number: int, watched: Watched) -> Tensor | None:
         """Give the mask without the pairs that the method leaves out."""
         state = self.state
         if state.mode != "run" or number < self.first:
-            return mask
-        rows = state.rows_at(number).to(query.device)
+            return watched.mask
+        rows = state.rows_at(number).to(watched.query.device)
         real = None if min(rows.counts) == rows.size else state.row_validity(rows)
         held = None if state.cache is None else state.cache.layers[number]
         pairs = LayerPairs(self.masks, number, self.masks.places(rows, real), held)
-        return pairs.narrow(query, key, mask, scaling)
+        return pairs.narrow(watched.query, watched.key, watched.mask, watched.scaling)
 
 
 def _place(state: ForwardState, bound: BoundPlacement, hidden: Tensor) -> Decision | None:

@@ -1,0 +1,119 @@
+"""Cut a cache layer to what stays of it, head by head."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vispress.methods.cache_evictor import CachePlan
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
+from vispress_kernels.merge_tokens import merge_tokens
+
+
+class Placed(NamedTuple):
+    """Visual tokens of some images in a layer's cache, and what is to stay of them.
+
+    Args:
+        samples: Batch row of each image, on the host.
+        slots: `[Bk, N]` int64.
+        plan: What stays.
+    """
+
+    samples: Sequence[int]
+    slots: Tensor
+    plan: CachePlan
+
+
+def tokens_at(x: Tensor, samples: Sequence[int], slots: Tensor) -> Tensor:
+    """`[Bk, Hkv, N, D]`: some slots of `[B, Hkv, S, D]` keys or values."""
+    rows = x if list(samples) == list(range(len(x))) else x[torch.tensor(samples, device=x.device)]
+    index = slots.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return rows.gather(2, index)
+
+
+def gone_slots(placed: Sequence[Placed], batch: int, size: int) -> Tensor:
+    """`[B, Hkv or 1, S]` bool: slots that do not stay."""
+    heads = max(each.plan.keep.shape[1] for each in placed)
+    device = placed[0].plan.keep.device
+    gone = torch.zeros(batch, heads, size, dtype=torch.bool, device=device)
+    for samples, slots, plan in placed:
+        shape = (*plan.keep.shape[:2], slots.shape[1])
+        lost = torch.ones(shape, dtype=torch.bool, device=device).scatter(2, plan.keep, False)
+        index = slots[:, None].expand(-1, heads, -1)
+        for row, sample in enumerate(samples):  # a batch row may hold several images
+            gone[sample].scatter_(1, index[row], lost[row].expand(heads, -1))
+    return gone
+
+
+def merge_slots(layer: CompressedLayerMixin, placed: Placed) -> None:
+    """Fold keys and values of tokens that go into those that stay, as a plan says."""
+    samples, slots, plan = placed
+    assert plan.assign is not None
+    assert plan.weight is not None
+    assert layer.keys is not None
+    heads = layer.keys.shape[1]
+    keep, assign, weight = (
+        x.expand(-1, heads, -1).flatten(0, 1) for x in (plan.keep, plan.assign, plan.weight)
+    )
+    places = slots[:, None].expand(-1, heads, -1).flatten(0, 1).gather(1, keep)
+    places = places.view(len(samples), heads, -1, 1)
+    for name in ("keys", "values"):
+        whole: Tensor = getattr(layer, name).clone()  # the layer's attention still reads the old
+        tokens = tokens_at(whole, samples, slots).flatten(0, 1)
+        merged = merge_tokens(tokens, assign, keep.shape[1], weight=weight).to(whole.dtype)
+        merged = merged.view(len(samples), heads, keep.shape[1], -1)
+        for row, sample in enumerate(samples):
+            index = places[row].expand(-1, -1, whole.shape[-1])
+            whole[sample].scatter_(1, index, merged[row])
+        setattr(layer, name, whole)
+
+
+def evict_slots(layer: CompressedLayerMixin, gone: Tensor, drops: Sequence[int]) -> None:
+    """Let slots go for good; the others keep their order and end up at the right.
+
+    Heads may keep different tokens, but as many. Positions of the slots are then those of the first
+    head: they tell text from what came before it, which is all that later calls ask of them.
+
+    Args:
+        layer: A growing layer, with the chunk stored.
+        gone: `[B, Hkv or 1, S]` bool, valid slots.
+        drops: How many that is of each row, in each head.
+    """
+    assert layer.keys is not None
+    assert layer.values is not None
+    _, heads, S, D = layer.keys.shape
+    slots = layer.slots
+    valid = slots.valid
+    stays = ~gone if valid is None else ~gone & valid[:, None].to(gone.device)
+    counts = [S - drop for drop in drops]
+    if valid is not None:
+        counts = [n - drop for n, drop in zip(valid.sum(1).tolist(), drops, strict=True)]
+    size = max(counts)
+    local = stays.long().argsort(dim=2, stable=True)[:, :, S - size :]
+    index = local[..., None].expand(-1, heads, -1, -1)
+    layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, D))
+    layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[-1]))
+    new_valid = None
+    if min(counts) < size:
+        pad = torch.tensor([size - count for count in counts], device=gone.device)
+        new_valid = torch.arange(size, device=gone.device) >= pad.unsqueeze(1)
+    positions = slots.positions.to(local.device).gather(1, local[:, 0])
+    layer.slots = Slots(positions, new_valid, slots.shift, slots.logical)
+
+
+def without_slots(
+    placed: Sequence[Placed], answers: Tensor, query: Tensor, key: Tensor, mask: Tensor | None
+) -> Tensor | None:
+    """The mask without evicted keys for the rows of answers."""
+    (B, H, P, _), S = query.shape, key.shape[2]
+    if not placed:
+        return mask
+    if mask is None:
+        mask = torch.ones(1, 1, P, S, dtype=torch.bool, device=query.device).tril(S - P)
+    gone = gone_slots(placed, B, S)
+    gone = gone.repeat_interleave(H // gone.shape[1], dim=1) if gone.shape[1] > 1 else gone
+    blocked = answers[:, None, :, None] & gone[:, :, None]
+    if mask.dtype == torch.bool:
+        return mask & ~blocked
+    return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
