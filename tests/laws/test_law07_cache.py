@@ -86,7 +86,7 @@ def test_fp32_takes_half_of_fp64(family: str) -> None:
     check(family, chain, inputs_of(family, "left", torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(7))
+@pytest.mark.parametrize(("family", "method"), cases(7, DROPPING))
 def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None:
     model, cache = model_of(family), DynamicCache()
     with compressed(model, method, **settings(family, method)) as report:

@@ -345,7 +345,7 @@ def test_placements_fit_the_depth(name, num_layers):
         assert bool(p.transitions) == (Signal.TRANSITION in cls.reads)
         read = cls.reads & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS}
         # CATP's last placement compares hidden states alone
-        reads_none = not read or p.stage is Stage.PRE_LLM or p.images == "last"
+        reads_none = not read or p.stage in (Stage.PRE_LLM, Stage.SKIP) or p.images == "last"
         if p.probe is not None:
             assert p.queries is not None
             assert 0 <= p.probe < num_layers

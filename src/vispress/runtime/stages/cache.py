@@ -111,7 +111,7 @@ class Eviction:
             return None
         self.refuse(state.plan.implementation, state.cache)
         call = _Evicting(self, state)
-        cuts = state.cache is not None and any(map(self.loses, state.buckets))
+        cuts = any(map(self.loses, state.buckets))  # padding rows are then the same without a cache
         return StageCall(
             own_from=self.placement.layer if cuts else None,
             place=partial(_place, state),
