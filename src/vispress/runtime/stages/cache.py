@@ -179,12 +179,8 @@ class _Evicting:
         if state.mode != "run" or number < eviction.placement.layer:
             return watched.mask
         if number not in self.decided:  # a checkpointed layer that runs again decides the same
-            shown = self._show(number, watched)
-            self.decided[number] = []
-            if eviction.evictor.allocates:
-                self.shown[number] = shown
-            else:
-                self.decided[number] = [self._decide(*each) for each in shown]
+            with torch.no_grad():  # which must not save tensors that its second run does not
+                self._decide_layer(number, watched)
         placed, mask = self.decided[number], watched.mask
         answers = self._answers(number, watched.query.device) if placed or self.shown else None
         if answers is not None:
@@ -194,6 +190,14 @@ class _Evicting:
         if state.cache is not None:
             self._evict(number, placed)
         return mask
+
+    def _decide_layer(self, number: int, watched: Watched) -> None:
+        shown, evictor = self._show(number, watched), self.eviction.evictor
+        self.decided[number] = []
+        if evictor.allocates:
+            self.shown[number] = shown
+        else:
+            self.decided[number] = [self._decide(*each) for each in shown]
 
     def end(self) -> None:
         """Share the budget of a method that allocates among the layers, and evict."""
