@@ -99,6 +99,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.setup": 8,
         "vispress.runtime.forward.signals": 8,
         "vispress.runtime.forward.layer_inputs": 8,
+        "vispress.runtime.forward.expand": 8,
         "vispress.runtime.forward.apply_placement": 9,
         "vispress.runtime.stages.base": 10,
         "vispress.runtime.forward.running": 11,

@@ -84,6 +84,19 @@ def bypass_of(rows: Bool[Tensor, "B L"]) -> Any:
     return hook
 
 
+def oracle_attentions(
+    model: Any,
+    inputs: Mapping[str, Any],
+    alive: Sequence[Bool[Tensor, "B L"]],
+    positions: Positions = "original",
+    values: Values | None = None,
+) -> list[Float[Tensor, "B H L L"]]:
+    """Attention maps of `oracle_forward` (eager attention), zeros in rows that are not alive."""
+    with _masked(model, inputs, alive, positions, values or {}):
+        maps = model(**inputs, use_cache=False, output_attentions=True).attentions
+    return [each * live[:, None, :, None] for each, live in zip(maps, alive, strict=True)]
+
+
 @contextmanager
 def _masked(
     model: Any,

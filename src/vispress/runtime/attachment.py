@@ -16,6 +16,7 @@ from vispress.prompts import PROMPT_LENGTHS
 from vispress.runtime.encoder.capture import EncoderSink, watch_pixels
 from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
+from vispress.runtime.forward.expand import expand_step
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.owner import check_replica, generates, owner_runs
 from vispress.runtime.forward.running import MEASURED, RUNNING, CarriedEmbeds, Running
@@ -185,6 +186,8 @@ class Attachment:
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         running = kwargs.get(RUNNING)
+        if isinstance(running, StaticDecodeCall):
+            return expand_step(running.cache, output)
         if not isinstance(running, Running) or running.state.plan is not self.plan:
             return None
         output, record = prefill.finish(running, output)

@@ -13,6 +13,7 @@ from vispress.runtime.forward import setup
 from vispress.runtime.forward.apply_placement import apply, write_values
 from vispress.runtime.forward.attention_reads import TransitionMeasure
 from vispress.runtime.forward.documents import find_documents, find_ends
+from vispress.runtime.forward.expand import expand_output
 from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
@@ -22,8 +23,7 @@ from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import Entering, RuntimeStage
 from vispress.runtime.tokens import masks
-from vispress.runtime.tokens.live_tokens import LiveTokens, all_live, gather_rows
-from vispress_kernels import Backend
+from vispress.runtime.tokens.live_tokens import all_live, gather_rows
 from vispress_kernels.transition_scores import transition_scores
 
 
@@ -246,7 +246,7 @@ def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -
 
 
 def finish(running: Running, output: Any) -> tuple[Any, PrefillRecord | None]:
-    """Expand the hidden states to the logical length; leave a record of a prefill for reports.
+    """Expand the output to the logical length; leave a record of a prefill for reports.
 
     Returns:
         What the language model gives (None: as it is), and the record, if images came.
@@ -257,22 +257,4 @@ def finish(running: Running, output: Any) -> tuple[Any, PrefillRecord | None]:
             call.end()
     remarks = [call.remarks for call in running.calls if call.remarks is not None]
     record = PrefillRecord.of(state, kv_bytes(state.cache), remarks) if state.images else None
-    if state.untouched:
-        return None, record
-    backend = state.plan.backend
-    if isinstance(output, tuple):
-        return (_expand(output[0], state.last, backend), *output[1:]), record
-    output.last_hidden_state = _expand(output.last_hidden_state, state.last, backend)
-    if output.get("hidden_states") is not None:  # input of layer 0, then the output of each layer
-        output.hidden_states = tuple(
-            _expand(hidden, state.rows_before(number - 1), backend) if number else hidden
-            for number, hidden in enumerate(output.hidden_states)
-        )
-    return output, record
-
-
-def _expand(hidden: Tensor, rows: LiveTokens, backend: Backend) -> Tensor:
-    """`[B, P, D]` to `[B, Q, D]`: dropped places carry the nearest earlier survivor."""
-    if rows.whole or hidden.shape[1] != rows.size:
-        return hidden
-    return gather_rows(hidden, rows.to(hidden.device).place, backend)
+    return expand_output(state, output), record
