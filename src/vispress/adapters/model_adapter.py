@@ -98,6 +98,16 @@ class ModelAdapter(ABC):
         For windowed encoders, the last layer with full attention (window columns do not compare).
         """
 
+    def feature_choice(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Say which features an encoder call gives, by its arguments or else by the config.
+
+        Empty where a family has no arguments that choose.
+
+        Args:
+            call: Arguments of `get_<modality>_features` by name; empty for the config's choice.
+        """
+        return {}
+
     def encoder_blocks(self) -> Sequence[EncoderBlock]:
         """List the encoder's layers up to the one whose output goes to the projector.
 

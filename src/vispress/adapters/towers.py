@@ -54,6 +54,19 @@ class TowerAdapter(ModelAdapter):
         layer = int(self.base.config.vision_feature_layer)
         return layer - 1 if layer >= 0 else len(self.encoder_attentions()) + layer
 
+    def feature_choice(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give the encoder layer (0 is the embedding), and what of its output is chosen."""
+        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        given = {name: call.get(name) for name in names}
+        chosen = {
+            name: getattr(self.base.config, name) if value is None else value
+            for name, value in given.items()
+        }
+        layer = chosen[names[0]]
+        if isinstance(layer, int) and layer < 0:
+            chosen[names[0]] = layer + len(self.encoder_attentions()) + 1
+        return chosen
+
     def encoder_blocks(self) -> Sequence[EncoderBlock]:
         """CLIP's and SigLIP's layers."""
         layers = self._tower.encoder.layers

@@ -30,6 +30,7 @@ from vispress.errors import CompressionStateError, ConfigError, UnsupportedMetho
 from vispress.methods._parts.scoring.encoder_attention import Scores
 from vispress.methods.base import descending
 from vispress.runtime.encoder.capture import EncoderCapture, EncoderSink
+from vispress.runtime.encoder.feature_choice import check_choice_of_features
 from vispress.runtime.hooks.attention import watch, watching
 from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.tokens.images import Located, locate_images
@@ -208,6 +209,7 @@ def _encode(
     sink = EncoderSink(adapter, frozenset({signal}), (layer,), (), "auto")
     names = inspect.signature(adapter.base.get_image_features).parameters
     call = {name: value for name, value in inputs.items() if name in names}
+    check_choice_of_features(adapter, adapter.feature_choice({}), call, ("DAMRO",))
     undo = watch(adapter.encoder_attentions()[layer])
     try:
         with watching(sink):

@@ -10,6 +10,7 @@ from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture, EncoderSink
+from vispress.runtime.encoder.feature_choice import check_choice_of_features
 from vispress.runtime.forward.model_call import (
     MODEL_CALLS,
     SIZES,
@@ -105,6 +106,7 @@ def run_encoder(
         plan.backend,
     )
     arguments, call = by_name(original.function, args, kwargs), current_call(plan)
+    check_choice_of_features(plan.adapter, plan.feature_choice, arguments, plan.encoder_readers)
     if isinstance(sizes := arguments.get(SIZES), Tensor):
         arguments[SIZES] = sizes.cpu() if call is None else call.on_host(sizes)
     with watching(sink), _encoding(stages, modality, arguments) as merge:

@@ -36,6 +36,7 @@ class Plan:
         self.methods, self.placements = tuple(methods), tuple(placements)
         self.notes = tuple(notes)
         self.num_layers = len(adapter.decoder_layers)
+        self.feature_choice = adapter.feature_choice({})
         self.layer_types = tuple(adapter.layer_types)
         self._rotary_by_type = has_rotary_by_type(adapter.language_model)
         at: dict[int, tuple[BoundPlacement, ...]] = {}
@@ -44,6 +45,10 @@ class Plan:
         self.placements_at: Mapping[int, tuple[BoundPlacement, ...]] = at
         signals = frozenset[Signal]().union(*(method.signals() for method in methods))
         self.encoder_signals = signals & ENCODER_SIGNALS
+        reads = ATTENTION_SIGNALS | {Signal.VISION_KEYS}
+        self.encoder_readers = tuple(
+            m.name for m in methods if m.signals() & reads or m.encoder_merger() is not None
+        )
         self.reads_encoder_late = any(
             bound.placement.layer > 0 and bound.method.signals() & self.encoder_signals
             for bound in placements
