@@ -1,55 +1,121 @@
-"""Run mutants: `python -m tests.mutants [-k TEXT] [--jobs N]`; 1 if one survives."""
+"""Run mutants: `python -m tests.mutants [-k TEXT] [--jobs N]`; 1 if one survives.
+
+What no mutant changes (torch, transformers, the tiny models) is loaded once; each mutant is then a
+fork of this process, with a copy of the code in front of its path.
+"""
 
 import argparse
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.mutants import CODE, ROOT, Mutant, copy_code, mutants
 
 DID_NOT_RUN = (2, 3, 4, 5)
 """pytest's codes for tests that were not run; 0 is for those that passed."""
-MINUTES = 10
+ELSEWHERE = 99
+"""The copy is not what is imported."""
+MINUTES = 15
+FORK = multiprocessing.get_context("fork")
 
 
-def verdict(mutant: Mutant) -> tuple[str, str]:
-    """Say what became of a mutant (killed, survived, ...), and what the tests printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy_code(Path(folder))
-        if trouble := mutant.apply(Path(folder)):
-            return "does not apply", trouble
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
-        paths = os.pathsep.join(str(Path(folder) / part) for part in CODE)
-        env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        try:
-            done = subprocess.run(
-                [*command, mutant.killer],
-                cwd=ROOT, env=env, capture_output=True, text=True, timeout=60 * MINUTES,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return "killed", "it never ends"
-    if done.returncode in DID_NOT_RUN:
-        return "tests did not run", done.stdout + done.stderr
-    return "killed" if done.returncode else "survived", ""  # below 0: the process died of it
+@dataclass
+class Run:
+    """A mutant under test."""
+
+    mutant: Mutant
+    folder: Any
+    process: Any
+    started: float
+
+    @property
+    def output(self) -> Path:
+        """What its tests printed."""
+        return Path(self.folder.name) / "output"
 
 
-def check_copies() -> None:
-    """Make sure that a copy is what tests import.
+def load() -> None:
+    """Load what all mutants share, and none of what they change."""
+    import pytest  # noqa: F401
 
-    Raises:
-        SystemExit: It is not.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        copy_code(Path(folder))
-        paths = os.pathsep.join(str(Path(folder) / part) for part in CODE)
-        code = "import vispress, vispress_kernels as k; print(vispress.__file__, k.__file__)"
-        env = os.environ | {"PYTHONPATH": paths}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    if done.stdout.count(folder) != len(CODE):
-        raise SystemExit(f"a copy in {folder} is not what is imported: {done.stdout}{done.stderr}")
+    from tests import conftest  # noqa: F401  (sets how triton is imported)
+    from tests.tiny_models import FAMILIES, build
+
+    for family in FAMILIES:
+        build(family)
+    assert not {"vispress", "vispress_kernels"} & set(sys.modules)
+
+
+def test(killer: str, folder: str, output: str) -> None:
+    """Run the tests of a mutant in this (forked) process, and end it with pytest's code."""
+    import pytest
+
+    with Path(output).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    paths = [str(Path(folder) / part) for part in CODE]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for processes that tests start
+    os.chdir(ROOT)
+    import vispress_kernels
+
+    if not str(vispress_kernels.__file__).startswith(folder):
+        os._exit(ELSEWHERE)
+    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", killer])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
+def start(mutant: Mutant) -> Run | str:
+    """Begin to test a mutant; or why it does not apply."""
+    folder = tempfile.TemporaryDirectory()
+    copy_code(Path(folder.name))
+    if trouble := mutant.apply(Path(folder.name)):
+        return trouble
+    run = Run(mutant, folder, None, time.monotonic())
+    arguments = mutant.killer, folder.name, str(run.output)
+    run.process = FORK.Process(target=test, args=arguments)
+    run.process.start()
+    return run
+
+
+def verdict(run: Run) -> tuple[str, str] | None:
+    """Say what became of a mutant, and what its tests printed; None while they run."""
+    if run.process.is_alive():
+        if time.monotonic() - run.started < 60 * MINUTES:
+            return None
+        run.process.kill()
+        run.process.join()
+        return "killed", "it never ends"
+    code, output = run.process.exitcode, run.output.read_text()
+    run.folder.cleanup()
+    if code in (*DID_NOT_RUN, ELSEWHERE):
+        return "tests did not run", output
+    return ("killed" if code else "survived"), output  # below 0: the process died of it
+
+
+def run_all(chosen: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, str]]:
+    """Give mutants with what became of them and what was printed, as they end."""
+    left, running = list(chosen), list[Run]()
+    while left or running:
+        while left and len(running) < jobs:
+            mutant = left.pop(0)
+            begun = start(mutant)
+            if isinstance(begun, str):
+                yield mutant, "does not apply", begun
+            else:
+                running.append(begun)
+        time.sleep(0.1)
+        for run in list(running):
+            if (found := verdict(run)) is not None:
+                running.remove(run)
+                yield run.mutant, *found
 
 
 def main() -> None:
@@ -59,17 +125,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
     args = parser.parse_args()
     chosen = [one for one in mutants() if args.k in f"{one.name} {one.target} {one.killer}"]
-    check_copies()
+    load()
     counts: dict[str, int] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, (found, output) in zip(chosen, pool.map(verdict, chosen), strict=True):
-            counts[found] = counts.get(found, 0) + 1
-            sys.stdout.write(f"{found:18} {mutant.name}  ({mutant.killer}: {mutant.what})\n")
-            if found in ("does not apply", "tests did not run"):
-                sys.stdout.write(output)
-            sys.stdout.flush()
-    sys.stdout.write(", ".join(f"{count} {found}" for found, count in sorted(counts.items())))
-    sys.stdout.write(f" of {len(chosen)}\n")
+    for mutant, found, output in run_all(chosen, args.jobs):
+        counts[found] = counts.get(found, 0) + 1
+        sys.stdout.write(f"{found:18} {mutant.name}  ({mutant.killer}: {mutant.what})\n")
+        if found in ("does not apply", "tests did not run"):
+            sys.stdout.write(output)
+        sys.stdout.flush()
+    summary = ", ".join(f"{count} {found}" for found, count in sorted(counts.items()))
+    sys.stdout.write(f"{summary} of {len(chosen)}\n")
     sys.exit(set(counts) - {"killed"} != set())
 
 
