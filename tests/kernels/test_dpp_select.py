@@ -50,8 +50,9 @@ def by_relevance(order, relevance, found):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_rounding_is_no_gain_where_the_rank_is_below_the_width(randn, backend):
-    x, relevance = randn(1, 9, 2) @ randn(2, 8), randn(1, 9).abs()
-    assert by_relevance(dpp_select(x, relevance, 6, backend=backend)[0].tolist(), relevance[0], 2)
+    x, relevance = randn(6, 20, 3) @ randn(3, 40), randn(6, 20).abs()
+    order = dpp_select(x, relevance, 12, backend=backend).tolist()
+    assert all(by_relevance(*each, 3) for each in zip(order, relevance, strict=True))
 
 
 def test_there_is_no_gain_beyond_the_width(randn, monkeypatch):

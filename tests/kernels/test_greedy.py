@@ -19,10 +19,14 @@ def agree(request, randn):
     op = OPS[request.param]
 
     def check():
-        x, weight = randn(2, 35, 6).repeat(1, 3, 1), randn(2, 35).abs().repeat(1, 3)
+        x, weight = randn(2, 18, 6), randn(2, 18).abs()
+        # each token six times: two side by side, in three places
+        x = x.repeat_interleave(2, dim=1).repeat(1, 3, 1)
+        weight = weight.repeat_interleave(2, dim=1).repeat(1, 3)
         order = op(x, weight, "triton")
         assert torch.equal(order, op(x, weight, "torch"))
-        assert (order < 35).all()
+        assert (order < 36).all()
+        assert (order % 2 == 0).all()
 
     return check
 
@@ -36,9 +40,10 @@ def test_programs_of_several_blocks(agree, monkeypatch, most):
     agree()
 
 
-@pytest.mark.parametrize("blocks", [2, 1024])
+@pytest.mark.parametrize("blocks", [4, 1024])
 def test_a_launch_a_step_chooses_the_same(agree, monkeypatch, blocks):
-    # as for more samples than fit on the device; two bests: more than 16 x 1024 tokens
+    # as for more samples than fit on the device; four bests: more than 8 x 1024 tokens
     monkeypatch.setattr("vispress_kernels._greedy.together", lambda *_: 0)
-    monkeypatch.setattr("vispress_kernels._greedy.MAX_BESTS", blocks)
+    for module in ("_greedy", "dpp_select.kernel", "maxmin_select.kernel"):
+        monkeypatch.setattr(f"vispress_kernels.{module}.MAX_BESTS", blocks)
     agree()

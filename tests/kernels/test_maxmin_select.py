@@ -53,6 +53,16 @@ def test_equal_tokens_are_taken_once_each_in_order(device, backend):
     assert maxmin_select(x, 9, backend=backend).tolist() == [list(range(9))]
 
 
+def test_mutual_neighbours_tie_whichever_of_them_rounds_lower(randn, monkeypatch):
+    x, close = randn(1, 3, 5), 0.25
+    nearest = torch.tensor([[close + 2**-25, close, 0.9]], device=x.device)
+    assert nearest[0, 0] > nearest[0, 1]
+    monkeypatch.setattr(
+        "vispress_kernels.maxmin_select.assign_nearest", lambda *_, **__: (None, nearest)
+    )
+    assert maxmin_select(x, 1).tolist() == [[0]]
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_copies_of_chosen_tokens_tie_whatever_rounding_leaves_of_them(randn, backend):
     order = maxmin_select(randn(1, 6, 20).repeat(1, 3, 1), 18, backend=backend)[0].tolist()

@@ -121,10 +121,17 @@ def run_all(chosen: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str, 
 def main() -> None:
     """Run those that are asked for and print a line each."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants")
-    parser.add_argument("-k", default="", help="mutants whose name, file or killer holds this")
+    parser.add_argument(
+        "-k", default="", help="of mutants whose name, file or killer holds this, or this|that"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
     args = parser.parse_args()
-    chosen = [one for one in mutants() if args.k in f"{one.name} {one.target} {one.killer}"]
+    wanted = args.k.split("|")
+    chosen = [
+        one
+        for one in mutants()
+        if any(text in f"{one.name} {one.target} {one.killer}" for text in wanted)
+    ]
     load()
     counts: dict[str, int] = {}
     for mutant, found, output in run_all(chosen, args.jobs):
