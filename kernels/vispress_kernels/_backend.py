@@ -46,10 +46,16 @@ def resolve_backend(
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
-    given = [t for t in tensors if t is not None]
-    if backend == "torch" or any(t.dtype == torch.float64 for t in given):
+    on_cuda, doubles = True, False
+    for tensor in tensors:  # a loop: every launch comes by here
+        if tensor is not None:
+            on_cuda = on_cuda and tensor.is_cuda
+            doubles = doubles or tensor.dtype == torch.float64
+    if backend == "torch" or doubles:
         return "torch"
-    on_cuda = all(t.is_cuda for t in given)
+    if backend == "auto" and not on_cuda:
+        return "torch"
+    given = [t for t in tensors if t is not None]
     without_gradient = has_backward or not needs_grad(*given)
     if backend == "auto":
         return "triton" if on_cuda and has_triton() and without_gradient else "torch"

@@ -21,8 +21,11 @@ def full_precision() -> AbstractContextManager[None]:
 
     Free where none is: then nothing is entered.
     """
-    on = [kind for kind in _TYPES if torch.is_autocast_enabled(kind)]
-    return _off(on) if on else nullcontext()
+    if not torch.is_autocast_enabled("cpu") and not (
+        _ACCELERATOR is not None and torch.is_autocast_enabled(_ACCELERATOR.type)
+    ):
+        return nullcontext()
+    return _off([kind for kind in _TYPES if torch.is_autocast_enabled(kind)])
 
 
 @contextmanager

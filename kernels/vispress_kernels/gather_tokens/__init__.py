@@ -64,4 +64,4 @@ def gather_tokens_many(
         from vispress_kernels.gather_tokens.kernel import gather_tokens_triton
 
         return gather_tokens_triton(xs, keep)
-    return tuple(gather_tokens_reference(x, keep) for x in xs)
+    return tuple([gather_tokens_reference(x, keep) for x in xs])

@@ -28,6 +28,23 @@ class Document:
     start: int
     stop: int
 
+    def places(self, valid: Tensor | None) -> Tensor:
+        """`[T]` int64, its positions that are no padding.
+
+        Args:
+            valid: `[B, Q]` bool, or None for no padding.
+        """
+        if valid is None:
+            return torch.arange(self.start, self.stop)
+        return valid[self.row, self.start : self.stop].nonzero()[:, 0] + self.start
+
+    def last(self, valid: Tensor | None) -> int | None:
+        """Its last position that is no padding; None when all is."""
+        if valid is None:
+            return self.stop - 1
+        places = self.places(valid)
+        return int(places[-1]) if len(places) else None
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -110,6 +127,16 @@ def runs_of(mask: Tensor) -> Runs:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
+def runs_of_positions(positions: Tensor, first: int, last: int) -> Runs:
+    """Ranges of ascending positions `[N]`, of which the first and the last are known."""
+    if last - first + 1 == len(positions):
+        return ((first, last + 1),)
+    breaks = (positions.diff() != 1).nonzero()[:, 0].tolist()
+    starts = [first, *(int(positions[i + 1]) for i in breaks)]
+    stops = [*(int(positions[i]) + 1 for i in breaks), last + 1]
+    return tuple(zip(starts, stops, strict=True))
+
+
 def whole_rows(batch: int, length: int) -> tuple[Document, ...]:
     """One document a row."""
     return tuple(Document(row, 0, length) for row in range(batch))
@@ -137,35 +164,38 @@ class PromptEnds:
     supervised: Tensor | None = None
     lengths: Sequence[int] | None = None
 
-    def of(self, number: int, document: Document, valid: Tensor) -> tuple[int, ...] | None:
+    def of(self, number: int, document: Document, valid: Tensor | None) -> tuple[int, ...] | None:
         """Rows before each answer of a document, ascending; None: its last token asks.
 
         Args:
             number: Of the document.
             document: The document.
-            valid: `[Q]` bool of its row.
+            valid: `[B, Q]` bool, no padding; None for no padding at all.
         """
-        span = slice(document.start, document.stop)
-        places = valid[span].nonzero()[:, 0] + document.start
+        if self.lengths is None and self.supervised is None:
+            return None
+        places = document.places(valid)
         if self.lengths is not None:
             count = min(self.lengths[number], len(places))
             return (int(places[count - 1]),) if count > 0 else ()
-        if self.supervised is None:
-            return None
+        assert self.supervised is not None
         taught = self.supervised[document.row][places]
         starts = taught[1:] & ~taught[:-1]
         return tuple(places[:-1][starts].tolist())
 
 
 def find_prompts(
-    documents: Sequence[Document], lasts: Sequence[tuple[int, int]], valid: Tensor, ends: PromptEnds
+    documents: Sequence[Document],
+    lasts: Sequence[tuple[int, int]],
+    valid: Tensor | None,
+    ends: PromptEnds,
 ) -> tuple[tuple[Prompt, ...], list[int]]:
-    """The prompts that decide about images, and the number of each image's.
+    """Find the prompts that decide about images, and the number of each image's.
 
     Args:
         documents: Of the chunk.
         lasts: Document and last position of each image.
-        valid: `[B, Q]` bool, no padding.
+        valid: `[B, Q]` bool, no padding; None for no padding at all.
         ends: Where prompts end.
     """
     asked: dict[int, tuple[int, ...] | None] = {}
@@ -174,16 +204,15 @@ def find_prompts(
     for number, last in lasts:
         document = documents[number]
         if number not in asked:
-            asked[number] = ends.of(number, document, valid[document.row])
-        rows = asked[number]
+            asked[number] = ends.of(number, document, valid)
+        rows, stop = asked[number], document.stop
         if rows is None:
-            places = valid[document.row, document.start : document.stop].nonzero()[:, 0]
-            rows = (int(places[-1]) + document.start,) if len(places) else ()
-            prompt = Prompt(number, document.row, document.start, document.stop, rows)
+            end = document.last(valid)
+            rows = () if end is None else (end,)
         else:
             rows = tuple(row for row in rows if row >= last)
             stop = rows[0] + 1 if rows else document.start
-            prompt = Prompt(number, document.row, document.start, stop, rows)
+        prompt = Prompt(number, document.row, document.start, stop, rows)
         numbers.append(prompts.setdefault(prompt, len(prompts)))
     return tuple(prompts), numbers
 

@@ -57,8 +57,8 @@ def _breaks(
 ) -> Tensor | None:
     """`[B, Q]` bool: tokens that are not of the document of the one before; None: no sign of it."""
     mask, bounds = given.get("attention_mask"), given.get("cu_seq_lens_q")
-    breaks = torch.zeros(batch, length, dtype=torch.bool)
     if bounds is not None and check_implementation(state.plan.implementation) == "flash":
+        breaks = torch.zeros(batch, length, dtype=torch.bool)
         breaks[0, bounds.cpu().long()[1:-1]] = True
         return breaks
     if isinstance(mask, dict):
@@ -71,6 +71,7 @@ def _breaks(
     if mask is not None or state.cache is not None or not isinstance(ids, Tensor):
         return None
     # as transformers recognises packed rows: positions that do not go on by one
+    breaks = torch.zeros(batch, length, dtype=torch.bool)
     breaks[:, 1:] = (ids.diff(dim=-1) != 1).cpu().expand(batch, -1)
     return breaks
 

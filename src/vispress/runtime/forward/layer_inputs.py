@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.dynamic import layer_at, physical_length, upgrade
-from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
+from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rotary, varlen_kwargs
@@ -44,8 +44,10 @@ class LayerInputs:
 
     def layer_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a short layer, from those for the full sequence."""
-        rows = self.state.rows_at(layer).to(hidden.device)
-        held = None if cache_of(kwargs) is None else self._short_layer(layer, rows)
+        rows = self.state.rows_at(layer)
+        if rows.index.device != hidden.device:
+            rows = rows.to(hidden.device)
+        held = None if kwargs.get(CACHE) is None else self._short_layer(layer, rows)
         before = None if held is None else held.slots
         capacity = None if held is None else held.logical_capacity
         kind = self.state.plan.layer_types[layer]
@@ -59,7 +61,7 @@ class LayerInputs:
             rotary = self._position_embeddings(layer, rows, kwargs, hidden)
             handed = self._handed[key] = _Handed(before, after, mask, rotary)
         if held is not None:
-            held.expect(handed.after)
+            held.pending = handed.after
         out = kwargs | {"attention_mask": handed.mask, "position_embeddings": handed.rotary}
         if "position_ids" in out:
             out["position_ids"] = None  # gaps would look like packed sequences to transformers
@@ -101,7 +103,7 @@ class LayerInputs:
         held = layer_at(self.state.cache, layer)
         if isinstance(held, CompressedLayerMixin):
             return held
-        before = self._before(layer, rows.index.device)
+        before = None if self.state.past == 0 else self._before(layer, rows.index.device)
         empty = self._empty = self._empty or Slots(rows.index[:, :0], None, None, 0)
         return upgrade(self.state.cache, layer, empty if before is None else before)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.slots import CompressedLayerMixin
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.tokens.images import Image
+from vispress.runtime.tokens.live_tokens import LiveTokens
 
 
 @dataclass(eq=False)
@@ -55,8 +56,7 @@ class PrefillRecord:
     ) -> "PrefillRecord":
         """Make the record of a finished call."""
         config: Any = state.plan.adapter.language_model.config
-        seen: dict[int, tuple[object, Tensor]] = {}
-        layers = [_alive(state, layer, seen) for layer in range(state.plan.num_layers)]
+        layers = _alive_layers(state)
         return cls(
             state.plan.placements,
             state.plan.notes,
@@ -72,16 +72,25 @@ class PrefillRecord:
         )
 
 
-def _alive(state: ForwardState, layer: int, seen: dict[int, tuple[object, Tensor]]) -> Tensor:
-    rows = state.rows_at(layer)
-    held = None
-    if state.cache is not None and layer < len(state.cache.layers):
-        held = state.cache.layers[layer]
-    slots = held.slots if isinstance(held, CompressedLayerMixin) and held.slots.logical else None
-    slots = state.evicted[layer][0] if layer in state.evicted else slots
-    same = rows if slots is None else slots  # held in `seen`, so that its id stays its own
-    if id(same) in seen:
-        return seen[id(same)][1]
+def _alive_layers(state: ForwardState) -> list[Tensor]:
+    """`[B, past + Q]` bool a layer; layers that hold the same share one tensor."""
+    seen: dict[int, tuple[object, Tensor]] = {}
+    held_layers = () if state.cache is None else state.cache.layers
+    found = []
+    for layer in range(state.plan.num_layers):
+        rows = state.rows_at(layer)
+        held = held_layers[layer] if layer < len(held_layers) else None
+        slots = held.slots if isinstance(held, CompressedLayerMixin) else None
+        slots = state.evicted[layer][0] if layer in state.evicted else slots
+        slots = None if slots is None or not slots.logical else slots
+        same = rows if slots is None else slots  # held in `seen`, so that its id stays its own
+        if id(same) not in seen:
+            seen[id(same)] = same, _alive(state, rows, slots)
+        found.append(seen[id(same)][1])
+    return found
+
+
+def _alive(state: ForwardState, rows: LiveTokens, slots: Slots | None) -> Tensor:
     batch, full = rows.index.shape[0], state.past + rows.length
     if slots is not None:
         alive = torch.zeros(batch, full + 1, dtype=torch.bool, device=slots.positions.device)
@@ -94,7 +103,6 @@ def _alive(state: ForwardState, layer: int, seen: dict[int, tuple[object, Tensor
         if state.mask_2d is not None:
             before = state.mask_2d[:, : state.past].to(chunk.device)
         alive = torch.cat([before, chunk], dim=1)
-    seen[id(same)] = (same, alive)
     return alive
 
 

@@ -18,8 +18,10 @@ from vispress.runtime.layout import (
     Prompt,
     PromptEnds,
     PromptLayout,
+    Runs,
     find_prompts,
     runs_of,
+    runs_of_positions,
 )
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.tokens.images import Image, Located, locate_images, make_buckets
@@ -37,18 +39,21 @@ def find(
     ends: PromptEnds,
 ) -> None:
     """Locate the images and set up what must be read from attention."""
-    placeholders, captures = plan.adapter.placeholders(), call.captures
+    placeholders, captures = plan.placeholders, call.captures
     marks = torch.zeros(embeds.shape[:2], dtype=torch.long)
     for modality, token in placeholders.items():
         here = _placeholder_mask(plan, call, token)
         marks = marks.masked_fill(here, _CODES[modality])
     valid = state.host_valid
-    valid = torch.ones(marks.shape, dtype=torch.bool) if valid is None else valid
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     located = locate_images(marks, ordered, _CODES)
-    asking = valid if ends.supervised is None else valid & ~ends.supervised
-    state.layout = _layout(located, documents, valid, asking, ends)
-    images = _images(located, state.layout, asking & (marks == 0), valid)
+    asking = valid
+    if ends.supervised is not None:
+        asking = ~ends.supervised if valid is None else valid & ~ends.supervised
+    state.layout = _layout(located, documents, marks.shape, valid, asking, ends)
+    text = marks == 0 if asking is None else asking & (marks == 0)
+    images = _images(located, state.layout, text, valid)
+    asking = torch.ones_like(text) if asking is None else asking
     state.images, state.asking = images, asking
     if plan.reads_context:
         note_prompt_context(images, embeds)
@@ -68,39 +73,39 @@ def find(
 def _layout(
     located: Sequence[Located],
     documents: Sequence[Document],
-    valid: Tensor,
-    asking: Tensor,
+    shape: Sequence[int],
+    valid: Tensor | None,
+    asking: Tensor | None,
     ends: PromptEnds,
 ) -> PromptLayout:
-    """The layout of a call whose images are located."""
-    batch, length = valid.shape
+    """Make the layout of a call whose images are located."""
+    batch, length = shape
     packed = len(documents) > batch
     lasts = []
     for one in located:
         number = one.sample
         if packed:
-            first = int(one.positions[0])
             number = next(
                 n
                 for n, document in enumerate(documents)
-                if document.row == one.sample and document.start <= first < document.stop
+                if document.row == one.sample and document.start <= one.first < document.stop
             )
-        lasts.append((number, int(one.positions[-1])))
+        lasts.append((number, one.last))
     prompts, numbers = find_prompts(documents, lasts, valid, ends)
-    whole = bool(asking.all())
     images = []
     for one, prompt in zip(located, numbers, strict=True):
-        shown = valid[one.sample][one.positions]
-        edges = torch.zeros(length, dtype=torch.bool).index_fill(0, one.positions, True)
-        dead = () if whole or bool(shown.all()) else runs_of(~shown)
+        dead: Runs = ()
+        if valid is not None and not bool((shown := valid[one.sample][one.positions]).all()):
+            dead = runs_of(~shown)
+        runs = runs_of_positions(one.positions, one.first, one.last)
         modality = one.capture.modality
-        images.append(ImageLayout(modality, one.number, one.sample, prompt, runs_of(edges), dead))
-    hidden = ((),) * batch if whole else tuple(runs_of(~row) for row in asking)
+        images.append(ImageLayout(modality, one.number, one.sample, prompt, runs, dead))
+    hidden = ((),) * batch if asking is None else tuple(runs_of(~row) for row in asking)
     return PromptLayout(batch, length, tuple(documents), prompts, tuple(images), hidden)
 
 
 def _images(
-    located: Sequence[Located], layout: PromptLayout, text: Tensor, valid: Tensor
+    located: Sequence[Located], layout: PromptLayout, text: Tensor, valid: Tensor | None
 ) -> list[Image]:
     """The images with all that is known of them on the host."""
     images: list[Image] = []
@@ -114,6 +119,7 @@ def _images(
         grid, crops = one.capture.layouts[one.number]
         shown = None
         if place.dead:
+            assert valid is not None
             shown = valid[one.sample][one.positions].nonzero()[:, 0]
         image = Image(
             one.sample, one.capture.modality, one.positions, one.capture, one.number, grid, crops,
@@ -121,11 +127,11 @@ def _images(
         )  # fmt: skip
         numbers[prompt.document] += 1
         images.append(image)
-    for image in images:
+    for image, one in zip(images, located, strict=True):
+        stop = max(image.prompt.stop, one.last + 1)
         image.count_in_prompt = sum(
-            other.prompt.document == image.prompt.document
-            and int(other.positions[-1]) < max(image.prompt.stop, int(image.positions[-1]) + 1)
-            for other in images
+            other.prompt.document == image.prompt.document and where.last < stop
+            for other, where in zip(images, located, strict=True)
         )
     return images
 

@@ -244,6 +244,7 @@ def _asking(state: ForwardState, rows: LiveTokens, view: BucketView) -> Tensor:
         return valid
     spans = torch.tensor([(image.prompt.start, image.prompt.stop) for image in images])
     start, stop = sent(spans, view.device).unsqueeze(-1).unbind(1)
+    assert state.asking is not None
     asking = sent(torch.stack([state.asking[image.sample] for image in images]), view.device)
     index = view.own(rows.index)
     return valid & asking.gather(1, index) & (index >= start) & (index < stop)

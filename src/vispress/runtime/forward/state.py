@@ -83,7 +83,7 @@ class ForwardState:
     reads: list[AttentionRead] = field(default_factory=list)
     transitions: dict[int, TransitionMeasure] = field(default_factory=dict)
     layout: PromptLayout | None = None
-    asking: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
+    asking: Tensor | None = None
     packed: bool = False
     text_embeddings: dict[Prompt, Tensor] = field(default_factory=dict)
     input_embeddings: Tensor | None = None
@@ -105,8 +105,12 @@ class ForwardState:
 
     def rows_at(self, layer: int) -> LiveTokens:
         """Rows that decoder layer `layer` runs on."""
-        span = self.span_at(layer)
-        return self.rows_before(layer) if span is None else span.rows
+        if self.spans and (span := self.span_at(layer)) is not None:
+            return span.rows
+        for start, rows in reversed(self.rows):  # every layer asks
+            if start <= layer:
+                return rows
+        raise AssertionError(f"no rows at decoder layer {layer}")
 
     def rows_before(self, layer: int) -> LiveTokens:
         """Rows of the hidden states in front of a layer, those that bypass it included."""
@@ -174,7 +178,9 @@ class ForwardState:
             return True
         if self.own_from is not None and layer >= self.own_from:
             return True
-        return isinstance(self.cache_layer(layer), CompressedLayerMixin)
+        if self.cache is None or layer >= len(self.cache.layers):
+            return False
+        return isinstance(self.cache.layers[layer], CompressedLayerMixin)
 
     def plain_mask(self, layer: int, mask: Tensor | None) -> bool:
         """Whether the mask of a layer is known to be causality and padding alone."""

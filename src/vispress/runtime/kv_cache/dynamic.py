@@ -31,7 +31,10 @@ class CompressedDynamicLayer(CompressedLayerMixin, DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append the physical rows of a chunk."""
-        self.slots = self._take_pending()
+        if self.pending is None:
+            self._take_pending()  # says what is wrong
+        else:
+            self.slots, self.pending = self.pending, None
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values
 
@@ -185,7 +188,7 @@ def physical_length(layer: CacheLayerMixin) -> int:
 
 def upgrade(cache: Cache, index: int, slots: Slots) -> CompressedLayerMixin:
     """Replace layer `index` in place by its compressed twin; `slots` describe what it holds now."""
-    layer = layer_at(cache, index)
+    layer = cache.layers[index]
     new: CompressedLayerMixin
     if isinstance(layer, StaticLayer):
         new = CompressedStaticLayer.upgrade(layer, slots)
@@ -199,5 +202,8 @@ def upgrade(cache: Cache, index: int, slots: Slots) -> CompressedLayerMixin:
 def kv_bytes(cache: Cache | None) -> int:
     """Bytes of keys and values held by a cache, padding slots included."""
     layers = [] if cache is None else cache.layers
-    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    total = 0
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return total

@@ -173,16 +173,8 @@ class CompressedLayerMixin(CacheLayerMixin):
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None
-    _slots: Slots
-
-    @property
-    def slots(self) -> Slots:
-        """What the physical slots hold."""
-        return self._slots
-
-    @slots.setter
-    def slots(self, slots: Slots) -> None:
-        self._slots = slots
+    slots: Slots
+    """What the physical slots hold; a preallocated layer reads it off its buffers."""
 
     @property
     def physical(self) -> int:

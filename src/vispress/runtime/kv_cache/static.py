@@ -33,6 +33,7 @@ class CompressedStaticLayer(CompressedLayerMixin, StaticLayer):
     slot_valid: Tensor
     logical_length: Tensor
     stepping: bool
+    _slots: Slots
 
     @classmethod
     def upgrade(cls, layer: StaticLayer, slots: Slots) -> "CompressedStaticLayer":

@@ -35,8 +35,10 @@ class Plan:
         self.adapter, self.backend = adapter, backend
         self.methods, self.placements = tuple(methods), tuple(placements)
         self.notes = tuple(notes)
+        self._language_model = adapter.language_model
         self.num_layers = len(adapter.decoder_layers)
         self.feature_choice = adapter.feature_choice({})
+        self.placeholders = adapter.placeholders()
         self.layer_types = tuple(adapter.layer_types)
         self._rotary_by_type = has_rotary_by_type(adapter.language_model)
         at: dict[int, tuple[BoundPlacement, ...]] = {}
@@ -66,7 +68,7 @@ class Plan:
     @property
     def implementation(self) -> str | None:
         """The decoder's attention implementation now; users may set another one at any time."""
-        return self.adapter.language_model.config._attn_implementation  # type: ignore[no-any-return]
+        return self._language_model.config._attn_implementation  # type: ignore[no-any-return]
 
     def rotary(self, layer: int, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the rotary tables of a decoder layer.

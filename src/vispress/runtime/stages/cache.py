@@ -234,6 +234,7 @@ class _Evicting:
         if not buckets:
             return []
         assert state.layout is not None
+        assert state.asking is not None
         queries = eviction.evictor.queries
         placement = Placement(
             stage=Stage.CACHE, budget=eviction.placement.budget, layer=number, queries=queries

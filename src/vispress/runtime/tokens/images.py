@@ -218,12 +218,16 @@ class Located(NamedTuple):
     Args:
         sample: Row of the batch.
         positions: `[N0]` int64 on the host.
+        first: The first of them.
+        last: The last of them.
         capture: The encoder call.
         number: Place in it.
     """
 
     sample: int
     positions: Tensor
+    first: int
+    last: int
     capture: "EncoderCapture"
     number: int
 
@@ -247,14 +251,17 @@ def locate_images(
         start = 0
         for number in _expansion(where, capture, marks.shape[0]):
             end = start + capture.counts[number]
-            samples = where[start:end, 0]
-            if len(samples) < capture.counts[number] or int(samples[0]) != int(samples[-1]):
+            if end > len(where):
                 raise _mismatch(len(where), capture)
-            found.append(Located(int(samples[0]), where[start:end, 1], capture, number))
+            (sample, first), (other, last) = where[[start, end - 1]].tolist()
+            if sample != other:
+                raise _mismatch(len(where), capture)
+            positions = where[start:end, 1]
+            found.append(Located(sample, positions, first, last, capture, number))
             start = end
         if start != len(where):
             raise _mismatch(len(where), capture)
-    return sorted(found, key=lambda one: (one.sample, int(one.positions[0])))
+    return sorted(found, key=lambda one: (one.sample, one.first))
 
 
 def _expansion(where: Tensor, capture: "EncoderCapture", batch: int) -> list[int]:
