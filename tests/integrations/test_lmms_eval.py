@@ -5,7 +5,9 @@ import json
 import sys
 
 import pytest
+from tests.tiny_checkpoints import picture
 
+from vispress.api import compression_report
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
 # raised in lmms-eval's own calls of processors
@@ -88,6 +90,44 @@ def test_uncompressed_is_lmms_evals_own_and_compressed_keeps_less(folders, famil
     assert fewer != plain
     assert kept["avg_visual_tokens"] == counted["avg_visual_tokens"]
     assert kept["avg_kept_at_end"] == kept["avg_kept_mean"] == 4
+
+
+def scored(folder, answers, **given):
+    """Losses of answers to one question, and what was kept of its picture for each."""
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models import get_model
+
+    # called as its evaluator does, which (0.7.3) turns scores into text before it compares them
+    model = get_model("vispress_llava_hf", force_simple=True)(
+        pretrained=str(folder), device="cpu", device_map="cpu", **given
+    )
+    model.task_dict = {"local": {"train": [{"image": picture(40, 60, 0)}]}}
+    losses, kept = [], []
+    for answer in answers:
+        call = ("What is it?", f" {answer}", lambda doc: [doc["image"]], 0, "local", "train")
+        request = Instance(
+            request_type="loglikelihood",
+            arguments=call,
+            idx=0,
+            metadata={"task": "local", "doc_id": 0, "repeats": 1},
+        )
+        losses += model.loglikelihood([request])
+        if given["method"] != "none":
+            report = compression_report(model.model)
+            kept.append([p.kept for p in report.samples[0].images[0].placements])
+    return losses, kept
+
+
+def test_choices_are_scored_by_what_the_prompt_keeps(folders):
+    """Whatever is answered: the answer has no say in what is kept."""
+    answers = ("red", "a longer answer", "blue?")
+    plain, _ = scored(folders["llava"], answers, method="none")
+    losses, kept = scored(folders["llava"], answers, method="pyramiddrop")
+    assert kept[0]
+    assert kept == [kept[0]] * 3
+    assert [loss for loss, _ in losses] != [loss for loss, _ in plain]
+    whole, _ = scored(folders["llava"], answers, method="fastv", keep_ratio=1.0)
+    assert [loss for loss, _ in whole] == pytest.approx([loss for loss, _ in plain])
 
 
 def test_the_command_line_writes_what_was_kept(folders, task, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from vispress.errors import ConfigError
 from vispress.integrations.options import Tally, read_compression, watch
+from vispress.integrations.scoring import scoring
 
 MODELS: Final = {
     "vispress_llava_hf": "llava_hf",
@@ -100,6 +101,13 @@ class _Compressed:
         """As lmms-eval's model; raises what it would turn into empty answers."""
         self.kept.clear()
         return self._reported(super().generate_until_multi_round(requests))  # type: ignore[misc]
+
+    def loglikelihood(self, requests: Any) -> Any:
+        """As lmms-eval's model, by what the prompt alone would keep; the answer has no say."""
+        self.kept.clear()
+        with scoring(self, self.compression, self.kept):
+            scores = super().loglikelihood(requests)  # type: ignore[misc]
+        return self._reported(scores)
 
     def _reported(self, answers: Any) -> Any:
         if self.kept.error is not None:

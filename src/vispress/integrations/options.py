@@ -20,7 +20,7 @@ from vispress.yaml_files import parse_yaml
 
 UNCOMPRESSED: Final = "none"
 _CALL: Final = ("positions", "backend")
-_PICTURES: Final = ("pixel_values", "pixel_values_videos")
+PICTURES: Final = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,17 @@ class Tally:
         self.end += visual
         self.mean += visual
 
+    def count(self, model: nn.Module, compression: Compression, inputs: Mapping[str, Any]) -> None:
+        """Add the prefill of a call that a model was just given, if it had pictures."""
+        if not any(inputs.get(name) is not None for name in PICTURES):
+            return
+        if compression.method is not None:
+            self.add(compression_report(model))
+            return
+        ids, placeholders = inputs["input_ids"], find_adapter(model).placeholders().values()
+        visual = sum(int((ids == placeholder).sum()) for placeholder in placeholders)
+        self.add_plain(len(ids), visual)
+
     def averages(self) -> dict[str, float]:
         """A prompt's visual tokens: had, kept at the end, kept as a mean over layers, its share."""
         prompts = max(1, self.prompts)
@@ -165,7 +176,6 @@ def watch(model: Any, compression: Compression, tally: Tally) -> None:
     one: after an error every further call fails at once, and `tally.error` is there to be raised.
     """
     generate = model.generate
-    placeholders = list(find_adapter(model).placeholders().values())
 
     @functools.wraps(generate)
     def watched(*arguments: Any, **inputs: Any) -> Any:
@@ -173,13 +183,7 @@ def watch(model: Any, compression: Compression, tally: Tally) -> None:
             raise tally.error
         try:
             out = generate(*arguments, **inputs)
-            if any(inputs.get(name) is not None for name in _PICTURES):
-                if compression.method is not None:
-                    tally.add(compression_report(model))
-                else:
-                    ids = inputs["input_ids"]
-                    visual = sum(int((ids == placeholder).sum()) for placeholder in placeholders)
-                    tally.add_plain(len(ids), visual)
+            tally.count(model, compression, inputs)
         except Exception as error:
             tally.error = error
             raise
