@@ -198,3 +198,8 @@ def provenance():
         "dtype": "float32",
         "attention": "sdpa",
     }
+
+
+def without_times(cell):
+    """A cell without what differs when it is made again."""
+    return {name: cell[name] for name in cell if name not in ("cost", "finished", "provenance")}

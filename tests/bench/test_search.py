@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vispress import compress_model, compression_report, remove_compression
+from vispress.bench.results.files import ResultsError
 from vispress.bench.search.greedy import (
     GRID,
     SearchRequest,
@@ -15,6 +16,7 @@ from vispress.bench.search.greedy import (
     scheduled,
     search_greedy,
 )
+from vispress.bench.search.notes import add_note, read_notes
 from vispress.bench.search.objective import Calibration, ScheduleObjective
 from vispress.bench.search.sigmoid import search_sigmoid
 from vispress.config import load_config
@@ -173,6 +175,35 @@ def test_a_stopped_search_goes_on_without_the_model(subject, tmp_path, monkeypat
     assert search_greedy(last, make, tolerance=0.05) == first
     # other questions: nothing of it counts
     assert not ScheduleObjective(subject, replace(SMALL, seed=1), log)._known
+
+
+DAMAGED = [
+    '{"identity": "cut o', "[]", "3", '"text"', "[" * 100_000, "\udcff",
+    '{"identity": "me", "method": {}}',
+    '{"identity": "me", "method": [], "value": 1.0}',
+    '{"identity": "me", "method": {"deep": ' + '{"a": ' * 99 + "1" + "}" * 99 + '}, "value": 1.0}',
+    *(
+        '{"identity": "me", "method": {}, "value": ' + value + "}"
+        for value in ("NaN", "1e999", "true", '"1"', "null", "1" + "0" * 400, "[1]")
+    ),
+]  # fmt: skip
+
+
+def test_damaged_notes_are_left_out_and_spoil_none_behind_them(tmp_path):
+    log = tmp_path / "values.jsonl"
+    for line in DAMAGED:
+        log.write_bytes(line.encode(errors="surrogateescape"))
+        add_note(log, "me", {"method": "fastv"}, 0.5)
+        add_note(log, "other", {"method": "fastv"}, 0.6)
+        add_note(log, "me", {"method": "random"}, float("nan"))
+        assert list(read_notes(log, "me")) == [('{"method": "fastv"}', 0.5)], line
+
+
+def test_notes_that_cannot_be_kept_are_named(tmp_path):
+    with pytest.raises(ResultsError, match="cannot write"):
+        add_note(tmp_path / "nowhere" / "values.jsonl", "me", {}, 0.5)
+    with pytest.raises(ResultsError, match="cannot read"):
+        list(read_notes(tmp_path, "me"))
 
 
 def test_what_is_found_is_a_file_that_compresses(objective, tmp_path):

@@ -270,3 +270,35 @@ def test_cells_that_contradict_each_other_are_named(tmp_path):
     restamp(folder, lambda manifest: manifest["plan"]["timing"].update(batch=3))
     with pytest.raises(ResultsError, match=r"none\.json is damaged: cost\.batch is 4, the plan's"):
         read_results(folder)
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "cells/good--0.5.json"])
+def test_tasks_in_another_order_are_refused(tmp_path, file):
+    """Strata of intervals and tests go by it."""
+    folder = write_results(tmp_path / "r", {"good": 0.9}, questions=4)
+    change(
+        folder / file, lambda data: data["tasks"].update(attribute=data["tasks"].pop("attribute"))
+    )
+    with pytest.raises(ResultsError, match=r"tasks (are|describes) \['needle', 'attribute'\]"):
+        read_results(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (json.loads('{"a":' * 200 + "1" + "}" * 200), "nested deeper than 32 levels"),
+        ({"word": "\ud800"}, r"plan\.overrides\.good\.word must be text in Unicode"),
+        ({"\ud800": 1}, r"a name in plan\.overrides\.good must be text in Unicode"),
+        ({"much": 10**30}, r"plan\.overrides\.good\.much must be a whole number of 64 bits"),
+    ],
+)
+def test_what_a_plan_says_freely_is_plain_data(tmp_path, value, words):
+    """Also where no hash tells: of folders that were joined before joining stored identities."""
+    folder = write_results(tmp_path / "r", {"good": 0.9}, questions=4)
+    restamp(folder, commit="0123456789ab, ba9876543210")
+    for path in (folder / "cells").iterdir():
+        change(path, lambda cell: cell["provenance"].update(commit="ba9876543210"))
+    read_results(folder)
+    change(folder / MANIFEST, lambda manifest: manifest["plan"]["overrides"].update(good=value))
+    with pytest.raises(ResultsError, match=words):
+        read_results(folder)

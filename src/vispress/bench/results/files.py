@@ -60,13 +60,12 @@ def load_json(
         ResultsError: It cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text, parse_constant=_not_finite, object_pairs_hook=_each_once)
+        data = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise cannot("read", path, error) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedFileError(f"{path} is damaged: it is no JSON: {error}; {remedy}") from error
     fault = "it is no JSON object" if not isinstance(data, dict) else plain_fault(data)
     if fault is None:
@@ -75,6 +74,18 @@ def load_json(
         raise DamagedFileError(f"{path} is damaged: {fault}; {remedy}")
     checked: dict[str, Any] = data
     return checked
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: It is no JSON, is nested too deep, has NaN or an infinity, or a name twice.
+    """
+    try:
+        return json.loads(text, parse_constant=_not_finite, object_pairs_hook=_each_once)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def cannot(what: str, path: Path, error: OSError) -> ResultsError:

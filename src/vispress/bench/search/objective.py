@@ -20,6 +20,7 @@ from vispress.bench.plan.provenance import commit, digest
 from vispress.bench.run.applied_cell import apply_cell, changes_encoder
 from vispress.bench.run.budget_check import check_budget
 from vispress.bench.run.engine import Advance
+from vispress.bench.search.notes import add_note, read_notes
 from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.checks import check_choice, check_integer, check_number
 from vispress.config import save_config, to_mapping
@@ -87,7 +88,7 @@ class ScheduleObjective:
         self._placeholders = list(adapter.placeholders().values())
         self._batches: list[Batch] = []
         self._memory = Memory(loaded)
-        self._log, self._known = log, dict(_read(log, self.identity))
+        self._log, self._known = log, dict(read_notes(log, self.identity))
         self._reference: list[Any] | None = None
 
     @property
@@ -135,9 +136,7 @@ class ScheduleObjective:
         value = self._mean(self._outputs(cell, what), reference)
         self._known[key] = value
         if self._log is not None:
-            line = {"identity": self.identity, "method": made, "value": value}
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            add_note(self._log, self.identity, made, value)
         return value
 
     @property
@@ -271,16 +270,3 @@ class SearchResult:
             f"{', '.join(calibration.tasks)} (seed {calibration.seed}), {objective.loaded.name}"
         )
         save_config(self.method, path, origin=origin)
-
-
-def _read(log: Path | None, identity: str) -> Iterator[tuple[str, float]]:
-    """Read the values that an earlier run noted; a line that was cut off is left out."""
-    if log is None or not log.is_file():
-        return
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            noted = json.loads(line)
-            if noted["identity"] == identity:
-                yield json.dumps(noted["method"], sort_keys=True), float(noted["value"])
-        except (ValueError, KeyError, TypeError):
-            continue
