@@ -40,6 +40,21 @@ class AnyResAdapter(TowerAdapter):
         """Stitch and unpad as the model does."""
         return tuple(self._stitch(torch.split(values, self._crops(call)), call))
 
+    def merged_images(
+        self, modality: Modality, call: Mapping[str, Any], runs: Sequence[int], *, geometry: bool
+    ) -> tuple[Sequence[int], Mapping[str, Any]]:
+        """Count the tokens of each image by its size."""
+        sizes = call.get("image_sizes")
+        if modality == "video" or sizes is None:
+            raise UnsupportedModelError(
+                f"{self.family}: {modality}s merged into inputs_embeds cannot be told apart; pass "
+                f"{'pixel values' if modality == 'video' else 'image_sizes beside them'}"
+            )
+        call = {**call, "image_sizes": torch.as_tensor(sizes).cpu()}
+        crops = self._crops(call)
+        ones = torch.ones(sum(crops), self._side**2, 1)
+        return [len(shown) for shown in self._stitch(torch.split(ones, crops), call)], call
+
     def layouts(
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
     ) -> Sequence[Layout]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.adapters.decoder import layer_types
-from vispress.errors import UnsupportedMethodError
+from vispress.errors import UnsupportedMethodError, UnsupportedModelError
 from vispress.types import CLS_SIGNALS, CropLayout, Need, Signal, TwoLayer
 
 Modality = Literal["image", "video"]
@@ -138,6 +138,29 @@ class ModelAdapter(ABC):
             length: Tokens of one sequence, where all have the same number (not `packed`).
         """
         raise NotImplementedError
+
+    def merged_images(
+        self, modality: Modality, call: Mapping[str, Any], runs: Sequence[int], *, geometry: bool
+    ) -> tuple[Sequence[int], Mapping[str, Any]]:
+        """Tell apart images or videos whose features the caller merged into embeddings.
+
+        Args:
+            modality: Image or video.
+            call: Arguments of the base model's forward by name; there are no pixels among them.
+            runs: Lengths of the runs of placeholders, in order of rows and positions.
+            geometry: Whether a method reads grids or crops.
+
+        Returns:
+            Tokens of each image or video, and what `layouts` needs in place of an encoder call's
+            arguments.
+
+        Raises:
+            UnsupportedModelError: They cannot be told apart; says what argument would do.
+        """
+        raise UnsupportedModelError(
+            f"{self.family}: {modality}s merged into inputs_embeds cannot be told apart; pass "
+            "pixel values"
+        )
 
     def global_layers(self) -> Sequence[int]:
         """List the encoder layers with full attention (all, unless some have window attention)."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class Qwen2VLAdapter(ModelAdapter):
     packed = True
     mrope = True
     kinds = frozenset({"video"})
+
+    _videos_apart: ClassVar[bool] = False
+    """Whether frames of a video stand in runs of their own."""
 
     @property
     def _merge(self) -> int:
@@ -116,6 +119,21 @@ class Qwen2VLAdapter(ModelAdapter):
     def _in_order(self, values: Tensor, grid: Tensor) -> Tensor:
         """Token rows from encoder order to raster order."""
         return values
+
+    def merged_images(
+        self, modality: Modality, call: Mapping[str, Any], runs: Sequence[int], *, geometry: bool
+    ) -> tuple[Sequence[int], Mapping[str, Any]]:
+        """Count the tokens of each by its grid, or by runs, between which marks of vision stand."""
+        name = f"{modality}_grid_thw"
+        if call.get(name) is None and (geometry or (modality == "video" and self._videos_apart)):
+            raise UnsupportedModelError(
+                f"{self.family}: of {modality}s merged into inputs_embeds, rows and columns cannot "
+                f"be told; pass {name} beside them"
+            )
+        if call.get(name) is None:  # shapes that nobody reads
+            return runs, {name: torch.tensor([[1, self._merge, n * self._merge] for n in runs])}
+        grids = call[name].tolist()
+        return [t * h * w // self._merge**2 for t, h, w in grids], {name: call[name]}
 
     def layouts(
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]
@@ -210,6 +228,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     """
 
     family = "qwen3_vl"
+    _videos_apart = True
 
     def _merger_parts(self) -> tuple[nn.Module, tuple[Any, Any, Any]]:
         merger: Any = self.projector

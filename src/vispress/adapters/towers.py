@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import EncoderBlock, Modality, ModelAdapter
@@ -74,6 +75,27 @@ class TowerAdapter(ModelAdapter):
             return ()
         blocks = [EncoderBlock(x, x.self_attn, x.layer_norm2, x.mlp) for x in layers]
         return blocks[: self.feature_layer() + 1]
+
+    def merged_images(
+        self, modality: Modality, call: Mapping[str, Any], runs: Sequence[int], *, geometry: bool
+    ) -> tuple[Sequence[int], Mapping[str, Any]]:
+        """Count images of the encoder's own size; they may stand side by side."""
+        vision = self.base.config.vision_config
+        side, patch = (
+            (size, size) if isinstance(size, int) else tuple(size)
+            for size in (vision.image_size, vision.patch_size)
+        )
+        patches = (side[0] // patch[0]) * (side[1] // patch[1])
+        counts, tokens = [], patches // self.patches_per_token()
+        for run in runs:
+            if run % tokens:
+                raise UnsupportedModelError(
+                    f"a run of {run} image placeholders beside inputs_embeds is no number of "
+                    f"images of {tokens} tokens, which {self.family} makes of {side[0]} x "
+                    f"{side[1]} pixels; pass pixel values"
+                )
+            counts += [tokens] * (run // tokens)
+        return counts, {"pixel_values": torch.empty(len(counts), 3, *side, device="meta")}
 
     @property
     def projector(self) -> nn.Module:

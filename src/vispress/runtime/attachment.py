@@ -42,6 +42,7 @@ class Attachment:
     def __init__(self, plan: Plan, stages: Sequence[RuntimeStage], owner: nn.Module | None) -> None:
         self.plan, self.stages, self.owner = plan, tuple(stages), owner
         self.record: Any = None
+        self._told: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         adapter = plan.adapter
         self._decoder = (adapter.language_model, *adapter.decoder_layers)
@@ -159,7 +160,7 @@ class Attachment:
         check_replica(module, self.owner)
 
     def _base_runs(self, original: Original, *args: Any, **kwargs: Any) -> Any:
-        return run_base(self.plan, self._decoder, original, args, kwargs)
+        return run_base(self.plan, self._decoder, original, args, kwargs, self._told)
 
     def _get_features(
         self, modality: Modality, original: Original, *args: Any, **kwargs: Any

@@ -11,6 +11,7 @@ from vispress.errors import CompressionStateError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture, EncoderSink
 from vispress.runtime.encoder.feature_choice import check_choice_of_features
+from vispress.runtime.forward.merged_features import note_merged, takes_embeds
 from vispress.runtime.forward.model_call import (
     MODEL_CALLS,
     SIZES,
@@ -41,6 +42,7 @@ def run_base(
     original: Original,
     args: Sequence[Any],
     kwargs: dict[str, Any],
+    told: set[str],
 ) -> Any:
     """Run the base model's forward with an entry in `MODEL_CALLS`.
 
@@ -50,13 +52,14 @@ def run_base(
         original: The forward.
         args: Its positional arguments.
         kwargs: Its keyword arguments, and perhaps `prompt_lengths`.
+        told: What the model's user was warned of; grows.
 
     Raises:
         CompressionStateError: The decoder's layers are others now.
         ConfigError: The prompt lengths do not fit.
     """
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
-    if is_traced(args, kwargs):
+    if is_traced(args, kwargs) and not takes_embeds(kwargs):
         return original(*args, **kwargs)
     adapter = plan.adapter
     now = (adapter.language_model, *adapter.decoder_layers)
@@ -71,6 +74,12 @@ def run_base(
     call.labels, call.shift_labels, call.prompt_lengths = prompt_ends(base, given, call.rows)
     if brings_images(call.arguments):
         call.fetch()
+    elif takes_embeds(call.arguments):
+        both = call.arguments.get("input_ids") is not None
+        note_merged(plan, call, told)
+        if both and call.captures:  # transformers wants one of them
+            told_apart = ("self", "input_ids")
+            args, kwargs = (), {k: v for k, v in call.arguments.items() if k not in told_apart}
     for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
         if output is not None:
             call.captures[modality] = capture_of(plan, modality, output)

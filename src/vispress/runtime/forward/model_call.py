@@ -91,8 +91,9 @@ MODEL_CALLS: ContextVar[tuple[ModelCall, ...]] = ContextVar("vispress_calls", de
 
 def brings_images(kwargs: Mapping[str, Any]) -> bool:
     """Whether a base model is called with something to look at."""
-    names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-    return any(kwargs.get(name) is not None for name in names)
+    names = ("pixel_values", "pixel_values_videos")
+    encoded = kwargs.get("mm_encoder_outputs") or {}  # `generate` hands on an empty one, too
+    return any(given is not None for given in (*map(kwargs.get, names), *encoded.values()))
 
 
 def remember(plan: Plan, capture: EncoderCapture) -> None:

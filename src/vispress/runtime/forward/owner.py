@@ -8,7 +8,7 @@ model is patched, not hooked: PEFT calls its `forward` directly, which passes ho
 import inspect
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,10 +45,13 @@ class Generating:
     Args:
         base: The base model of what generates.
         prompt_lengths: `[B]` int64 on the host, of its prompts; None where it cannot be told.
+        arguments: By name; of embeddings that come with ids and sizes of images, its forward is
+            told no more than the embeddings.
     """
 
     base: nn.Module
     prompt_lengths: Tensor | None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Contexts, because what stands between these calls and the base model (heads, wrappers, loops of
@@ -117,9 +120,10 @@ def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -
 
 def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:
     """Answer the owner's `generate`: note how long its prompts are, before any draft."""
-    given = kwargs.pop(PROMPT_LENGTHS, None)
-    lengths = current_lengths() if given is None else as_lengths(given)
-    found = _prompts_of(original, args, kwargs)
+    keyword = kwargs.pop(PROMPT_LENGTHS, None)
+    lengths = current_lengths() if keyword is None else as_lengths(keyword)
+    given = by_name(original.function, args, kwargs)
+    found = _prompts_of(original, given)
     if lengths is None:
         lengths = found
     elif found is not None and len(found) != len(lengths):
@@ -128,16 +132,20 @@ def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) ->
         )
     before = GENERATING.get()
     try:
-        GENERATING.set(Generating(base, lengths))
+        GENERATING.set(Generating(base, lengths, given))
         return original(*args, **kwargs)
     finally:
         GENERATING.set(before)
 
 
-def _prompts_of(original: Original, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def ids_of(given: Mapping[str, Any]) -> Any:
+    """Give the token ids that `generate` is called with, under either name; None for none."""
+    return next((x for x in map(given.get, ("input_ids", "inputs")) if x is not None), None)
+
+
+def _prompts_of(original: Original, given: Mapping[str, Any]) -> Any:
     """`[B]` lengths of the prompts that `generate` is called with, as it will read them."""
-    given = by_name(original.function, args, kwargs)
-    ids = next((x for x in map(given.get, ("input_ids", "inputs")) if x is not None), None)
+    ids = ids_of(given)
     embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
     shown = ids if embeds is None else embeds
     if isinstance(mask, Tensor) and mask.ndim == 2:
