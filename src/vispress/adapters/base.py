@@ -3,15 +3,9 @@
 The class stands in `model_adapter`, registration and look-up in `registry`.
 """
 
-from vispress.adapters.model_adapter import (
-    Encode,
-    EncoderBlock,
-    Grid,
-    Modality,
-    ModelAdapter,
-    raster,
-)
+from vispress.adapters.model_adapter import ModelAdapter, raster
 from vispress.adapters.registry import find_adapter, list_families, register_adapter
+from vispress.adapters.values import Encode, EncoderBlock, Grid, Modality
 
 __all__ = [
     "Encode",

@@ -1,44 +1,17 @@
 """The runtime's knowledge of a model family. Everything here may know transformers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vispress.adapters.decoder import layer_types
+from vispress.adapters.values import Encode, EncoderBlock, Grid, Modality
 from vispress.errors import UnsupportedMethodError, UnsupportedModelError
 from vispress.types import CLS_SIGNALS, CropLayout, Need, Signal, TwoLayer
-
-Modality = Literal["image", "video"]
-"""Kinds of visual input; each has its own placeholder id and `get_<modality>_features`."""
-
-Grid = tuple[int, int, int]
-"""Steps, rows and columns of the visual tokens of a video; an image has one step."""
-
-Encode = Callable[[Sequence[tuple[int, int]], Mapping[str, Any]], Mapping[str, Any]]
-"""`encode(sizes, options)` processes a batch again, every image (or frame of a video) resized to
-its (height, width) in pixels before; `options` go to the processor."""
-
-
-@dataclass(frozen=True)
-class EncoderBlock:
-    """One layer of a vision encoder: `h = x + attention(...)`, then `h + mlp(norm(h))`.
-
-    Args:
-        layer: The layer.
-        attention: Its attention module (`ALL_ATTENTION_FUNCTIONS`).
-        norm: The norm ahead of its MLP.
-        mlp: Its MLP, token by token.
-    """
-
-    layer: nn.Module
-    attention: nn.Module
-    norm: nn.Module
-    mlp: nn.Module
 
 
 class ModelAdapter(ABC):
