@@ -46,6 +46,7 @@ def oracle_forward(
     alive: Sequence[Bool[Tensor, "B L"]],
     positions: Positions = "original",
     values: Values | None = None,
+    documents: Int[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B L V"]:
     """Logits of the untouched model in which each layer attends to its alive positions only.
 
@@ -59,10 +60,12 @@ def oracle_forward(
         positions: `"compact"`: in each layer, a position is what it was minus the dropped tokens
             before it. Not defined for M-RoPE models.
         values: Rows whose hidden states are replaced before a layer (merging, synthesised tokens).
+        documents: Number of the document at each position, where rows hold several.
     """
     length = alive[0].shape[1]
-    with _masked(model, inputs, alive, positions, values or {}):
-        logits = model(**inputs, use_cache=False).logits
+    documents = torch.zeros(alive[0].shape, dtype=torch.int64) if documents is None else documents
+    with _masked(model, inputs, alive, positions, values or {}, documents):
+        logits = model(**{**inputs, "use_cache": False}).logits
     if logits.shape[1] != length:
         raise ValueError(f"alive has length {length}, the sequence {logits.shape[1]}")
     return logits  # type: ignore[no-any-return]
@@ -104,6 +107,7 @@ def _masked(
     alive: Sequence[Tensor],
     positions: Positions,
     values: Values,
+    documents: Tensor,
 ) -> Iterator[None]:
     stack = language_model(model)
     _check(model, stack, alive, positions)
@@ -122,9 +126,9 @@ def _masked(
             if index in values:
                 rows, new = values[index]
                 hidden = hidden.masked_scatter(rows[..., None], new.to(hidden.dtype))
-            kwargs = kwargs | {"attention_mask": _mask(live, stack.config, hidden.dtype)}
+            kwargs = kwargs | {"attention_mask": _mask(live, documents, stack.config, hidden.dtype)}
             if positions == "compact":
-                ids = _compact(seen["ids"], live, valid)
+                ids = _compact(seen["ids"], live, valid, documents)
                 kwargs["position_embeddings"] = stack.rotary_emb(hidden, ids)
             return (hidden,), kwargs
 
@@ -153,10 +157,11 @@ def _check(model: Any, stack: Any, alive: Sequence[Tensor], positions: Positions
         raise ValueError("compact positions are not defined for M-RoPE models")
 
 
-def _mask(live: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+def _mask(live: Tensor, documents: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
     """`[B, 1, L, L]`: causal over live keys; other rows see themselves too, to stay finite."""
     length = live.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=live.device).tril()
+    causal = causal & (documents[:, :, None] == documents[:, None])
     own = torch.eye(length, dtype=torch.bool, device=live.device)
     allowed = ((causal & live[:, None]) | (own & ~live[:, :, None]))[:, None]
     if config._attn_implementation == "sdpa":
@@ -166,16 +171,23 @@ def _mask(live: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
     raise ValueError(f"the oracle runs sdpa or eager, not {config._attn_implementation}")
 
 
-def _compact(ids: Tensor | None, live: Tensor, valid: Tensor) -> Int[Tensor, "B L"]:
-    """Position ids of a layer: what they were, minus the dropped tokens before each."""
+def _compact(
+    ids: Tensor | None, live: Tensor, valid: Tensor, documents: Tensor
+) -> Int[Tensor, "B L"]:
+    """Position ids of a layer: what they were, minus the dropped tokens of a document before each."""
     if ids is None:
         ids = torch.arange(live.shape[1], device=live.device).expand_as(live)
-    dropped = (valid & ~live).long()
-    return (ids - (dropped.cumsum(-1) - dropped)).clamp(min=0)
+    dropped, before = (valid & ~live).long(), torch.zeros_like(documents)
+    for number in documents.unique().tolist():
+        own = documents == number
+        before += ((dropped * own).cumsum(-1) - dropped) * own
+    return (ids - before).clamp(min=0)
 
 
 def oracle_expand(
-    logits: Float[Tensor, "B L V"], last: Bool[Tensor, "B L"]
+    logits: Float[Tensor, "B L V"],
+    last: Bool[Tensor, "B L"],
+    documents: Int[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B L V"]:
     """What a compressed model shows at every position of the full sequence.
 
@@ -183,11 +195,17 @@ def oracle_expand(
         logits: As `oracle_forward` returns them.
         last: Positions alive in the last decoder layer. The others carry the logits of the nearest
             earlier one of these, or of the first one if none is earlier.
+        documents: Number of the document at each position, where rows hold several: each has its
+            own.
     """
-    places = torch.arange(last.shape[1], device=last.device).expand_as(last)
-    nearest = places.masked_fill(~last, -1).cummax(-1).values
-    first = last.long().argmax(-1, keepdim=True)
-    index = torch.where(nearest < 0, first, nearest)
+    documents = torch.zeros(last.shape, dtype=torch.int64) if documents is None else documents
+    places, index = torch.arange(last.shape[1], device=last.device).expand_as(last)
+    index = torch.zeros_like(places)
+    for number in documents.unique().tolist():
+        own = documents == number
+        nearest = places.masked_fill(~(last & own), -1).cummax(-1).values
+        first = (last & own).long().argmax(-1, keepdim=True)
+        index = torch.where(own, torch.where(nearest < 0, first, nearest), index)
     return logits.gather(1, index[..., None].expand_as(logits))
 
 

@@ -71,9 +71,21 @@ class Run:
 
 
 def run(
-    model: Any, inputs: Mapping[str, Any], method: Compressor | Sequence[Compressor], **options: Any
+    model: Any,
+    inputs: Mapping[str, Any],
+    method: Compressor | Sequence[Compressor],
+    documents: Tensor | None = None,
+    **options: Any,
 ) -> Run:
-    """Compress, run a forward, read the report, take it off again."""
+    """Compress, run a forward, read the report, take it off again.
+
+    Args:
+        model: What runs.
+        inputs: Its arguments.
+        method: A compressor or a chain.
+        documents: `[B, L]`, number of the document at each position of packed rows.
+        options: Of `compress_model`.
+    """
     chain = list(method) if isinstance(method, list | tuple) else [method]
     spies = [Spy() for _ in chain]
     watched = [spy.watch(one) for spy, one in zip(spies, chain, strict=True)]
@@ -89,7 +101,7 @@ def run(
         default = "original"
     values: dict[int, tuple[Tensor, Tensor]] = {}
     for spy in spies:
-        values |= changed_rows(report, spy, logits.shape[:2])
+        values |= changed_rows(report, spy, logits.shape[:2], documents)
     return Run(logits, report, options.get("positions") or default, values, encoded)
 
 
@@ -180,9 +192,13 @@ def _repeated(output: Any, times: int) -> Any:
 
 
 def changed_rows(
-    report: CompressionReport, spy: Spy, shape: tuple[int, int]
+    report: CompressionReport,
+    spy: Spy,
+    shape: tuple[int, int],
+    documents: Tensor | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """New values of merged or replaced tokens by layer, worked out from the plans, row by row."""
+    documents = torch.zeros(shape, dtype=torch.long) if documents is None else documents
     found: dict[int, dict[tuple[int, int], Tensor]] = {}
     seen: dict[int, set[tuple[int, int]]] = {}
     for (tokens, plan), layer in zip(spy.seen, spy.layers, strict=True):
@@ -191,14 +207,14 @@ def changed_rows(
         rows = found.setdefault(layer, {})
         bucket = [
             (b, image)
-            for b, image in _bucket_images(report, tokens)
+            for b, image in _bucket_images(report, tokens, documents)
             if (b, image.positions[0]) not in seen.setdefault(layer, set())
         ]
         if tokens.memory:  # rows part at earlier placements, and some ask for no plan any more
             bucket = [one for one in bucket if _left(one[1], layer) == _rasters(tokens, plan)[0]]
         if len(bucket) > tokens.batch:  # texts are read: equally long ones are a bucket
-            length = _texts(report, *bucket[0])
-            bucket = [one for one in bucket if _texts(report, *one) == length]
+            length = _texts(report, documents, *bucket[0])
+            bucket = [one for one in bucket if _texts(report, documents, *one) == length]
         seen[layer] |= {(b, image.positions[0]) for b, image in bucket}
         for bucket_row, (b, image) in enumerate(bucket):
             for slot, place in enumerate(_rasters(tokens, plan)[bucket_row]):
@@ -212,7 +228,9 @@ def changed_rows(
     return out
 
 
-def _bucket_images(report: CompressionReport, tokens: VisualTokens) -> list[tuple[int, Any]]:
+def _bucket_images(
+    report: CompressionReport, tokens: VisualTokens, documents: Tensor
+) -> list[tuple[int, Any]]:
     """Images of a bucket in order: those with its N, grid (which tells layouts of equal N) and,
     where the text is read, as much of it.
     """
@@ -222,7 +240,10 @@ def _bucket_images(report: CompressionReport, tokens: VisualTokens) -> list[tupl
         for b, sample in enumerate(report.samples)
         for image in sample.images
         if (image.num_visual, image.grid) == (tokens.num_original, tokens.grid)
-        and (text is None or _texts(report, b, image) == (text.shape[1], tokens.text_after))
+        and (
+            text is None
+            or _texts(report, documents, b, image) == (text.shape[1], tokens.text_after)
+        )
     ]
 
 
@@ -237,9 +258,9 @@ def _left(image: Any, layer: int) -> list[int]:
     return next(list(p.kept) for p in image.placements if p.layer == layer)
 
 
-def _texts(report: CompressionReport, b: int, image: Any) -> tuple[int, int]:
-    """Text tokens of an image's sample, and those behind the image."""
-    text = report.alive(0)[b].clone()
+def _texts(report: CompressionReport, documents: Tensor, b: int, image: Any) -> tuple[int, int]:
+    """Text tokens of an image's document, and those behind the image."""
+    text = report.alive(0)[b] & (documents[b] == documents[b, image.positions[0]])
     for other in report.samples[b].images:
         text[list(other.positions)] = False
     return int(text.sum()), int(text[max(image.positions) + 1 :].sum())

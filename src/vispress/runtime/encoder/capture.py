@@ -39,7 +39,7 @@ class EncoderSink:
         backend: Backend,
     ) -> None:
         self._modules = adapter.encoder_attentions()
-        self._has_cls = adapter.has_cls
+        self._has_cls, self._packed = adapter.has_cls, adapter.packed
         self._wanted = wanted
         self._layers, self._key_layers, self._backend = layers, key_layers, backend
         self.attention: dict[tuple[Signal, int], list[Tensor]] = {}
@@ -79,10 +79,11 @@ class EncoderSink:
         """Called by a watched encoder attention, once a layer or once an image and layer."""
         layer = next((i for i, known in enumerate(self._modules) if known is module), None)
         if layer is not None and layer in self._layers:
-            # a varlen kernel gets all images in one packed sequence
-            self._attention(
-                layer, query, key, float(kwargs["scaling"]), kwargs.get("cu_seq_lens_q")
-            )
+            # a varlen kernel gets all images in one packed sequence; elsewhere the keyword is what
+            # the caller told the language model, handed on by the base model
+            flash = self._packed and "flash" in str(module.config._attn_implementation)
+            bounds = kwargs.get("cu_seq_lens_q") if flash else None
+            self._attention(layer, query, key, float(kwargs["scaling"]), bounds)
         if layer is not None and layer in self._key_layers:
             self.keys.setdefault(layer, []).append(key[:, :, 1:] if self._has_cls else key)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vispress.devices import sent
+from vispress.errors import ConfigError
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.layout import (
@@ -17,6 +18,7 @@ from vispress.runtime.layout import (
     split_documents,
     whole_rows,
 )
+from vispress.runtime.tokens.live_tokens import VARLEN
 from vispress.runtime.tokens.masks import check_implementation
 
 IGNORED = -100
@@ -56,24 +58,50 @@ def _breaks(
     state: ForwardState, given: Mapping[str, Any], batch: int, length: int
 ) -> Tensor | None:
     """`[B, Q]` bool: tokens that are not of the document of the one before; None: no sign of it."""
-    mask, bounds = given.get("attention_mask"), given.get("cu_seq_lens_q")
-    if bounds is not None and check_implementation(state.plan.implementation) == "flash":
-        breaks = torch.zeros(batch, length, dtype=torch.bool)
-        breaks[0, bounds.cpu().long()[1:-1]] = True
-        return breaks
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        return _breaks_of_mask(mask, state.host_valid, batch)
-    ids = given.get("position_ids")
+    mask, ids = given.get("attention_mask"), given.get("position_ids")
     if isinstance(ids, Tensor) and ids.ndim == 3:  # M-RoPE: positions of text come first of four
         ids = ids[0] if len(ids) == 4 else None
+    if check_implementation(state.plan.implementation) == "flash":
+        # a kernel that is handed a mask takes each row for one document; one of ones is not handed
+        return None if state.chunk_valid is not None else _flat_breaks(given, ids, batch, length)
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+        if mask is None:
+            return None
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return _breaks_of_mask(mask, state.host_valid, batch)
     if mask is not None or state.cache is not None or not isinstance(ids, Tensor):
         return None
     # as transformers recognises packed rows: positions that do not go on by one
     breaks = torch.zeros(batch, length, dtype=torch.bool)
     breaks[:, 1:] = (ids.diff(dim=-1) != 1).cpu().expand(batch, -1)
     return breaks
+
+
+def _flat_breaks(given: Mapping[str, Any], ids: Any, batch: int, length: int) -> Tensor | None:
+    """As `_breaks`, for a varlen kernel: it takes the whole batch for one row, with bounds.
+
+    Raises:
+        ConfigError: A document goes over the end of a row or of the batch.
+    """
+    bounds = given.get("cu_seq_lens_q")
+    if any(given.get(name) is None for name in VARLEN):  # bounds are found by positions
+        if batch > 1 or not isinstance(ids, Tensor):
+            return None
+        ids = ids[0].cpu()
+        if torch.equal(ids, torch.arange(length) + ids.min()):
+            return None
+        return (ids == ids.min())[None]
+    ends = set(bounds.tolist())
+    rows = range(0, batch * length, length)
+    if not ends.issuperset(rows) or max(ends) > batch * length:
+        raise ConfigError(
+            f"cu_seq_lens_q {sorted(ends)} does not fit {batch} rows of {length} tokens: the "
+            "bounds are those of the rows one behind the other, and each row begins a document"
+        )
+    breaks = torch.zeros(batch * length + 1, dtype=torch.bool)
+    breaks[sorted(ends)] = True
+    return breaks[:-1].view(batch, length)
 
 
 def _breaks_of_mask(mask: Tensor, valid: Tensor | None, batch: int) -> Tensor:

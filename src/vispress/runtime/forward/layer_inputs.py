@@ -128,6 +128,8 @@ class LayerInputs:
             return masks.cut_mask(given, rows, slots, offset, buffer, hidden.device)
         if self._kind is None:
             self._kind = masks.check_implementation(self.state.plan.implementation)
+        if self._kind == "flash" and self.state.packed:  # it has bounds, and padding within them
+            return None
         return masks.make_mask(self._kind, rows, slots, self.state.past, offset, buffer, hidden)
 
     def _position_embeddings(

@@ -237,10 +237,10 @@ class ForwardState:
         )
 
     def documents(self, rows: LiveTokens) -> Tensor:
-        """`[B, P]` int64, number of the document of each row."""
+        """`[B, P]` int64, number of the document of each row; -1 where it is padding."""
         assert self.layout is not None
-        rows_at = rows.index
-        return sent(self.layout.document_of, rows_at.device).gather(1, rows_at)
+        numbers = sent(self.layout.document_of, rows.index.device).gather(1, rows.index)
+        return numbers if rows.valid is None else numbers.masked_fill(~rows.valid, -1)
 
     def _offset(self, layer: int, rows: LiveTokens) -> int:
         """Slot of the chunk's first row among the keys of a layer."""

@@ -12,6 +12,9 @@ from vispress.devices import sent
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens, gather_tokens_many
 
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Keyword arguments of a varlen kernel: bounds of documents, and tokens of the longest."""
+
 
 @dataclass
 class LiveTokens:
@@ -61,17 +64,20 @@ class LiveTokens:
     def place(self) -> Tensor:
         """`[B, Q]` int64: the row of each logical position; for dead ones, of the nearest earlier.
 
-        Positions before the first survivor point to it.
+        Positions before the first survivor of their document point to it.
         """
         if self.whole:
             return self.index
-        number = (self.alive.long().cumsum(1) - 1).clamp(min=0)
-        if self.valid is None:  # rows of all samples begin at the left
-            return number
-        empty = torch.tensor([self.size - count for count in self.counts])
-        first = sent(empty, self.index.device).unsqueeze(1)
-        place = first + number
-        return place if min(self.counts) else place.clamp(max=self.size - 1)
+        alive = self.alive.long()
+        count = alive.cumsum(1)
+        number = (count - 1).clamp(min=0)
+        if self.starts is not None:
+            number = number.maximum((count - alive).gather(1, self.starts))
+        if self.valid is not None:  # else rows of all samples begin at the left
+            empty = torch.tensor([self.size - count for count in self.counts])
+            number = sent(empty, self.index.device).unsqueeze(1) + number
+        some = min(self.counts) > 0 and self.starts is None
+        return number if some else number.clamp(max=self.size - 1)  # else there may be no survivor
 
     @cached_property
     def shift(self) -> Tensor | None:
@@ -93,6 +99,20 @@ class LiveTokens:
             return None if self.dropped is None else self.dropped.sum(1)
         ahead = torch.arange(self.length, device=self.index.device) < self.starts[:, -1:]
         return (self.dropped & ~ahead).sum(1)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, int]:
+        """`[D + 1]` int32, where documents of the whole batch end, as if its rows were one; and the
+        tokens of the longest. Padding in front of a row is a document of its own.
+        """
+        counts, documents = [], iter(self.document_counts)
+        for count in self.counts:
+            counts.append(self.size - count)
+            while count:
+                counts.append(next(documents))
+                count -= counts[-1]
+        ends = torch.tensor([0, *(n for n in counts if n)], dtype=torch.int32)
+        return sent(ends.cumsum(0, dtype=torch.int32), self.index.device), max(counts)
 
     def to(self, device: torch.device) -> "LiveTokens":
         """The same rows on another device (sharded models); one twin a device."""
@@ -166,21 +186,14 @@ def varlen_kwargs(rows: LiveTokens, kind: str | None, kwargs: Mapping[str, Any])
     """Boundaries of packed documents for a varlen kernel, cut to the rows that live.
 
     Args:
-        rows: Live tokens of one batch row with several documents.
+        rows: Live tokens of rows with several documents.
         kind: As from `masks.check_implementation`; other kinds than "flash" have a mask.
         kwargs: Keyword arguments of the layer; boundaries that are not there are not missed.
     """
     if kind != "flash" and kwargs.get("cu_seq_lens_q") is None:
         return {}
-    counts = [count for count in rows.document_counts if count]
-    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    bounds, longest = sent(ends, rows.index.device), max(counts)
-    return {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    bounds, longest = rows.bounds
+    return dict(zip(VARLEN, (bounds, bounds, longest, longest), strict=True))
 
 
 def gather_rows(x: Tensor, local: Tensor, backend: Backend) -> Tensor:

@@ -1,0 +1,134 @@
+"""Law 12: a document of a packed row is what it is alone, and what the masked model makes of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.cases import (
+    DROPPING,
+    FAMILIES,
+    cases,
+    encoding_as,
+    fits,
+    logits_of,
+    make,
+    model_of,
+    on_videos,
+    real_positions,
+    run,
+    settings,
+)
+from tests.laws.oracle import oracle_expand, oracle_forward
+from tests.laws.packing import (
+    QWEN,
+    VIDEO_ROWS,
+    WITH_VIDEOS,
+    Packed,
+    block_diagonal,
+    pack,
+)
+
+from vispress import compressed, compression_report
+from vispress.errors import CompressionStateError
+from vispress.methods import DivPrune, FastV, PyramidDrop, Random, TransPrune
+from vispress.methods.base import Compressor
+
+EXACT = 1e-9
+ORACLE = 1e-5  # logits of scale 20, fp64 weights; norms and rotary tables are fp32 in transformers
+FORMS = ("positions", "mask", "additive", "cached")
+"""How a caller says which tokens belong together (kernels with bounds: `test_varlen`)."""
+
+
+def packed_as(form: str, family: str, **more: Any) -> Packed:
+    """Packed documents, told apart in one of the forms."""
+    model = model_of(family)
+    if form == "positions":
+        return pack(family, model, **more)
+    packed = pack(family, model, gap=2, **more)
+    dtype = torch.float64 if form == "additive" else torch.bool
+    packed.inputs["attention_mask"] = block_diagonal(packed, dtype)
+    if form == "cached":
+        del packed.inputs["use_cache"]
+    return packed
+
+
+def kept_of(model: Any, packed: Packed | None = None) -> list[list[tuple[tuple[int, ...], ...]]]:
+    """Kept sets of every image after every placement, document by document."""
+    try:
+        report = compression_report(model)
+    except CompressionStateError:
+        return [[]]
+    spans = [(row, 0, report.alive(0).shape[1]) for row in range(len(report.samples))]
+    return [
+        [
+            tuple(placement.kept for placement in image.placements)
+            for image in report.samples[row].images
+            if start <= image.positions[0] < stop
+        ]
+        for row, start, stop in (spans if packed is None else packed.spans)
+    ]
+
+
+def assert_each_as_alone(family: str, packed: Packed, method: Any, **options: Any) -> None:
+    model = model_of(family)
+    with compressed(model, method, **options):
+        together = logits_of(model, packed.inputs)
+        kept = kept_of(model, packed)
+    for number, (row, start, stop) in enumerate(packed.spans):
+        with compressed(model, method, **options):
+            expected = logits_of(model, real_positions(family, packed.alone[number]))[0]
+            assert kept[number] == kept_of(model)[0]
+        assert (together[row, start:stop] - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize(("family", "method", "form"), cases(12, turning=FORMS))
+def test_each_document_is_what_it_is_alone(family: str, method: str, form: str) -> None:
+    assert_each_as_alone(family, packed_as(form, family), method, **settings(family, method))
+
+
+@pytest.mark.parametrize(("family", "method", "form"), cases(12, on_videos(), turning=FORMS))
+def test_a_document_with_a_video_is_what_it_is_alone(family: str, method: str, form: str) -> None:
+    packed = packed_as(form, family, samples=WITH_VIDEOS, rows=VIDEO_ROWS)
+    assert_each_as_alone(family, packed, method, **settings(family, method))
+
+
+CHAINS: dict[str, list[Compressor]] = {
+    "pre_then_in": [DivPrune(keep_ratio=0.6), FastV(keep_ratio=0.5, layer=2)],
+    "three": [Random(keep_ratio=0.7), TransPrune(keep_ratio=0.5), FastV(keep_ratio=0.5, layer=5)],
+    "schedule_last": [DivPrune(keep_ratio=0.5), PyramidDrop()],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chain_treats_each_document_as_if_alone(family: str, chain: str, form: str) -> None:
+    assert_each_as_alone(family, packed_as(form, family), CHAINS[chain])
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("method", ["fastv", "divprune", "visionzip", "no_image", "framefusion"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in QWEN])
+def test_position_policies_count_within_a_document(
+    family: str, method: str, positions: Any
+) -> None:
+    if not fits(family, method):
+        return
+    videos = {"samples": WITH_VIDEOS, "rows": VIDEO_ROWS} if method == "framefusion" else {}
+    for form in FORMS:
+        packed = packed_as(form, family, **videos)
+        options = settings(family, method) | {"positions": positions}
+        assert_each_as_alone(family, packed, method, **options)
+
+
+@pytest.mark.parametrize(("family", "method"), cases(12, DROPPING))
+def test_packed_rows_equal_the_masked_model(family: str, method: str) -> None:
+    model, packed = model_of(family), packed_as("positions", family)
+    result = run(model, packed.inputs, make(family, method), documents=packed.documents)
+    documents = packed.documents
+    with encoding_as(model, result.encoded):
+        masked = oracle_forward(
+            model, packed.inputs, result.alive, result.positions, result.values, documents
+        )
+    expected = oracle_expand(masked, result.alive[-1], documents)
+    assert (result.logits - expected)[documents >= 0].abs().max() < ORACLE
