@@ -37,12 +37,19 @@ CALLS: list[Call] = []
 
 
 def emulated(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal from the bottom right; a 2-D mask says which keys are real, bounds which documents.
 
     Without both, gapped or restarting position ids are taken for documents, as transformers does.
     """
+    mask = attention_mask
     assert mask is None or mask.shape == (k.shape[0], k.shape[2])
     ids, causal = kwargs.get("position_ids"), kwargs.get("is_causal")
     causal = module.is_causal if causal is None else causal

@@ -174,7 +174,7 @@ def _mask(live: Tensor, documents: Tensor, config: Any, dtype: torch.dtype) -> T
 def _compact(
     ids: Tensor | None, live: Tensor, valid: Tensor, documents: Tensor
 ) -> Int[Tensor, "B L"]:
-    """Position ids of a layer: what they were, minus the dropped tokens of a document before each."""
+    """Position ids of a layer: what they were, minus what its document lost before each."""
     if ids is None:
         ids = torch.arange(live.shape[1], device=live.device).expand_as(live)
     dropped, before = (valid & ~live).long(), torch.zeros_like(documents)

@@ -132,3 +132,15 @@ def test_packed_rows_equal_the_masked_model(family: str, method: str) -> None:
         )
     expected = oracle_expand(masked, result.alive[-1], documents)
     assert (result.logits - expected)[documents >= 0].abs().max() < ORACLE
+
+
+def test_pairs_of_two_documents_are_no_pairs() -> None:
+    """The report's share of masked pairs counts those that the model's mask allows."""
+    model, packed = model_of("llava"), packed_as("positions", "llava", rows=((0, 3),))
+    shares = []
+    for inputs in (packed.inputs, *(one | {"use_cache": False} for one in packed.alone)):
+        with compressed(model, "cmai") as report:
+            logits_of(model, inputs)
+            shares.append(next(note for note in report.notes if "%" in note))
+    together, *apart = (float(note.split(": ")[1].split("%")[0]) for note in shares)
+    assert min(apart) <= together <= max(apart)

@@ -88,7 +88,7 @@ def test_bounds_are_those_of_what_lives(family: str, method: str, form: str) -> 
 
 @pytest.mark.parametrize("family", QWEN)
 def test_bounds_of_the_encoder_are_its_own(family: str) -> None:
-    """A varlen encoder takes all images in one row; of what the decoder is told it knows nothing."""
+    """A varlen encoder takes all images in one row, with bounds of its own."""
     model, packed = model_of(family), packed_for("positions", family)
     config = model.model.visual.config
     before = config._attn_implementation

@@ -81,7 +81,8 @@ class EncoderSink:
         if layer is not None and layer in self._layers:
             # a varlen kernel gets all images in one packed sequence; elsewhere the keyword is what
             # the caller told the language model, handed on by the base model
-            flash = self._packed and "flash" in str(module.config._attn_implementation)
+            config: Any = module.config
+            flash = self._packed and "flash" in str(config._attn_implementation)
             bounds = kwargs.get("cu_seq_lens_q") if flash else None
             self._attention(layer, query, key, float(kwargs["scaling"]), bounds)
         if layer is not None and layer in self._key_layers:

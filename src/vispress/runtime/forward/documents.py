@@ -84,14 +84,14 @@ def _flat_breaks(given: Mapping[str, Any], ids: Any, batch: int, length: int) ->
     Raises:
         ConfigError: A document goes over the end of a row or of the batch.
     """
-    bounds = given.get("cu_seq_lens_q")
-    if any(given.get(name) is None for name in VARLEN):  # bounds are found by positions
+    bounds: Tensor | None = given.get("cu_seq_lens_q")
+    if bounds is None or any(given.get(name) is None for name in VARLEN):  # bounds are found by positions
         if batch > 1 or not isinstance(ids, Tensor):
             return None
-        ids = ids[0].cpu()
-        if torch.equal(ids, torch.arange(length) + ids.min()):
+        places: Tensor = ids.cpu()
+        if torch.equal(places[0], torch.arange(length) + places.min()):
             return None
-        return (ids == ids.min())[None]
+        return places == places.min()
     ends = set(bounds.tolist())
     rows = range(0, batch * length, length)
     if not ends.issuperset(rows) or max(ends) > batch * length:

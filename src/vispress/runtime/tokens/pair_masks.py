@@ -130,12 +130,14 @@ class _Shared:
             self.seen &= slots.image_valid[:, None]
             # instead of padding, a row's own column: no pair stands there
             columns = torch.where(slots.image_valid[:, None], columns, own)
-        self.count = self.seen.sum()
         self._mask = mask.flatten(2)  # [B, H or 1, P * S]
         place = (here.text[:, :, None] * S + columns).view(B, 1, -1)
         self._place = place.expand(-1, heads, -1)  # [B, H or 1, R * N]
         self._pairs = self._mask.gather(2, self._place)
         self._least = False if boolean else torch.finfo(mask.dtype).min
+        # the mask may keep more apart than order does: documents of packed rows
+        self.seen &= (self._pairs > self._least).any(dim=1).view_as(self.seen)
+        self.count = self.seen.sum()
 
     def without(self, gone: Tensor) -> Tensor:
         """`[B, H or 1, P, S]`: the mask without the pairs `[B, R, N]`."""
