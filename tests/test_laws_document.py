@@ -12,7 +12,6 @@ LAWS = 16
 COMING = {
     f"tests/laws/test_law{name}.py"
     for name in (
-        "12_documents",
         "13_masks",
         "14_prompt_decides",
         "15_precision",

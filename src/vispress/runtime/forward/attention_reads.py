@@ -145,7 +145,7 @@ class AttentionRead:
             if Signal.QUERY_ATTENTION in self.reads:
                 self.rows = ask(local)
             if Signal.MEAN_ATTENTION in self.reads:
-                self.means = self._means(ask, local, size)
+                self.means = self._means(ask, rows, local, size)
         elif Signal.QUERY_ATTENTION in self.reads and self.groups is not None:
             self.rows = self._grouped_means(ask, query, rows, valid, size)
         elif Signal.QUERY_ATTENTION in self.reads and plain and documents is None:
@@ -156,18 +156,24 @@ class AttentionRead:
         elif Signal.QUERY_ATTENTION in self.reads:
             self.rows = _mean_of_all(ask, query, valid, size)
 
-    def _means(self, ask: Callable[..., Tensor], local: Tensor, size: int) -> Tensor:
+    def _means(
+        self, ask: Callable[..., Tensor], rows: LiveTokens, local: Tensor, size: int
+    ) -> Tensor:
         """`[B, M, S]`: mean over heads and over the rows that ask about each image of a sample."""
         places, counts = numbered(list(self.tails))
         asks = torch.zeros(len(local), max(counts.values()), local.shape[1])
         for image, place in places.items():
             asks[image.sample, place, self.tails[image]] = 1.0
         asks = sent(asks, local.device)
+        if not rows.whole:  # of images behind, what is gone does not ask
+            there = rows.to(local.device).alive.gather(1, sent(self.positions, local.device))
+            living = asks * there[:, None]
+            asks = torch.where(living.any(dim=2, keepdim=True), living, asks)
         total: Tensor | None = None
         for start in range(0, local.shape[1], size):
             part = slice(start, start + size)
-            rows = ask(local[:, part], mean_heads=True)
-            found = asks[:, :, part].to(rows) @ rows
+            probs = ask(local[:, part], mean_heads=True)
+            found = asks[:, :, part].to(probs) @ probs
             total = found if total is None else total + found
         assert total is not None
         return total / asks.sum(dim=2, keepdim=True).clamp(min=1.0)

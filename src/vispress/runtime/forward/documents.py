@@ -85,7 +85,9 @@ def _flat_breaks(given: Mapping[str, Any], ids: Any, batch: int, length: int) ->
         ConfigError: A document goes over the end of a row or of the batch.
     """
     bounds: Tensor | None = given.get("cu_seq_lens_q")
-    if bounds is None or any(given.get(name) is None for name in VARLEN):  # bounds are found by positions
+    if bounds is None or any(
+        given.get(name) is None for name in VARLEN
+    ):  # bounds are found by positions
         if batch > 1 or not isinstance(ids, Tensor):
             return None
         places: Tensor = ids.cpu()

@@ -75,7 +75,8 @@ def context_of(
     paired = torch.stack(texts).to(hidden.device)
     if not inside:
         return Context(paired_text=paired)
-    groups = {prompt: i for i, prompt in enumerate(dict.fromkeys(i.prompt for i in state.images))}
+    prompts = dict.fromkeys(image.prompt for image in state.shown_images)
+    groups = {prompt: i for i, prompt in enumerate(prompts)}
     chosen = _chosen(state, groups, rows.length, hidden.device)
     means = _means(chosen, [prompt.row for prompt in groups], rows, hidden)
     numbers = torch.tensor([groups[image.prompt] for image in bucket.images])
@@ -90,12 +91,13 @@ def _chosen(
 
     Where no image is left before the last, the text behind that one stands for them.
     """
-    parts = [(bucket, *_parts(state.images, bucket, groups)) for bucket in state.buckets]
+    images = state.shown_images
+    parts = [(bucket, *_parts(images, bucket, groups)) for bucket in state.buckets]
     led = {  # prompts with something left of images before the last
         group for bucket, _, (_, earlier) in parts if bucket.num_visual for group in earlier
     }
     text = torch.zeros(2, len(groups), length, dtype=torch.bool)
-    for image in (image for image in state.images if image.last):
+    for image in (image for image in images if image.last):
         group = groups[image.prompt]
         text[0, group, image.text_after] = True
         text[1, group, image.text_after] = group not in led

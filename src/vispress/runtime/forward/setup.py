@@ -55,6 +55,7 @@ def find(
     images = _images(located, state.layout, text, valid)
     asking = torch.ones_like(text) if asking is None else asking
     state.images, state.asking = images, asking
+    images = state.shown_images
     if plan.reads_context:
         note_prompt_context(images, embeds)
     if plan.reads_input:
@@ -125,12 +126,14 @@ def _images(
             one.sample, one.capture.modality, one.positions, one.capture, one.number, grid, crops,
             prompt, texts[place.prompt], shown, numbers[prompt.document],
         )  # fmt: skip
-        numbers[prompt.document] += 1
+        numbers[prompt.document] += image.num_shown > 0
         images.append(image)
     for image, one in zip(images, located, strict=True):
         stop = max(image.prompt.stop, one.last + 1)
         image.count_in_prompt = sum(
-            other.prompt.document == image.prompt.document and where.last < stop
+            other.num_shown > 0
+            and other.prompt.document == image.prompt.document
+            and where.last < stop
             for other, where in zip(images, located, strict=True)
         )
     return images

@@ -162,7 +162,7 @@ def _mean_attention(state: ForwardState, placement: Placement, view: BucketView)
     want = _wanted(state, placement, layer)
     assert want.means is not None
     assert want.seen_on is not None
-    places = numbered(state.images)[0]
+    places = numbered(list(want.tails))[0]
     number = sent(torch.tensor([places[image] for image in view.bucket.images]), view.device)
     means = on_device(want.means, view.device)[view.bucket.sample, number]
     return means.gather(1, want.slots(view.local(want.seen_on)))

@@ -99,6 +99,11 @@ class ForwardState:
         return self.rows[-1][1]
 
     @property
+    def shown_images(self) -> Sequence[Image]:
+        """Images of which not all is masked: for a method the others are not there."""
+        return [image for image in self.images if image.num_shown]
+
+    @property
     def untouched(self) -> bool:
         """Whether no row was dropped in this call so far."""
         return len(self.rows) == 1
