@@ -199,7 +199,7 @@ def oracle_expand(
             own.
     """
     documents = torch.zeros(last.shape, dtype=torch.int64) if documents is None else documents
-    places, index = torch.arange(last.shape[1], device=last.device).expand_as(last)
+    places = torch.arange(last.shape[1], device=last.device).expand_as(last)
     index = torch.zeros_like(places)
     for number in documents.unique().tolist():
         own = documents == number
