@@ -99,7 +99,7 @@ class ForwardState:
         return self.rows[-1][1]
 
     @property
-    def shown_images(self) -> Sequence[Image]:
+    def shown_images(self) -> list[Image]:
         """Images of which not all is masked: for a method the others are not there."""
         return [image for image in self.images if image.num_shown]
 

@@ -265,15 +265,17 @@ class _Evicting:
 
     def _answers(self, number: int, device: torch.device) -> Tensor | None:
         """`[B, P]` bool: rows that come behind the prompts that decided; None for none."""
-        state = self.state
-        assert state.layout is not None
-        if state.packed or all(image.prompt.stop >= state.layout.length for image in state.images):
+        layout, found = self.state.layout, None
+        assert layout is not None
+        for image in self.state.images:
+            stop, end = image.prompt.stop, layout.documents[image.prompt.document].stop
+            if image.prompt.ends and stop < end:
+                found = torch.zeros(layout.batch, layout.length) if found is None else found
+                found[image.sample, stop:end] = 1
+        if found is None:
             return None
-        stops = [state.layout.length] * state.layout.batch
-        for image in state.images:
-            stops[image.sample] = min(stops[image.sample], image.prompt.stop)
-        rows = state.rows_at(number).to(device)
-        return rows.index >= sent(torch.tensor(stops), device).unsqueeze(1)
+        rows = self.state.rows_at(number).to(device)
+        return sent(found.bool(), device).gather(1, rows.index)
 
     def _evict(self, number: int, placed: Sequence[Placed]) -> None:
         """Cut a layer's cache to what stays."""
