@@ -112,7 +112,7 @@ class CompressionReport:
         flops: By convention: `"mac3"`, `"flop3"`, `"fastv2"`.
         visual_per_layer: `[layer][sample]`, visual tokens of this prefill that enter each layer.
         notes: What was decided when the model was compressed (scaled layers, substitutes,
-            positions).
+            positions), and what happened in this call: methods that left all as it was, say.
     """
 
     samples: tuple[SampleReport, ...]
@@ -227,7 +227,11 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
         kv_bytes=record.kv_bytes,
         flops=costs,
         visual_per_layer=per_layer,
-        notes=(*record.notes, *(remark for remarks in record.remarks for remark in remarks())),
+        notes=(
+            *record.notes,
+            *record.idle(),
+            *(remark for remarks in record.remarks for remark in remarks()),
+        ),
         _alive=tuple(record.layer_alive),
         _cached=record.layer_cached,
     )

@@ -1,12 +1,14 @@
 """Remember a prefill; a report is made of it only when one is asked for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vispress.kinds import Stage
+from vispress.runtime.forward.apply_placement import asks_prompt
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.plan.bound import BoundPlacement
@@ -70,6 +72,46 @@ class PrefillRecord:
             encoder,
             remarks,
         )
+
+    def idle(self) -> list[str]:
+        """Say which methods left everything as it was, and why: a budget may hold all tokens."""
+        found = []
+        for number in sorted({bound.compressor for bound in self.placements}):
+            bounds = [bound for bound in self.placements if bound.compressor == number]
+            if bounds[0].placement.stage in (Stage.MASK, Stage.CACHE):  # they tell for themselves
+                continue
+            acted = [bound for image in self.images for bound in self._dropping(image, number)]
+            if not any(acted):
+                name = bounds[0].method.name
+                found.append(f"{name}: dropped nothing in this call; {self._why(bounds)}")
+        if self.encoder is not None and self.images:
+            tokens = [image.capture.encoder_tokens[image.number] for image in self.images]
+            if all(entered == left for entered, *_, left in tokens):
+                why = "its budget holds all tokens of the encoder"
+                found.append(f"{self.encoder}: merged nothing in this call; {why}")
+        return found
+
+    def _dropping(self, image: Image, number: int) -> Iterator[bool]:
+        """For each placement of a compressor, whether it dropped any token of an image."""
+        left = image.num_visual if image.shown is None else len(image.shown)
+        for trace in image.trace:
+            bound = self.placements[trace.step]
+            if bound.compressor == number:
+                yield len(trace.index) < left
+            if bound.placement.stage in (Stage.PRE_LLM, Stage.IN_LLM):
+                left = len(trace.index)
+
+    def _why(self, bounds: Sequence[BoundPlacement]) -> str:
+        images, first = self.images, bounds[0]
+        if first.method.needs == "video" and all(image.modality == "image" for image in images):
+            return "it is made for videos, and images pass whole"
+        if asks_prompt(first) and not any(image.prompt.ends for image in images):
+            return "no prompt asks about the images"
+        if all(bound.placement.images == "earlier" for bound in bounds):
+            return "it acts on images before the last, and there is one"
+        if all(bound.placement.adaptive for bound in bounds):
+            return "it chose to keep all"
+        return "its budget holds all visual tokens"
 
 
 def _alive_layers(state: ForwardState) -> list[Tensor]:
