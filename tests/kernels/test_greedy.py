@@ -19,14 +19,18 @@ def agree(request, randn):
     op = OPS[request.param]
 
     def check():
-        x, weight = randn(2, 18, 6), randn(2, 18).abs()
-        # each token six times: two side by side, in three places
-        x = x.repeat_interleave(2, dim=1).repeat(1, 3, 1)
+        # some tokens six times, two side by side in three places; others once, the last heaviest
+        x, weight = randn(2, 12, 6), randn(2, 12).abs()
+        x = torch.cat([x.repeat_interleave(2, dim=1).repeat(1, 3, 1), randn(2, 36, 6)], dim=1)
         weight = weight.repeat_interleave(2, dim=1).repeat(1, 3)
+        weight = torch.cat([weight, randn(2, 36).abs()], dim=1)
+        weight[:, -6:] += 2
         order = op(x, weight, "triton")
         assert torch.equal(order, op(x, weight, "torch"))
-        assert (order < 36).all()
-        assert (order % 2 == 0).all()
+        copies = order[order < 72]
+        assert (copies < 24).all()
+        assert (copies % 2 == 0).all()
+        assert (order >= 102).any(1).all()
 
     return check
 
