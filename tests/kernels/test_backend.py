@@ -86,6 +86,7 @@ def test_triton_is_chosen_when_asked_but_not_for_fp64(device):
     x = torch.ones(1, device=device)
     assert resolve_backend("triton", x) == "triton"
     assert resolve_backend("triton", x, x.double()) == "torch"
+    assert resolve_backend("triton", x.double(), x) == "torch"
 
 
 def test_a_gradient_is_needed_where_autograd_would_record_one():

@@ -44,6 +44,16 @@ def test_kernel_against_reference(randn, device, assert_accurate, B, N, K, D, dt
     assert_accurate(kernel, reference, exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_sums_are_in_fp32(randn, device, assert_accurate, dtype):
+    x, assign = randn(1, 201, 9, dtype=dtype), torch.zeros(1, 201, dtype=torch.int64, device=device)
+    kernel, reference, exact = (
+        merge_tokens(tokens, assign, 1, backend=backend)
+        for tokens, backend in ((x, "triton"), (x, "torch"), (x.double(), "torch"))
+    )
+    assert_accurate(kernel, reference, exact)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_hand_worked(device, backend):
     x = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]], device=device)
