@@ -72,6 +72,10 @@ def run_base(
     call = ModelCall(plan, by_name(type(base).forward, (base, *args), kwargs))
     given = None if lengths is None else as_lengths(lengths)
     call.labels, call.shift_labels, call.prompt_lengths = prompt_ends(base, given, call.rows)
+    # ahead of the prompt's lengths: a chunk of a prompt is refused as what it is
+    for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
+        if output is not None:
+            call.captures[modality] = capture_of(plan, modality, output)
     if brings_images(call.arguments):
         call.fetch()
     elif takes_embeds(call.arguments):
@@ -80,9 +84,6 @@ def run_base(
         if both and call.captures:  # transformers wants one of them
             told_apart = ("self", "input_ids")
             args, kwargs = (), {k: v for k, v in call.arguments.items() if k not in told_apart}
-    for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
-        if output is not None:
-            call.captures[modality] = capture_of(plan, modality, output)
     # a base model is not called inside itself: an entry of its own would be a dead call's
     before = tuple(other for other in MODEL_CALLS.get() if other.plan is not plan)
     # a hook behind the forward would not do: torch runs it on `Exception` alone

@@ -21,9 +21,10 @@ from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.dynamic import check_cache, is_compressed, kv_bytes
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
 from vispress.runtime.plan.plan import Plan
-from vispress.runtime.stages.base import Entering, RuntimeStage
+from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.live_tokens import all_live, gather_rows
+from vispress.types import Stage
 from vispress_kernels.transition_scores import transition_scores
 
 
@@ -72,9 +73,7 @@ def begin(
         ends = find_ends(call, documents, state)
         with full_precision():
             setup.find(plan, state, call, embeds, documents, ends)
-    opened = ((stage.carries, stage.open(state)) for stage in stages)
-    running = Running(state, [(carries, each) for carries, each in opened if each is not None])
-    given[RUNNING] = running
+    running = given[RUNNING] = Running(state, _open(stages, state))
     if captures:
         given["inputs_embeds"] = _before_llm(running, module, given, embeds)
         given["input_ids"] = None
@@ -83,6 +82,21 @@ def begin(
                 capture.release()
     carry_deepstack(given, state)
     return running, given
+
+
+def _open(
+    stages: Sequence[RuntimeStage], state: ForwardState
+) -> list[tuple[frozenset[Stage], StageCall]]:
+    """Open the stages that have something to do in a call; each may refuse its cache."""
+    calls = []
+    for stage in stages:
+        opened = stage.open(state)
+        if opened is None:
+            continue
+        if stage.refuse is not None:
+            stage.refuse(state.plan.implementation, state.cache)
+        calls.append((stage.carries, opened))
+    return calls
 
 
 def _caches(module: Any, given: Mapping[str, Any]) -> bool:

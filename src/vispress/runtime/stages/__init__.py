@@ -24,4 +24,8 @@ def bind_all(binding: Any) -> tuple[Any, ...]:
         VispressError: The chain cannot work on this model; says what would.
     """
     found = (module.bind(binding) for module in stage_files())
-    return tuple(sorted((stage for stage in found if stage is not None), key=lambda s: s.order))
+    stages = sorted((stage for stage in found if stage is not None), key=lambda s: s.order)
+    for stage in stages:
+        if stage.refuse is not None:
+            stage.refuse(binding.adapter.language_model.config._attn_implementation, None)
+    return tuple(stages)

@@ -125,7 +125,7 @@ class RuntimeStage:
         open_static: Begins a decode step on a static cache, which may be compiled: tensors only.
         refuse: Refuses an attention implementation or a cache that the stage cannot work with, by
             an `UnsupportedModelError`; asked when a model is compressed (without a cache) and at
-            each call.
+            each call that it opens.
         watched_layers: Decoder layers whose attention it must see.
         left_layers: Decoder layers whose output it changes.
         install: Puts in hooks beside those of decoder layers; gives what undoes them.

@@ -109,7 +109,6 @@ class Eviction:
         """Begin a prefill."""
         if not state.images:
             return None
-        self.refuse(state.plan.implementation, state.cache)
         call = _Evicting(self, state)
         cuts = any(map(self.loses, state.buckets))  # padding rows are then the same without a cache
         return StageCall(

@@ -37,7 +37,6 @@ def bind(binding: Binding) -> RuntimeStage | None:
 
     Raises:
         ConfigError: Two methods mask pairs, or attention is read in advance of a masking layer.
-        UnsupportedModelError: The model runs FlashAttention.
     """
     step = find_pair_step(binding)
     if step is None:
@@ -94,7 +93,6 @@ class PairStep:
         remembers = isinstance(held, CompressedLayerMixin) and held.pairs is not None
         if not state.images and not remembers:
             return None
-        self.refuse(state.plan.implementation, state.cache)
         pairs = _Pairs(state, self.first, self._masks(state))
         return StageCall(
             own_from=self.first,
@@ -157,7 +155,6 @@ def find_pair_step(binding: Binding) -> PairStep | None:
 
     Raises:
         ConfigError: Two methods mask pairs, or attention is read in advance of a masking layer.
-        UnsupportedModelError: The model runs FlashAttention.
     """
     found: PairStep | None = None
     layers = len(binding.adapter.decoder_layers)
@@ -184,5 +181,4 @@ def find_pair_step(binding: Binding) -> PairStep | None:
                 f"without the pairs that {found.method.name} masks from layer {found.first} on; "
                 f"start {found.method.name} at layer {read + 1}, or read an earlier layer"
             )
-    found.refuse(binding.adapter.language_model.config._attn_implementation, None)
     return found

@@ -1,0 +1,149 @@
+"""What the pages of `docs/` and CONTRIBUTING.md name in backticks is there, and the floors too."""
+
+import ast
+import re
+from functools import cache
+from itertools import pairwise
+from keyword import iskeyword
+from pathlib import Path
+
+import pytest
+
+from tests.test_imports import INNER
+from tests.test_laws_document import COMING
+
+ROOT = Path(__file__).parents[1]
+HOMES = (ROOT, ROOT / "src" / "vispress", ROOT / "src" / "vispress" / "runtime")
+"""Where a path may begin."""
+SOURCES = (ROOT / "src", ROOT / "kernels", ROOT / "tests")
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
+FILE = re.compile(r"[\w.<>-]+(/[\w.<>-]*)+|[\w-]+\.(py|md|yaml|json|toml)")
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+OUTSIDE = ("nn", "torch", "copy", "transformers")
+"""Packages of others, whose names are not looked for."""
+
+
+def quoted(text: str) -> list[str]:
+    """Everything in single backticks, fenced blocks left out."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def sources() -> list[Path]:
+    """All Python files but this one, which names what is not there."""
+    files = (path for home in SOURCES for path in home.rglob("*.py"))
+    return [path for path in files if path != Path(__file__)]
+
+
+@cache
+def words() -> frozenset[str]:
+    """Every name, attribute, parameter, keyword and string of the sources."""
+    found: set[str] = set()
+    for path in sources():
+        found |= {path.stem, path.parent.name}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for field in ("name", "id", "attr", "arg"):
+                found.add(str(getattr(node, field, "")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return frozenset(found)
+
+
+@cache
+def members() -> dict[str, frozenset[str]]:
+    """What stands directly in each class and module of the sources, by its short name."""
+    found: dict[str, set[str]] = {}
+    for path in sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        home = path.parent if path.stem == "__init__" else path.with_suffix("")
+        inside = {child.stem for child in home.iterdir()} if home.is_dir() else set[str]()
+        found.setdefault(home.name, set()).update(inside, _names(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).update(_names(node))
+    return {name: frozenset(inside) for name, inside in found.items()}
+
+
+def _names(node: ast.AST) -> set[str]:
+    """Names that a class or module defines, imports or sets, `self.x` among them."""
+    found = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            found.add(child.name)
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            found.add(child.id)
+        elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+            found.add(child.attr)
+        elif isinstance(child, ast.alias):
+            found.add((child.asname or child.name).split(".")[-1])
+    return found
+
+
+def missing(quote: str) -> bool:
+    """Tell whether a quote looks like a file, a command or a name, and there is no such thing."""
+    if quote.startswith("make "):
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        return not re.search(rf"^{quote.split()[1]}:", makefile, re.MULTILINE)
+    if quote.startswith("python -m "):
+        module = quote.split()[2]
+        homes = (home / Path(*module.split(".")) for home in (ROOT, *SOURCES[:2]))
+        return not any(h.is_dir() or h.with_suffix(".py").exists() for h in homes)
+    if quote in COMING or iskeyword(quote):
+        return False
+    if FILE.fullmatch(quote):
+        if "<" in quote:  # a pattern: something must fit it
+            pattern = re.sub(r"<\w+>", "*", quote)
+            return not any(any(home.glob(pattern)) for home in HOMES)
+        return not any((home / quote).exists() for home in HOMES)
+    name = re.sub(r"\(.*\)$|=.*$", "", quote.lstrip("@"))
+    if not NAME.fullmatch(name) or name.split(".")[0] in OUTSIDE:
+        return False
+    parts = name.split(".")
+    if any(part not in words() for part in parts):
+        return True
+    return any(inside not in members().get(home, {inside}) for home, inside in pairwise(parts))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [quote for quote in quoted(text) if missing(quote)] == []
+
+
+@pytest.mark.parametrize(
+    "quote",
+    [
+        "forward/select.py",
+        "docs/lawes.md",
+        "tests/nowhere/test_<name>.py",
+        "make coffee",
+        "python -m tests.mutant",
+        "PairStepping",
+        "ForwardState.rows_from",
+        "prefill.enter_layers",
+        "vispress.runtime.attach",
+        "Stage.GATES",
+    ],
+)
+def test_what_is_not_there_is_noticed(quote: str) -> None:
+    assert missing(quote)
+
+
+def test_the_floors_of_the_architecture_are_those_that_hold() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    (line,) = re.findall(r"^`hooks`.*?(?=\n\n)", text, flags=re.MULTILINE | re.DOTALL)
+    rows = [re.findall(r"`([\w.]+)`", row) for row in line.split("<")]
+    names = re.findall(r"`([\w.]+)`", line)
+    floors = {name: INNER["vispress.runtime"][f"vispress.runtime.{name}"] for name in names}
+    told = {f"vispress.runtime.{name}" for name in floors} | {"vispress.runtime"}
+    assert told == set(INNER["vispress.runtime"])
+    for lower, upper in pairwise(rows):
+        assert max(floors[name] for name in lower) < min(floors[name] for name in upper)
+
+
+def test_the_architecture_names_every_context_variable() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    for path in (ROOT / "src" / "vispress").rglob("*.py"):
+        for name in re.findall(r"^(\w+): ContextVar\[", path.read_text("utf-8"), re.MULTILINE):
+            if "/decoding/" not in path.as_posix():
+                assert f"`{name}`" in text, f"{name} of {path.name}"
