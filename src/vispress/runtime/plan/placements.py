@@ -30,11 +30,14 @@ def bind_placements(
     notes: list[str] = []
     reached = 0
     for number, method in enumerate(methods):
+        every = method.placements(layers)
         placements = [
             p if p.until is None else replace(p, stage=Stage.SKIP)
-            for p in method.placements(layers)
+            for p in every
             if p.stage is not Stage.ENCODER
         ]
+        if not placements and every and method.encoder_merger() is None:
+            continue  # the encoder's stage says what is missing
         if not placements:
             raise ConfigError(
                 f"{method.name} has no placement before or in an LLM of {layers} layers"
