@@ -59,18 +59,14 @@ class Family:
 def families() -> list[Family]:
     """Every model family that has an adapter, sorted by name."""
     import vispress.adapters  # noqa: F401  (registers the built-in ones)
-    from vispress.adapters.base import ModelAdapter
+    from vispress.adapters.registry import list_adapters
 
     found: dict[str, Family] = {}
-    pending: list[type[ModelAdapter]] = list(ModelAdapter.__subclasses__())
-    while pending:
-        cls = pending.pop()
-        pending += cls.__subclasses__()
-        if "family" in cls.__dict__ and "base_classes" in cls.__dict__:
-            has_cls = inspect.getattr_static(cls, "has_cls")
-            # a property looks at the checkpoint's encoder
-            known = has_cls if isinstance(has_cls, bool) else None
-            found[cls.family] = Family(cls.family, tuple(cls.base_classes), known, cls.kinds)
+    for cls in list_adapters():
+        has_cls = inspect.getattr_static(cls, "has_cls")
+        # a property looks at the checkpoint's encoder
+        known = has_cls if isinstance(has_cls, bool) else None
+        found[cls.family] = Family(cls.family, tuple(cls.base_classes), known, cls.kinds)
     return [found[name] for name in sorted(found)]
 
 

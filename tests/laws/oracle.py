@@ -95,7 +95,8 @@ def oracle_attentions(
     values: Values | None = None,
 ) -> list[Float[Tensor, "B H L L"]]:
     """Attention maps of `oracle_forward` (eager attention), zeros in rows that are not alive."""
-    with _masked(model, inputs, alive, positions, values or {}):
+    documents = torch.zeros_like(alive[0], dtype=torch.long)
+    with _masked(model, inputs, alive, positions, values or {}, documents):
         maps = model(**inputs, use_cache=False, output_attentions=True).attentions
     return [each * live[:, None, :, None] for each, live in zip(maps, alive, strict=True)]
 

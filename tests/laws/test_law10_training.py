@@ -375,9 +375,9 @@ def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
 
 
 def test_a_detached_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vispress.runtime.stages import select
+    from vispress.runtime.forward import apply_placement
 
-    values = select._values
-    monkeypatch.setattr(select, "_values", lambda *a: values(*a).detach())
+    values = apply_placement._values
+    monkeypatch.setattr(apply_placement, "_values", lambda *a: values(*a).detach())
     with pytest.raises(AssertionError):
         test_merged_values_carry_the_true_gradient("llava", "avg_pool")

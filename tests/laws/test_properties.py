@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.laws.cases import FAMILIES, METHODS, NO_BUDGET, model_of, run
+from tests.laws.cases import DROPS, FAMILIES, NO_BUDGET, model_of, run
 from tests.laws.cases import settings as settings_of
 from tests.laws.oracle import oracle_expand, oracle_forward
 from tests.laws.test_law06_budget import asked, assert_met
@@ -25,7 +25,7 @@ FEW = settings(
     suppress_health_check=list(HealthCheck),
 )
 SIZES = ((2, 2), (4, 4), (4, 6), (6, 4))
-DRAWN = tuple(name for name in METHODS if get_method(name).needs is None)
+DRAWN = tuple(name for name in DROPS if get_method(name).needs is None)
 SCHEDULES = ("pyramiddrop", "transprune")
 MEANS = ("adsc", "layerwise", "sparsevlm", "sparsevlm_plus")
 """Methods that read a ratio as a mean over layers, which six layers cannot make small."""

@@ -42,7 +42,7 @@ def test_the_last_stage_ranks_by_the_last_prompt_token():
 
 def test_published_operating_point():
     first, last = LVLMCSP().placements(32)
-    assert (first.stage, first.until, first.budget.resolve(576)) == (Stage.PRE_LLM, 8, 72)
+    assert (first.stage, first.until, first.budget.resolve(576)) == (Stage.SKIP, 8, 72)
     assert (last.layer, last.until, last.budget.resolve(576)) == (16, None, 72)
     assert (last.queries, last.attention_of) == (Queries.LAST, "previous")
     mean = (8 * 72 + 8 * 576 + 16 * 72) / (32 * 576)

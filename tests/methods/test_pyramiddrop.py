@@ -9,7 +9,7 @@ from vispress.types import Queries, Stage
 def test_each_stage_asks_for_the_last_row_of_the_next_layer():
     for placement in PyramidDrop().placements(32):
         assert placement.stage is Stage.IN_LLM
-        assert (placement.queries, placement.attention_of) == (Queries.LAST, "next")
+        assert (placement.queries, placement.attention_of) == (Queries.ENDS, "next")
     assert PyramidDrop.default_positions == "compact"
 
 
