@@ -38,6 +38,13 @@ def register_adapter(*base_classes: str) -> Callable[[A], A]:
     return add
 
 
+def list_adapters() -> list[type[ModelAdapter]]:
+    """List the registered adapter classes, each once, in the order of registration."""
+    import vispress.adapters  # noqa: F401  (registers the built-in ones)
+
+    return list(dict.fromkeys(_ADAPTERS.values()))
+
+
 def list_families(gives: str | None = None) -> list[str]:
     """List the names of the supported model families, sorted.
 

@@ -39,11 +39,6 @@ def bind_placements(
         if not placements and every and method.encoder_merger() is None:
             continue  # the encoder's stage says what is missing
         if not placements:
-            if method.encoder_merger() is None and method.placements(layers):
-                raise UnsupportedMethodError(
-                    f"{method.name}: a placement inside the encoder needs an EncoderMerger, and "
-                    "there can be one"
-                )
             raise ConfigError(
                 f"{method.name} has no placement before or in an LLM of {layers} layers"
             )
