@@ -1,6 +1,6 @@
 """Apply one placement: gather signals, ask the compressor, turn its plans into rows and values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -195,6 +195,19 @@ def asks(state: ForwardState, step: BoundPlacement) -> bool:
 def asks_prompt(step: BoundPlacement) -> bool:
     """Whether a placement decides by the text around an image: a prompt must have an end then."""
     return step.placement.queries is not None or bool(step.method.signals() & PROMPT_SIGNALS)
+
+
+def unasked(state: ForwardState, placements: Iterable[BoundPlacement]) -> Sequence[str]:
+    """Say of which images nothing asks, so that methods which ask the prompt leave them whole."""
+    images = state.shown_images
+    whole = sum(not image.prompt.ends for image in images)
+    names = dict.fromkeys(step.method.name for step in placements if asks_prompt(step))
+    return [
+        f"{name}: {whole} of {len(images)} images pass whole, as no supervised token stands behind "
+        "them and so nothing asks about them"
+        for name in names
+        if whole
+    ]
 
 
 def _passes(step: BoundPlacement, bucket: Bucket) -> bool:

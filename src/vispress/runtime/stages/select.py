@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from vispress.runtime.forward.apply_placement import prune
+from vispress.runtime.forward.apply_placement import prune, unasked
 from vispress.runtime.forward.attention_reads import EnoughRead, attention_layers
 from vispress.runtime.forward.running import RUNNING
 from vispress.runtime.forward.state import ForwardState
@@ -31,7 +31,12 @@ def bind(binding: Binding) -> RuntimeStage | None:
 def _open(state: ForwardState) -> StageCall | None:
     if not state.images:
         return None
-    return StageCall(before_placement=partial(_look_ahead, state), place=partial(prune, state))
+    own = [bound for bound in state.plan.placements if bound.placement.stage in CARRIES]
+    return StageCall(
+        before_placement=partial(_look_ahead, state),
+        place=partial(prune, state),
+        remarks=partial(unasked, state, own),
+    )
 
 
 def _look_ahead(state: ForwardState, bound: BoundPlacement, entering: Entering) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vispress.errors import ConfigError
-from vispress.runtime.forward.apply_placement import choose
+from vispress.runtime.forward.apply_placement import choose, unasked
 from vispress.runtime.forward.attention_reads import attention_layers
 from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.state import ForwardState, Span
@@ -63,7 +63,13 @@ def _open(state: ForwardState) -> StageCall | None:
     if not state.images:
         return None
     skips = _Skips(state)
-    return StageCall(place=skips.place, enter=skips.enter, leave=skips.leave)
+    own = [bound for bound in state.plan.placements if bound.placement.stage in CARRIES]
+    return StageCall(
+        place=skips.place,
+        enter=skips.enter,
+        leave=skips.leave,
+        remarks=partial(unasked, state, own),
+    )
 
 
 @final
