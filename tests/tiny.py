@@ -113,7 +113,7 @@ def make_inputs(
     """Arguments for `model(**inputs)` and `model.generate(**inputs)`.
 
     Args:
-        family: One of `FAMILIES`.
+        family: One of `FAMILIES`, or `"gemma3"` (an image has 16 tokens).
         samples: The prompts.
         padding: `"left"`, `"right"`, or None when all samples have one length.
         seed: Content of sample `i` depends on `seed`, `i` and its parts only.
@@ -137,6 +137,8 @@ def make_inputs(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if family in QWEN:
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+    if family == "gemma3":  # whose image tokens see each other
+        inputs["token_type_ids"] = (ids == IMAGE_ID).long()
     return inputs | _pixel_inputs(family, batch, dtype)
 
 
@@ -201,7 +203,7 @@ def _crops(family: str, part: Image, alone: bool) -> int:
     if family == "internvl":
         tiles = -(-part.h // 8) * -(-part.w // 8)
         return tiles + (tiles > 1)
-    if family == "llava" or (family == "llava_onevision" and not alone):
+    if family in ("llava", "gemma3") or (family == "llava_onevision" and not alone):
         return 1
     anyres = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     config = _counter(family).config

@@ -1,5 +1,6 @@
 """Tiny random multimodal models of seven families, built from configs only (no hub)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ def _text_config(family: str, layers: int) -> dict[str, Any]:
         if family == "qwen3_vl":
             rope["mrope_interleaved"] = True
         return common | {"rope_parameters": rope}
+    if family == "gemma3":  # a rotary base for each kind of layer
+        rope = {"rope_type": "default", "rope_theta": 1000.0}
+        both = {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 300.0}}
+        return common | {"rope_parameters": both}
     model_type = "llama" if family in ("llava", "llava_next") else "qwen2"
     rope = {"rope_type": "default", "rope_theta": 1000.0}
     return common | {"model_type": model_type, "rope_parameters": rope}
@@ -77,6 +82,8 @@ def _vision_config(family: str) -> dict[str, Any]:
             return common | extra | {"vision_use_head": False}
         case "internvl":
             return common | {"image_size": [32, 32], "patch_size": [PATCH, PATCH]}
+        case "gemma3":
+            return common | {"image_size": 32, "vision_use_head": False}
     raise ValueError(f"unknown family {family!r}; known: {FAMILIES}")
 
 
@@ -93,7 +100,16 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
     "internvl": ("InternVLConfig", "InternVLForConditionalGeneration"),
+    "gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration"),
 }
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral"},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 3},
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1},
+    "gemma3": {"sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+}
+"""Language models with `sliding_window`: in all layers, in the last ones, in every other one."""
 
 
 def build(
@@ -103,11 +119,20 @@ def build(
     attn: str = "sdpa",
     seed: int = 0,
     layers: int = 6,
+    text: Mapping[str, Any] | None = None,
 ) -> Any:
     """A random `ForConditionalGeneration` model in eval mode.
 
     Weights are strong enough that logits have a standard deviation of 5 to 10 and attention is far
     from uniform. `generate` never stops early (no eos token) and never draws a placeholder.
+
+    Args:
+        family: One of `FAMILIES`, or `"gemma3"`.
+        dtype: Of all weights.
+        attn: Attention implementation.
+        seed: Of the weights.
+        layers: Decoder layers.
+        text: Settings of the language model in place of the family's (`WINDOWED` has some).
     """
     config_class, model_class = _CLASSES[family]
     ids = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
@@ -118,15 +143,19 @@ def build(
             special["video_token_index"] = VIDEO_ID
     elif family == "internvl":
         special = {"image_token_id": IMAGE_ID}
+    elif family == "gemma3":
+        special = {"image_token_id": IMAGE_ID, "mm_tokens_per_image": 16}
     if family in _PINPOINTS:
         special["image_grid_pinpoints"] = _PINPOINTS[family]
     config = getattr(hf, config_class)(
-        text_config=_text_config(family, layers),
+        text_config=_text_config(family, layers) | dict(text or {}),
         vision_config=_vision_config(family),
         tie_word_embeddings=False,
         **special,
     )
-    model = getattr(hf, model_class)._from_config(config, attn_implementation=attn)
+    # grouped products of experts take no fp64
+    ways = {"attn_implementation": attn, "experts_implementation": "eager"}
+    model = getattr(hf, model_class)._from_config(config, **ways)
     _randomise(model, seed)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD

@@ -127,7 +127,8 @@ class CompressionReport:
     def alive(self, layer: int) -> Tensor:
         """`[B, L]` bool: positions of the full logical sequence that enter decoder layer `layer`.
 
-        Padding counts as not alive; L includes tokens that were in the cache before.
+        Padding counts as not alive; L includes tokens that were in the cache before (those that a
+        sliding window has let go of count as not alive).
 
         Raises:
             IndexError: There is no such layer.

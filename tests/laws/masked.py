@@ -2,11 +2,12 @@
 
 Unlike `oracle_generate`, which re-runs the whole sequence, this lets `generate` run as it likes on
 the untouched model: beams, sampling, several turns. The dropped tokens stay in the cache and are
-masked.
+masked, in the mask that the model itself made for each layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def masked_model(
     """
     stack = language_model(model)
     seen: dict[str, Any] = {}
+    by_type = "layer_type" in signature(stack.rotary_emb.forward).parameters
 
     def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen["ids"] = kwargs.get("position_ids")
@@ -59,20 +61,25 @@ def masked_model(
                     new = torch.cat([part.repeat(repeats, 1) for part in new.split(counts)])
                 hidden = hidden.masked_scatter(where[..., None], new.to(hidden.dtype))
             at = torch.arange(past, total)
-            allow = (torch.arange(total) <= at[:, None]) & live[:, None]
-            own = torch.arange(total) == at[:, None]
-            allow = (allow | (own & ~live[:, past:, None]))[:, None]
+            allow, first = _models_own(kwargs["attention_mask"], past, total)
+            own = torch.arange(first, total) == at[:, None]
+            dead = ~live[:, None, past:, None]
+            allow = (allow & live[:, None, None, first:]) | (own & dead)
             if steps is not None:
                 if index == 0:
                     steps.start(hidden.shape[0], past)
                 allow = steps.narrow(index, allow)
+            if stack.config._attn_implementation == "eager":
+                least = torch.finfo(hidden.dtype).min
+                allow = torch.zeros_like(allow, dtype=hidden.dtype).masked_fill(~allow, least)
             kwargs = kwargs | {"attention_mask": allow}
             if positions == "compact":
                 dropped = (valid & ~live).long().cumsum(1)[:, past:]
                 ids = seen["ids"]
                 ids = at.expand(hidden.shape[0], -1) if ids is None else ids
+                kind = [stack.config.layer_types[index]] if by_type else []
                 kwargs["position_embeddings"] = stack.rotary_emb(
-                    hidden, (ids - dropped).clamp(min=0)
+                    hidden, (ids - dropped).clamp(min=0), *kind
                 )
             return (hidden,), kwargs
 
@@ -102,6 +109,15 @@ def masked_model(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _models_own(mask: Tensor | None, past: int, total: int) -> tuple[Tensor, int]:
+    """`[B or 1, H or 1, Q, K]` bool, what the model lets a layer see, and its first column."""
+    if mask is None:  # then SDPA is causal
+        at = torch.arange(past, total)
+        return (torch.arange(total) <= at[:, None])[None, None], 0
+    mask = mask if mask.dtype == torch.bool else mask == 0
+    return mask, total - mask.shape[-1]
 
 
 def with_valid(alive: Sequence[Tensor], valid: Tensor) -> list[Tensor]:

@@ -7,13 +7,13 @@ from tests.parity.vectors import close, each_case
 from vispress.methods import PruMerge
 from vispress.methods._parts.scoring.outliers import add_neighbours, choose, equal_steps, outliers
 from vispress.methods.base import descending
-from vispress.runtime.hooks.attention import attention_rows
+from vispress.runtime.hooks.attention import Softmax, attention_rows
 
 
 def inputs(case):
     """Attention `[1, N]`, keys and features `[1, N, C]`; the official softmax is over [CLS] too."""
     query, keys = case["in/q_cls"][None, None, None], case["in/keys"][None, None]
-    a = attention_rows(query, keys, None, keys.shape[-1] ** -0.5)[:, 0, 0, 1:]
+    a = attention_rows(query, keys, None, Softmax(keys.shape[-1] ** -0.5))[:, 0, 0, 1:]
     return a, keys[:, 0, 1:], case["in/hidden_with_cls"][None, 1:]
 
 

@@ -10,7 +10,7 @@ from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import upcast
 from vispress.precision import full_precision
 from vispress.runtime.encoder.merging import EncoderMerge
-from vispress.runtime.hooks.attention import attention_rows, current_sink
+from vispress.runtime.hooks.attention import Softmax, attention_rows, current_sink
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
 from vispress_kernels.column_attention import column_attention
@@ -102,7 +102,7 @@ class EncoderSink:
             wide_query, wide_key = (
                 x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query[:, :, :1], key)
             )
-            row = attention_rows(wide_query, wide_key, None, wide_key.shape[-1] ** -0.5)
+            row = attention_rows(wide_query, wide_key, None, Softmax(wide_key.shape[-1] ** -0.5))
             row = row[:, :, 0, 1:]
             self.attention.setdefault((Signal.CLS_WIDE_ATTENTION, layer), []).append(row)
         if Signal.COLUMN_ATTENTION in self._wanted:

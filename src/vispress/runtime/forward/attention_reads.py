@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vispress.devices import sent
 from vispress.methods.base import upcast
-from vispress.runtime.hooks.attention import attention_rows
+from vispress.runtime.hooks.attention import Softmax, attention_rows
 from vispress.runtime.tokens.images import Bucket, Image, numbered
 from vispress.runtime.tokens.live_tokens import LiveTokens
 from vispress.types import Need, Placement, Queries, Signal
@@ -110,7 +110,7 @@ class AttentionRead:
         mask: Tensor | None,
         valid: Tensor | None,
         plain: bool,
-        scaling: float,
+        softmax: Softmax,
         rotary: tuple[Tensor, Tensor] | None,
         backend: Backend,
         documents: Tensor | None = None,
@@ -124,7 +124,7 @@ class AttentionRead:
             mask: 4-D, `[B, S]` (FlashAttention), or None.
             valid: `[B, P]` bool, queries that are no padding; None for all.
             plain: There are no keys but the queries' own, and no mask but causality and padding.
-            scaling: Factor on the logits.
+            softmax: How the layer makes weights of logits.
             rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
             documents: `[B, P]` int64, number of each row's document where rows are packed.
@@ -133,8 +133,8 @@ class AttentionRead:
         if Signal.KEY_NORMS in self.reads:
             self.key_norms = upcast(key).abs().sum(dim=(1, 3))
         if Signal.ROTARY_PRIOR in self.reads:
-            self.rotary, self.scaling = rotary, scaling
-        ask = partial(_attend, query, key, mask, self.offset, scaling, backend, documents)
+            self.rotary, self.scaling = rotary, softmax.scaling
+        ask = partial(_attend, query, key, mask, self.offset, softmax, backend, documents)
         # as many scores at a time as the keys have elements
         size = max(1, key[0, :, 0].numel() // query.shape[1])
         if self.queries is not Queries.ALL:
@@ -148,10 +148,10 @@ class AttentionRead:
                 self.means = self._means(ask, rows, local, size)
         elif Signal.QUERY_ATTENTION in self.reads and self.groups is not None:
             self.rows = self._grouped_means(ask, query, rows, valid, size)
-        elif Signal.QUERY_ATTENTION in self.reads and plain and documents is None:
+        elif Signal.QUERY_ATTENTION in self.reads and plain and softmax.plain and documents is None:
             key = key[:, :, : query.shape[2]]  # a static buffer is longer
             self.rows = column_attention(
-                query, key, valid=valid, causal=True, scale=scaling, backend=backend
+                query, key, valid=valid, causal=True, scale=softmax.scaling, backend=backend
             ).unsqueeze(2)
         elif Signal.QUERY_ATTENTION in self.reads:
             self.rows = _mean_of_all(ask, query, valid, size)
@@ -218,7 +218,7 @@ def _attend(
     key: Tensor,
     mask: Tensor | None,
     offset: int,
-    scaling: float,
+    softmax: Softmax,
     backend: Backend,
     documents: Tensor | None,
     local: Tensor,
@@ -234,7 +234,7 @@ def _attend(
         index = local[:, None, :, None].expand(-1, mask.shape[1], -1, S)
         mask, places = mask.gather(2, index), None
         if mask.dtype != torch.bool or mask.shape[1] > 1:  # numbers to add, or one a head
-            found = attention_rows(query, key, mask, scaling)
+            found = attention_rows(query, key, mask, softmax)
             return found.mean(dim=1) if mean_heads else found
         mask = mask[:, 0]
     elif mask is not None:
@@ -245,12 +245,18 @@ def _attend(
         allowed = same & (keys <= places[:, :, None])
         mask = allowed if mask is None else allowed & mask[:, None]
         places = None
+    if not softmax.plain:
+        if places is not None:
+            seen = torch.arange(S, device=local.device) <= places[:, :, None]
+            mask = seen if mask is None else seen & mask[:, None]
+        found = attention_rows(query, key, None if mask is None else mask[:, None], softmax)
+        return found.mean(dim=1) if mean_heads else found
     return query_attention(
         query,
         key,
         rows=places,
         key_valid=mask,
-        scale=scaling,
+        scale=softmax.scaling,
         mean_heads=mean_heads,
         backend=backend,
     )

@@ -24,7 +24,7 @@ from vispress.runtime.forward.model_call import (
 from vispress.runtime.forward.owner import is_traced, prompt_ends
 from vispress.runtime.hooks.attention import current_sink, watching
 from vispress.runtime.hooks.instance_patch import Original
-from vispress.runtime.kv_cache.dynamic import expect_nothing
+from vispress.runtime.kv_cache.cache_layers import expect_nothing
 from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import RuntimeStage

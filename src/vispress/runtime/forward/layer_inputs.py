@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.dynamic import layer_at, physical_length, upgrade
+from vispress.runtime.kv_cache.cache_layers import layer_at, slots_ahead, upgrade
 from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.tokens import masks
@@ -89,7 +89,7 @@ class LayerInputs:
         past = self.state.past
         if held is None or past == 0:
             return None
-        count = physical_length(held)  # a sliding window's are the latest
+        count = slots_ahead(held)  # a sliding window's are the latest
         if count not in self._plain_past:
             mask, batch = self.state.mask_2d, self.state.rows[0][1].index.shape[0]
             positions = torch.arange(past - count, past, device=device).expand(batch, count)

@@ -18,7 +18,7 @@ from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.dynamic import check_cache, is_compressed, kv_bytes
+from vispress.runtime.kv_cache.cache_layers import check_cache, is_compressed, kv_bytes
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
@@ -66,8 +66,10 @@ def begin(
     if cache is None and captures and _caches(module, given):
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
-        check_cache(cache, plan.num_layers)
+        check_cache(cache, plan.windows)
     state = _make_state(plan, call, given, cache, embeds)
+    length = state.past + embeds.shape[1]
+    masks.check_windows(plan.implementation, plan.windows, length)
     if captures:
         documents = find_documents(state, given)
         ends = find_ends(call, documents, state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vispress.precision import full_precision
 from vispress.runtime.forward.layer_inputs import LayerInputs
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import OBSERVER
+from vispress.runtime.hooks.attention import OBSERVER, Softmax
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.stages.base import Entering, StageCall, Watched
 from vispress.types import Stage
@@ -80,7 +80,7 @@ class Running:
     ) -> Tensor | None:
         """Show a watched attention to the stages, then read the rows that placements want."""
         for attend in self.attends:
-            watched = Watched(query, key, value, mask, kwargs["scaling"])
+            watched = Watched(query, key, value, mask, Softmax.of(kwargs))
             mask = attend(module.layer_idx, watched)
         self.state.observe(module, query, key, mask, kwargs)
         return mask

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from vispress.adapters.decoder import FULL
 from vispress.devices import sent
@@ -17,6 +17,8 @@ from vispress.runtime.forward.attention_reads import (
     TransitionMeasure,
 )
 from vispress.runtime.forward.decision import Decision
+from vispress.runtime.hooks.attention import Softmax
+from vispress.runtime.kv_cache.cache_layers import slots_ahead
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.layout import Prompt, PromptLayout
 from vispress.runtime.plan.plan import Plan
@@ -206,7 +208,7 @@ class ForwardState:
             here = want.layer == module.layer_idx and want.mode == self.mode
             if here and not want.seen and want.needed(self.buckets):
                 rows = self.last if self.mode == "peek" else self.rows_at(want.layer)
-                self.read(want, rows, query, key, mask, float(kwargs["scaling"]))
+                self.read(want, rows, query, key, mask, Softmax.of(kwargs))
         if self.mode == "peek" or (self.mode == "probe" and all(want.seen for want in self.reads)):
             raise EnoughRead
 
@@ -217,13 +219,12 @@ class ForwardState:
         query: Tensor,
         key: Tensor,
         mask: Tensor | None,
-        scaling: float,
+        softmax: Softmax,
     ) -> None:
         """Read some rows of what a layer's attention is called with."""
-        want.offset = self._offset(want.layer, rows)
+        want.offset = self._offset(want.layer, rows, key)
         if self.mode == "peek" and want.offset:  # its update did not run: the past is still apart
-            past = self.cache_layer(want.layer).keys
-            key = torch.cat([past[:, :, : want.offset].to(key.device), key], dim=2)
+            key = torch.cat([self._past_keys(want).to(key.device), key], dim=2)
         valid = self.valid_rows(rows)
         plain = self.past == 0 and not (self.mask_4d or self.packed)
         plain = plain and self.plain_mask(want.layer, mask)
@@ -235,7 +236,7 @@ class ForwardState:
             mask,
             valid,
             plain,
-            scaling,
+            softmax,
             self.rotary,
             self.plan.backend,
             documents,
@@ -247,11 +248,21 @@ class ForwardState:
         numbers = sent(self.layout.document_of, rows.index.device).gather(1, rows.index)
         return numbers if rows.valid is None else numbers.masked_fill(~rows.valid, -1)
 
-    def _offset(self, layer: int, rows: LiveTokens) -> int:
-        """Slot of the chunk's first row among the keys of a layer."""
+    def _offset(self, layer: int, rows: LiveTokens, key: Tensor) -> int:
+        """Slot of the chunk's first row among the keys `[B, Hkv, S, D]` of a layer."""
         if self.cache is None or self.past == 0:
             return 0
         held = self.cache_layer(layer)
-        if isinstance(held, CompressedLayerMixin):
-            return held.physical - (0 if self.mode == "peek" else rows.size)
-        return self.past
+        if self.mode == "peek":
+            return slots_ahead(held)
+        if isinstance(held, DynamicLayer):  # what it held may have left a sliding window by now
+            return key.shape[2] - rows.size
+        return held.physical - rows.size if isinstance(held, CompressedLayerMixin) else self.past
+
+    def _past_keys(self, read: AttentionRead) -> Tensor:
+        """`[B, Hkv, offset, D]`: keys that a layer holds ahead of the chunk's."""
+        held = self.cache_layer(read.layer)
+        keys: Tensor = held.keys
+        # a sliding layer may hold earlier ones, a static buffer has room behind
+        start = keys.shape[2] - read.offset if isinstance(held, DynamicLayer) else 0
+        return keys[:, :, start : start + read.offset]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from vispress.runtime.hooks.attention import Softmax
 from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
 from vispress.runtime.plan.plan import Plan
@@ -80,7 +81,7 @@ class StaticDecodeCall:
         """Show a watched attention to the stages."""
         for call in self.calls:
             if call.attend is not None:
-                watched = Watched(query, key, value, mask, kwargs["scaling"])
+                watched = Watched(query, key, value, mask, Softmax.of(kwargs))
                 mask = call.attend(module.layer_idx, watched)
         return mask
 

@@ -6,9 +6,10 @@ calls the model's own implementation.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -158,11 +159,36 @@ def _defining_module(module: nn.Module) -> str:
     raise RuntimeError(f"no eager attention found for {type(module).__name__}")
 
 
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """How a layer turns products of queries and keys into weights.
+
+    Args:
+        scaling: Factor on the products.
+        softcap: Bound that a tanh keeps the logits in (Gemma 2), or None.
+        sinks: `[H]`, logits that take a share of each query's weight beside its keys' (gpt-oss).
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @classmethod
+    def of(cls, kwargs: Mapping[str, Any]) -> "Softmax":
+        """Read it off the keyword arguments of an attention function."""
+        return cls(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+
+    @property
+    def plain(self) -> bool:
+        """Whether a factor is all there is, which is what kernels compute."""
+        return self.softcap is None and self.sinks is None
+
+
 def attention_rows(
     query: Tensor,
     key: Tensor,
     allowed: Tensor | None,
-    scaling: float,
+    softmax: Softmax,
     *,
     blocked: Tensor | None = None,
 ) -> Tensor:
@@ -172,7 +198,7 @@ def attention_rows(
         query: `[B, H, R, D]`, the wanted rows.
         key: `[B, Hkv, S, D]`; heads are shared in groups (GQA).
         allowed: `[B, 1, R, S]` bool (True = attend), or float (added), or None for all keys.
-        scaling: Factor on the logits.
+        softmax: How the layer makes weights of them.
         blocked: The opposite of a bool `allowed`, which may then be None.
 
     Returns:
@@ -185,7 +211,9 @@ def attention_rows(
         query, key = query.to(dtype), key.to(dtype)
     grouped = query.reshape(B, key.shape[1], groups * R, D)
     # in place: all heads of many rows are large
-    logits = (grouped @ key.transpose(-1, -2)).mul_(scaling).view(B, H, R, key.shape[2])
+    logits = (grouped @ key.transpose(-1, -2)).mul_(softmax.scaling).view(B, H, R, key.shape[2])
+    if softmax.softcap is not None:
+        logits.div_(softmax.softcap).tanh_().mul_(softmax.softcap)
     if allowed is not None and allowed.dtype == torch.bool:
         blocked = ~allowed
     elif allowed is not None:
@@ -193,4 +221,8 @@ def attention_rows(
     if blocked is not None:
         logits.masked_fill_(blocked, float("-inf"))
     # a row with no key at all (padding) gives zeros, not NaN
-    return logits.softmax(dim=-1).nan_to_num_(0.0)
+    rows = logits.softmax(dim=-1).nan_to_num_(0.0)
+    if softmax.sinks is not None:  # the share of the keys, given how much they and the sink weigh
+        sinks = softmax.sinks.detach().to(dtype).view(1, H, 1, 1)
+        rows *= (logits.logsumexp(dim=-1, keepdim=True) - sinks).sigmoid_()
+    return rows

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
-from vispress.errors import CompressionStateError, UnsupportedModelError
+from vispress.errors import CompressionStateError
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
-from vispress.runtime.kv_cache.static import CompressedStaticLayer
 
 
 class CompressedDynamicLayer(CompressedLayerMixin, DynamicLayer):
@@ -112,98 +111,3 @@ def crop_count(tokens_to_remove: int, logical: int) -> int:
     if tokens_to_remove > 0:
         return max(0, logical - tokens_to_remove)
     return min(logical, -tokens_to_remove)
-
-
-def is_compressed(cache: Cache | None) -> bool:
-    """Whether some layer of the cache was filled by a compressed prefill."""
-    return cache is not None and any(
-        isinstance(layer, CompressedLayerMixin) for layer in getattr(cache, "layers", ())
-    )
-
-
-def expect_nothing(cache: Cache | None) -> None:
-    """Take back what layers of a cache expect of a call that was interrupted."""
-    for layer in [] if cache is None else getattr(cache, "layers", ()):
-        if isinstance(layer, CompressedLayerMixin):
-            layer.expect_nothing()
-
-
-def check_cache(cache: Cache, num_layers: int) -> None:
-    """Refuse, by name, caches whose rows the runtime cannot keep short.
-
-    Args:
-        cache: The cache.
-        num_layers: Of the decoder.
-
-    Raises:
-        UnsupportedModelError: The cache or one of its layers is of an unsupported kind.
-        CompressionStateError: An interrupted forward has filled some of its layers.
-    """
-    works = "use DynamicCache() or StaticCache(config, max_cache_len)"
-    if not hasattr(cache, "layers"):
-        raise UnsupportedModelError(
-            f"{type(cache).__name__} is not supported under compression; {works}"
-        )
-    if getattr(cache, "offloading", False):
-        raise UnsupportedModelError(
-            f"an offloaded KV cache is not supported under compression; {works}"
-        )
-    kinds = (DynamicLayer, StaticLayer, CompressedDynamicLayer, CompressedStaticLayer)
-    replicate = getattr(cache, "layer_class_to_replicate", None)
-    for kind in {type(layer) for layer in cache.layers} | ({replicate} if replicate else set()):
-        if kind not in kinds:
-            raise UnsupportedModelError(
-                f"cache layers of kind {kind.__name__} are not supported under compression; {works}"
-            )
-    _check_whole(cache, num_layers)
-
-
-def _check_whole(cache: Cache, num_layers: int) -> None:
-    """Refuse a growing cache that a forward has filled in part: its layers disagree from there."""
-    layers = cache.layers
-    if not layers or isinstance(layers[0], StaticLayer):  # whose lengths would wait for the device
-        return
-    first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
-    last = last if len(layers) >= num_layers else 0
-    if first != last:
-        raise CompressionStateError(
-            f"this KV cache holds a part of an interrupted forward (layer 0 {first} tokens, layer "
-            f"{num_layers - 1} {last}); start with a new cache"
-        )
-
-
-def layer_at(cache: Cache, index: int) -> CacheLayerMixin:
-    """The cache's layer, made if the cache makes its layers lazily."""
-    while len(cache.layers) <= index:
-        cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers[index]
-
-
-def physical_length(layer: CacheLayerMixin) -> int:
-    """Slots in use, compressed or not."""
-    return (
-        layer.physical if isinstance(layer, CompressedLayerMixin) else int(layer.get_seq_length())
-    )
-
-
-def upgrade(cache: Cache, index: int, slots: Slots) -> CompressedLayerMixin:
-    """Replace layer `index` in place by its compressed twin; `slots` describe what it holds now."""
-    layer = cache.layers[index]
-    new: CompressedLayerMixin
-    if isinstance(layer, StaticLayer):
-        new = CompressedStaticLayer.upgrade(layer, slots)
-    else:
-        assert isinstance(layer, DynamicLayer)
-        new = CompressedDynamicLayer.upgrade(layer, slots)
-    cache.layers[index] = new
-    return new
-
-
-def kv_bytes(cache: Cache | None) -> int:
-    """Bytes of keys and values held by a cache, padding slots included."""
-    layers = [] if cache is None else cache.layers
-    total = 0
-    for layer in layers:
-        for tensor in (layer.keys, layer.values):
-            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
-    return total

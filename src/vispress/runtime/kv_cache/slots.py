@@ -28,6 +28,23 @@ class Slots:
     shift: Tensor | None
     logical: int
     _selected: list[tuple[Tensor, "Slots"]] = field(default_factory=list)
+    _later: dict[int, "Slots"] = field(default_factory=dict)
+    _newest: list[int] | None = None
+
+    def newest(self) -> list[int]:
+        """For each slot, the latest position that a sample has there, or -1: waits, but once."""
+        if self._newest is None:
+            held = self.positions
+            held = held if self.valid is None else held.masked_fill(~self.valid, -1)
+            self._newest = held.amax(dim=0).tolist()
+        return self._newest
+
+    def from_slot(self, start: int) -> "Slots":
+        """Leave out the first slots; one object for layers that share this one."""
+        if start not in self._later:
+            valid = None if self.valid is None else self.valid[:, start:]
+            self._later[start] = Slots(self.positions[:, start:], valid, self.shift, self.logical)
+        return self._later[start]
 
     def behind(self, before: "Slots | None") -> "Slots":
         """These slots of a chunk, stored behind what the layer held."""
@@ -170,11 +187,18 @@ class CompressedLayerMixin(CacheLayerMixin):
     """What a mask of pairs needs of earlier rows; kept by every layer that has one."""
     logical_capacity: int | None = None
     """Of a preallocated layer: logical tokens that it was asked to hold."""
+    keeps_all: bool = False
+    """Whether what is out of a sliding window stays: something counts its slots."""
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None
     slots: Slots
     """What the physical slots hold; a preallocated layer reads it off its buffers."""
+
+    @property
+    def attended(self) -> Slots:
+        """What the slots held that attention was given by the last call."""
+        return self.slots
 
     @property
     def physical(self) -> int:

@@ -6,7 +6,7 @@ from functools import cached_property
 from torch import Tensor
 
 from vispress.adapters.base import ModelAdapter
-from vispress.adapters.decoder import has_rotary_by_type
+from vispress.adapters.decoder import has_rotary_by_type, window_of
 from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime.plan.bound import BoundPlacement
@@ -40,6 +40,9 @@ class Plan:
         self.feature_choice = adapter.feature_choice({})
         self.placeholders = adapter.placeholders()
         self.layer_types = tuple(adapter.layer_types)
+        config = adapter.language_model.config
+        self.windows = tuple(window_of(config, kind) for kind in self.layer_types)
+        """Positions that each decoder layer sees; None for all."""
         self._rotary_by_type = has_rotary_by_type(adapter.language_model)
         at: dict[int, tuple[BoundPlacement, ...]] = {}
         for bound in placements:

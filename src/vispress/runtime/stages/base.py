@@ -19,6 +19,7 @@ from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import Compressor
 from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.hooks.attention import Softmax
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.plan.plan import Plan
 from vispress.types import Stage
@@ -72,14 +73,14 @@ class Watched(NamedTuple):
         key: `[B, Hkv, S, D]`, the past included.
         value: `[B, Hkv, S, D]`.
         mask: As its implementation takes it, or None.
-        scaling: Factor on the logits.
+        softmax: How the layer makes weights of logits.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None
-    scaling: float
+    softmax: Softmax
 
 
 @final

@@ -228,7 +228,7 @@ class _Evicting:
     def _show(self, number: int, watched: Watched) -> list[tuple[Bucket, Tensor, CachedTokens]]:
         """Each bucket that loses tokens in this layer, its slots, and what the method is shown."""
         state, eviction = self.state, self.eviction
-        query, key, value, mask, scaling = watched
+        query, key, value, mask, softmax = watched
         buckets = [b.to(query.device) for b in state.buckets if eviction.loses(b)]
         if not buckets:
             return []
@@ -241,7 +241,7 @@ class _Evicting:
         read = read_of(placement, number, state.images, state.layout, state.asking)
         read.reads.add(Signal.QUERY_ATTENTION)
         rows = state.rows_at(number).to(query.device)
-        state.read(read, rows, query, key, mask, scaling)
+        state.read(read, rows, query, key, mask, softmax)
         shown = []
         for bucket in buckets:
             view = BucketView(bucket)

@@ -9,7 +9,7 @@ whole sequence (`tokens.pair_masks`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ class PairStep:
         return StageCall(
             own_from=self.first,
             place=partial(_place, state),
+            layer_kwargs=pairs.hold,
             attend=pairs.attend,
             remarks=partial(_remarks, self.method.name, pairs.masks),
         )
@@ -123,6 +124,14 @@ class _Pairs:
     first: int
     masks: PairMasks
 
+    def hold(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Let a masking layer's cache keep every slot: what it remembers counts them."""
+        if number >= self.first:
+            held = self.state.cache_layer(number)
+            if isinstance(held, CompressedLayerMixin):
+                held.keeps_all = True
+        return kwargs
+
     def attend(self, number: int, watched: Watched) -> Tensor | None:
         """Give the mask without the pairs that the method leaves out."""
         state = self.state
@@ -132,7 +141,7 @@ class _Pairs:
         real = None if min(rows.counts) == rows.size else state.row_validity(rows)
         held = None if state.cache is None else state.cache.layers[number]
         pairs = LayerPairs(self.masks, number, self.masks.places(rows, real), held)
-        return pairs.narrow(watched.query, watched.key, watched.mask, watched.scaling)
+        return pairs.narrow(watched.query, watched.key, watched.mask, watched.softmax)
 
 
 def _place(state: ForwardState, bound: BoundPlacement, hidden: Tensor) -> Decision | None:

@@ -16,7 +16,8 @@ from vispress.runtime.forward.apply_placement import asks
 from vispress.runtime.forward.attention_reads import EnoughRead, attention_layers
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer, physical_length
+from vispress.runtime.kv_cache.cache_layers import slots_ahead
+from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer
 from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
@@ -94,7 +95,7 @@ def _view(cache: Cache, count: int) -> Cache:
 def _twin(held: CacheLayerMixin) -> CacheLayerMixin:
     if isinstance(held, DynamicLayer):
         return copy(held)  # grows into new tensors
-    layer, length = DynamicLayer(), physical_length(held)  # a static buffer grows in place
+    layer, length = DynamicLayer(), slots_ahead(held)  # a static buffer grows in place
     assert held.keys is not None
     assert held.values is not None
     layer.update(held.keys[:, :, :length], held.values[:, :, :length])

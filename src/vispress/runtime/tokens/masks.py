@@ -1,5 +1,7 @@
 """Attention masks of short layers: cut from the full sequence's, or made where these are plain."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,30 @@ def check_implementation(name: str | None) -> str:
         f"attention implementation {name!r} is not supported under compression; "
         "use 'sdpa', 'flash_attention_2' or 'eager'"
     )
+
+
+def check_windows(name: str | None, windows: Sequence[int | None], length: int) -> None:
+    """Refuse FlashAttention where a window is shorter than the sequence.
+
+    Such a kernel counts the window in keys; where tokens were dropped, a key is no position.
+
+    Args:
+        name: The attention implementation.
+        windows: Positions that each decoder layer sees; None for all.
+        length: Logical length with the chunk.
+
+    Raises:
+        UnsupportedModelError: Names the window, the length, and what works.
+    """
+    if check_implementation(name) != "flash":
+        return
+    window = min((window for window in windows if window is not None), default=length)
+    if length > window:
+        raise UnsupportedModelError(
+            f"attention implementation {name!r} counts the model's window of {window} in keys, "
+            f"which are no positions under compression, and the sequence has {length}; use 'sdpa' "
+            "or 'eager', or keep the sequence within the window"
+        )
 
 
 def make_mask(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vispress.devices import sent
 from vispress.methods.pair_masker import PairMasker
-from vispress.runtime.hooks.attention import attention_rows
+from vispress.runtime.hooks.attention import Softmax, attention_rows
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, PairMemory, PairSlots
 from vispress.runtime.tokens.live_tokens import LiveTokens
 
@@ -160,21 +160,21 @@ class LayerPairs:
         self.pairs, self.number, self.here = pairs, number, here
         self.held = held if isinstance(held, CompressedLayerMixin) else None
 
-    def narrow(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def narrow(self, query: Tensor, key: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
         """The mask without the pairs that the method leaves out.
 
         Args:
             query: `[B, H, P, D]`, post-RoPE.
             key: `[B, Hkv, S, D]`, the past included.
             mask: `[B or 1, H or 1, P, >= S]` bool or additive; None for all keys up to the row.
-            scaling: Factor on the logits.
+            softmax: How the layer makes weights of logits.
         """
         old = None if self.held is None else self.held.pairs
         before, shape = None if old is None else old.slots, (query.shape[2], key.shape[2])
         shared = self.pairs.shared(self.here, before, mask, shape)
         with torch.no_grad():
             gone = self.pairs.decide(
-                self.number, lambda: self._decide(shared, old, query, key, scaling), shared.count
+                self.number, lambda: self._decide(shared, old, query, key, softmax), shared.count
             )
         if self.number == self.pairs.last:
             self.pairs.forget()
@@ -186,9 +186,9 @@ class LayerPairs:
         old: PairMemory | None,
         query: Tensor,
         key: Tensor,
-        scaling: float,
+        softmax: Softmax,
     ) -> Tensor:
-        text, image = self._rows(shared, query, key, scaling)
+        text, image = self._rows(shared, query, key, softmax)
         if old is not None:
             earlier, more = old.attention, image.shape[2] - old.attention.shape[2]
             earlier = F.pad(earlier, (0, more)) if more else earlier  # it saw none of the new
@@ -199,7 +199,7 @@ class LayerPairs:
         return shared.seen.masked_fill(keep, False)
 
     def _rows(
-        self, shared: _Shared, query: Tensor, key: Tensor, scaling: float
+        self, shared: _Shared, query: Tensor, key: Tensor, softmax: Softmax
     ) -> tuple[Tensor, Tensor]:
         """`[B, R, T]` and `[B, R, N]`: attention of the chunk's text to text and to images."""
         text, image = [], []
@@ -211,7 +211,7 @@ class LayerPairs:
                 for mask in (shared.allowed, shared.blocked)
             )
             asked = query.gather(2, at)
-            rows = attention_rows(asked, key, allowed, scaling, blocked=blocked).mean(dim=1)
+            rows = attention_rows(asked, key, allowed, softmax, blocked=blocked).mean(dim=1)
             if self.here.text_valid is not None:
                 rows = rows * self.here.text_valid[:, block, None]
             text.append(_columns(rows, shared.slots.text, shared.slots.text_valid))

@@ -1,0 +1,140 @@
+"""The layers of a user's cache: which kinds work, how long they are, their compressed twins."""
+
+from collections.abc import Sequence
+
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from vispress.errors import CompressionStateError, UnsupportedModelError
+from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer
+from vispress.runtime.kv_cache.sliding import CompressedSlidingLayer
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
+from vispress.runtime.kv_cache.static import CompressedStaticLayer
+
+_KINDS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    CompressedDynamicLayer,
+    CompressedSlidingLayer,
+    CompressedStaticLayer,
+)
+
+
+def is_compressed(cache: Cache | None) -> bool:
+    """Tell whether some layer of the cache was filled by a compressed prefill."""
+    return cache is not None and any(
+        isinstance(layer, CompressedLayerMixin) for layer in getattr(cache, "layers", ())
+    )
+
+
+def expect_nothing(cache: Cache | None) -> None:
+    """Take back what layers of a cache expect of a call that was interrupted."""
+    for layer in [] if cache is None else getattr(cache, "layers", ()):
+        if isinstance(layer, CompressedLayerMixin):
+            layer.expect_nothing()
+
+
+def check_cache(cache: Cache, windows: Sequence[int | None]) -> None:
+    """Refuse, by name, cache kinds whose rows the runtime cannot keep short.
+
+    Args:
+        cache: The cache.
+        windows: Positions that each decoder layer sees; None for all.
+
+    Raises:
+        UnsupportedModelError: The cache or one of its layers is of an unsupported kind.
+        CompressionStateError: An interrupted forward has filled some of its layers.
+    """
+    works = "use DynamicCache() or StaticCache(config, max_cache_len)"
+    if not hasattr(cache, "layers"):
+        raise UnsupportedModelError(
+            f"{type(cache).__name__} is not supported under compression; {works}"
+        )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedModelError(
+            f"an offloaded KV cache is not supported under compression; {works}"
+        )
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    for kind in {type(layer) for layer in cache.layers} | ({replicate} if replicate else set()):
+        if kind is StaticSlidingWindowLayer:
+            raise UnsupportedModelError(
+                "a static cache of a model with sliding windows (StaticSlidingWindowLayer) is not "
+                "supported under compression; use DynamicCache(), or DynamicCache(config=...), "
+                "whose layers hold what their windows see"
+            )
+        if kind not in _KINDS:
+            raise UnsupportedModelError(
+                f"cache layers of kind {kind.__name__} are not supported under compression; {works}"
+            )
+    for number, (layer, window) in enumerate(zip(cache.layers, windows, strict=False)):
+        held = getattr(layer, "sliding_window", None)
+        if held is not None and (window is None or held < window):
+            sees = "everything" if window is None else f"{window} positions"
+            raise UnsupportedModelError(
+                f"cache layer {number} ({type(layer).__name__}) holds {held} positions, and "
+                f"decoder layer {number} sees {sees}; use DynamicCache(), or "
+                "DynamicCache(config=...) with the config of this model"
+            )
+    _check_whole(cache, len(windows))
+
+
+def _check_whole(cache: Cache, num_layers: int) -> None:
+    """Refuse a growing cache that a forward has filled in part: its layers disagree from there."""
+    layers = cache.layers
+    if not layers or isinstance(layers[0], StaticLayer):  # whose lengths would wait for the device
+        return
+    first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
+    last = last if len(layers) >= num_layers else 0
+    if first != last:
+        raise CompressionStateError(
+            f"this KV cache holds a part of an interrupted forward (layer 0 {first} tokens, layer "
+            f"{num_layers - 1} {last}); start with a new cache"
+        )
+
+
+def layer_at(cache: Cache, index: int) -> CacheLayerMixin:
+    """Give the cache's layer, made if the cache makes its layers lazily."""
+    while len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
+
+
+def slots_ahead(layer: CacheLayerMixin) -> int:
+    """Count the slots that a layer will hand to attention ahead of a chunk's, compressed or not."""
+    if isinstance(layer, CompressedLayerMixin):
+        return layer.physical
+    if isinstance(layer, DynamicSlidingWindowLayer):  # it may hold more, to be cropped
+        return int(layer.get_mask_sizes(0)[0])
+    return int(layer.get_seq_length())
+
+
+def upgrade(cache: Cache, index: int, slots: Slots) -> CompressedLayerMixin:
+    """Replace layer `index` in place by its compressed twin; `slots` describe what it holds now."""
+    layer = cache.layers[index]
+    new: CompressedLayerMixin
+    if isinstance(layer, StaticLayer):
+        new = CompressedStaticLayer.upgrade(layer, slots)
+    else:
+        assert isinstance(layer, DynamicLayer)
+        sliding = isinstance(layer, DynamicSlidingWindowLayer)
+        kind = CompressedSlidingLayer if sliding else CompressedDynamicLayer
+        new = kind.upgrade(layer, slots)
+    cache.layers[index] = new
+    return new
+
+
+def kv_bytes(cache: Cache | None) -> int:
+    """Count the bytes of keys and values held by a cache, padding slots included."""
+    layers = [] if cache is None else cache.layers
+    total = 0
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            total += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return total
