@@ -60,7 +60,7 @@ class TowerAdapter(ModelAdapter):
         names = ("vision_feature_layer", "vision_feature_select_strategy")
         given = {name: call.get(name) for name in names}
         chosen = {
-            name: getattr(self.base.config, name) if value is None else value
+            name: getattr(self.base.config, name, None) if value is None else value
             for name, value in given.items()
         }
         layer = chosen[names[0]]
