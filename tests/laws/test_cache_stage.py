@@ -122,9 +122,11 @@ def evicted_model(model: Any, alive: Sequence[Tensor], cached: Sequence[Tensor])
             handle.remove()
 
 
-def facts(report: Any) -> tuple[list[Tensor], list[Tensor]]:
-    layers = range(report.num_layers)
-    return [report.alive(i) for i in layers], [report.cached(i) for i in layers]
+def facts(report: Any, inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """What of the prompt is alive and cached; a report goes on to the conversation's end."""
+    layers, length = range(report.num_layers), inputs["input_ids"].shape[1]
+    cached = [report.cached(i)[..., :length] for i in layers]
+    return [report.alive(i)[:, :length] for i in layers], cached
 
 
 @pytest.mark.parametrize("chain", METHODS)
@@ -133,7 +135,7 @@ def test_decoding_equals_the_masked_model(family: str, chain: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
     with compressed(model, METHODS[chain], positions="original") as report:
         got = generate(model, inputs)
-        alive, cached = facts(report)
+        alive, cached = facts(report, inputs)
     with evicted_model(model, alive, cached):
         expected = generate(model, inputs)
     assert torch.equal(got.sequences, expected.sequences)
@@ -151,7 +153,7 @@ def test_every_mode_of_generation_equals_the_masked_model(family: str, mode: str
     )
     with compressed(model, AttendedCache(num_tokens=4)) as report:
         got = generate(model, inputs, **MODES[mode])
-        alive, cached = facts(report)
+        alive, cached = facts(report, inputs)
     if mode == "no_cache":  # each step runs the prompt again: this one's facts are of the last
         alive, cached = facts_of_prompt(model, inputs)
     batch = len(inputs["input_ids"])
@@ -164,7 +166,7 @@ def test_every_mode_of_generation_equals_the_masked_model(family: str, mode: str
 def facts_of_prompt(model: Any, inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     with compressed(model, AttendedCache(num_tokens=4)) as report, torch.no_grad():
         model(**inputs)
-        return facts(report)
+        return facts(report, inputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,7 +208,7 @@ def test_methods_that_allocate_and_that_merge() -> None:
     with compressed(model, Shares(num_tokens=6)) as report, torch.no_grad():
         cache = DynamicCache()
         model(**inputs, **{CACHE: cache})
-        alive, cached = facts(report)
+        alive, cached = facts(report, inputs)
         got = generate(model, inputs)
     sizes = [layer.keys.shape[2] for layer in cache.layers]
     assert [b - a for a, b in pairwise(sizes)] == [2] * 5
@@ -264,7 +266,7 @@ def test_a_later_turn_sees_what_is_cached() -> None:
     turn, cache = torch.full((1, 3), 9), DynamicCache()
     with compressed(model, AttendedCache(num_tokens=4)) as report, torch.no_grad():
         model(**inputs, **{CACHE: cache})
-        alive, cached = facts(report)
+        alive, cached = facts(report, inputs)
         got = model(input_ids=turn, **{CACHE: cache}).logits
     other = DynamicCache()
     with evicted_model(model, alive, cached), torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from vispress import compress_model, compressed, compression_report, remove_compression
 from vispress.errors import CompressionStateError
-from vispress.runtime.kv_cache.dynamic import kv_bytes
+from vispress.runtime.kv_cache.cache_layers import kv_bytes
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
 PROMPTS = (Sample([Text(5), Image(), Text(4)]), Sample([Text(2), Image(), Text(9)]))
