@@ -198,6 +198,7 @@ class Attachment:
         if record is not None:
             record.encoder = next((s.encoder_method for s in self.stages if s.encode), None)
         self.turns.note(running.state, record)
+        running.state.release()
         return output
 
     def _layer_starts(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -136,6 +136,12 @@ class ForwardState:
         """Let the rows of a decision be those from `layer` on."""
         self.rows.append((layer, decision.rows))
 
+    def release(self) -> None:
+        """Let go of what no report and no checkpointed layer reads: reports may keep the state."""
+        self.cache = self.input_embeddings = self.mask_2d = None
+        self.text_embeddings, self.transitions, self.evicted = {}, {}, {}
+        self.forget_reads(self.plan.num_layers)
+
     def forget_reads(self, layer: int) -> None:
         """Let go of attention rows that no placement behind `layer` reads: they are large."""
         for read in self.reads:

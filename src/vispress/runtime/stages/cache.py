@@ -109,7 +109,7 @@ class Eviction:
         """Begin a prefill."""
         if not state.images:
             return None
-        call = _Evicting(self, state)
+        call = _Evicting(self, state, caches=state.cache is not None)
         cuts = any(map(self.loses, state.buckets))  # padding rows are then the same without a cache
         return StageCall(
             own_from=self.placement.layer if cuts else None,
@@ -163,6 +163,7 @@ class _Evicting:
         state: The call.
         shown: By layer, what a method that allocates is shown in the end.
         decided: By layer, what stays.
+        caches: Whether there is a cache to evict from.
         kept: Of each layer that was cut, tokens that stay cached and tokens there were.
     """
 
@@ -170,6 +171,7 @@ class _Evicting:
     state: ForwardState
     shown: dict[int, list[tuple[Bucket, Tensor, CachedTokens]]] = field(default_factory=dict)
     decided: dict[int, list[Placed]] = field(default_factory=dict)
+    caches: bool = False
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def attend(self, number: int, watched: Watched) -> Tensor | None:
@@ -218,7 +220,7 @@ class _Evicting:
     def remarks(self) -> Sequence[str]:
         """Say what stayed cached, or why nothing left."""
         name = self.eviction.method.name
-        if self.state.cache is None:
+        if not self.caches:
             return (f"{name}: no KV cache in this call, so nothing was evicted",)
         if not self.kept:
             return (f"{name}: every visual token stays cached",)
