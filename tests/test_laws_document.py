@@ -14,7 +14,6 @@ COMING = {
     for name in (
         "13_masks",
         "14_prompt_decides",
-        "15_precision",
     )
 }
 """Files of laws that are being written."""
