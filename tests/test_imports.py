@@ -108,7 +108,6 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.prefill_record": 12,
         "vispress.runtime.forward.base_model": 13,
         "vispress.runtime.forward.prefill": 13,
-        "vispress.runtime.forward.turns": 13,
         "vispress.runtime.attachment": 14,
         "vispress.runtime": 15,
     },

@@ -141,16 +141,17 @@ def compressed(
 
 
 def compression_report(model: nn.Module) -> CompressionReport:
-    """Tell what the last prefill with visual tokens kept, and where.
-
-    It is of the conversation that the last call belongs to: turns of text and decoded tokens behind
-    that prefill are counted in (see `CompressionReport`).
+    """What the last prefill kept, and where.
 
     Raises:
-        CompressionStateError: The model is not compressed, saw no visual tokens yet, or its last
-            call was of another conversation, which holds none.
+        CompressionStateError: The model is not compressed, or saw no visual tokens yet.
     """
-    return build_report(_attachment(model).turns.conversation())
+    record = _attachment(model).record
+    if record is None:
+        raise CompressionStateError(
+            "no report yet: the model saw no visual tokens since it was compressed"
+        )
+    return build_report(record)
 
 
 class ReportView:
@@ -158,14 +159,11 @@ class ReportView:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: nn.Module | None = model
-        self._last: CompressionReport | CompressionStateError | None = None
+        self._last: CompressionReport | None = None
 
     def _close(self) -> None:
-        if self._model is not None:
-            try:
-                self._last = compression_report(self._model)
-            except CompressionStateError as error:
-                self._last = error.with_traceback(None)
+        if self._model is not None and _attachment(self._model).record is not None:
+            self._last = compression_report(self._model)
         self._model = None
 
     def __getattr__(self, name: str) -> Any:
@@ -178,12 +176,12 @@ class ReportView:
         """The report itself.
 
         Raises:
-            CompressionStateError: As `compression_report`.
+            CompressionStateError: No visual tokens were seen.
         """
         if self._model is not None:
             return compression_report(self._model)
-        if not isinstance(self._last, CompressionReport):
-            raise CompressionStateError(f"{self._last}; the block has ended")
+        if self._last is None:
+            raise CompressionStateError("no report: the model saw no visual tokens in the block")
         return self._last
 
     def __str__(self) -> str:

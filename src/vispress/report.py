@@ -11,7 +11,6 @@ from vispress.flops import CONVENTIONS, flops
 
 if TYPE_CHECKING:
     from vispress.runtime.forward.prefill_record import PrefillRecord
-    from vispress.runtime.forward.turns import Conversation
     from vispress.runtime.tokens.images import Image
 
 
@@ -104,17 +103,12 @@ class Flops:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """The last prefill with visual tokens of a compressed model, and its conversation since.
+    """The last prefill of a compressed model.
 
     Args:
         samples: One entry a sample.
         num_layers: Decoder layers.
-        turn: The turn whose prefill this is, from 1. A turn is a call of several tokens on the
-            conversation's KV cache, or a `generate`.
-        turns: Turns of the conversation by now; those behind `turn` brought text alone.
-        length: Tokens of the conversation by now: its logical length, padding included.
-        kv_bytes: Bytes of keys and values in the conversation's cache now (0 without a cache).
-            Where the cache is gone, length and bytes are those that the prefill left.
+        kv_bytes: Bytes of keys and values in the cache after the prefill (0 without a cache).
         flops: By convention: `"mac3"`, `"flop3"`, `"fastv2"`.
         visual_per_layer: `[layer][sample]`, visual tokens of this prefill that enter each layer.
         notes: What was decided when the model was compressed (scaled layers, substitutes,
@@ -123,9 +117,6 @@ class CompressionReport:
 
     samples: tuple[SampleReport, ...]
     num_layers: int
-    turn: int
-    turns: int
-    length: int
     kv_bytes: int
     flops: Mapping[str, Flops]
     visual_per_layer: tuple[tuple[int, ...], ...]
@@ -136,9 +127,8 @@ class CompressionReport:
     def alive(self, layer: int) -> Tensor:
         """`[B, L]` bool: positions of the full logical sequence that enter decoder layer `layer`.
 
-        Padding counts as not alive; L is `length`: tokens that were in the cache before are in it
-        (those that a sliding window has let go of count as not alive), and those that came since,
-        all of which live.
+        Padding counts as not alive; L includes tokens that were in the cache before (those that a
+        sliding window has let go of count as not alive).
 
         Raises:
             IndexError: There is no such layer.
@@ -170,9 +160,6 @@ class CompressionReport:
         return {
             "samples": [asdict(sample) for sample in self.samples],
             "num_layers": self.num_layers,
-            "turn": self.turn,
-            "turns": self.turns,
-            "length": self.length,
             "kv_bytes": self.kv_bytes,
             "flops": {
                 name: {"compressed": f.compressed, "uncompressed": f.uncompressed, "ratio": f.ratio}
@@ -197,14 +184,11 @@ class CompressionReport:
             "MiB, "
             f"visual FLOPs x{self.flops['mac3'].ratio:.3f}"
         )
-        if self.turns > 1:
-            lines.append(f"turn {self.turn} of {self.turns}, {self.length} tokens in all")
         return "\n".join([*lines, *self.notes])
 
 
-def build_report(conversation: "Conversation") -> CompressionReport:
-    """Turn what is known of a conversation into data (copies small tensors to the host)."""
-    record, later = conversation.record, conversation.later
+def build_report(record: "PrefillRecord") -> CompressionReport:
+    """Turn the record of a prefill into data (copies small tensors to the host)."""
     layers = len(record.layer_alive)
     batch = record.layer_alive[0].shape[0]
     samples: list[list[ImageReport]] = [[] for _ in range(batch)]
@@ -241,10 +225,7 @@ def build_report(conversation: "Conversation") -> CompressionReport:
     return CompressionReport(
         samples=tuple(SampleReport(tuple(images)) for images in samples),
         num_layers=layers,
-        turn=conversation.turn,
-        turns=conversation.turns,
-        length=record.layer_alive[0].shape[1] + later.shape[1],
-        kv_bytes=conversation.kv_bytes,
+        kv_bytes=record.kv_bytes,
         flops=costs,
         visual_per_layer=per_layer,
         notes=(
@@ -252,16 +233,9 @@ def build_report(conversation: "Conversation") -> CompressionReport:
             *record.idle(),
             *(remark for remarks in record.remarks for remark in remarks()),
         ),
-        _alive=tuple(_with(alive, later) for alive in record.layer_alive),
-        _cached={
-            layer: _with(held, later[:, None].expand(-1, held.shape[1], -1))
-            for layer, held in record.layer_cached.items()
-        },
+        _alive=tuple(record.layer_alive),
+        _cached=record.layer_cached,
     )
-
-
-def _with(alive: Tensor, later: Tensor) -> Tensor:
-    return torch.cat([alive, later.to(alive.device)], dim=-1) if later.shape[-1] else alive
 
 
 def _encoder(record: "PrefillRecord", image: "Image") -> EncoderReport | None:

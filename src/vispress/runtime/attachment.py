@@ -21,7 +21,6 @@ from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.owner import check_replica, generates, owner_runs
 from vispress.runtime.forward.running import MEASURED, RUNNING, CarriedEmbeds, Running
 from vispress.runtime.forward.static_decode import StaticDecodeCall
-from vispress.runtime.forward.turns import Turns
 from vispress.runtime.hooks.attention import current_sink, watch
 from vispress.runtime.hooks.instance_patch import Original, forget, is_patched, patch_instance
 from vispress.runtime.plan.plan import Plan
@@ -42,7 +41,7 @@ class Attachment:
 
     def __init__(self, plan: Plan, stages: Sequence[RuntimeStage], owner: nn.Module | None) -> None:
         self.plan, self.stages, self.owner = plan, tuple(stages), owner
-        self.turns = Turns()
+        self.record: Any = None
         self._told: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         adapter = plan.adapter
@@ -191,13 +190,11 @@ class Attachment:
         if isinstance(running, StaticDecodeCall):
             return expand_step(running.cache, output)
         if not isinstance(running, Running) or running.state.plan is not self.plan:
-            if not torch.compiler.is_compiling():
-                self.turns.note_plain(self.plan, kwargs, output)
             return None
         output, record = prefill.finish(running, output)
         if record is not None:
             record.encoder = next((s.encoder_method for s in self.stages if s.encode), None)
-        self.turns.note(running.state, record)
+            self.record = record
         running.state.release()
         return output
 

@@ -178,12 +178,6 @@ def _no_padding(owner: Any, given: Mapping[str, Any], ids: Tensor, marks: Tensor
     return ids.ne(pad)
 
 
-def generating(base: nn.Module) -> Generating | None:
-    """Give the `generate` of a base model's owner that runs in this context."""
-    found = GENERATING.get()
-    return found if found is not None and found.base is base else None
-
-
 def prompt_ends(
     base: nn.Module, given: Tensor | None, rows: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -195,11 +189,13 @@ def prompt_ends(
         rows: Of the call: prompts that `generate` repeats (beams, several answers) stand side by
             side.
     """
-    owner, generate = OWNER_CALL.get(), generating(base)
+    owner, generating = OWNER_CALL.get(), GENERATING.get()
     owner = owner if owner is not None and owner.base is base else OwnerCall(base)
+    if generating is not None and generating.base is not base:
+        generating = None
     lengths = owner.prompt_lengths if given is None else given
     if lengths is None:
-        lengths = current_lengths() if generate is None else generate.prompt_lengths
-    if lengths is not None and generate is not None and rows % len(lengths) == 0:
+        lengths = current_lengths() if generating is None else generating.prompt_lengths
+    if lengths is not None and generating is not None and rows % len(lengths) == 0:
         lengths = lengths.repeat_interleave(rows // len(lengths))
     return owner.labels, owner.shift_labels, lengths
