@@ -19,7 +19,6 @@ from tests.tiny_models import WINDOWED
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from vispress import register_adapter
 from vispress.adapters.llava import LlavaAdapter
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
@@ -46,11 +45,11 @@ NEW = 4
 WINDOWS = ("short", "part", "prompt", "answer", "long")
 
 
-@register_adapter("Gemma3Model")
 class Gemma3TestAdapter(LlavaAdapter):
     """`Gemma3Model` without what methods would read of its pooling projector."""
 
     family = "gemma3"
+    base_classes = ("Gemma3Model",)
 
     def feature_layer(self) -> int:
         return len(self.encoder_attentions()) - 1
