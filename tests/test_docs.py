@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.test_imports import INNER
-from tests.test_laws_document import COMING
 
 ROOT = Path(__file__).parents[1]
 HOMES = (ROOT, ROOT / "src" / "vispress", ROOT / "src" / "vispress" / "runtime")
@@ -88,7 +87,7 @@ def missing(quote: str) -> bool:
         module = quote.split()[2]
         homes = (home / Path(*module.split(".")) for home in (ROOT, *SOURCES[:2]))
         return not any(h.is_dir() or h.with_suffix(".py").exists() for h in homes)
-    if quote in COMING or iskeyword(quote):
+    if iskeyword(quote):
         return False
     if FILE.fullmatch(quote):
         if "<" in quote:  # a pattern: something must fit it
