@@ -1,11 +1,17 @@
 """The README says what the registry says, and its commands exist."""
 
+import ast
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import vispress
+from vispress.errors import CompressionStateError
 from vispress.listing import method_markdown
+from vispress.reference import heldout, load
 
 README = Path(__file__).parents[1] / "README.md"
 TABLE = re.compile(r"(<!-- methods: .*? -->\n)(.*?)(\n<!-- /methods -->)", re.DOTALL)
@@ -26,6 +32,40 @@ def test_make_targets_of_the_readme_exist() -> None:
 def test_every_number_of_the_results_section_has_its_file() -> None:
     for path in re.findall(r"\]\((benchmarks/[^)]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / path).exists(), path
+
+
+def run(block: str, names: dict[str, Any]) -> int:
+    """Run a block of Python statement by statement; gives how often it compressed the model.
+
+    What is compressed is freed first, as the README says, and answers once.
+    """
+    count = 0
+    for statement in ast.parse(block).body:
+        code = ast.unparse(statement)
+        compresses = "compress_model(" in code
+        if compresses or "compressed(" in code:
+            with suppress(CompressionStateError):
+                vispress.remove_compression(names["model"])
+        exec(code, names)
+        if compresses:
+            count += 1
+            names["model"].generate(**names["inputs"], max_new_tokens=1)
+    return count
+
+
+def test_its_python_runs_on_the_model_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(README.parent)
+    model, processor = load()
+    image, prompt, _, _ = heldout("attribute", 1)[0]
+    inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    labels = inputs["input_ids"].clone()
+    labels[:, : length - 1] = -100
+    names = {"model": model, "inputs": inputs, "labels": labels, "length": length - 1}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) > 3
+    # torchao is no package of ours: tests/integrations compress int8 models
+    assert sum(run(block, names) for block in blocks if "torchao" not in block) > 10
 
 
 @pytest.mark.parametrize("name", ["fastv", "random"])

@@ -6,9 +6,9 @@ Source: https://github.com/Cooperx521/PyramidDrop at 6444f30 (MIT).
 Follows the code's inference path: at each stage the attention of the *next* layer (its norm, q, k
 and RoPE) ranks the tokens that are left; counts are truncated shares of the original count;
 positions are renumbered.
+With labels the rows before every answer of a document rank, averaged, as in its training path.
 Differs: each image has its own budget; schedules other than the published one are ours
-(`_parts.schedules.stage_budgets`). The training path, which queries before every answer, is not
-covered.
+(`_parts.schedules.stage_budgets`).
 """
 
 from dataclasses import dataclass
