@@ -27,7 +27,13 @@ from tests.laws.oracle import generate_positions, oracle_expand, oracle_forward
 from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
-from vispress import compress_model, compressed, compression_report, remove_compression
+from vispress import (
+    compress_model,
+    compressed,
+    compression_report,
+    prompt_lengths,
+    remove_compression,
+)
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
 METHODS = ["fastv", "divprune", "pyramiddrop", "visionzip"]
@@ -103,9 +109,7 @@ def test_mode_equals_the_masked_model(family: str, method: str, mode: str) -> No
     ),
 )
 def test_without_a_cache_every_step_equals_its_own_masked_forward(family: str, method: str) -> None:
-    """Without a cache each step is a prefill and decides anew (methods that read the last
-    token too).
-    """
+    """Without a cache each step is a prefill, which decides by the prompt, as the first did."""
     model, inputs = model_of(family), inputs_of(family)
     with compressed(model, make(family, method)):
         got = generate(model, inputs, use_cache=False)
@@ -119,7 +123,8 @@ def test_without_a_cache_every_step_equals_its_own_masked_forward(family: str, m
             grown["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(ones).to(kinds)], dim=1)
         # as generate does; left to itself, forward counts padding in
         grown["position_ids"] = generate_positions(model, grown, start)
-        result = run(model, grown, make(family, method))
+        with prompt_lengths(inputs["attention_mask"].sum(1)):
+            result = run(model, grown, make(family, method))
         masked = oracle_forward(model, grown, result.alive, result.positions, result.values)
         last = oracle_expand(masked, result.alive[-1])[:, -1]
         assert (got.logits[step] - last).abs().max() < 1e-5
