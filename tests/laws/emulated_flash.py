@@ -67,6 +67,8 @@ def emulated(
     allow = torch.ones(1, 1, P, S, dtype=torch.bool)
     if causal:
         allow = (torch.arange(S) <= torch.arange(S - P, S)[:, None])[None, None]
+    if (window := kwargs.get("sliding_window")) is not None:  # counted in keys
+        allow = allow & (torch.arange(S) > torch.arange(S - P, S)[:, None] - window)
     if mask is not None:
         allow = allow & mask[:, None, None].bool()
         allow = allow | ~allow.any(-1, keepdim=True)

@@ -122,7 +122,9 @@ def _alive_layers(state: ForwardState) -> list[Tensor]:
     for layer in range(state.plan.num_layers):
         rows = state.rows_at(layer)
         held = held_layers[layer] if layer < len(held_layers) else None
-        slots = held.attended if isinstance(held, CompressedLayerMixin) else None
+        slots = None
+        if isinstance(held, CompressedLayerMixin):
+            slots = held.slots if held.attended is None else held.attended
         slots = state.evicted[layer][0] if layer in state.evicted else slots
         slots = None if slots is None or not slots.logical else slots
         same = rows if slots is None else slots  # held in `seen`, so that its id stays its own

@@ -115,17 +115,25 @@ def slots_ahead(layer: CacheLayerMixin) -> int:
     return int(layer.get_seq_length())
 
 
+def compressed_twin(layer: DynamicLayer, slots: Slots) -> CompressedDynamicLayer:
+    """Take over the keys and values of a plain growing layer; `slots` describe them."""
+    new = CompressedDynamicLayer()
+    new.__dict__.update(layer.__dict__)
+    new.slots, new.pending = slots, None
+    return new
+
+
 def upgrade(cache: Cache, index: int, slots: Slots) -> CompressedLayerMixin:
     """Replace layer `index` in place by its compressed twin; `slots` describe what it holds now."""
     layer = cache.layers[index]
     new: CompressedLayerMixin
     if isinstance(layer, StaticLayer):
         new = CompressedStaticLayer.upgrade(layer, slots)
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        new = CompressedSlidingLayer.upgrade(layer, slots)
     else:
         assert isinstance(layer, DynamicLayer)
-        sliding = isinstance(layer, DynamicSlidingWindowLayer)
-        kind = CompressedSlidingLayer if sliding else CompressedDynamicLayer
-        new = kind.upgrade(layer, slots)
+        new = compressed_twin(layer, slots)
     cache.layers[index] = new
     return new
 

@@ -18,14 +18,6 @@ from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 class CompressedDynamicLayer(CompressedLayerMixin, DynamicLayer):
     """A growing layer; what `DynamicCache` holds after a compressed prefill."""
 
-    @classmethod
-    def upgrade(cls, layer: DynamicLayer, slots: Slots) -> "CompressedDynamicLayer":
-        """Take over the keys and values of a plain layer."""
-        new = cls()
-        new.__dict__.update(layer.__dict__)
-        new.slots, new.pending = slots, None
-        return new
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
     newest: deque[int]
     lost: int
-    _attended: Slots
 
     @classmethod
     def upgrade(cls, layer: DynamicLayer, slots: Slots) -> "CompressedSlidingLayer":
@@ -37,8 +36,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         assert isinstance(layer, DynamicSlidingWindowLayer)
         new = cls(sliding_window=layer.sliding_window)
         new.__dict__.update(layer.__dict__)
-        new.slots = new._attended = slots
-        new.pending = None
+        new.slots, new.pending = slots, None
         count = slots.positions.shape[1]
         if new.keys is not None and new.values is not None:  # more, if it records its past
             start = new.keys.shape[2] - count
@@ -64,19 +62,15 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         else:
             self.newest = deque(slots.newest())
         keys, values = DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
-        self.slots = self._attended = slots
+        self.slots = self.attended = slots
         if not self.record_past:
             self._trim()
         return keys, values
 
-    @property
-    def attended(self) -> Slots:
-        """What attention was given by the last update: slots that are gone now among them."""
-        return self._attended
-
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """`[B, P]` logical positions of the slots that attention was given, and which are valid."""
-        return self.attended.positions, self.attended.valid
+        slots = self.slots if self.attended is None else self.attended
+        return slots.positions, slots.valid
 
     def _trim(self) -> None:
         """Let go of slots that are out of the window of the next token, of whatever sample."""
@@ -125,4 +119,4 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
     def reset(self) -> None:
         """Forget all tokens; the layer stays usable with a compressed model."""
         super().reset()
-        self._attended, self.newest, self.lost = self.slots, deque(), 0
+        self.attended, self.newest, self.lost = None, deque(), 0

@@ -189,16 +189,13 @@ class CompressedLayerMixin(CacheLayerMixin):
     """Of a preallocated layer: logical tokens that it was asked to hold."""
     keeps_all: bool = False
     """Whether what is out of a sliding window stays: something counts its slots."""
+    attended: Slots | None = None
+    """What attention was given by the last call, where the slots hold less by now."""
     pending: Slots | None
     keys: Tensor | None
     values: Tensor | None
     slots: Slots
     """What the physical slots hold; a preallocated layer reads it off its buffers."""
-
-    @property
-    def attended(self) -> Slots:
-        """What the slots held that attention was given by the last call."""
-        return self.slots
 
     @property
     def physical(self) -> int:

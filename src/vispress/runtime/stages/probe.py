@@ -16,8 +16,7 @@ from vispress.runtime.forward.apply_placement import asks
 from vispress.runtime.forward.attention_reads import EnoughRead, attention_layers
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.cache_layers import slots_ahead
-from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer
+from vispress.runtime.kv_cache.cache_layers import compressed_twin, slots_ahead
 from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
@@ -100,7 +99,7 @@ def _twin(held: CacheLayerMixin) -> CacheLayerMixin:
     assert held.values is not None
     layer.update(held.keys[:, :, :length], held.values[:, :, :length])
     short = isinstance(held, CompressedLayerMixin)
-    return CompressedDynamicLayer.upgrade(layer, held.slots) if short else layer
+    return compressed_twin(layer, held.slots) if short else layer
 
 
 def _cut(mask: Any, length: int) -> Any:
