@@ -1,11 +1,15 @@
 """What the pages of `docs/` and CONTRIBUTING.md name in backticks is there, and the floors too."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
 from keyword import iskeyword
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -126,6 +130,21 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 )
 def test_what_is_not_there_is_noticed(quote: str) -> None:
     assert missing(quote)
+
+
+def test_the_method_of_contributing_works_with_its_test() -> None:
+    """In a process of its own: a method that is registered here would be one of ours."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"   ```python\n(.*?)   ```", text, flags=re.DOTALL)
+    method, worked = map(dedent, blocks)
+    worked = worked.replace("from vispress.methods import MyNorm\n", "")  # its import line
+    code = f"{method}\n{worked}\ntest_keeps_the_longest()"
+    paths = os.pathsep.join(map(str, (ROOT, *SOURCES[:2])))
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_floors_of_the_architecture_are_those_that_hold() -> None:
