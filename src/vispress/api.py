@@ -81,8 +81,10 @@ def compress_model(
 
     from vispress.runtime.attachment import ATTRIBUTE, Attachment
     from vispress.runtime.forward.owner import find_owner
+    from vispress.runtime.hooks.head_shards import find_shards
     from vispress.runtime.plan.placements import bind_placements
     from vispress.runtime.plan.plan import Plan
+    from vispress.runtime.plan.refusals import refuse_partitioned, refuse_sharded_encoder
     from vispress.runtime.stages import bind_all
     from vispress.runtime.stages.base import Binding
     from vispress.runtime.tokens.masks import check_implementation
@@ -102,7 +104,11 @@ def compress_model(
     placements, remarks = bind_placements(methods, adapter, positions)
     notes += remarks
     stages = bind_all(Binding(adapter, methods, placements, notes, backend))
-    plan = Plan(adapter, methods, placements, backend, notes)
+    layer: Any = adapter.decoder_layers[0]
+    shards = find_shards(model, layer.self_attn)
+    plan = Plan(adapter, methods, placements, backend, notes, shards)
+    refuse_sharded_encoder(model, plan)
+    refuse_partitioned(adapter.base)
     Attachment(plan, stages, find_owner(model, adapter.base)).attach()
     return model
 

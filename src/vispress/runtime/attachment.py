@@ -24,6 +24,7 @@ from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.hooks.attention import current_sink, watch
 from vispress.runtime.hooks.instance_patch import Original, forget, is_patched, patch_instance
 from vispress.runtime.plan.plan import Plan
+from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
 from vispress.runtime.tokens.live_tokens import live_deepstack
 
@@ -147,6 +148,7 @@ class Attachment:
         check_replica(module, self.plan.adapter.base)
         if torch.compiler.is_compiling():
             return
+        refuse_partitioned(self.plan.adapter.language_model.norm)
         for patched in (module, self.owner):
             if patched is not None and not is_patched(patched, "forward"):
                 raise CompressionStateError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from vispress.devices import sent
 from vispress.methods.base import upcast
 from vispress.runtime.hooks.attention import Softmax, attention_rows
+from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.tokens.images import Bucket, Image, numbered
 from vispress.runtime.tokens.live_tokens import LiveTokens
 from vispress.types import Need, Placement, Queries, Signal
@@ -114,6 +115,7 @@ class AttentionRead:
         rotary: tuple[Tensor, Tensor] | None,
         backend: Backend,
         documents: Tensor | None = None,
+        shards: HeadShards | None = None,
     ) -> None:
         """Compute the rows from what the layer's attention is called with.
 
@@ -128,6 +130,7 @@ class AttentionRead:
             rotary: Tables that the layer rotated q and k by.
             backend: Kernels to use.
             documents: `[B, P]` int64, number of each row's document where rows are packed.
+            shards: Processes that have the other heads, if there are any.
         """
         self.seen, self.seen_on = True, rows
         if Signal.KEY_NORMS in self.reads:
@@ -155,6 +158,14 @@ class AttentionRead:
             ).unsqueeze(2)
         elif Signal.QUERY_ATTENTION in self.reads:
             self.rows = _mean_of_all(ask, query, valid, size)
+        if shards is not None:
+            self._complete(shards)
+
+    def _complete(self, shards: HeadShards) -> None:
+        """Bring the heads of all processes together, in their order."""
+        self.rows = None if self.rows is None else shards.gather(self.rows, -3)
+        self.means = None if self.means is None else shards.mean(self.means)
+        self.key_norms = None if self.key_norms is None else shards.sum(self.key_norms)
 
     def _means(
         self, ask: Callable[..., Tensor], rows: LiveTokens, local: Tensor, size: int

@@ -80,7 +80,9 @@ class Running:
     ) -> Tensor | None:
         """Show a watched attention to the stages, then read the rows that placements want."""
         for attend in self.attends:
-            watched = Watched(query, key, value, mask, Softmax.of(kwargs))
+            watched = Watched(
+                query, key, value, mask, Softmax.of(kwargs), self.state.plan.shards(query.shape[1])
+            )
             mask = attend(module.layer_idx, watched)
         self.state.observe(module, query, key, mask, kwargs)
         return mask

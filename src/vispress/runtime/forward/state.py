@@ -246,6 +246,7 @@ class ForwardState:
             self.rotary,
             self.plan.backend,
             documents,
+            self.plan.shards(query.shape[1]),
         )
 
     def documents(self, rows: LiveTokens) -> Tensor:

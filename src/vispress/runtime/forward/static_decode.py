@@ -81,7 +81,9 @@ class StaticDecodeCall:
         """Show a watched attention to the stages."""
         for call in self.calls:
             if call.attend is not None:
-                watched = Watched(query, key, value, mask, Softmax.of(kwargs))
+                watched = Watched(
+                    query, key, value, mask, Softmax.of(kwargs), self.plan.shards(query.shape[1])
+                )
                 mask = call.attend(module.layer_idx, watched)
         return mask
 

@@ -1,12 +1,14 @@
 """Cut a cache layer to what stays of it, head by head."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vispress.methods.cache_evictor import CachePlan
+from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress_kernels.merge_tokens import merge_tokens
 
@@ -25,11 +27,26 @@ class Placed(NamedTuple):
     plan: CachePlan
 
 
-def tokens_at(x: Tensor, samples: Sequence[int], slots: Tensor) -> Tensor:
-    """`[Bk, Hkv, N, D]`: some slots of `[B, Hkv, S, D]` keys or values."""
+def tokens_at(
+    x: Tensor, samples: Sequence[int], slots: Tensor, shards: HeadShards | None = None
+) -> Tensor:
+    """`[Bk, Hkv, N, D]`: some slots of `[B, Hkv, S, D]` keys or values, of all processes' heads."""
     rows = x if list(samples) == list(range(len(x))) else x[torch.tensor(samples, device=x.device)]
     index = slots.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return rows.gather(2, index)
+    found = rows.gather(2, index)
+    return found if shards is None else shards.gather(found, 1)
+
+
+def part_of(plan: CachePlan, shards: HeadShards | None) -> CachePlan:
+    """Take of a plan for all KV heads what is about those of this process."""
+    if shards is None:
+        return plan
+
+    def part(x: Tensor) -> Tensor:
+        return x if x.shape[1] == 1 else shards.own(x, 1)
+
+    assign, weight = (None if x is None else part(x) for x in (plan.assign, plan.weight))
+    return replace(plan, keep=part(plan.keep), assign=assign, weight=weight)
 
 
 def gone_slots(placed: Sequence[Placed], batch: int, size: int) -> Tensor:

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+import torch.distributed as dist
 from torch import Tensor
 
 from vispress.adapters.base import ModelAdapter
 from vispress.adapters.decoder import has_rotary_by_type, window_of
+from vispress.errors import CompressionStateError
 from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
+from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress_kernels import Backend
 
@@ -22,6 +25,7 @@ class Plan:
         placements: Theirs, in the order they act.
         backend: Kernels to use.
         notes: Remarks for reports.
+        shards: Processes that share the heads of the language model, if any do.
     """
 
     def __init__(
@@ -31,10 +35,14 @@ class Plan:
         placements: Sequence[BoundPlacement],
         backend: Backend,
         notes: Sequence[str] = (),
+        shards: HeadShards | None = None,
     ) -> None:
         self.adapter, self.backend = adapter, backend
         self.methods, self.placements = tuple(methods), tuple(placements)
-        self.notes = tuple(notes)
+        self.notes, self._shards = tuple(notes), shards
+        self._heads: int | None = getattr(
+            adapter.language_model.config, "num_attention_heads", None
+        )
         self._language_model = adapter.language_model
         self.num_layers = len(adapter.decoder_layers)
         self.feature_choice = adapter.feature_choice({})
@@ -86,6 +94,28 @@ class Plan:
             hidden, position_ids, *kind
         )
         return tables
+
+    def shards(self, heads: int) -> HeadShards | None:
+        """Give the processes that have the other heads of an attention; None: it has all.
+
+        Args:
+            heads: Of the queries it is called with.
+
+        Raises:
+            CompressionStateError: The heads were dealt out after the model was compressed.
+        """
+        if self._heads is None or heads == self._heads:
+            return None
+        if self._shards is not None and heads * self._shards.size == self._heads:
+            return self._shards
+        others = self._heads % heads == 0 and dist.is_available() and dist.is_initialized()
+        if others and dist.get_world_size() > 1:
+            raise CompressionStateError(
+                f"attention has {heads} of {self._heads} heads here, and which processes have the "
+                "others was not known when the model was compressed (tensor parallelism): call "
+                "compress_model behind what deals them out"
+            )
+        return None
 
     @cached_property
     def readers(self) -> tuple[Compressor, ...]:

@@ -20,6 +20,7 @@ from vispress.methods.base import Compressor
 from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.attention import Softmax
+from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.plan.plan import Plan
 from vispress.types import Stage
@@ -74,6 +75,7 @@ class Watched(NamedTuple):
         value: `[B, Hkv, S, D]`.
         mask: As its implementation takes it, or None.
         softmax: How the layer makes weights of logits.
+        shards: Processes that have the other heads, if there are any.
     """
 
     query: Tensor
@@ -81,6 +83,7 @@ class Watched(NamedTuple):
     value: Tensor
     mask: Tensor | None
     softmax: Softmax
+    shards: HeadShards | None = None
 
 
 @final

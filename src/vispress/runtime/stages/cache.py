@@ -23,11 +23,13 @@ from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.setup import read_of
 from vispress.runtime.forward.signals import rows_of
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.kv_cache.evicting import (
     Placed,
     evict_slots,
     gone_slots,
     merge_slots,
+    part_of,
     tokens_at,
     without_slots,
 )
@@ -173,6 +175,7 @@ class _Evicting:
     decided: dict[int, list[Placed]] = field(default_factory=dict)
     caches: bool = False
     kept: dict[int, tuple[int, int]] = field(default_factory=dict)
+    shards: HeadShards | None = None  # processes that have the other heads
 
     def attend(self, number: int, watched: Watched) -> Tensor | None:
         """Decide for a layer, mask what is evicted for rows behind prompts, and evict it."""
@@ -193,12 +196,10 @@ class _Evicting:
         return mask
 
     def _decide_layer(self, number: int, watched: Watched) -> None:
-        shown, evictor = self._show(number, watched), self.eviction.evictor
-        self.decided[number] = []
-        if evictor.allocates:
-            self.shown[number] = shown
-        else:
-            self.decided[number] = [self._decide(*each) for each in shown]
+        shown, eviction = self._show(number, watched), self.eviction
+        if eviction.evictor.allocates:  # the budget is shared out behind the last layer
+            self.shown[number], shown = shown, []
+        self.decided[number] = [self._decide(*one, eviction.num_keep(one[0])) for one in shown]
 
     def end(self) -> None:
         """Share the budget of a method that allocates among the layers, and evict."""
@@ -211,9 +212,8 @@ class _Evicting:
             for layer, (bucket, slots, tokens), counts in zip(layers, entries, shares, strict=True):
                 for row, count in enumerate(counts):
                     if count < bucket.num_visual:
-                        plan = evictor.plan_cache(tokens.row(row), count)
-                        samples = [bucket.images[row].sample]
-                        self.decided[layer].append(Placed(samples, slots[row : row + 1], plan))
+                        own = bucket.row(row), slots[row : row + 1], tokens.row(row), count
+                        self.decided[layer].append(self._decide(*own))
         for layer in layers:
             self._evict(layer, self.decided[layer])
 
@@ -230,7 +230,7 @@ class _Evicting:
     def _show(self, number: int, watched: Watched) -> list[tuple[Bucket, Tensor, CachedTokens]]:
         """Each bucket that loses tokens in this layer, its slots, and what the method is shown."""
         state, eviction = self.state, self.eviction
-        query, key, value, mask, softmax = watched
+        query, key, value, mask, softmax, self.shards = watched
         buckets = [b.to(query.device) for b in state.buckets if eviction.loses(b)]
         if not buckets:
             return []
@@ -251,8 +251,8 @@ class _Evicting:
             samples = [image.sample for image in bucket.images]
             tokens = CachedTokens(
                 layer=(number, state.plan.num_layers),
-                keys=tokens_at(key, samples, slots),
-                values=tokens_at(value, samples, slots),
+                keys=tokens_at(key, samples, slots, self.shards),
+                values=tokens_at(value, samples, slots, self.shards),
                 attention=rows_of(read, view, state.plan.backend),
                 index=bucket.index,
                 num_original=bucket.images[0].num_visual,
@@ -260,8 +260,8 @@ class _Evicting:
             shown.append((bucket, slots, tokens))
         return shown
 
-    def _decide(self, bucket: Bucket, slots: Tensor, tokens: CachedTokens) -> Placed:
-        plan = self.eviction.evictor.plan_cache(tokens, self.eviction.num_keep(bucket))
+    def _decide(self, bucket: Bucket, slots: Tensor, tokens: CachedTokens, count: int) -> Placed:
+        plan = part_of(self.eviction.evictor.plan_cache(tokens, count), self.shards)
         return Placed([image.sample for image in bucket.images], slots, plan)
 
     def _answers(self, number: int, device: torch.device) -> Tensor | None:

@@ -20,7 +20,7 @@ from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
 from vispress.methods.cached_selector import CachedSelector, Selection
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import Softmax, attention_rows
+from vispress.runtime.hooks.attention import attention_rows
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.plan.plan import Plan
@@ -229,10 +229,11 @@ class Decoding:
         """Choose, by what the attention of the layer that is read is called with."""
         if number == self.step.reads:
             with torch.no_grad():  # no decorator: a graph would break at it
-                self._choose(watched.query, watched.key, watched.mask, watched.softmax)
+                self._choose(watched)
         return watched.mask
 
-    def _choose(self, query: Tensor, key: Tensor, mask: Tensor | None, softmax: Softmax) -> None:
+    def _choose(self, watched: Watched) -> None:
+        query, key, _, mask, softmax, shards = watched
         held = self.cache.layers[self.step.reads]
         assert isinstance(held, CompressedLayerMixin)
         state = held.selection
@@ -242,6 +243,7 @@ class Decoding:
         if mask is not None:
             mask = mask[:, None, None, :S].bool() if mask.ndim == 2 else mask[..., :S]
         rows = attention_rows(query, key, mask, softmax).mean(dim=1)  # [B, Q, S]
+        rows = rows if shards is None else shards.mean(rows)
         places = positions if valid is None else positions + (~valid).long() * V
         places = _padded(places, S, V)  # text behind the last prefill goes to a spare column
         index = places[:, None].expand(-1, rows.shape[1], -1)

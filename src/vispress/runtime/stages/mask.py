@@ -141,7 +141,8 @@ class _Pairs:
         real = None if min(rows.counts) == rows.size else state.row_validity(rows)
         held = None if state.cache is None else state.cache.layers[number]
         pairs = LayerPairs(self.masks, number, self.masks.places(rows, real), held)
-        return pairs.narrow(watched.query, watched.key, watched.mask, watched.softmax)
+        query, key, _, mask, softmax, shards = watched
+        return pairs.narrow(query, key, mask, softmax, shards)
 
 
 def _place(state: ForwardState, bound: BoundPlacement, hidden: Tensor) -> Decision | None:

@@ -7,6 +7,7 @@ masked as it is in the whole sequence.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from vispress.devices import sent
 from vispress.methods.pair_masker import PairMasker
 from vispress.runtime.hooks.attention import Softmax, attention_rows
+from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, PairMemory, PairSlots
 from vispress.runtime.tokens.live_tokens import LiveTokens
 
@@ -160,7 +162,14 @@ class LayerPairs:
         self.pairs, self.number, self.here = pairs, number, here
         self.held = held if isinstance(held, CompressedLayerMixin) else None
 
-    def narrow(self, query: Tensor, key: Tensor, mask: Tensor | None, softmax: Softmax) -> Tensor:
+    def narrow(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        softmax: Softmax,
+        shards: HeadShards | None = None,
+    ) -> Tensor:
         """The mask without the pairs that the method leaves out.
 
         Args:
@@ -168,14 +177,14 @@ class LayerPairs:
             key: `[B, Hkv, S, D]`, the past included.
             mask: `[B or 1, H or 1, P, >= S]` bool or additive; None for all keys up to the row.
             softmax: How the layer makes weights of logits.
+            shards: Processes that have the other heads, if there are any.
         """
         old = None if self.held is None else self.held.pairs
         before, shape = None if old is None else old.slots, (query.shape[2], key.shape[2])
         shared = self.pairs.shared(self.here, before, mask, shape)
+        decide = partial(self._decide, shared, old, query, key, softmax, shards)
         with torch.no_grad():
-            gone = self.pairs.decide(
-                self.number, lambda: self._decide(shared, old, query, key, softmax), shared.count
-            )
+            gone = self.pairs.decide(self.number, decide, shared.count)
         if self.number == self.pairs.last:
             self.pairs.forget()
         return shared.without(gone)
@@ -187,8 +196,9 @@ class LayerPairs:
         query: Tensor,
         key: Tensor,
         softmax: Softmax,
+        shards: HeadShards | None,
     ) -> Tensor:
-        text, image = self._rows(shared, query, key, softmax)
+        text, image = self._rows(shared, query, key, softmax, shards)
         if old is not None:
             earlier, more = old.attention, image.shape[2] - old.attention.shape[2]
             earlier = F.pad(earlier, (0, more)) if more else earlier  # it saw none of the new
@@ -199,7 +209,12 @@ class LayerPairs:
         return shared.seen.masked_fill(keep, False)
 
     def _rows(
-        self, shared: _Shared, query: Tensor, key: Tensor, softmax: Softmax
+        self,
+        shared: _Shared,
+        query: Tensor,
+        key: Tensor,
+        softmax: Softmax,
+        shards: HeadShards | None,
     ) -> tuple[Tensor, Tensor]:
         """`[B, R, T]` and `[B, R, N]`: attention of the chunk's text to text and to images."""
         text, image = [], []
@@ -212,6 +227,7 @@ class LayerPairs:
             )
             asked = query.gather(2, at)
             rows = attention_rows(asked, key, allowed, softmax, blocked=blocked).mean(dim=1)
+            rows = rows if shards is None else shards.mean(rows)
             if self.here.text_valid is not None:
                 rows = rows * self.here.text_valid[:, block, None]
             text.append(_columns(rows, shared.slots.text, shared.slots.text_valid))

@@ -1,0 +1,37 @@
+"""Refuse, when a model is compressed, what can be known then not to work."""
+
+from torch import nn
+
+from vispress.errors import UnsupportedModelError
+from vispress.runtime.hooks.head_shards import find_shards
+from vispress.runtime.plan.plan import Plan
+
+
+def refuse_partitioned(module: nn.Module) -> None:
+    """Refuse weights that DeepSpeed's ZeRO-3 has partitioned: they are empty where they are read.
+
+    Raises:
+        UnsupportedModelError: Says what would work.
+    """
+    if any(hasattr(weight, "ds_id") for weight in module.parameters()):
+        raise UnsupportedModelError(
+            "DeepSpeed ZeRO-3 has partitioned the model's weights, and brings them together for "
+            "calls of whole modules only, where compression also runs parts of them; use ZeRO-2, "
+            "FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel"
+        )
+
+
+def refuse_sharded_encoder(model: nn.Module, plan: Plan) -> None:
+    """Refuse methods that read or merge in a vision encoder whose heads several processes share.
+
+    Raises:
+        UnsupportedModelError: Says what would work.
+    """
+    attentions = plan.adapter.encoder_attentions() if plan.encoder_readers else ()
+    if attentions and find_shards(model, attentions[0]) is not None:
+        raise UnsupportedModelError(
+            f"{' and '.join(plan.encoder_readers)}: the heads of the vision encoder are dealt out "
+            "to several processes, and each would score by its own; leave the encoder out of the "
+            "tensor-parallel plan (as transformers' plans do), or use a method that reads features "
+            "(divprune) or the LLM's attention (fastv)"
+        )
