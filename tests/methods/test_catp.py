@@ -10,7 +10,7 @@ from tests.methods.helpers import make_tokens, only
 from vispress.context import Context
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import CATP
-from vispress.methods._parts.scoring.coverage import cover
+from vispress.methods.catp import cover
 from vispress.types import Queries, Stage
 
 # the shared input of the specification's golden vectors
@@ -58,7 +58,7 @@ def test_images_that_are_worked_on_apart_get_what_they_get_together(monkeypatch)
     g = torch.Generator().manual_seed(3)
     x, text = torch.randn(4, 20, 6, generator=g), torch.randn(4, 6, generator=g)
     together = cover(x, text, 0.7, 9)[0]
-    monkeypatch.setattr("vispress.methods._parts.scoring.coverage.MOST_PRODUCTS", 1)
+    monkeypatch.setattr("vispress.methods.catp.MOST_PRODUCTS", 1)
     assert torch.equal(cover(x, text, 0.7, 9)[0], together)
 
 

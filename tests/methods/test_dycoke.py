@@ -6,8 +6,8 @@ from tests.methods.helpers import make_tokens, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import DyCoke
-from vispress.methods._parts.video.frame_windows import frame_shares, references
 from vispress.methods.cached_selector import Selection
+from vispress.methods.dycoke import frame_shares, references
 from vispress.types import CropLayout, Stage
 
 

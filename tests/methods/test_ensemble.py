@@ -19,7 +19,7 @@ from vispress.methods import (
     Random,
     TransPrune,
 )
-from vispress.methods._parts.scoring.scales import normalised
+from vispress.methods.ensemble import normalised
 from vispress.types import Queries, Signal
 
 TWO = (FasterVLM(), MaxNorm())

@@ -5,8 +5,8 @@ import torch
 from tests.methods.helpers import make_tokens, only
 
 from vispress.methods import FastVID
-from vispress.methods._parts.video.anchors import anchor_frames, centres, fold_into
 from vispress.methods._parts.video.scenes import dynamic_scenes
+from vispress.methods.fastvid import anchor_frames, centres, fold_into
 from vispress.types import CropLayout
 
 EIGHT = torch.tensor(

@@ -11,8 +11,8 @@ from tests.methods.helpers import merged, only, take
 from vispress.budget import ratio_left
 from vispress.errors import BudgetError, UnsupportedMethodError
 from vispress.methods import FrameFusion
-from vispress.methods._parts.schedules.mean_budget_tracker import MeanBudgetTracker, last_layer
 from vispress.methods._parts.video.temporal_runs import likeness, run_starts
+from vispress.methods.framefusion import MeanBudgetTracker, last_layer
 from vispress.types import CropLayout, Queries, Stage
 
 

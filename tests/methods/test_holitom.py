@@ -8,9 +8,9 @@ from tests.methods.helpers import make_tokens, merged, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import HoliTom
-from vispress.methods._parts.clustering.sequential_merge import sequential_merge
 from vispress.methods._parts.video.groups import beside_top, cluster_weights, saving_groups
 from vispress.methods._parts.video.scenes import saving_scenes
+from vispress.methods.holitom import sequential_merge
 from vispress.types import CropLayout, Queries, Stage
 
 SIMILAR = torch.tensor(

@@ -15,7 +15,7 @@ from tests.methods.helpers import (
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import ConfigError
 from vispress.methods import AvgPool, DivPrune, FastV, PerImage, PyramidDrop, SparseVLM, TransPrune
-from vispress.methods._parts.wrapping.select_images import select_images
+from vispress.methods.per_image import select_images
 from vispress.types import Memory
 
 

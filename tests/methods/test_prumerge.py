@@ -6,7 +6,7 @@ from tests.methods.helpers import anyres, make_tokens, only
 
 from vispress.errors import ConfigError
 from vispress.methods import PruMerge
-from vispress.methods._parts.scoring.outliers import add_neighbours, equal_steps, outliers
+from vispress.methods.prumerge import add_neighbours, equal_steps, outliers
 
 
 def test_outliers_lie_above_the_upper_fence():

@@ -10,8 +10,8 @@ from tests.methods.test_divprune import GOLDEN
 from vispress.errors import ConfigError
 from vispress.methods import SparseVLM
 from vispress.methods._parts.clustering.density_peaks import dpc_clusters, dpc_scores
-from vispress.methods._parts.clustering.recycling import fold_dropped, kept_of, recycled
 from vispress.methods._parts.scoring.text_raters import relation, text_raters
+from vispress.methods.sparsevlm import fold_dropped, kept_of, recycled
 from vispress.types import Queries
 
 VISUAL = torch.tensor([[[1.0, 0], [0, 1], [1, 1]]])

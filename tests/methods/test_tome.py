@@ -7,7 +7,7 @@ from tests.methods.helpers import anyres, make_tokens, only
 from vispress.errors import ConfigError
 from vispress.methods import ToMe
 from vispress.methods._parts.clustering.bipartite import fold, match
-from vispress.methods._parts.clustering.groups import dense, first_members, owners
+from vispress.methods.tome import dense, first_members, owners
 from vispress.types import Stage
 from vispress_kernels.merge_tokens import merge_tokens
 

@@ -8,7 +8,7 @@ from tests.methods.helpers import make_tokens
 
 from vispress.errors import ConfigError
 from vispress.methods import TransPrune
-from vispress.methods._parts.scoring.transitions import summed_variation
+from vispress.methods.transprune import summed_variation
 from vispress.types import Transition
 
 

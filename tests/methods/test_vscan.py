@@ -8,7 +8,8 @@ from tests.methods.helpers import anyres, make_tokens, merged
 
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import VScan
-from vispress.methods._parts.geometry.windows import fold, scan, windows
+from vispress.methods._parts.clustering.owners import mean_plan
+from vispress.methods._parts.geometry.windows import scan, windows
 from vispress.methods.base import top_indices
 from vispress.types import Queries, Stage
 
@@ -47,7 +48,7 @@ def test_counts_that_the_official_code_loses_are_kept():
 
 
 def test_dropped_tokens_are_averaged_into_their_owner():
-    plan = fold(torch.tensor([[0, 2, 2, 0, 2, -1]]), 2)
+    plan = mean_plan(torch.tensor([[0, 2, 2, 0, 2, -1]]), [2])
     x = torch.tensor([[[1.0], [2], [3], [5], [7], [9]]])
     assert plan.keep.tolist() == [[0, 2]]
     assert merged(plan, x).tolist() == [[[3.0], [4.0]]]

@@ -5,8 +5,8 @@ from tests.methods.helpers import only
 from tests.parity.vectors import close, each_case
 
 from vispress.methods import PruMerge
-from vispress.methods._parts.scoring.outliers import add_neighbours, choose, equal_steps, outliers
 from vispress.methods.base import descending
+from vispress.methods.prumerge import add_neighbours, choose, equal_steps, outliers
 from vispress.runtime.hooks.attention import Softmax, attention_rows
 
 

@@ -8,8 +8,8 @@ from tests.parity.vectors import close, each_case
 
 from vispress.methods import SparseVLM, SparseVLMPlus
 from vispress.methods._parts.clustering.density_peaks import dpc_clusters, dpc_scores
-from vispress.methods._parts.clustering.recycling import fold_dropped, recycled
 from vispress.methods._parts.scoring.text_raters import relation, text_raters
+from vispress.methods.sparsevlm import fold_dropped, recycled
 
 
 def bucket(case):

@@ -8,7 +8,7 @@ from tests.parity.stages import attention_rows, drop, image_part, outputs, seque
 from tests.parity.vectors import close, each_case, same_kept
 
 from vispress.methods import TransPrune
-from vispress.methods._parts.scoring.transitions import summed_variation
+from vispress.methods.transprune import summed_variation
 from vispress.types import Transition
 
 

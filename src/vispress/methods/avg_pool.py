@@ -22,7 +22,7 @@ from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 def window_means(
     large: int, small: int, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "small large"]:
-    """Mean over the adaptive window of each of `small` places, as a matrix."""
+    """Write the mean over the adaptive window of each of `small` places as a matrix."""
     place, window = torch.arange(large), torch.arange(small)[:, None]
     start, end = window * large // small, -((window + 1) * large // -small)
     inside = (place >= start) & (place < end)
@@ -32,7 +32,7 @@ def window_means(
 def shrink(
     x: Float[Tensor, "B n D"], size: tuple[int, int], small: tuple[int, int]
 ) -> Float[Tensor, "B m D"]:
-    """Window means of a raster, in at least fp32."""
+    """Average a raster over windows, in at least fp32."""
     grid = torch.unflatten(upcast(x), 1, size)
     rows, columns = (
         sent(window_means(a, b, grid.dtype), grid.device) for a, b in zip(size, small, strict=True)

@@ -84,7 +84,7 @@ class Compressor(ABC):
         """Check own hyper-parameters; raise `ConfigError` naming the value and its range."""
 
     def given_budget(self) -> dict[str, Any]:
-        """The budget that was given, by its field; empty for none."""
+        """Find the budget that was given, by its field; empty for none."""
         return {f: value for f in BUDGETS if (value := getattr(self, f)) is not None}
 
     @property
@@ -93,24 +93,24 @@ class Compressor(ABC):
         return not self.given_budget()
 
     def members(self) -> tuple["Compressor", ...]:
-        """The compressors that this one is composed of; none for a plain method."""
+        """List the compressors that this one is composed of; none for a plain method."""
         return ()
 
     def views(self) -> tuple["Compressor", ...]:
-        """Compressors inside that are each shown `VisualTokens.views` of their own."""
+        """List compressors inside that are each shown `VisualTokens.views` of their own."""
         return ()
 
     def signals(self) -> frozenset[Signal]:
-        """What this instance reads (a hyper-parameter may swap a signal of `reads` for another)."""
+        """Name what this instance reads (hyper-parameters may swap one of `reads` for another)."""
         return self.reads
 
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
-        """Encoder layers whose attention is read, 0-based; by default the feature layer alone."""
+        """Choose encoder layers whose attention is read, 0-based: the feature layer by default."""
         return (feature_layer,)
 
     @abstractmethod
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        """Where the method acts in an LLM of `num_layers` decoder layers, ascending.
+        """Say where the method acts in an LLM of `num_layers` decoder layers, ascending.
 
         Raises:
             BudgetError: No budget is set and the method has no published schedule.
@@ -141,7 +141,7 @@ class Compressor(ABC):
         return self if isinstance(self, CacheEvictor) else None
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
-        """The single budget of a method with one placement before `layer`.
+        """Make the single budget of a method with one placement before `layer`.
 
         Raises:
             BudgetError: None is set, or the mean cannot be reached.
@@ -158,12 +158,12 @@ class Compressor(ABC):
         )
 
     def before_llm(self, num_layers: int) -> tuple[Placement, ...]:
-        """The placement of a method that acts once, before the LLM, and needs no budget."""
+        """Place a method that acts once, before the LLM, and needs no budget."""
         budget = Budget(keep_ratio=1.0) if self.unbudgeted else self.budget(num_layers)
         return (Placement(stage=Stage.PRE_LLM, budget=budget, adaptive=self.unbudgeted),)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Field values, for YAML and reports."""
+        """Collect field values, for YAML and reports."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -176,7 +176,7 @@ class ScorePruner(Compressor):
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Importance of each token, higher = kept, fp32. NaN counts as the lowest."""
+        """Rate each token, higher = kept, fp32. NaN counts as the lowest."""
 
     @final
     @torch.no_grad()
@@ -203,23 +203,23 @@ def remembered(make: Callable[..., Made]) -> Callable[..., Made]:
 
 
 def keep_none(tokens: VisualTokens) -> TokenPlan:
-    """The plan that drops every token of a bucket."""
+    """Drop every token of a bucket."""
     none = torch.empty(tokens.batch, 0, dtype=torch.int64, device=tokens.features.device)
     return TokenPlan(keep=none)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """The tensor in at least fp32: half types are widened, fp64 stays."""
+    """Widen half types to fp32; fp64 stays."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
-    """Ascending indices `[B, K]` of the highest scores; ties keep the earlier, NaN is lowest."""
+    """Find the highest scores: ascending `[B, K]`; ties keep the earlier, NaN is lowest."""
     return descending(score)[:, :num_keep].sort(dim=-1).values
 
 
 def descending(score: Float[Tensor, "*B N"]) -> Int[Tensor, "*B N"]:
-    """All indices, the highest score first; ties keep the earlier token first, NaN is lowest."""
+    """Order all indices, the highest score first; ties keep the earlier first, NaN is lowest."""
     highest = float("inf")
     clean = score.nan_to_num(nan=-highest, posinf=highest, neginf=-highest)
     return clean.argsort(dim=-1, descending=True, stable=True)
@@ -247,7 +247,7 @@ def segment_shares(segments: Int[Tensor, "N"], num_keep: int) -> dict[int, int]:
 def top_per_segment(
     score: Float[Tensor, "B N"], segments: Int[Tensor, "B N"], num_keep: int
 ) -> Int[Tensor, "B K"]:
-    """As `top_indices`, with the budget split by `segment_shares`.
+    """Find the highest scores of each segment, with the budget split by `segment_shares`.
 
     Args:
         score: Higher = kept.

@@ -39,7 +39,7 @@ class CachedSelector(ABC):
 
     @abstractmethod
     def decode_placement(self, num_layers: int) -> Placement | None:
-        """Where the choice acts: attention is read of the layer before `Placement.layer`.
+        """Say where the choice acts: attention is read of the layer before `Placement.layer`.
 
         The budget is what is chosen of each video. None: nothing is chosen while decoding.
 
@@ -51,7 +51,7 @@ class CachedSelector(ABC):
     def select_cached(
         self, attention: Float[Tensor, "B V"], before: Selection
     ) -> Bool[Tensor, "B V"]:
-        """What deeper layers see in this step, a part of `before.visual`.
+        """Choose what deeper layers see in this step, a part of `before.visual`.
 
         Rows are samples and decide each on its own; nothing may be fetched from the device.
 

@@ -38,7 +38,7 @@ def text_relevance(
     *,
     negate: bool,
 ) -> Float[Tensor, "B N"]:
-    """Mean cosine to the texts, scaled to (0, 1] over the counted tokens of each image."""
+    """Average the cosine to the texts, scaled to (0, 1] over the counted tokens of each image."""
     similarity = mean_cosine(x, texts)
     return scaled(-similarity if negate else similarity, counted=counted, eps=1e-6)
 

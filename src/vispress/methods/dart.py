@@ -44,7 +44,7 @@ def pull(
     taken: Int[Tensor, "B K"],
     counts: list[int],
 ) -> Int[Tensor, "B K2"]:
-    """What is taken, with `counts[i]` more tokens for pivot i: the least similar unused ones.
+    """Take `counts[i]` more tokens for pivot i: the least similar unused ones.
 
     Args:
         x: Unit tokens.

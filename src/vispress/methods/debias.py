@@ -100,13 +100,13 @@ class Debias(Wrapper):
         return (replace(first, adaptive=first.adaptive or self.shrink), *later)
 
     def weight(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """What attention is multiplied by, fp32: 1 at the first token, 0 on padding."""
+        """Compute what attention is multiplied by, fp32: 1 at the first token, 0 on padding."""
         weight = trend_weight(tokens.index, tokens.num_original, self.trend)
         padded = self.padded(tokens)
         return weight if padded is None else weight.masked_fill(padded, 0.0)
 
     def padded(self, tokens: VisualTokens) -> Bool[Tensor, "B N"] | None:
-        """Which tokens count as padding; None where nothing is padded."""
+        """Mark tokens that count as padding; None where nothing is padded."""
         if not self.suppress_padding or tokens.padding is None:
             return None
         return padding_mask(tokens.padding, self.root.name, self.threshold)

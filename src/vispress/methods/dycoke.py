@@ -24,15 +24,40 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vispress.budget import Budget, scaled_layer
+from vispress.budget import Budget, allocate, scaled_layer
 from vispress.checks import check_flag, check_integer, check_number
 from vispress.methods._parts.geometry.segments import GEOMETRY
-from vispress.methods._parts.video.frame_windows import frame_shares, references
 from vispress.methods._parts.video.frames import frames
 from vispress.methods.base import Compressor, Evidence, check_layer, descending, upcast
 from vispress.methods.cached_selector import CachedSelector, Selection
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
+
+
+def references(number: int) -> tuple[list[int], list[bool]]:
+    """Choose the frame that each one is compared with, and the frames that stay whole.
+
+    Args:
+        number: Frames of the video.
+    """
+    thirds = {i + 2 for i in range(0, number - 4, 4)}
+    whole = [f % 2 == 0 and f not in thirds for f in range(number)]
+    reference = [min(1, number - 1)]
+    for frame in range(1, number):
+        if frame % 2:
+            reference.append(frame - 1)
+        elif frame in thirds:
+            reference.append(frame - 2)
+        else:
+            reference.append(max(f for f in range(frame) if whole[f]))
+    return reference, whole
+
+
+def frame_shares(whole: list[bool], size: int, num_keep: int) -> list[int]:
+    """Share a budget among frames of `size` tokens: whole frames first, the others alike."""
+    main = allocate(num_keep, [size if stays else 0 for stays in whole])
+    rest = allocate(num_keep - sum(main), [0 if stays else size for stays in whole])
+    return [a + b for a, b in zip(main, rest, strict=True)]
 
 
 @final
@@ -82,7 +107,7 @@ class DyCoke(CachedSelector, Compressor):
         return self.before_llm(num_layers)
 
     def shares(self, whole: list[bool], size: int, num_keep: int) -> list[int]:
-        """Tokens kept of each frame."""
+        """Count the tokens kept of each frame."""
         if self.unbudgeted:
             few = int((1 - self.pruned) * size)
             num_keep = min(num_keep, sum(size if stays else few for stays in whole))

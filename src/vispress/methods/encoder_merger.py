@@ -42,7 +42,7 @@ class EncoderMerger(ABC):
 
     @abstractmethod
     def merges_per_layer(self, num_tokens: int, num_keep: int, num_layers: int) -> tuple[int, ...]:
-        """Tokens that each of `num_layers` encoder layers merges away, at most half of its tokens.
+        """Count what each of `num_layers` encoder layers merges away, at most half of its tokens.
 
         Args:
             num_tokens: Tokens of the sequence, [CLS] not counted.
@@ -52,7 +52,7 @@ class EncoderMerger(ABC):
 
     @abstractmethod
     def fold(self, tokens: EncoderTokens) -> Int[Tensor, "B n"]:
-        """Place `0 .. count - merges - 1` that each token has behind this layer; -1 for padding.
+        """Give each token the place `0 .. count - merges - 1` behind this layer; -1 for padding.
 
         Tokens with one place are merged; every place is taken; [CLS] has place 0 to itself.
         """

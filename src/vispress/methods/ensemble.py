@@ -5,23 +5,72 @@ added.
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, final, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Literal, final, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vispress.budget import Budget
 from vispress.checks import check_choice, check_number
 from vispress.errors import ConfigError
 from vispress.methods._parts.geometry.segments import GEOMETRY
-from vispress.methods._parts.scoring.scales import Normalise, normalised
-from vispress.methods._parts.wrapping.same_placement import check_same_placement
-from vispress.methods.base import Compressor, Evidence, ScorePruner
+from vispress.methods._parts.scoring.question import scaled
+from vispress.methods.base import Compressor, Evidence, ScorePruner, descending
 from vispress.methods.fastervlm import FasterVLM
 from vispress.methods.max_norm import MaxNorm
 from vispress.registry import get_method, register_method
 from vispress.types import Placement, Signal, VisualTokens
+
+Normalise = Literal["minmax", "rank"]
+
+
+def normalised(
+    score: Float[Tensor, "B N"], how: Normalise, counted: Bool[Tensor, "B N"] | None = None
+) -> Float[Tensor, "B N"]:
+    """Bring the scores of each image to `[0, 1]`, in at least fp32.
+
+    Args:
+        score: Any range; NaN and infinities count as the lowest.
+        how: `"minmax"`: 0 for the lowest, 1 for the highest, or 1 for all where they are equal;
+            `"rank"`: `1 - i / N` for the i-th best, ties in order.
+        counted: Tokens that set the scale of `"minmax"`; None for all.
+    """
+    if how == "rank":
+        place = descending(score).argsort(dim=1)
+        return 1 - place.to(torch.promote_types(score.dtype, torch.float32)) / score.shape[1]
+    low = score.masked_fill(~score.isfinite(), float("inf")).amin(dim=1, keepdim=True)
+    return scaled(torch.where(score.isfinite(), score, low), counted=counted)
+
+
+def check_same_placement(names: Sequence[str], placements: Sequence[Sequence[Placement]]) -> None:
+    """Refuse methods whose placements differ in more than counts and what is measured on the way.
+
+    Args:
+        names: Of the methods.
+        placements: Of each.
+
+    Raises:
+        ConfigError: One acts more than once, or two act or read elsewhere or otherwise.
+    """
+    places = {
+        replace(place, budget=Budget(keep_ratio=1.0), adaptive=False, transitions=())
+        for own in placements
+        for place in own
+    }
+    if len(places) == 1 and all(len(own) == 1 for own in placements):
+        return
+    got = ", ".join(
+        f"{name} before layer {', '.join(str(place.layer) for place in own)}"
+        for name, own in zip(names, placements, strict=True)
+    )
+    differ = [f.name for f in fields(Placement) if len({getattr(p, f.name) for p in places}) > 1]
+    raise ConfigError(
+        "parts of an ensemble act once, at one place, and are shown the same attention; "
+        f"got {got}" + (f" (they differ in {', '.join(differ)})" if differ else "")
+    )
 
 
 def _default() -> tuple[Compressor, ...]:
@@ -97,7 +146,7 @@ class Ensemble(ScorePruner):
         return (replace(first, budget=budget, transitions=tuple(measured)),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Weighted mean of the parts' scores, each in `[0, 1]`."""
+        """Average the parts' scores by weight, each in `[0, 1]`."""
         seen = tokens.views or (tokens,) * len(self.parts)
         weights = self.weights or (1.0,) * len(self.parts)
         visual = None

@@ -30,7 +30,7 @@ NEWLINE = 256.0
 
 
 def dissimilarity(x: Float[Tensor, "B N D"], frame: int) -> Float[Tensor, "B N"]:
-    """One minus the cosine to the token `frame` places before; the first frame: 255."""
+    """Subtract from 1 the cosine to the token `frame` places before; the first frame: 255."""
     cosine = F.cosine_similarity(x[:, frame:], x[:, :-frame], dim=-1)
     return torch.cat([torch.full_like(x[:, :frame, 0], FIRST_FRAME), 1 - cosine], dim=1)
 
@@ -53,7 +53,7 @@ class EVS(ScorePruner):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Change of each token since the frame before; newlines stand above the first frame.
+        """Measure each token's change since the frame before; newlines stand above the first frame.
 
         Raises:
             UnsupportedMethodError: The video was pruned before.

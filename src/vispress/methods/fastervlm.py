@@ -59,5 +59,5 @@ class FasterVLM(ScorePruner):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over heads of the attention each token gets."""
+        """Average over heads the attention each token gets."""
         return encoder_attention(tokens, self.scores)

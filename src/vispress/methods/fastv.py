@@ -57,6 +57,6 @@ class FastV(ScorePruner):
         return (Placement(stage=Stage.IN_LLM, budget=budget, layer=layer, queries=Queries.LAST),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over heads of the last query's attention."""
+        """Average the last query's attention over heads."""
         assert tokens.query_attention is not None  # declared in `reads`
         return upcast(tokens.query_attention).mean(dim=(1, 2))

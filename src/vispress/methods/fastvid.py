@@ -23,15 +23,63 @@ from torch import Tensor
 
 from vispress.budget import Rounding, allocate
 from vispress.checks import check_integer, check_number
+from vispress.methods._parts.clustering.density_peaks import dpc_scores
 from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods._parts.scoring.encoder_attention import encoder_attention
-from vispress.methods._parts.video.anchors import anchor_frames, centres, fold_into
 from vispress.methods._parts.video.frames import frames
 from vispress.methods._parts.video.scenes import Scene, adjacent_cosine, dynamic_scenes
-from vispress.methods.base import Compressor, Evidence, top_indices, upcast
+from vispress.methods.base import Compressor, Evidence, descending, top_indices, upcast
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels import Backend
+from vispress_kernels.assign_nearest import assign_nearest
+from vispress_kernels.merge_tokens import merge_tokens
+
+NEIGHBOURS = 4
+"""Tokens that a density looks at, itself included."""
+
+
+def anchor_frames(length: int, total: int, room: int, step: int) -> list[tuple[int, int]]:
+    """Choose the frames of a scene that hold merged tokens, the last first, and their shares.
+
+    Args:
+        length: Frames of the scene.
+        total: Merged tokens of the scene, at most `length * room`; what does not divide goes to
+            later frames.
+        room: Tokens of a frame that can be merged into.
+        step: Frames from anchor to anchor; fewer where anchors would be too few for `total`.
+    """
+    while step > 1 and -(-length // step) * room < total:
+        step -= 1
+    anchors = range(length - 1, -1, -step)
+    shares = [total // len(anchors) + (i < total % len(anchors)) for i in range(len(anchors))]
+    return [(frame, share) for frame, share in zip(anchors, shares, strict=True) if share]
+
+
+@torch.no_grad()
+def centres(x: Float[Tensor, "n D"], count: int) -> Int[Tensor, "C"]:
+    """Find the tokens with the largest density times distance to a denser one."""
+    density, distance = dpc_scores(x[None], NEIGHBOURS)
+    return descending(density * distance)[0, :count]
+
+
+def fold_into(
+    x: Float[Tensor, "N D"],
+    peaks: Int[Tensor, "C"],
+    members: Int[Tensor, "m"],
+    alpha: float,
+    backend: Backend = "auto",
+) -> Float[Tensor, "C D"]:
+    """Compute new values of peaks: `w` of themselves, `1 - w` of the mean of their n members.
+
+    A member goes to the peak with the most similar direction; `w = max(1 / (n + 1), alpha)`.
+    """
+    own = x[members][None]
+    nearest, _ = assign_nearest(own, x[peaks][None], backend=backend)
+    mean = merge_tokens(own, nearest, len(peaks), reduce="mean", backend=backend)[0]
+    count = torch.zeros_like(peaks).scatter_add(0, nearest[0], torch.ones_like(members))
+    weight = (1 / (count + 1).to(x)).clamp(min=alpha)[:, None]
+    return weight * x[peaks] + (1 - weight) * mean
 
 
 @final
@@ -100,7 +148,7 @@ class FastVID(Compressor):
         num_keep: int,
         backend: Backend = "auto",
     ) -> tuple[Float[Tensor, "F t D"], Int[Tensor, "K"]]:
-        """Values with centres changed, and what one video keeps: places of all frames in a row."""
+        """Change centres' values, and choose what a video keeps: places of all frames in a row."""
         number, size = attention.shape
         shares = allocate(num_keep, [size] * number)
         salient = num_keep // number - int(self.context * (num_keep // number))

@@ -41,7 +41,7 @@ TOP_SHARE, DAMPING, LOWEST = 0.005, 0.1, 1e-6
 def word_match(
     x: Float[Tensor, "b n d"], texts: Float[Tensor, "b t d"], *, gating: bool
 ) -> Float[Tensor, "b n"]:
-    """Soft maximum over words of each token's cosine to them; 0 without words."""
+    """Take the soft maximum over words of each token's cosine to them; 0 without words."""
     words = unit(texts)
     if gating:
         length = upcast(texts).norm(dim=-1, keepdim=True)
@@ -51,7 +51,7 @@ def word_match(
 
 
 def sharpened(match: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-    """Text match as a peaked distribution in [1e-6, 1]: all but the top 0.5 % are damped."""
+    """Sharpen the text match into [1e-6, 1]: all but the top 0.5 % are damped."""
     peaked = scaled((match / TOKEN_TEMPERATURE).softmax(dim=1).pow(POWER))
     top = peaked >= quantile(peaked, 1 - TOP_SHARE)
     return scaled(torch.where(top, peaked, DAMPING * peaked)).clamp(min=LOWEST)
@@ -100,7 +100,7 @@ class FlashVLM(Compressor):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def fused(self, a: Tensor, match: Tensor) -> Float[Tensor, "b n"]:
-        """Geometric mean of attention and text match, both in (0, 1]."""
+        """Take the geometric mean of attention and text match, both in (0, 1]."""
         intrinsic = scaled(a).clamp(min=LOWEST)
         return ((1 - self.eta) * intrinsic.log() + self.eta * sharpened(match).log()).exp()
 

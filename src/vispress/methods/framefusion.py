@@ -15,25 +15,67 @@ place (our reading). Merging ends in any case where the budget could else be ove
 within the budget. Images pass whole.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from vispress.budget import Budget, ratio_for_mean
+from vispress.budget import Budget, ratio_for_mean, ratio_left
 from vispress.checks import check_number
 from vispress.kinds import Need, Positions, Queries, Signal, Stage
+from vispress.methods._parts.clustering.owners import mean_plan
 from vispress.methods._parts.geometry.segments import GEOMETRY
-from vispress.methods._parts.schedules.mean_budget_tracker import MeanBudgetTracker, last_layer
 from vispress.methods._parts.video.frames import frames
-from vispress.methods._parts.video.temporal_runs import likeness, mean_plan, run_starts
+from vispress.methods._parts.video.temporal_runs import likeness, run_starts
 from vispress.methods.base import Compressor, Evidence, top_indices, upcast
 from vispress.registry import register_method
-from vispress.types import Placement, TokenPlan, VisualTokens, full_index
+from vispress.types import Memory, Placement, TokenPlan, VisualTokens, full_index
 
 PUBLISHED_MEAN = 0.3
+
+
+def last_layer(mean: float, num_layers: int) -> int:
+    """Find the layer, at least 1, up to which all tokens may stay without using up the mean."""
+    return max(1, math.ceil(mean * num_layers) - 1)
+
+
+@dataclass(frozen=True)
+class MeanBudgetTracker:
+    """What each layer so far has seen, of a budget that is met as a mean over layers.
+
+    Args:
+        shares: Of the tokens that entered the LLM, one a layer.
+        merging: Whether merging goes on.
+    """
+
+    shares: tuple[float, ...] = ()
+    merging: bool = True
+
+    def goal(self, mean: float, num_layers: int, entered: int) -> int:
+        """Count what the next layer and all behind it may see, for this mean over layers."""
+        ratio = min(1.0, ratio_left(mean, self.shares, num_layers))
+        return Budget(keep_ratio=ratio).resolve(entered)
+
+    def after(self, left: int, entered: int, least: float) -> "MeanBudgetTracker":
+        """Track one more layer, which sees `left` tokens.
+
+        Merging ends where it took less than `least` of what there was.
+        """
+        share = left / entered
+        before = self.shares[-1] if self.shares else 1.0
+        return replace(
+            self,
+            shares=(*self.shares, share),
+            merging=self.merging and 1 - share / before >= least,
+        )
+
+    def memory(self, last: int, *, over: bool) -> Memory:
+        """Make what the runtime carries on; `last`: the layer of the last placement."""
+        prunes = not self.merging or len(self.shares) == last
+        return Memory(value=self, attention=prunes, over=over)
 
 
 @final
@@ -88,31 +130,50 @@ class FrameFusion(Compressor):
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        course = tokens.memory[0].value if tokens.memory else MeanBudgetTracker()
-        assert isinstance(course, MeanBudgetTracker)  # one for all rows: they part where counts do
         assert tokens.depth is not None  # declared in `reads`
-        video, x = frames(tokens, self.name, pruned=bool(tokens.memory)), upcast(tokens.features)
-        place, count = video.place_of(tokens.index), tokens.num_visual
-        entered, (layer, depth) = tokens.num_entered or tokens.num_original, tokens.depth
+        # one tracker for all rows: they part where their counts do
+        tracker = tokens.memory[0].value if tokens.memory else MeanBudgetTracker()
+        assert isinstance(tracker, MeanBudgetTracker)
+        layer, depth = tokens.depth
         last = last_layer(self.mean, depth)
-        goal = self.num_tokens or course.goal(self.mean, depth, entered)
+        entered = tokens.num_entered or tokens.num_original
+        count = tokens.num_visual
+        goal = self.num_tokens or tracker.goal(self.mean, depth, entered)
         goal = min(goal, num_keep, count)
-        if layer == last or num_keep < count or not course.merging:
-            assert tokens.query_attention is not None
-            score: Float[Tensor, "B N"] = upcast(tokens.query_attention).mean(dim=(1, 2))
-            stay = len(video.split(goal)[1]) > 0
-            score = score.masked_fill(place < 0, float("inf") if stay else float("-inf"))
-            kept = top_indices(score, goal)
-            owner, left = torch.full_like(place, -1).scatter(1, kept, kept), [goal] * len(kept)
+
+        video = frames(tokens, self.name, pruned=bool(tokens.memory))
+        place = video.place_of(tokens.index)
+        if layer == last or num_keep < count or not tracker.merging:
+            newlines_stay = len(video.split(goal)[1]) > 0
+            owner, left = self._pruned(tokens, place, goal, newlines_stay)
         else:
-            alike = likeness(x, place)
-            found = (alike >= self.threshold).sum(dim=1).tolist()  # waits once for the device
-            left = [max(goal, count - merges) for merges in found]
-            owner = run_starts(alike, place, [count - own for own in left])
+            owner, left = self._merged(tokens, place, goal)
+
         memory = tuple(
-            course.after(own, entered, self.least).memory(last, over=own == goal) for own in left
+            tracker.after(own, entered, self.least).memory(last, over=own == goal) for own in left
         )
         if min(left) == count:
-            whole = full_index(len(x), count, x.device)
+            whole = full_index(tokens.batch, count, owner.device)
             return TokenPlan(keep=whole, memory=memory)
-        return replace(mean_plan(owner, left, x.dtype), memory=memory)
+        weights = upcast(tokens.features[:0]).dtype
+        return replace(mean_plan(owner, left, weights), memory=memory)
+
+    def _pruned(
+        self, tokens: VisualTokens, place: Int[Tensor, "B N"], goal: int, newlines_stay: bool
+    ) -> tuple[Int[Tensor, "B N"], list[int]]:
+        """Keep the most attended: owners, -1 for what goes, and what is left of each row."""
+        assert tokens.query_attention is not None
+        score: Float[Tensor, "B N"] = upcast(tokens.query_attention).mean(dim=(1, 2))
+        newline = float("inf") if newlines_stay else float("-inf")
+        kept = top_indices(score.masked_fill(place < 0, newline), goal)
+        return torch.full_like(place, -1).scatter(1, kept, kept), [goal] * tokens.batch
+
+    def _merged(
+        self, tokens: VisualTokens, place: Int[Tensor, "B N"], goal: int
+    ) -> tuple[Int[Tensor, "B N"], list[int]]:
+        """Merge what stays the same, down to the goal at most: owners, and what is left."""
+        alike = likeness(upcast(tokens.features), place)
+        found = (alike >= self.threshold).sum(dim=1).tolist()  # waits once for the device
+        count = tokens.num_visual
+        left = [max(goal, count - merges) for merges in found]
+        return run_starts(alike, place, [count - own for own in left]), left

@@ -31,7 +31,7 @@ from vispress.types import Need, Placement, Signal, Stage, TokenPlan, VisualToke
 def crop_scales(
     thumbnail: Float[Tensor, "B s s"], cut: Cut, ratio: float, temperature: float
 ) -> Float[Tensor, "B m"]:
-    """Share of its tokens that each crop keeps, by the thumbnail's scores where it lies."""
+    """Give each crop the share of its tokens that it keeps, by the thumbnail's scores there."""
     high, wide = (thumbnail.shape[1] // n for n in (cut.rows, cut.cols))
     thumbnail = thumbnail.double()  # counts are truncated
     ends = [
@@ -103,7 +103,7 @@ class GlobalCom2(Compressor):
     def surplus(
         self, score: Float[Tensor, "B N"], segment: Int[Tensor, "N"], cut: Cut, ratio: float
     ) -> Int[Tensor, "B N"]:
-        """Rank of each token in its sub-image less what that one keeps; newlines come first."""
+        """Rank each token in its sub-image, less what that one keeps; newlines come first."""
         own, crops = torch.where(segment == 0)[0], torch.where(segment > 0)[0]
         thumbnail = score[:, own].view(-1, cut.side, cut.side)
         scales = crop_scales(thumbnail, cut, ratio, self.temperature)

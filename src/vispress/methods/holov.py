@@ -35,7 +35,7 @@ Variant = Literal["code", "paper"]
 
 
 def cosine_variance(x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m"]:
-    """Variance of each token's cosines to the others of its run, its own entry counted as 0."""
+    """Compute the variance of each token's cosines to its run; its own entry counts as 0."""
     tokens, others = unit(x), x.shape[1] - 1
     cosine = tokens @ tokens.mT
     cosine.diagonal(dim1=1, dim2=2).zero_()
@@ -46,7 +46,7 @@ def cosine_variance(x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m"]:
 def holistic_score(
     a: Float[Tensor, "b m"], x: Float[Tensor, "b m d"], variant: Variant, alpha: float
 ) -> Float[Tensor, "b m"]:
-    """Attention and variety of each token of a run."""
+    """Add attention and variety of each token of a run."""
     if a.shape[1] == 1:
         return a
     scale, weight = (1e3, alpha) if variant == "code" else (1.0, 1.0)
@@ -56,7 +56,7 @@ def holistic_score(
 
 
 def quotas(weight: Float[Tensor, "b P"], num_keep: int) -> Int[Tensor, "b P"]:
-    """`weight * K` truncated; one more each to the heaviest until the sum is K."""
+    """Truncate `weight * K`; one more each to the heaviest until the sum is K."""
     share = (weight * num_keep).floor().long()
     rank = descending(weight).argsort(dim=1)
     return share + (rank < num_keep - share.sum(dim=1, keepdim=True)).long()
@@ -99,7 +99,7 @@ class HoloV(Compressor):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def select(self, a: Tensor, x: Tensor, num_keep: int) -> Int[Tensor, "b K"]:
-        """Tokens within their run's quota first, then the others, by descending attention."""
+        """Take tokens within their run's quota first, then the others, by descending attention."""
         b, n = a.shape
         runs = min(n, self.num_crops or max(1, 1024 * n // (576 * num_keep)))
         both = zip(equal_runs(a, runs), equal_runs(x, runs), strict=True)

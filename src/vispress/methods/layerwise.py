@@ -118,7 +118,7 @@ class Layerwise(ScorePruner):
         return bundle(sigmoid_ratios(self.steepness, midpoint, floor, num_layers))
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over heads and queries; without words behind the image, zeros."""
+        """Average over heads and queries; without words behind the image, zeros."""
         assert tokens.query_attention is not None  # declared in `reads`
         rows = upcast(tokens.query_attention).mean(dim=1)
         return rows[:, 0] if rows.shape[1] == 1 else rows.sum(dim=1) / max(1, rows.shape[1])

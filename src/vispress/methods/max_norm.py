@@ -33,6 +33,6 @@ class MaxNorm(ScorePruner):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """The length of each token."""
+        """Measure the length of each token."""
         length: Tensor = torch.linalg.vector_norm(upcast(tokens.features), dim=-1)
         return length

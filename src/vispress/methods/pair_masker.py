@@ -17,7 +17,7 @@ class PairMasker(ABC):
     def keep_pairs(
         self, text: Float[Tensor, "B R T"], image: Float[Tensor, "B T N"]
     ) -> Bool[Tensor, "B R N"]:
-        """Which visual tokens each text row still attends to, in one layer.
+        """Choose the visual tokens that each text row still attends to, in one layer.
 
         Rows are decided each on its own, so that a token fed alone is masked as in its sequence;
         nothing may be fetched from the device.

@@ -4,20 +4,52 @@ Composition; for prompts whose images do not matter alike, such as a document an
 examples and the picture that is asked about.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from vispress.checks import check_number
+from vispress.devices import sent
 from vispress.errors import ConfigError
-from vispress.methods._parts.wrapping.select_images import select_images
 from vispress.methods.base import Compressor, Evidence
 from vispress.methods.fastv import FastV
 from vispress.methods.wrapper import Wrapper
 from vispress.registry import register_method
-from vispress.types import Placement, Signal, TokenPlan, VisualTokens, full_index
+from vispress.types import (
+    Memory,
+    Placement,
+    Signal,
+    TokenPlan,
+    Transition,
+    VisualTokens,
+    full_index,
+)
+
+_SHARED = ("crops", "two_layer", "projector", "final_norm")
+"""What is the same for all images of a bucket, though it holds tensors."""
+
+
+def select_images(tokens: VisualTokens, rows: Sequence[int]) -> VisualTokens:
+    """Select the images at `rows`, each in `[0, B)`, in that order."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[sent(torch.tensor(rows), value.device)]
+        if isinstance(value, tuple) and value and isinstance(value[0], Memory):
+            return tuple(value[row] for row in rows)
+        if isinstance(value, tuple):
+            return tuple(map(pick, value))
+        if isinstance(value, Transition | VisualTokens):
+            own = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in _SHARED}
+            return replace(value, **{name: pick(held) for name, held in own.items()})
+        return value
+
+    picked: VisualTokens = pick(tokens)
+    return picked
 
 
 @final

@@ -13,18 +13,70 @@ stay. The training branch with fixed shares is not offered.
 `scores="column_mean"` is a reconstruction.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final, get_args
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from vispress.checks import check_choice, check_flag, check_integer
+from vispress.methods._parts.clustering.owners import ragged
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, split
+from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.scoring.encoder_attention import Scores, attention_signals
-from vispress.methods._parts.scoring.outliers import add_neighbours, choose
-from vispress.methods.base import Compressor, Evidence, upcast
+from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
+
+
+def outliers(a: Float[Tensor, "n"]) -> int:
+    """Count scores above the third quartile by 1.5 interquartile ranges (waits for them)."""
+    low, high = a.double().quantile(torch.tensor([0.25, 0.75], device=a.device).double())
+    return int((a > high + 1.5 * (high - low)).sum())
+
+
+def equal_steps(n: int, ratio: float, device: torch.device | str) -> Int[Tensor, "s"]:
+    """Step by a third of the mean distance of `ratio * n` tokens, the last token left out."""
+    return torch.arange(0, n - 1, max(1, int(int(1 / ratio) / 3)), device=device)
+
+
+def add_neighbours(
+    order: Int[Tensor, "b k"], a: Tensor, keys: Tensor, x: Float[Tensor, "b n d"], neighbours: int
+) -> tuple[Float[Tensor, "b k d"], Float[Tensor, "b d"]]:
+    """Add what is near to the kept tokens, in their order, and sum up all others."""
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    similar = (unit(keys)[rows, order] @ unit(keys).mT).scatter(2, order[..., None], float("-inf"))
+    near = similar.topk(min(neighbours, x.shape[1] - 1), dim=2).indices
+    weighted = a.to(x)[..., None] * x
+    left = torch.ones_like(a, dtype=torch.bool).scatter(1, order, False)
+    kept = x[rows, order] + weighted[rows[..., None], near].sum(dim=2)
+    return kept, (weighted * left[..., None]).sum(dim=1)
+
+
+@torch.no_grad()
+def choose(a: Float[Tensor, "b n"], limit: int, plus: bool, adaptive: bool) -> Int[Tensor, "b k"]:
+    """Choose tokens to keep, the top ones first, at most `limit`.
+
+    Args:
+        a: Attention of one row alone where adaptive.
+        limit: The most; met exactly unless adaptive.
+        plus: Also tokens at equal steps.
+        adaptive: Outliers decide the count.
+    """
+    n, ranked = a.shape[1], descending(a)
+    if adaptive:
+        ratio = outliers(a[0]) / n
+        top = ranked[:, : int(n * ratio)]
+        if plus:
+            steps = equal_steps(n, max(ratio, 1 / n), a.device)
+            top = torch.cat([top, steps[~torch.isin(steps, top)][None]], dim=1)
+        return top[:, :limit]
+    count = limit // 2 if plus else limit
+    rest, wanted = ranked[:, count:].sort(dim=1).values, limit - count
+    middle = (2 * torch.arange(wanted, device=a.device) + 1) * (n - count) // (2 * wanted or 1)
+    return torch.cat([ranked[:, :count], rest[:, middle]], dim=1)
 
 
 @final
@@ -79,35 +131,50 @@ class PruMerge(Compressor):
         assert tokens.projector is not None
         wide = tokens.cls_wide_attention if self.scores == "cls" else tokens.column_attention
         assert wide is not None
-        a, keys = upcast(wide).mean(dim=1), upcast(tokens.vision_keys).transpose(1, 2).flatten(2)
+        a = upcast(wide).mean(dim=1)
+        keys = upcast(tokens.vision_keys).transpose(1, 2).flatten(2)
         x = upcast(tokens.vision_features)
-        kept, same = (torch.zeros_like(a, dtype=torch.bool) for _ in range(2))
-        index, counts = torch.arange(len(a), device=a.device), [0] * len(a)
-        for part in (part for parts in split(tokens, num_keep) for part in parts):
-            numbers = range(len(a))[part.rows]
-            alone = [Part(slice(i, i + 1), part.places, part.share, part.newline) for i in numbers]
-            for each in alone if self.adaptive else [part]:
-                places = each.places.expand(len(index[each.rows]), -1)
-                if each.newline:
-                    same = same.index_put((index[each.rows, None], places), same.new_ones(()))
-                else:
-                    order = choose(each.of(a), each.share - 1, self.plus, self.adaptive)
-                    own = each.of(a), each.of(keys), each.of(x)
-                    values, rest = add_neighbours(order, *own, self.neighbours)
-                    free = torch.ones_like(places).scatter(1, order, 0).cumsum(1).argmax(1)[:, None]
-                    places = places.gather(1, torch.cat([order, free], dim=1))
-                    values = torch.cat([values, rest[:, None]], dim=1)
-                    x = x.index_put((index[each.rows, None], places), values)
-                kept = kept.index_put((index[each.rows, None], places), kept.new_ones(()))
-                for i in range(len(a))[each.rows]:
-                    counts[i] += places.shape[1]
+
+        kept = torch.zeros_like(a, dtype=torch.bool)
+        newline = torch.zeros_like(kept)
+        counts = [0] * tokens.batch
+        index = torch.arange(tokens.batch, device=a.device)[:, None]
+        for part in self._parts(tokens, num_keep):
+            rows = index[part.rows]
+            if part.newline:
+                places = part.places.expand(len(rows), -1)
+                newline = newline.index_put((rows, places), newline.new_ones(()))
+            else:
+                places, values = self._merged(part, a, keys, x)
+                x = x.index_put((rows, places), values)
+            kept = kept.index_put((rows, places), kept.new_ones(()))
+            for row in range(tokens.batch)[part.rows]:
+                counts[row] += places.shape[1]
+
         keep = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
-        rows = index[:, None]
-        features = tokens.projector(x[rows, keep]).to(tokens.features)
-        features = torch.where(same[rows, keep][..., None], tokens.features[rows, keep], features)
-        if len(set(counts)) == 1:
-            return TokenPlan(keep=keep, features=features)
-        return TokenPlan(
-            keep=tuple(own[:count] for own, count in zip(keep, counts, strict=True)),
-            features=features,
-        )
+        features = tokens.projector(x[index, keep]).to(tokens.features)
+        as_it_was = newline[index, keep][..., None]
+        features = torch.where(as_it_was, tokens.features[index, keep], features)
+        return TokenPlan(keep=ragged(keep, counts), features=features)
+
+    def _parts(self, tokens: VisualTokens, num_keep: int) -> Iterator[Part]:
+        """List sub-images of all rows together, or one by one where each decides its count."""
+        for part in (part for parts in split(tokens, num_keep) for part in parts):
+            if not self.adaptive:
+                yield part
+                continue
+            for row in range(tokens.batch)[part.rows]:
+                yield Part(slice(row, row + 1), part.places, part.share, part.newline)
+
+    def _merged(
+        self, part: Part, a: Tensor, keys: Tensor, x: Tensor
+    ) -> tuple[Int[Tensor, "b k"], Float[Tensor, "b k d"]]:
+        """Choose tokens of a part, with new values; the last one holds all that is not chosen."""
+        own = part.of(a), part.of(keys), part.of(x)
+        order = choose(own[0], part.share - 1, self.plus, self.adaptive)
+        values, rest = add_neighbours(order, *own, self.neighbours)
+        places = part.places.expand(len(order), -1)
+        # it stands at the last place that is free
+        free = torch.ones_like(places).scatter(1, order, 0).cumsum(1).argmax(1)[:, None]
+        places = places.gather(1, torch.cat([order, free], dim=1))
+        return places, torch.cat([values, rest[:, None]], dim=1)

@@ -107,11 +107,11 @@ class PruneVid(Compressor):
         return parts.merge_groups(video, newlines, groups, counts, merge)
 
     def groups(self, x: Float[Tensor, "B F t D"]) -> list[list[parts.Group]]:
-        """Groups of each video; found again in the LLM's input for the second stage."""
+        """Group each video; the groups are found again in the LLM's input for the second stage."""
         return parts.static_groups(x, self.scenes, self.threshold, NEIGHBOURS)
 
     def attend(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """The second stage: the most attended of each group."""
+        """Keep the most attended of each group: the second stage."""
         assert tokens.input_embeddings is not None
         video = frames(tokens, self.name, pruned=True)
         groups = self.groups(video.of(upcast(tokens.input_embeddings)))

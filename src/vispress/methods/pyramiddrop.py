@@ -81,6 +81,6 @@ class PyramidDrop(ScorePruner):
         )
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over heads and ends of prompts (one but in training) of their attention."""
+        """Average attention over heads and ends of prompts (one but in training)."""
         assert tokens.query_attention is not None  # declared in `reads`
         return upcast(tokens.query_attention).mean(dim=(1, 2))

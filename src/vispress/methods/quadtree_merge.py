@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vispress.checks import check_integer, check_number
 from vispress.devices import sent
+from vispress.methods._parts.clustering.owners import kept_and_slots, ragged
 from vispress.methods._parts.geometry.grids import Raster, rasters, signals_for
 from vispress.methods._parts.geometry.quadtree import costs, merged_cells, tree_of
 from vispress.methods.base import Compressor, Evidence, upcast
@@ -69,16 +70,13 @@ class QuadtreeMerge(Compressor):
             places = sent(raster.places.flatten(), device)
             into, own = self.cells(upcast(tokens.features[:, places]), raster)
             owner[:, places], weight[:, places] = places[into], own
-        survives = owner == torch.arange(tokens.num_visual, device=device)
-        slot = survives.cumsum(dim=1) - 1
-        assign = slot.gather(1, owner.clamp(min=0)).where(owner >= 0, -1)
-        keep = tuple(own.nonzero()[:, 0] for own in survives)
-        if len({len(own) for own in keep}) == 1:
-            return TokenPlan(keep=torch.stack(keep), assign=assign, weight=weight)
-        return TokenPlan(keep=keep, assign=assign, weight=weight)
+        # waits once for the device: images decide how many cells are left
+        counts = (owner == torch.arange(tokens.num_visual, device=device)).sum(dim=1).tolist()
+        keep, slots = kept_and_slots(owner, max(counts))
+        return TokenPlan(keep=ragged(keep, counts), assign=slots, weight=weight)
 
     def cells(self, x: Tensor, raster: Raster) -> tuple[Tensor, Tensor]:
-        """The token that each token of a raster goes to, and its weight there."""
+        """Find the token that each token of a raster goes to, and its weight there."""
         places = torch.arange(x.shape[1], device=x.device)
         if len(places) == 1:
             return places.expand(x.shape[:2]), torch.ones(x.shape[:2], device=x.device)

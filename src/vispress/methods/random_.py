@@ -49,7 +49,7 @@ class Random(ScorePruner):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """A random number for each token, the same on every device."""
+        """Draw a number for each token, the same on every device."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         drawn = torch.rand(tokens.num_visual, generator=generator)
         return sent(drawn, tokens.features.device).expand(tokens.batch, -1)

@@ -77,7 +77,7 @@ class RandomMix(Wrapper):
         return TokenPlan(keep=top_indices(priority.scatter(1, chosen, 2.0), num_keep))
 
     def _priority(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """A random number for each place of the raster, the same on every device."""
+        """Draw a number for each place of the raster, the same on every device."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         drawn = torch.rand(tokens.num_original, generator=generator)
         return sent(drawn, tokens.features.device)[tokens.index]

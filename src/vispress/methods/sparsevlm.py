@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vispress.budget import Budget
 from vispress.checks import check_choice, check_number
-from vispress.methods._parts.clustering.recycling import fold_dropped, kept_of, recycled
+from vispress.methods._parts.clustering.density_peaks import dpc_clusters
 from vispress.methods._parts.schedules.stage_budgets import (
     check_schedule,
     stage_budgets,
     stage_layers,
 )
 from vispress.methods._parts.scoring.text_raters import relation
-from vispress.methods.base import Compressor, Evidence
+from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.registry import register_method
 from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 
@@ -34,6 +35,47 @@ PUBLISHED_LAYERS = (3, 7, 16)
 """Before which tokens are dropped: after layers 2, 6 and 15."""
 PRESETS = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)}
 """Tokens of 576 that each stage leaves, clusters included."""
+
+
+def recycled(dropped: int) -> tuple[int, int]:
+    """Count the dropped tokens that are recycled, and their clusters."""
+    count = int(0.3 * dropped) + 1
+    return count, count // 10 + 1
+
+
+def kept_of(num_keep: int, num_visual: int) -> int:
+    """Count the tokens that stay themselves when they and the clusters make up `num_keep`.
+
+    All of them, without clusters, where the budget is too small for both.
+    """
+    for kept in range(num_keep - 1, 0, -1):
+        if kept + recycled(num_visual - kept)[1] <= num_keep:
+            return kept
+    return num_keep
+
+
+def fold_dropped(
+    x: Float[Tensor, "b n d"],
+    score: Float[Tensor, "b n"],
+    kept: int,
+    clusters: int,
+    noise: Float[Tensor, "b r"] | None = None,
+) -> TokenPlan:
+    """Keep the best, and put means of clusters of the best dropped tokens at their centres."""
+    ranked, count = descending(score), recycled(score.shape[1] - kept)[0] if clusters else 0
+    first, again = ranked[:, :kept], ranked[:, kept : kept + count]
+    own, one = again[..., None].expand(-1, -1, x.shape[2]), torch.ones_like(score)
+    centres = label = again[:, :0]
+    if clusters:
+        centres, label = dpc_clusters(upcast(x.gather(1, own)), clusters, noise)
+    keep, order = torch.cat([first, again.gather(1, centres)], dim=1).sort(dim=1)
+    number = torch.arange(keep.shape[1], device=x.device).expand_as(keep)
+    slot = torch.empty_like(order).scatter_(1, order, number)  # of what stays, of each centre
+    slots = torch.cat([slot[:, :kept], slot[:, kept:].gather(1, label)], dim=1)
+    assign = torch.full_like(ranked, -1).scatter_(1, ranked[:, : kept + count], slots)
+    size = torch.zeros_like(one[:, :clusters]).scatter_add_(1, label, one[:, :count])
+    weight = one.scatter_(1, again, size.reciprocal().gather(1, label))
+    return TokenPlan(keep=keep, assign=assign, weight=weight)
 
 
 @final
@@ -97,7 +139,7 @@ class SparseVLM(Compressor):
         )
 
     def counts(self, rows: Tensor, chosen: Tensor, most: int) -> list[int]:
-        """v1.0: tokens that stay themselves, by the rank of raters' attention (waits for it)."""
+        """Count tokens that stay themselves by the rank of raters' attention (v1.0; waits)."""
         ranks = [int(torch.linalg.matrix_rank(a[c])) for a, c in zip(rows, chosen, strict=True)]
         asked = [int(rank * (self.rank_scale or 0.0) + self.rank_bias) for rank in ranks]
         return [min(most, max(1, count)) for count in asked]

@@ -85,7 +85,7 @@ class SparseVLMPlus(ScorePruner):
         )
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over raters and chosen heads of attention divided by the rotary prior."""
+        """Average attention divided by the rotary prior over raters and chosen heads."""
         assert tokens.query_attention is not None  # declared in `reads`, as the prior is
         assert tokens.rotary_prior is not None
         chosen, prior = text_raters(tokens), upcast(tokens.rotary_prior)

@@ -13,9 +13,11 @@ Reconstructed: `preset="low"` (unreleased ratios; these meet its published FLOPs
 for other budgets (`_parts.schedules.stage_budgets`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,13 +29,53 @@ from vispress.methods._parts.schedules.stage_budgets import (
     stage_budgets,
     stage_layers,
 )
-from vispress.methods._parts.scoring.transitions import Direction, summed_variation
 from vispress.methods.base import Evidence, ScorePruner, upcast
 from vispress.registry import register_method
-from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
+from vispress.types import Placement, Queries, Signal, Stage, Transition, VisualTokens
 
 PUBLISHED_LAYERS = (7, 9, 12)
 PRESETS = {"high": (0.875, 0.625, 0.125), "low": (0.625, 0.1875, 0.0625)}
+
+
+Direction = Literal["signed", "abs"]
+
+
+def summed_variation(steps: Sequence[Transition], direction: Direction) -> Float[Tensor, "B N"]:
+    """Sum the TTV of layers: `|y| / |x|` times the sequence softmax of `1 - cos`.
+
+    Args:
+        steps: Layers; the runtime gives those that ran on the same rows one tensor of validity.
+        direction: `"signed"` or `"abs"` cosine.
+    """
+    same: dict[int, list[Transition]] = {}
+    for step in steps:
+        same.setdefault(id(step.sequence_valid), []).append(step)
+    groups = list(same.values())
+    ordered = [step for group in groups for step in group]
+    own = _reading(_joined([step.cosine for step in ordered]), direction)
+    scale = _joined([log_sum(group, direction) for group in groups])
+    share = (1 - own - scale).exp() * _joined([step.magnitude for step in ordered])
+    parts = torch.split(share, [2 * len(group) for group in groups], dim=1)
+    sums = [part.sum(dim=1) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+
+
+def log_sum(steps: Sequence[Transition], direction: Direction) -> Float[Tensor, "B M 1"]:
+    """Compute the softmax's normaliser of each module of layers that ran on the same rows."""
+    whole = _reading(_joined([step.sequence_cosine for step in steps]), direction)
+    valid = steps[0].sequence_valid[:, None]
+    return torch.where(valid, 1 - whole, float("-inf")).logsumexp(dim=-1, keepdim=True)
+
+
+def _reading(cosine: Tensor, direction: Direction) -> Tensor:
+    """Read the cosine as the direction asks for."""
+    return cosine.abs() if direction == "abs" else cosine
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join modules of all parts along the second axis, in at least fp32."""
+    wide = [upcast(part) for part in parts]
+    return wide[0] if len(wide) == 1 else torch.cat(wide, dim=1)
 
 
 @final
@@ -100,7 +142,7 @@ class TransPrune(ScorePruner):
         )
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """`alpha` TTV + `(1 - alpha)` text attention, each scaled to sum 1 over the image."""
+        """Add `alpha` TTV and `(1 - alpha)` text attention, each scaled to sum 1 over the image."""
         assert tokens.transition is not None  # declared in `reads`, as the attention
         assert tokens.query_attention is not None
         change = summed_variation(tokens.transition, self.direction)

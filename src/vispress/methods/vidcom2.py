@@ -31,20 +31,20 @@ WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 def steady_channels(x: Float[Tensor, "B F t D"]) -> Float[Tensor, "B F t C"]:
-    """The half of the channels with the lowest variance over the video's tokens."""
+    """Select the half of the channels with the lowest variance over the video's tokens."""
     variance = x.flatten(1, 2).var(dim=1, correction=0)
     index = top_indices(-variance, max(1, x.shape[3] // 2))
     return x.gather(3, index[:, None, None].expand(*x.shape[:3], -1))
 
 
 def nearness(x: Float[Tensor, "B F t C"], centre: Tensor) -> Float[Tensor, "B F t"]:
-    """Sum of Gaussians of the distance to a centre; low = distinctive."""
+    """Sum Gaussians of the distance to a centre; low = distinctive."""
     square = (x - centre).square().sum(dim=3)
     return torch.stack([(-square / (2 * width)).exp() for width in WIDTHS]).sum(dim=0)
 
 
 def scores(x: Float[Tensor, "B F t C"]) -> tuple[Float[Tensor, "B F t"], Float[Tensor, "B F"]]:
-    """Nearness of each token to video and frame (low = kept), and the score of each frame."""
+    """Rate each token's nearness to video and frame (low = kept), and each frame."""
     x = unit(x)
     video = nearness(x, x.mean(dim=(1, 2), keepdim=True))
     return video + nearness(x, x.mean(dim=2, keepdim=True)), -video.mean(dim=2)
@@ -53,7 +53,7 @@ def scores(x: Float[Tensor, "B F t C"]) -> tuple[Float[Tensor, "B F t"], Float[T
 def frame_ratios(
     frame: Float[Tensor, "B F"], ratio: float, temperature: float
 ) -> Float[Tensor, "B F"]:
-    """Share of its tokens that each frame keeps, at most 1."""
+    """Give each frame the share of its tokens that it keeps, at most 1."""
     p = torch.softmax(frame / temperature, dim=1)
     return (ratio * (1 + p - p.mean(dim=1, keepdim=True))).clamp(max=1)
 
@@ -61,7 +61,7 @@ def frame_ratios(
 def spread(
     score: Float[Tensor, "B F t"], ratios: Float[Tensor, "B F"], num_keep: int
 ) -> Int[Tensor, "B K"]:
-    """The lowest of each frame, by its ratio: places of all frames in a row, ascending.
+    """Keep the lowest of each frame, by its ratio: places of all frames in a row, ascending.
 
     The j-th token of a frame that should keep k of them (no integer) comes in the order of `k - j`:
     with the published sum, this is `round(k)`. One token a frame comes first.

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.checks import check_choice, check_integer
+from vispress.methods._parts.clustering.owners import kept_and_slots
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, owner_by_segment
 from vispress.methods._parts.scoring.encoder_attention import (
     Scores,
@@ -43,7 +44,7 @@ def owners(
     contextual: int,
     backend: Backend = "auto",
 ) -> Int[Tensor, "b n"]:
-    """Into which token each one is folded; survivors into themselves, -1 where there is no target.
+    """Find the token that each one is folded into: itself if it stays, -1 where there is none.
 
     Targets are every step-th of the rest, the first `contextual`; cosines in `metric` choose one.
     """
@@ -98,7 +99,7 @@ class VisionZip(Compressor):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def split_budget(self, num_keep: int) -> tuple[int, int]:
-        """Dominant and contextual tokens of a sub-image."""
+        """Split a sub-image's budget into dominant and contextual tokens."""
         asked = round(num_keep * PUBLISHED_SHARE) if self.contextual is None else self.contextual
         return num_keep - min(asked, num_keep), min(asked, num_keep)
 
@@ -112,11 +113,10 @@ class VisionZip(Compressor):
             return owners(part.of(score), part.of(keys), *counts, tokens.backend)
 
         owner = owner_by_segment(tokens, num_keep, own)
-        survives = owner == torch.arange(owner.shape[1], device=owner.device)
-        keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
-        into, owned = owner.clamp(min=0), owner >= 0
-        folded = owned != survives
+        keep, slots = kept_and_slots(owner, num_keep)
+        # a target itself counts whole, beside the mean of what is folded into it
+        folded = (owner >= 0) & (owner != torch.arange(owner.shape[1], device=owner.device))
+        into = owner.clamp(min=0)
         count = torch.zeros_like(score).scatter_add_(1, into, folded.to(score)).gather(1, into)
         weight = torch.where(folded, count.clamp(min=1).reciprocal(), 1.0)
-        assign = survives.cumsum(dim=1).gather(1, into) * owned - 1
-        return TokenPlan(keep=keep, assign=assign, weight=weight, merge_on="vision_features")
+        return TokenPlan(keep=keep, assign=slots, weight=weight, merge_on="vision_features")

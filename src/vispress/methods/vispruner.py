@@ -72,7 +72,7 @@ class VisPruner(Compressor):
     def select(
         self, score: Float[Tensor, "b n"], features: Float[Tensor, "b n d"], num_keep: int
     ) -> Int[Tensor, "b K"]:
-        """Important tokens by descending score, then diverse ones in the order of the last list."""
+        """Take important tokens by descending score, then diverse ones in the last order."""
         important = int(num_keep * self.important_ratio)
         ranked = descending(score)
         rest = remove_duplicates(

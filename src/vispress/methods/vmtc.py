@@ -12,7 +12,7 @@ k-means++), and the place of a cluster: that of its member nearest to their mean
 `scores="column_mean"` is for encoders without [CLS].
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final, get_args
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vispress.checks import check_choice, check_integer, check_number
 from vispress.methods._parts.clustering.kmeans import kmeans, take
+from vispress.methods._parts.clustering.owners import kept_and_slots
 from vispress.methods._parts.geometry.segments import GEOMETRY, split
-from vispress.methods._parts.geometry.windows import fold
 from vispress.methods._parts.scoring.encoder_attention import (
     Scores,
     attention_signals,
@@ -36,7 +36,7 @@ from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 def clustered(
     a: Float[Tensor, "b n"], x: Float[Tensor, "b n D"], primary: int, clusters: int, seed: int
 ) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:
-    """Which token each one is folded into (-1: none, without clusters), and its weight there."""
+    """Find the token that each one is folded into (-1: none, no clusters), and its weight there."""
     ranked = descending(a)
     first, rest = ranked[:, :primary], ranked[:, primary:].sort(dim=1).values
     owner = torch.full_like(ranked, -1).scatter(1, first, first)
@@ -109,5 +109,5 @@ class VMTC(Compressor):
             into, own = clustered(a, x, part.share - clusters, clusters, self.seed)
             owner[part.rows, part.places] = torch.where(into < 0, -1, part.places[into])
             weight[part.rows, part.places] = own
-        plan = fold(owner, num_keep)
-        return replace(plan, weight=weight.float(), merge_on="vision_features")
+        keep, slots = kept_and_slots(owner, num_keep)
+        return TokenPlan(keep=keep, assign=slots, weight=weight.float(), merge_on="vision_features")

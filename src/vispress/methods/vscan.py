@@ -20,8 +20,9 @@ from torch import Tensor
 
 from vispress.budget import scaled_layer
 from vispress.checks import check_choice, check_integer
+from vispress.methods._parts.clustering.owners import mean_plan
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, owner_by_segment
-from vispress.methods._parts.geometry.windows import fold, owners, windows
+from vispress.methods._parts.geometry.windows import owners, windows
 from vispress.methods._parts.schedules.stage_budgets import entry_budgets
 from vispress.methods._parts.scoring.encoder_attention import (
     Scores,
@@ -109,4 +110,4 @@ class VScan(Compressor):
             here, near, far, there = (part.of(each) for each in (x, local, whole, window))
             return owners(here, near, far, there, part.share, tokens.backend)
 
-        return fold(owner_by_segment(tokens, num_keep, own), num_keep)
+        return mean_plan(owner_by_segment(tokens, num_keep, own), [num_keep])

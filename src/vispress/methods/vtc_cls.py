@@ -66,7 +66,7 @@ class VTCCLS(ScorePruner):
         return attention_signals(self.reads, self.scores)
 
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
-        """From the start to the feature layer.
+        """Read from the start to the feature layer.
 
         Raises:
             ConfigError: The start lies behind the feature layer or before the encoder.
@@ -86,7 +86,7 @@ class VTCCLS(ScorePruner):
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, "B N"]:
-        """Mean over heads, sum over encoder layers."""
+        """Average over heads and sum over encoder layers."""
         attention = encoder_attention(tokens, self.scores)
         # a single layer comes without an axis of its own
         return attention if attention.ndim == 2 else attention.sum(dim=1)

@@ -63,7 +63,7 @@ class Wrapper(Compressor):
         return self.wrapped.root if isinstance(self.wrapped, Wrapper) else self.wrapped
 
     def nested(self) -> tuple[Compressor, ...]:
-        """The inner compressor, the one inside it, and so on."""
+        """List the inner compressor, the one inside it, and so on."""
         deeper = self.wrapped.nested() if isinstance(self.wrapped, Wrapper) else ()
         return (self.wrapped, *deeper)
 
@@ -91,9 +91,9 @@ class Wrapper(Compressor):
             raise BudgetError(f"{self.name}: {error}") from error
 
     def cached_selector(self) -> CachedSelector | None:
-        """The inner compressor's: what decoding sees is no matter of budgets or signals."""
+        """Take the inner compressor's: what decoding sees is no matter of budgets or signals."""
         return self.acting.cached_selector()
 
     def pair_masker(self) -> PairMasker | None:
-        """The inner compressor's, likewise."""
+        """Take the inner compressor's, likewise."""
         return self.acting.pair_masker()

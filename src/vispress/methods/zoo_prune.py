@@ -41,7 +41,7 @@ def sads_select(
     num_keep: int,
     backend: Backend = "auto",
 ) -> Int[Tensor, "B K"]:
-    """Greedy max-min of cosine distance times importance scaled to [0, 1], in picking order."""
+    """Choose by greedy max-min of cosine distance times importance in [0, 1], in picking order."""
     low, high = importance.aminmax(dim=1, keepdim=True)
     spread = high - low
     flat = spread <= 1e-6 * torch.maximum(high.abs(), low.abs())

@@ -18,7 +18,7 @@ def match(
     protect_first: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "B a"], Int[Tensor, "B a"]]:
-    """Cosine and number of the most similar odd token, for each of the `a` even tokens.
+    """Find the most similar odd token, and its cosine, for each of the `a` even tokens.
 
     Args:
         metric: What is compared; at least two tokens.
@@ -48,7 +48,7 @@ def fold(
     *,
     in_order: bool,
 ) -> Int[Tensor, "B n"]:
-    """New place of every token when the `merges` most similar pairs of each row are merged.
+    """Give every token its place once the `merges` most similar pairs of a row are merged.
 
     Even tokens that stay come first, then the odd ones. Ties merge the earlier token.
 
@@ -74,12 +74,12 @@ def fold(
 
 
 def _beyond(count: Int[Tensor, "B"], num_tokens: int) -> Bool[Tensor, "B n"]:
-    """Places without a token."""
+    """Mark the places without a token."""
     return torch.arange(num_tokens, device=count.device) >= count[:, None]
 
 
 def schedule(num_layers: int, merges: int, inflect: float = 0.0) -> list[int]:
-    """Merges in each layer: constant, or linear from `merges * (1 - inflect)` to the mirror of it.
+    """Count merges a layer: constant, or linear from `merges * (1 - inflect)` to its mirror.
 
     Args:
         num_layers: Layers.

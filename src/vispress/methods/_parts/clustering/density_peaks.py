@@ -20,7 +20,7 @@ def dpc_scores(
     *,
     block: int = BLOCK,
 ) -> tuple[Float[Tensor, "B n"], Float[Tensor, "B n"]]:
-    """Density of each token, and its distance to the nearest denser one.
+    """Measure each token's density, and its distance to the nearest denser one.
 
     Distances are Euclidean over `sqrt(D)`. Density is `exp(-mean d^2)` over the nearest tokens,
     itself included; of equals the earlier one is denser. The densest gets the largest distance.
@@ -59,7 +59,7 @@ def dpc_clusters(
     *,
     neighbours: int | None = None,
 ) -> tuple[Int[Tensor, "B C"], Int[Tensor, "B n"]]:
-    """Centres (the highest density times distance first) and the nearest centre of each token.
+    """Find centres (highest density times distance first), and each token's nearest one.
 
     Args:
         x: Tokens, at least fp32.
@@ -86,7 +86,7 @@ class _Distances:
         return iter(self.held or (_distance(rows, self.x) for rows in parts))
 
     def to(self, tokens: Tensor) -> Tensor:
-        """`[B, n, C]`, of all tokens to those at `[B, C]`."""
+        """Give the distances `[B, n, C]` of all tokens to those at `[B, C]`."""
         if self.held is None:
             width = self.x.shape[2]
             return _distance(self.x, self.x.gather(1, tokens[..., None].expand(-1, -1, width)))

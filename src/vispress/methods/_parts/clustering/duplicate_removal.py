@@ -38,7 +38,7 @@ def remove_duplicates(
 
 
 def _remove_duplicates(ranked: Tensor, x: Tensor, num_keep: int, step: int) -> Tensor:
-    """Works on places in `ranked`; a round is a few calls, which is what it costs on a device."""
+    """Work on places in `ranked`; a round is a few calls, which is its cost on a device."""
     length = ranked.shape[1]
     own = x.gather(1, ranked[..., None].expand(-1, -1, x.shape[2]))
     held = _bounded(own @ -own.mT) if length**2 <= MOST_HELD else None
@@ -56,18 +56,18 @@ def _remove_duplicates(ranked: Tensor, x: Tensor, num_keep: int, step: int) -> T
 
 
 def _bounded(distance: Tensor) -> Tensor:
-    """Negated cosines, in place: what rounding made of -1 is one value."""
+    """Bound negated cosines in place: what rounding made of -1 is one value."""
     return distance.clamp_(min=8 * torch.finfo(distance.dtype).eps - 1)
 
 
 def _to_nearest(x: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    """Least negated cosine of each even token to an odd one, `[b, E]`."""
+    """Compute the least negated cosine of each even token to an odd one, `[b, E]`."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     return _bounded(-largest_cosine(x[rows, even], x[rows, odd]))
 
 
 def _held_to_nearest(held: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    """The same, from negated cosines `[b, R, R]`; of one list by rows and columns: it is faster."""
+    """Look it up in negated cosines `[b, R, R]`; of one list by rows and columns: it is faster."""
     if len(held) == 1:
         return held[0].index_select(0, even[0]).index_select(1, odd[0]).amin(dim=1)[None]
     lists = torch.arange(len(held), device=held.device)[:, None, None]

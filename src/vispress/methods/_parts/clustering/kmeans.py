@@ -10,7 +10,7 @@ ROUNDS = 10
 
 
 def kmeans(x: Float[Tensor, "b n D"], count: int, seed: int) -> Int[Tensor, "b n"]:
-    """Cluster of each token, every cluster with at least one.
+    """Cluster tokens, with at least one in every cluster.
 
     k-means++ starts; an empty cluster starts again at the token farthest from its own centre. The
     random numbers are those of the seed, the same for every image.
@@ -36,7 +36,7 @@ def kmeans(x: Float[Tensor, "b n D"], count: int, seed: int) -> Int[Tensor, "b n
 
 
 def _starts(tokens: Tensor, count: int, seed: int) -> Tensor:
-    """k-means++: each start is drawn in proportion to the squared distance from those before."""
+    """Draw starts (k-means++) in proportion to the squared distance from those before."""
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     n = tokens.shape[1]
@@ -71,5 +71,5 @@ def _filled(label: Tensor, cosine: Tensor, count: int) -> Tensor:
 
 
 def take(x: Float[Tensor, "b n D"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k D"]:
-    """The tokens at the indices of each row."""
+    """Take the tokens at the indices of each row."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -37,7 +37,7 @@ class Cut:
 
 
 def cut_of(layout: CropLayout) -> Cut | None:
-    """The cut of a whole image; None where it is no thumbnail with crops behind it."""
+    """Recover the cut of a whole image; None where it is no thumbnail with crops behind it."""
     thumbnail, visible = layout.segment == 0, layout.segment > 0
     side = int(layout.row[thumbnail].max()) + 1 if bool(thumbnail.any()) else 0
     if not bool(visible.any()) or int(thumbnail.sum()) != side * side:
@@ -60,7 +60,7 @@ def cut_of(layout: CropLayout) -> Cut | None:
 
 
 def resized(thumbnail: Float[Tensor, "B s s"], cut: Cut) -> Float[Tensor, "B v"]:
-    """The thumbnail's scores at the visible crop tokens (bilinear)."""
+    """Resize the thumbnail's scores to the visible crop tokens (bilinear)."""
     size = (cut.height, cut.width)
     whole = F.interpolate(thumbnail[:, None], size=size, mode="bilinear", align_corners=False)
     return whole.flatten(1)
@@ -69,7 +69,7 @@ def resized(thumbnail: Float[Tensor, "B s s"], cut: Cut) -> Float[Tensor, "B v"]
 def guided_score(
     local: Float[Tensor, "B v"], thumbnail: Float[Tensor, "B s s"], cut: Cut
 ) -> Float[Tensor, "B v"]:
-    """Own and thumbnail scores of the visible crop tokens, each over its norm in the crop."""
+    """Add own and thumbnail scores of visible crop tokens, each over its norm in the crop."""
     shared, score = resized(thumbnail, cut), torch.zeros_like(local)
     for places in cut.places:
         parts = (F.normalize(part[:, places], dim=1) for part in (local, shared))
@@ -78,6 +78,6 @@ def guided_score(
 
 
 def _below(segment: Tensor, row: Tensor, i: int) -> bool:
-    """Whether token `i` stands one row below the first one."""
+    """Tell whether token `i` stands one row below the first one."""
     same_crop = bool(segment[i] == segment[0]) and bool(row[i] == row[0] + 1)
     return same_crop or (bool(segment[i] > segment[0]) and bool(row[i] == 0) and bool(row[0] > 0))

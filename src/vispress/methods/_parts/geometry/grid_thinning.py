@@ -63,7 +63,7 @@ def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
 
 
 def _left(tokens: VisualTokens) -> list[Left]:
-    """What is left of each image; from memory, if nothing was dropped since then."""
+    """Say what is left of each image; from memory, if nothing was dropped since then."""
     if tokens.num_visual == tokens.num_original:
         return [Left(range(tokens.num_original))] * tokens.batch
     known = [m.value for m in tokens.memory if isinstance(m.value, Left)]
@@ -76,7 +76,7 @@ def _left(tokens: VisualTokens) -> list[Left]:
 def _thin_image(
     before: Left, geometry: tuple[Any, ...], num_keep: int, thin: Thin
 ) -> tuple[Tensor, Left]:
-    """Ascending indices `[K]` into the places that were left, and what is left then.
+    """Choose `[K]` of the places that were left, ascending, and say what is left then.
 
     Args:
         before: What was left.
@@ -105,7 +105,7 @@ def _thin_image(
 
 
 def thin_run(count: int, num_keep: int, offset: Offset) -> Int[Tensor, "num_keep"]:
-    """One of each group of `count // num_keep` in a run; equal groups where none is that large.
+    """Keep one of each `count // num_keep` in a run; equal groups where none is that large.
 
     A stride leaves `count // stride` tokens: ranks `stride - 1, 2 stride - 1, ...` for `"last"`,
     `0, stride, ...` for `"first"`; what is behind the last whole group goes.
@@ -131,7 +131,7 @@ def thin_grid(
 
 
 def _thin_lines(places: Places, left: Tensor, num_keep: int, offset: Offset) -> Tensor:
-    """Ascending indices into `left` after one axis is thinned."""
+    """Thin one axis; ascending indices into `left`."""
     row, col = places.row[left], places.col[left]
     h, w = places.extent
     # distance of neighbours along each axis, as h / rows and w / columns, cleared of fractions

@@ -77,7 +77,7 @@ class Layout:
 
 
 def signals_for(on: Values) -> frozenset[Signal]:
-    """What `resample` reads."""
+    """Name what `resample` reads."""
     if on == "features":
         return GEOMETRY
     return GEOMETRY | {Signal.VISION_FEATURES, Signal.PROJECTOR}
@@ -85,12 +85,12 @@ def signals_for(on: Values) -> frozenset[Signal]:
 
 @remembered
 def middles(large: int, small: int) -> Int[Tensor, "small"]:
-    """Centres of `small` equal cells over `large` places: `floor((i + 0.5) large / small)`."""
+    """Find the middles of `small` equal cells: `floor((i + 0.5) large / small)`."""
     return (2 * torch.arange(small) + 1) * large // (2 * small)
 
 
 def small_grid(h: int, w: int, num_keep: int) -> tuple[int, int]:
-    """The grid of at most `num_keep` cells that cannot grow along either axis, closest in aspect.
+    """Choose the grid of at most `num_keep` cells that can grow on no axis, closest in aspect.
 
     Ties: more cells, then fewer rows. `num_keep` must be at least 1.
     """
@@ -103,7 +103,7 @@ def small_grid(h: int, w: int, num_keep: int) -> tuple[int, int]:
 def rasters(
     tokens: VisualTokens, num_keep: int
 ) -> tuple[tuple[Raster, ...], Int[Tensor, "newlines"]]:
-    """Every sub-image with its new grid, and the newline tokens that are kept.
+    """List every sub-image with its new grid, and the newline tokens that are kept.
 
     Raises:
         UnsupportedMethodError: As `layout`.
@@ -113,7 +113,7 @@ def rasters(
 
 
 def layout(tokens: VisualTokens, num_keep: int) -> Layout:
-    """What a budget makes of the images of a bucket.
+    """Lay a budget out over the images of a bucket.
 
     Raises:
         UnsupportedMethodError: The tokens are no full grids (pruned before, or a ragged layout).

@@ -10,7 +10,7 @@ THRESHOLD, THRESHOLDS = 0.5, {"pyramiddrop": 0.01}
 def padding_mask(
     share: Float[Tensor, "B N"], name: str, threshold: float | None
 ) -> Bool[Tensor, "B N"]:
-    """Which tokens count as padding; none of an image that would be padding all over.
+    """Mark tokens that count as padding; none of an image that would be padding all over.
 
     Args:
         share: Padding of each token's patch, in `[0, 1]`.

@@ -36,7 +36,7 @@ class Tree:
 
 @lru_cache(maxsize=64)
 def tree_of(size: tuple[int, int]) -> Tree:
-    """All levels above the single tokens of a grid of more than one."""
+    """Build all levels above the single tokens of a grid of more than one."""
     (h, w), side, start = size, 1, 0
     row = torch.arange(h, device="cpu").repeat_interleave(w)
     col = torch.arange(w, device="cpu").repeat(h)
@@ -52,7 +52,7 @@ def tree_of(size: tuple[int, int]) -> Tree:
 
 
 def costs(x: Float[Tensor, "b n D"], size: tuple[int, int]) -> Float[Tensor, "b C"]:
-    """Largest cosine distance between two children anywhere in each cell."""
+    """Compute the largest cosine distance between two children anywhere in each cell."""
     mean, found = x.view(len(x), *size, x.shape[-1]), list[Tensor]()
     for present in tree_of(size).present:
         parts = _quarters(mean)
@@ -72,7 +72,7 @@ def costs(x: Float[Tensor, "b n D"], size: tuple[int, int]) -> Float[Tensor, "b 
 
 
 def _quarters(x: Tensor) -> Tensor:
-    """`[b, h, w, D]` to `[b, h', w', 4, D]`, zeros where a cell has no child."""
+    """View `[b, h, w, D]` as `[b, h', w', 4, D]`, zeros where a cell has no child."""
     h, w = x.shape[1:3]
     if h % 2 or w % 2:
         x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
@@ -83,7 +83,7 @@ def _quarters(x: Tensor) -> Tensor:
 def merged_cells(
     cost: Float[Tensor, "b C"], tree: Tree, num_keep: int, theta: float, depth: int
 ) -> Bool[Tensor, "b C"]:
-    """Which cells are merged; a cell never is before all of its parts.
+    """Choose the cells that are merged; a cell never is before all of its parts.
 
     Args:
         cost: As `costs` gives it.

@@ -37,14 +37,14 @@ class Part:
     whole: bool = False
 
     def of(self, values: Tensor) -> Tensor:
-        """The part of `[B, N, ...]` that belongs to these rows and places, `[b, n, ...]`."""
+        """Select the part of `[B, N, ...]` that belongs to these rows and places, `[b, n, ...]`."""
         if self.whole:
             return values
         own = values[self.rows][:, self.places]
         return own if self.places.ndim == 1 else own.flatten(0, 1)
 
     def chosen(self, picked: Int[Tensor, "b share"]) -> Int[Tensor, "rows K"]:
-        """Tokens of each row of the bucket that indices into the places stand for."""
+        """Turn indices into the places into tokens of each row of the bucket."""
         if self.places.ndim == 1:
             return self.places[picked]
         parts = torch.arange(len(self.places), device=picked.device)[:, None]
@@ -52,7 +52,7 @@ class Part:
 
 
 def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[list[Part]]:
-    """The parts of each group of bucket rows; one group, unless images were pruned before.
+    """Split each group of bucket rows into parts; one group, unless images were pruned before.
 
     Args:
         tokens: The bucket.
@@ -81,12 +81,12 @@ def split(tokens: VisualTokens, num_keep: int, *, pooled: bool = False) -> list[
 
 
 def _part(rows: slice, places: Tensor, share: int, *, newline: bool) -> Part:
-    """A sub-image, or the first newlines, of which all that are given stay."""
+    """Make a part of a sub-image, or of the first newlines, all of which stay."""
     return Part(rows, places[:share] if newline else places, share, newline)
 
 
 def joined(parts: list[Part]) -> list[Part]:
-    """The same parts, those of one size and share as one, which is worked on at once."""
+    """Join the parts of one size and share, which are then worked on at once."""
     found: dict[tuple[int, int, bool], list[Part]] = {}
     for part in parts:
         found.setdefault((len(part.places), part.share, part.newline), []).append(part)
@@ -101,7 +101,7 @@ def joined(parts: list[Part]) -> list[Part]:
 def owner_by_segment(
     tokens: VisualTokens, num_keep: int, own: Callable[[Part], Int[Tensor, "b n"]]
 ) -> Int[Tensor, "B N"]:
-    """The token that each one goes to, -1 for none; newlines that are kept are their own.
+    """Find the token that each one goes to, -1 for none; newlines that are kept are their own.
 
     Args:
         tokens: The bucket.
@@ -130,7 +130,7 @@ def keep_by_segment(
     pooled: bool = False,
     alike: bool = False,
 ) -> Int[Tensor, "B K"]:
-    """Ascending indices of what `pick` chooses in each part; newlines are kept as they are.
+    """Keep what `pick` chooses in each part, ascending; newlines are kept as they are.
 
     Args:
         tokens: The bucket.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vispress.devices import sent
 from vispress.methods.base import descending, remembered
-from vispress.types import CropLayout, TokenPlan, VisualTokens
+from vispress.types import CropLayout, VisualTokens
 from vispress_kernels import Backend
 from vispress_kernels.assign_nearest import assign_nearest
 from vispress_kernels.gather_tokens import gather_tokens
@@ -16,7 +16,7 @@ WINDOWS = 4
 
 
 def windows(tokens: VisualTokens) -> Int[Tensor, "B N"]:
-    """Window of each token in its sub-image or frame, of 4 x 4; -1 for newlines."""
+    """Number each token's window in its sub-image or frame, of 4 x 4; -1 for newlines."""
     if tokens.crops is not None:
         window = _of_crops(tokens.crops)
     else:
@@ -49,7 +49,7 @@ def scan(
     window: Int[Tensor, "b n"],
     num_keep: int,
 ) -> Int[Tensor, "b K"]:
-    """Half of the tokens by local score, equally many a window; the others by the global one."""
+    """Keep half of the tokens by local score, as many a window; the others by the global one."""
     share = num_keep // 2 // WINDOWS**2
     inside = window[:, None] == torch.arange(WINDOWS**2, device=window.device)[:, None]
     first = descending(torch.where(inside, local[:, None], float("-inf")))[..., :share]
@@ -67,18 +67,7 @@ def owners(
     num_keep: int,
     backend: Backend,
 ) -> Int[Tensor, "b n"]:
-    """The kept token that each one is averaged into: the most similar, itself where it is kept."""
+    """Find the kept token that each one is averaged into: the most similar, or itself."""
     keep = scan(local, whole, window, num_keep)
     nearest, _ = assign_nearest(x, gather_tokens(x, keep, backend=backend), backend=backend)
     return keep.gather(1, nearest).scatter_(1, keep, keep)
-
-
-def fold(owner: Int[Tensor, "B N"], num_keep: int) -> TokenPlan:
-    """The plan that puts the mean of all tokens with one owner at the owner's place (-1: none)."""
-    survives = owner == torch.arange(owner.shape[1], device=owner.device)
-    keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_keep]
-    into, folded = owner.clamp(min=0), owner >= 0
-    one = folded.float()
-    members = torch.zeros_like(one).scatter_add_(1, into, one).gather(1, into)
-    assign = survives.cumsum(dim=1).gather(1, into) * folded - 1
-    return TokenPlan(keep=keep, assign=assign, weight=members.clamp(min=1).reciprocal())

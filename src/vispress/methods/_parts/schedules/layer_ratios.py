@@ -19,7 +19,7 @@ _MIDPOINTS = (-1.0, 2.0)
 def sigmoid_ratios(
     steepness: float, midpoint: float, floor: float, num_layers: int
 ) -> tuple[float, ...]:
-    """`1 / (1 + exp(a (l / L - b)))`, stretched to 1 at layer 0 and to `floor` at depth L.
+    """Compute `1 / (1 + exp(a (l / L - b)))`, stretched to 1 at layer 0 and `floor` at depth L.
 
     Args:
         steepness: a, in `[0.01, 100]`.
@@ -42,7 +42,7 @@ def solve_sigmoid(
     cost: Callable[[Sequence[float]], float],
     target: float,
 ) -> tuple[float, float]:
-    """Midpoint and floor whose ratios cost what is asked; the floor rises where no midpoint does.
+    """Solve for midpoint and floor that cost what is asked; the floor rises where it must.
 
     Args:
         steepness: a.
@@ -80,13 +80,13 @@ def _bisect(f: Callable[[float], float], low: float, high: float, target: float)
 
 
 def mean_ratio(ratios: Sequence[float]) -> float:
-    """Mean over decoder layers."""
+    """Average over decoder layers."""
     return math.fsum(ratios) / len(ratios)
 
 
 @cache
 def bundle(ratios: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Layers and ratios of at most 8 placements, each the mean of the ratios it stands for.
+    """Choose at most 8 placements, each with the mean of the ratios it stands for.
 
     Of all ways to cut the layers behind the first into runs, the one with the smallest squared
     distance from the ratios; as many runs as drop at least 1 % of the tokens each.
@@ -110,7 +110,7 @@ def bundle(ratios: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...
 
 
 def _cut(ratios: Sequence[float], runs: int) -> list[int]:
-    """Starts of the runs that fit best (dynamic programming over prefixes)."""
+    """Find the starts of the runs that fit best (dynamic programming over prefixes)."""
     n = len(ratios)
     sums, squares = [0.0], [0.0]
     for ratio in ratios:

@@ -59,7 +59,7 @@ def check_schedule(
 def stage_layers(
     layers: tuple[int, ...] | None, published: Sequence[int], num_layers: int
 ) -> tuple[int, ...]:
-    """The given layers, checked against the LLM's depth, or the published ones scaled to it.
+    """Check the given layers against the LLM's depth, or scale the published ones to it.
 
     Raises:
         ConfigError: A layer is out of range, or the LLM has too few layers.
@@ -74,7 +74,7 @@ def stage_layers(
 def power_ratios(
     published: Sequence[float], mean_keep_ratio: float, layers: Sequence[int], num_layers: int
 ) -> tuple[float, ...]:
-    """Published ratios raised to the common power that gives this mean over decoder layers.
+    """Raise published ratios to the common power that gives this mean over decoder layers.
 
     Raises:
         BudgetError: Layers that keep everything hold more than the mean allows.
@@ -102,7 +102,7 @@ def power_ratios(
 
 @cache
 def solve_layers(mean_keep_ratio: float, stride: int, num_layers: int) -> tuple[int, ...]:
-    """Layers before each of which one token of `stride` stays, with about this mean over layers.
+    """Find layers at each of which one token of `stride` stays, with about this mean.
 
     Three of them, or as many more as the mean needs, with evenly growing gaps (from the embeddings
     on) but for the last. Of such lists the closest to the mean; then the one whose smallest gap is
@@ -136,7 +136,7 @@ def _mean_of(layers: Sequence[int], stride: int, num_layers: int) -> float:
 def _layers_of(
     stages: int, mean_keep_ratio: float, stride: int, num_layers: int
 ) -> Iterator[tuple[int, ...]]:
-    """Evenly growing gaps, then a last layer that comes close to the mean."""
+    """List evenly growing gaps, then a last layer that comes close to the mean."""
     depths, high = range(1, num_layers), num_layers - 1
     # the mean grows by the same with every layer that the last reduction waits
     step = (stride - 1) * float(stride) ** -stages / num_layers
@@ -153,7 +153,7 @@ def _layers_of(
 def _fit(
     layers: tuple[int, ...], mean_keep_ratio: float, stride: int, num_layers: int
 ) -> tuple[float, int, int, tuple[int, ...]]:
-    """What `solve_layers` makes smallest."""
+    """Compute what `solve_layers` makes smallest."""
     gaps = [b - a for a, b in pairwise((0, *layers))]
     change = sum((b - a) ** 2 for a, b in pairwise(gaps))
     error = round(abs(_mean_of(layers, stride, num_layers) - mean_keep_ratio), 9)
@@ -163,7 +163,7 @@ def _fit(
 def stage_budgets(
     compressor: Compressor, published: Sequence[float], layers: Sequence[int], num_layers: int
 ) -> tuple[Budget, ...]:
-    """A budget for each layer, as the module's docstring says.
+    """Make a budget for each layer, as the module's docstring says.
 
     Raises:
         BudgetError: The mean cannot be reached.
@@ -181,7 +181,7 @@ def stage_budgets(
 def entry_budgets(
     compressor: Compressor, entry: float, layer: int, num_layers: int
 ) -> tuple[Budget, Budget]:
-    """Budgets of a method that prunes before the LLM and once more before `layer`.
+    """Make budgets of a method that prunes before the LLM and once more before `layer`.
 
     Args:
         compressor: Whose `keep_ratio` or `mean_keep_ratio` is the mean over decoder layers, or
@@ -214,7 +214,7 @@ def entry_budgets(
 def pair_budgets(
     compressor: Compressor, share: float, layer: int, num_layers: int
 ) -> tuple[Budget, Budget]:
-    """Budgets of a method that prunes before the LLM, and before `layer` to `share` of that.
+    """Make budgets of a method that prunes before the LLM, then to `share` of that.
 
     Args:
         compressor: As in `entry_budgets`.

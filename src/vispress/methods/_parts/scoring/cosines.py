@@ -12,19 +12,19 @@ MOST_PAIRS = 1 << 22
 
 
 def unit(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-    """Tokens at length 1, in at least fp32; zero tokens stay zero."""
+    """Scale tokens to length 1, in at least fp32; zero tokens stay zero."""
     return F.normalize(upcast(x), dim=-1)
 
 
 def largest_cosine(
     x: Float[Tensor, "B N D"], others: Float[Tensor, "B M D"], *, block: int = 1024
 ) -> Float[Tensor, "B N"]:
-    """Cosine of each unit token to the most similar of the others, `block` rows at a time."""
+    """Compute each unit token's cosine to the most similar other, `block` rows at a time."""
     return torch.cat([(b @ others.mT).amax(dim=2) for b in torch.split(x, block, dim=1)], dim=1)
 
 
 def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "_ _ *d"]]:
-    """The runs of `tensor_split` in order, those of one length as rows together unless large."""
+    """Cut runs as `tensor_split`, in order, those of one length as rows together unless large."""
     length, longer = divmod(x.shape[1], runs)
     split = longer * (length + 1)
     return [
@@ -38,5 +38,5 @@ def equal_runs(x: Float[Tensor, "b n *d"], runs: int) -> list[Float[Tensor, "_ _
 
 
 def side_by_side(parts: list[Shaped[Tensor, "_ ..."]], batch: int) -> Shaped[Tensor, "b n"]:
-    """One row an image of values of runs, or of their tokens, as `equal_runs` orders them."""
+    """Put values of runs, or of their tokens, into a row an image, as `equal_runs` orders them."""
     return torch.cat([part.view(batch, -1) for part in parts], dim=1)

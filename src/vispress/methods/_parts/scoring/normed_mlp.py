@@ -15,7 +15,7 @@ ON_HOST, ON_DEVICE = 1 << 20, 1 << 25
 def changes_of_normed_mlp(
     x: Float[Tensor, "n Dv"], mlp: TwoLayer, directions: Float[Tensor, "m Dv"], h: float
 ) -> Float[Tensor, "n m"]:
-    """`|P(x + h u) - P(x - h u)|` of a P that norms the patches of x before its MLP; no gradients.
+    """Compute `|P(x + h u) - P(x - h u)|` of a P that norms patches first; no gradients.
 
     Centred at the mean of each patch (for an RMS norm: as it is), a patch `x_j + h u_j` is normed
     by a factor r alone, which takes the squares and the product of `x_j` and `u_j`. The hidden
@@ -43,14 +43,14 @@ def changes_of_normed_mlp(
     for part in torch.split(x, max(1, at_a_time // ((norm.patches + 1) * hidden))):
         own = norm.centre(part.to(dtype))
         shared = torch.cat([own @ first, bias.expand(1, len(part), -1)]).transpose(0, 1)
-        rates = _rates(own, u, norm.eps, h)
+        rates = _norm_factors(own, u, norm.eps, h)
         width = max(1, at_a_time // (2 * len(part) * hidden))
         changes.append(_changes(shared.contiguous(), rates, moves, mlp, width))
     return torch.cat(changes)
 
 
-def _rates(own: Tensor, u: Tensor, eps: float, h: float) -> Tensor:
-    """Factors `[n, m, 2, P + 1]` of both passes by which patches are normed; 1 for the bias.
+def _norm_factors(own: Tensor, u: Tensor, eps: float, h: float) -> Tensor:
+    """Compute the factors `[n, m, 2, P + 1]` by which both passes norm patches; 1 for the bias.
 
     Args:
         own: Centred patches `[P, n, d]`.
@@ -65,11 +65,11 @@ def _rates(own: Tensor, u: Tensor, eps: float, h: float) -> Tensor:
 
 
 def _changes(shared: Tensor, rates: Tensor, moves: Tensor, mlp: TwoLayer, width: int) -> Tensor:
-    """`[n, m]`, `width` directions at a time.
+    """Compute the changes `[n, m]`, `width` directions at a time.
 
     Args:
         shared: `[n, P + 1, Dh]`; the patches' hidden units before the norm, and the bias.
-        rates: As `_rates` gives them.
+        rates: As `_norm_factors` gives them.
         moves: `[m, P, Dh]`; those of the directions, times the step.
         mlp: Its second layer and activation are used.
         width: Directions at a time.
@@ -98,7 +98,7 @@ def _changes(shared: Tensor, rates: Tensor, moves: Tensor, mlp: TwoLayer, width:
 
 
 def _scales(rate: Tensor, moves: Tensor) -> Tensor:
-    """Powers of two `[n, c, 1]`, over which changes are small numbers that fp16 holds.
+    """Choose powers of two `[n, c, 1]`, over which changes are small numbers that fp16 holds.
 
     Args:
         rate: `[n, c, 2, P + 1]`.

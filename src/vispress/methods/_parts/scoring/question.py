@@ -12,13 +12,13 @@ from vispress.types import VisualTokens
 
 
 def question(tokens: VisualTokens) -> Float[Tensor, "B T D"]:
-    """Embeddings of the text behind the image, or of all text where none follows; T may be 0."""
+    """Select the text behind the image, or all text where none follows; T may be 0."""
     assert tokens.text_embeddings is not None  # declared in `reads`
     return tokens.text_embeddings[:, -tokens.text_after :]  # -0: all of them
 
 
 def mean_cosine(x: Float[Tensor, "B N D"], texts: Float[Tensor, "B T D"]) -> Float[Tensor, "B N"]:
-    """Mean over texts of the cosine of each token, in at least fp32; 0 without texts.
+    """Average each token's cosine over texts, in at least fp32; 0 without texts.
 
     Reduced token by token, not by a matrix product, so that equal tokens tie.
     """
@@ -29,7 +29,7 @@ def mean_cosine(x: Float[Tensor, "B N D"], texts: Float[Tensor, "B T D"]) -> Flo
 def scaled(
     score: Float[Tensor, "B N"], *, counted: Tensor | None = None, eps: float = 0.0
 ) -> Float[Tensor, "B N"]:
-    """Min-max over the counted tokens of each image, `(s - min + eps) / (max - min)`.
+    """Scale by min and max of the counted tokens of an image: `(s - min + eps) / (max - min)`.
 
     Args:
         score: Any range.
@@ -52,7 +52,7 @@ def scaled(
 
 
 def quantile(score: Float[Tensor, "B N"], q: float) -> Float[Tensor, "B 1"]:
-    """As `torch.quantile`, which takes many calls to find where NaN is: here in all or in none."""
+    """Compute `torch.quantile` in fewer calls: NaN is in all or in none here."""
     rank, ordered = _rank(q, score.shape[1], score.dtype), score.sort(dim=1).values
     below, above = (ordered[:, int(at) : int(at) + 1] for at in (rank, math.ceil(rank)))
     return below.lerp(above, rank - int(rank))

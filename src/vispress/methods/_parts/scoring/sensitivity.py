@@ -43,7 +43,7 @@ def of_any_projector(
 def sensitivity(
     tokens: VisualTokens, directions: Float[Tensor, "m Dv"], h: float, average: Average
 ) -> Float[Tensor, "B N"]:
-    """The same for a bucket, in at least fp32; a two-layer MLP shares work between directions.
+    """Average for a bucket, in at least fp32; a two-layer MLP shares work between directions.
 
     With an MLP in fp16 or bf16 its second product takes changes rounded to that dtype: a difference
     rounded after it was taken, whose relative error (2^-9 for bf16) averages out over hidden units.

@@ -8,7 +8,7 @@ from vispress.types import VisualTokens
 
 
 def text_raters(tokens: VisualTokens) -> Bool[Tensor, "B T"]:
-    """Which words behind the image are about it more than the mean."""
+    """Choose the words behind the image that are about it more than the mean."""
     assert tokens.text_embeddings is not None  # declared in `reads`, as the image's
     assert tokens.input_embeddings is not None
     words = upcast(tokens.text_embeddings[:, tokens.text_embeddings.shape[1] - tokens.text_after :])
@@ -19,7 +19,7 @@ def text_raters(tokens: VisualTokens) -> Bool[Tensor, "B T"]:
 def relation(
     tokens: VisualTokens,
 ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B T N"], Bool[Tensor, "B T"]]:
-    """Mean attention that raters pay each token, that of every word, and which words are raters."""
+    """Average what raters attend to; also give every word's attention, and who the raters are."""
     assert tokens.query_attention is not None  # declared in `reads`
     rows, chosen = upcast(tokens.query_attention).mean(dim=1), text_raters(tokens)
     total = (rows * chosen[..., None]).sum(dim=1)

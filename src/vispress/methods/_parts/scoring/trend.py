@@ -23,7 +23,7 @@ STEEPEST = 50.0
 
 
 def published_trend(name: str, variant: Variant) -> Trend:
-    """The trend of a method.
+    """Look up the trend of a method.
 
     Raises:
         ConfigError: It has none.
@@ -37,7 +37,7 @@ def published_trend(name: str, variant: Variant) -> Trend:
 
 
 def trend_weight(index: Int[Tensor, "B N"], size: int, trend: Trend) -> Float[Tensor, "B N"]:
-    """`f(0) / f(i)`, fp32; 1 at the first token, smaller where tokens are attended to more.
+    """Compute `f(0) / f(i)`, fp32; 1 at the first token, smaller where more attention falls.
 
     Args:
         index: Raster indices i in `[0, size)`.

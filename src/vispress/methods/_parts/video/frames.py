@@ -23,7 +23,7 @@ class Frames:
     newlines: Int[Tensor, "M"]
 
     def split(self, num_keep: int) -> tuple[int, Int[Tensor, "m"]]:
-        """What frames keep together, and the newlines that stay.
+        """Split a budget into what frames keep together, and the newlines that stay.
 
         Newlines count towards the budget; they go when it cannot hold them and a token a frame, but
         for as many as fill a budget that is larger than all frames.
@@ -34,11 +34,11 @@ class Frames:
         return num_keep - len(self.newlines), self.newlines
 
     def of(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B F t D"]:
-        """Values of the tokens, frame by frame."""
+        """View values of tokens frame by frame."""
         return values[:, self.places]
 
     def place_of(self, index: Int[Tensor, "B N"]) -> Int[Tensor, "B N"]:
-        """Place in its frame of each token of the whole video; -1 for newlines."""
+        """Find the place in its frame of each token of the whole video; -1 for newlines."""
         total, size = self.places.numel() + len(self.newlines), self.places.shape[1]
         table = torch.full((total,), -1, device=index.device)
         table[self.places] = torch.arange(size, device=index.device)
@@ -47,7 +47,7 @@ class Frames:
     def with_newlines(
         self, picked: Int[Tensor, "B n"], newlines: Int[Tensor, "m"]
     ) -> Int[Tensor, "B K"]:
-        """Ascending tokens: `picked`, places of all frames in a row, and the newlines."""
+        """Join `picked`, places of all frames in a row, with the newlines; ascending tokens."""
         kept = self.places.flatten()[picked]
         return torch.cat([kept, newlines.expand(len(picked), -1)], dim=1).sort(dim=1).values
 
@@ -66,7 +66,7 @@ def check_whole(tokens: VisualTokens, name: str) -> None:
 
 
 def frames(tokens: VisualTokens, name: str, *, pruned: bool = False) -> Frames:
-    """The frames of a bucket; a plain image is one frame.
+    """Find the frames of a bucket; a plain image is one frame.
 
     Args:
         tokens: The bucket.

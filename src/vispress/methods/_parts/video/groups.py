@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vispress.budget import allocate
 from vispress.methods._parts.clustering.density_peaks import dpc_clusters
+from vispress.methods._parts.clustering.owners import kept_and_slots, ragged
 from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.video.frames import Frames
 from vispress.methods._parts.video.scenes import (
@@ -46,12 +47,12 @@ class Group:
     static: bool
 
     def tokens(self, x: Float[Tensor, "F t D"]) -> Float[Tensor, "n D"]:
-        """Means over the frames."""
+        """Average over the frames."""
         return x[self.frame : self.frame + self.length, self.places].mean(dim=0)
 
 
 def alike(x: Float[Tensor, "W t D"]) -> Float[Tensor, "t"]:
-    """Mean cosine of a place to itself in the other frames, of unit tokens; -2 in a lone frame."""
+    """Average a unit token's cosine to its place in the other frames; -2 in a lone frame."""
     count = x.shape[0]
     if count == 1:
         return x.new_full(x.shape[1:2], -2.0)
@@ -61,7 +62,7 @@ def alike(x: Float[Tensor, "W t D"]) -> Float[Tensor, "t"]:
 def groups_of(
     scenes: Sequence[Scene], static: Bool[Tensor, "F t"], device: torch.device
 ) -> list[Group]:
-    """Groups of one video, scene by scene: static places, then each frame's others.
+    """List the groups of one video, scene by scene: static places, then each frame's others.
 
     Args:
         scenes: Runs of frames.
@@ -78,7 +79,7 @@ def groups_of(
 
 @torch.no_grad()
 def saving_groups(x: Float[Tensor, "B F t D"], threshold: float) -> list[list[Group]]:
-    """HoliTom's groups of each video, of the cut that saves most; waits once for the device.
+    """Make HoliTom's groups, of the cut that saves most; waits once for the device.
 
     Args:
         x: Tokens, at least fp32.
@@ -100,7 +101,7 @@ def saving_groups(x: Float[Tensor, "B F t D"], threshold: float) -> list[list[Gr
 def static_groups(
     x: Float[Tensor, "B F t D"], scenes: float, threshold: float, neighbours: int
 ) -> list[list[Group]]:
-    """PruneVid's groups of each video; waits twice for the device.
+    """Make PruneVid's groups of each video; waits twice for the device.
 
     Args:
         x: Tokens, at least fp32.
@@ -122,7 +123,7 @@ def static_groups(
 def most_attended(
     tokens: VisualTokens, video: Frames, groups: Sequence[Sequence[Group]], num_keep: int
 ) -> TokenPlan:
-    """What is left of each group in proportion: the most attended by any head and word.
+    """Keep of each group in proportion what any head and word attends to most.
 
     Newlines stay; the earlier tokens do where there is no word. Waits once for the device.
     """
@@ -140,7 +141,7 @@ def most_attended(
 
 
 def shares(groups: Sequence[Group], num_keep: int, merged: float = 1.0) -> tuple[int, ...]:
-    """How many tokens each group keeps: a fraction, where there are many; in proportion at most."""
+    """Share a budget among groups: of many tokens a fraction at most."""
     sizes = [len(group.places) for group in groups]
     few = [n if n <= FEW else max(1, int(merged * n)) for n in sizes]
     return allocate(num_keep, few)
@@ -152,7 +153,7 @@ into, -1 for none; and its weight there."""
 
 
 def clusters(x: Float[Tensor, "n D"], count: int, neighbours: int) -> Int[Tensor, "n"]:
-    """The centre that each token is folded into; itself, where all stay."""
+    """Find the centre that each token is folded into; itself, where all stay."""
     if count >= len(x):
         return torch.arange(len(x), device=x.device)
     centres, label = dpc_clusters(x[None], count, neighbours=neighbours)
@@ -162,7 +163,7 @@ def clusters(x: Float[Tensor, "n D"], count: int, neighbours: int) -> Int[Tensor
 def beside_top(
     x: Float[Tensor, "n D"], score: Float[Tensor, "n"], top: int, count: int, neighbours: int
 ) -> Int[Tensor, "n"]:
-    """As `clusters`, of what is not among the `top` best, which stay; -1 where `count` is 0."""
+    """Keep the `top` best, and cluster the others; -1 where `count` is 0."""
     ranked = descending(score[None])[0]
     kept, rest = ranked[:top], ranked[top:].sort().values
     owner = torch.full_like(ranked, -1)
@@ -173,7 +174,7 @@ def beside_top(
 
 
 def cluster_weights(owner: Int[Tensor, "n"], own: float) -> Float[Tensor, "n"]:
-    """`own` for a centre itself, and `1 - own` for the mean of its cluster, the centre included."""
+    """Weigh a centre itself by `own`, and by `1 - own` the mean of its cluster, itself included."""
     into, member = owner.clamp(min=0), (owner >= 0).long()
     size = torch.zeros_like(owner).scatter_add(0, into, member)[into].clamp(min=1)
     centre = owner == torch.arange(len(owner), device=owner.device)
@@ -187,7 +188,7 @@ def merge_groups(
     counts: Sequence[Sequence[int]],
     merge: Merge,
 ) -> TokenPlan:
-    """The plan that merges each group of each video to its count; newlines stay as they are."""
+    """Merge each group of each video to its count; newlines stay as they are."""
     number, size = video.places.shape
     owners = torch.full((len(groups), number, size), -1, device=video.places.device)
     weights = torch.ones(owners.shape, device=owners.device)
@@ -210,7 +211,7 @@ def plan_of(
     weight: Float[Tensor, "B Ft"],
     counts: Sequence[int],
 ) -> TokenPlan:
-    """The plan, with newlines as they are; ragged where videos keep different counts.
+    """Make the plan, with newlines as they are; ragged where videos keep different counts.
 
     Args:
         video: Where the frames lie.
@@ -226,11 +227,6 @@ def plan_of(
     whole[:, newlines] = newlines
     shares = torch.ones(whole.shape, device=owner.device)
     shares[:, places] = weight
-    survives = whole == torch.arange(total, device=owner.device)
-    most = max(counts) + len(newlines)
-    keep = (~survives).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-    slot = (survives.cumsum(dim=1) - 1).gather(1, whole.clamp(min=0)).where(whole >= 0, -1)
-    if len(set(counts)) == 1:
-        return TokenPlan(keep=keep, assign=slot, weight=shares)
-    ragged = tuple(own[: count + len(newlines)] for own, count in zip(keep, counts, strict=True))
-    return TokenPlan(keep=ragged, assign=slot, weight=shares)
+    totals = [count + len(newlines) for count in counts]
+    keep, slots = kept_and_slots(whole, max(totals))
+    return TokenPlan(keep=ragged(keep, totals), assign=slots, weight=shares)

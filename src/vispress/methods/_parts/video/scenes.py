@@ -15,12 +15,12 @@ Scene = tuple[int, int]
 
 
 def adjacent_cosine(x: Float[Tensor, "B F *t D"]) -> Float[Tensor, "B F1 *t"]:
-    """Cosine of each frame, or each place of it, to the next."""
+    """Compute the cosine of each frame, or each place of it, to the next."""
     return F.cosine_similarity(x[:, :-1], x[:, 1:], dim=-1)
 
 
 def dynamic_scenes(cosine: Sequence[float], least: int, threshold: float) -> list[Scene]:
-    """FastVID's: cut where frames are least alike, and wherever they are not alike enough.
+    """Cut (FastVID) where frames are least alike, and wherever they are not alike enough.
 
     Args:
         cosine: Of each frame to the next.
@@ -34,7 +34,7 @@ def dynamic_scenes(cosine: Sequence[float], least: int, threshold: float) -> lis
 
 
 def refined(labels: Sequence[int]) -> list[int]:
-    """PruneVid's: clusters of frames made into runs.
+    """Turn clusters of frames into runs (PruneVid).
 
     Of each label the longest runs stay, of two frames at least; frames between them join the
     longer of the runs beside them, of equals the left one. Where no run stays all is one.
@@ -56,13 +56,13 @@ def refined(labels: Sequence[int]) -> list[int]:
 
 
 def scenes_of(labels: Sequence[int]) -> list[Scene]:
-    """Runs of equal labels."""
+    """List the runs of equal labels."""
     starts = [i for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
     return list(zip(starts, [*starts[1:], len(labels)], strict=True))
 
 
 def saving_scenes(same: Bool[Tensor, "F1 t"]) -> tuple[list[Scene], int]:
-    """HoliTom's: the runs of frames that save most when places that never change are kept once.
+    """Find the runs that save most when places that never change are kept once (HoliTom).
 
     A run of W frames saves W - 1 tokens for each place that is the same all along; dynamic
     programming finds the best cut, of equals that with the shorter last run.

@@ -1,1 +1,0 @@
-"""What compressors around other compressors need."""
