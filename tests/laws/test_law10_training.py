@@ -44,10 +44,11 @@ Gradients = dict[str, Tensor]
 
 
 def labels_of(inputs: Mapping[str, Any]) -> Tensor:
-    """Next-token labels on text alone; visual tokens and padding are ignored."""
-    ids: Tensor = inputs["input_ids"]
-    text = (ids >= TEXT_IDS[0]) & (ids < TEXT_IDS[1]) & inputs["attention_mask"].bool()
-    return ids.masked_fill(~text, -100)
+    """Next-token labels on the answer: the last two tokens of each sample, behind its question."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    place = mask.flip(1).cumsum(1).flip(1)  # 1 is the last token
+    answer = mask & (place <= 2) & (ids >= TEXT_IDS[0]) & (ids < TEXT_IDS[1])
+    return ids.masked_fill(~answer, -100)  # type: ignore[no-any-return]
 
 
 def gradients(model: nn.Module, loss: Tensor, *, keep: bool = False) -> Gradients:
@@ -117,7 +118,8 @@ def both(
             report = view.report
         got = gradients(model, loss, keep=True)
         alive = [report.alive(layer) for layer in range(report.num_layers)]
-        values = changed_rows(report, spy, inputs["input_ids"].shape)
+        prompts = -(labels_of(inputs) != -100).long()  # the answer is not of the prompt
+        values = changed_rows(report, spy, inputs["input_ids"].shape, prompts)
         positions: Any = method.default_positions
         positions = "original" if find_adapter(model).mrope else positions
         with encoding_as(masked, encoded):
