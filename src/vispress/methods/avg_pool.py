@@ -59,6 +59,7 @@ class AvgPool(Compressor):
     paper: ClassVar[str] = "control"
     evidence: ClassVar[Evidence] = "control"
     reads: ClassVar[frozenset[Signal]] = signals_for("features")
+    whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 

@@ -56,6 +56,8 @@ class Compressor(ABC):
     """What the method is made for: a model without it is refused. `"video"`: images pass whole."""
     merges: ClassVar[bool] = False
     """True: survivors do not keep their own values."""
+    whole: ClassVar[bool] = False
+    """True: acts on images of which no token is gone, so nothing may drop any before it."""
     default_positions: ClassVar[Positions] = "compact"
 
     keep_ratio: float | None = None
@@ -99,6 +101,10 @@ class Compressor(ABC):
     def views(self) -> tuple["Compressor", ...]:
         """List compressors inside that are each shown `VisualTokens.views` of their own."""
         return ()
+
+    def whole_only(self) -> bool:
+        """Whether this instance, or one inside it, acts on whole images only."""
+        return self.whole or any(member.whole_only() for member in self.members())
 
     def signals(self) -> frozenset[Signal]:
         """Name what this instance reads (hyper-parameters may swap one of `reads` for another)."""

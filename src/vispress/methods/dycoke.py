@@ -81,6 +81,7 @@ class DyCoke(CachedSelector, Compressor):
     paper: ClassVar[str] = "Tao et al., CVPR 2025, arXiv:2411.15024"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
 
     pruned: float = 0.7

@@ -45,6 +45,7 @@ class EVS(ScorePruner):
     paper: ClassVar[str] = "Bagrov et al. 2025, arXiv:2510.14624"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
     rounding: ClassVar[Rounding] = "floor"
     default_positions: ClassVar[Positions] = "original"

@@ -100,6 +100,7 @@ class FastVID(Compressor):
     paper: ClassVar[str] = "Shen et al., NeurIPS 2025, arXiv:2503.11187"
     evidence: ClassVar[Evidence] = "reconstructed"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.COLUMN_ATTENTION}
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
     merges: ClassVar[bool] = True
     rounding: ClassVar[Rounding] = "floor"

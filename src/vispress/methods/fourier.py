@@ -47,6 +47,7 @@ class Fourier(Compressor):
     paper: ClassVar[str] = "Wang et al. 2025, arXiv:2508.06038"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = signals_for("vision_features")
+    whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
 

@@ -96,6 +96,7 @@ class FrameFusion(Compressor):
     paper: ClassVar[str] = "Fu et al., ICCV 2025, arXiv:2501.01986"
     evidence: ClassVar[Evidence] = "reconstructed"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.QUERY_ATTENTION, Signal.DEPTH}
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
     merges: ClassVar[bool] = True
     exact: ClassVar[bool] = False

@@ -85,6 +85,7 @@ class HoliTom(Compressor):
     paper: ClassVar[str] = "Shao et al., NeurIPS 2025, arXiv:2505.21334"
     evidence: ClassVar[Evidence] = "reconstructed"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.COLUMN_ATTENTION}
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
     merges: ClassVar[bool] = True
     exact: ClassVar[bool] = False

@@ -56,6 +56,7 @@ class PruneVid(Compressor):
         Signal.QUERY_ATTENTION,
         Signal.INPUT_EMBEDDINGS,
     }
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
     merges: ClassVar[bool] = True
     exact: ClassVar[bool] = False

@@ -42,6 +42,7 @@ class QuadtreeMerge(Compressor):
     paper: ClassVar[str] = "Wang et al., AAAI 2025, arXiv:2408.15556"
     evidence: ClassVar[Evidence] = "reconstructed"
     reads: ClassVar[frozenset[Signal]] = signals_for("features")
+    whole: ClassVar[bool] = True
     exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True

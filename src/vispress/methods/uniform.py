@@ -44,6 +44,9 @@ class Uniform(Compressor):
     def validate(self) -> None:
         check_choice("dims", self.dims, (1, 2))
 
+    def whole_only(self) -> bool:
+        return self.dims == 2
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 

@@ -87,6 +87,7 @@ class VidCom2(Compressor):
     paper: ClassVar[str] = "Liu et al., EMNLP 2025, arXiv:2505.14454"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY
+    whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
 
     temperature: float = 0.01

@@ -42,6 +42,7 @@ def bind_placements(
             raise ConfigError(
                 f"{method.name} has no placement before or in an LLM of {layers} layers"
             )
+        _refuse_what_is_gone(method, found)
         for placement in placements:
             _check(method, placement, layers)
             found.append(
@@ -63,6 +64,21 @@ def bind_placements(
         for i, (_, number, method, placement, where) in enumerate(found)
     ]
     return steps, notes
+
+
+def _refuse_what_is_gone(
+    method: Compressor, before: Sequence[tuple[int, int, Compressor, Placement, Positions]]
+) -> None:
+    """Refuse a method that acts on whole images where another one surely dropped some of them."""
+    for *_, other, placement, _ in before:
+        drops = placement.stage in (Stage.PRE_LLM, Stage.IN_LLM) and placement.images == "all"
+        share = placement.budget.keep_ratio
+        surely = drops and not placement.adaptive and share is not None and share < 1
+        if method.whole_only() and surely and other.needs in (None, method.needs):
+            raise ConfigError(
+                f"{method.name} acts on whole images, of which {other.name} before it in the chain "
+                f"keeps {share:g}; put {method.name} first, or leave one of them out"
+            )
 
 
 def _check(method: Compressor, placement: Placement, layers: int) -> None:

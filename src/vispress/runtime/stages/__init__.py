@@ -5,6 +5,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from vispress.runtime.forward.check_reads import check_reads
+
 
 @cache
 def stage_files() -> tuple[Any, ...]:
@@ -23,6 +25,8 @@ def bind_all(binding: Any) -> tuple[Any, ...]:
     Raises:
         VispressError: The chain cannot work on this model; says what would.
     """
+    layers = len(binding.adapter.decoder_layers)
+    check_reads(binding.methods, binding.placements, layers)
     found = (module.bind(binding) for module in stage_files())
     stages = sorted((stage for stage in found if stage is not None), key=lambda s: s.order)
     for stage in stages:

@@ -121,7 +121,8 @@ def layout(tokens: VisualTokens, num_keep: int) -> Layout:
     if tokens.num_visual != tokens.num_original or (tokens.grid is None and tokens.crops is None):
         raise UnsupportedMethodError(
             f"grid methods need whole images with a known grid, got {tokens.num_visual} of "
-            f"{tokens.num_original} tokens, grid={tokens.grid}; let them act first"
+            f"{tokens.num_original} tokens, grid={tokens.grid}; put them first in a chain, and "
+            "mask no single tokens of an image (a whole image may be masked)"
         )
     if tokens.grid is not None and tokens.crops is None:
         return _of_frames(tokens.grid, num_keep)
