@@ -41,7 +41,7 @@ def chosen() -> Iterator[Choice]:
             rule = {"HEAD": head, **query.launch_rule(count, head, size)}
             yield query.logits_kernel, size, rule
             rule = {"HEAD": head, **column.launch_rule(head, size, count)}
-            yield column.row_lse_kernel, size, rule
+            yield column.row_stats_kernel, size, rule
             yield column.column_mean_kernel, size, rule
     for D in (1, 9000):
         yield assign.inverse_norms_kernel, 0, assign.norm_rule(D)

@@ -162,13 +162,13 @@ def _columns() -> list[Variant]:
             continue
         common = dtype != "fp16" and head in (64, 72, 80)
         types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "scale": "fp32", "valid_ptr": "*u8"}
-        types |= {"bounds_ptr": "*i64", "lse_ptr": "*fp32"}
+        types |= {"bounds_ptr": "*i64", "stats_ptr": "*fp32"}
         for causal, bounds, valid in product(FLAGS, FLAGS, FLAGS):
             constants = {"CAUSAL": causal, "HAS_BOUNDS": bounds, "HAS_VALID": valid, "HEAD": head}
             constants |= column.launch_rule(head, DTYPES[dtype], blocks)
             # as an encoder's images are: alone, or packed
             default = common and not causal and not valid
-            found.append(Variant(column.row_lse_kernel, types, constants, units, default))
+            found.append(Variant(column.row_stats_kernel, types, constants, units, default))
             more = {"count_ptr": "*i64", "out_ptr": "*fp32"}
             kernel = column.column_mean_kernel
             found.append(Variant(kernel, types | more, constants, units, default))

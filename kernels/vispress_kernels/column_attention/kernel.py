@@ -1,8 +1,13 @@
-"""`column_attention` in two Triton launches: each row's log-sum-exp, then each column's mean.
+"""`column_attention` in two Triton launches: each row's peak and sum, then each column's mean.
 
 Bound by the tensor cores: q k^T is computed twice and stored never. In both passes a program keeps
 one block of heads and walks the other side in order, so sums stay within a thread until the end and
 nothing is added atomically. Only blocks at a mask's edge are masked. Exponents have base 2.
+
+Weights of a row add up to 1 whatever the size of its logits: peak and sum stay apart (their
+log-sum-exp is rounded to units of the peak), a product is compared with the peak before it is
+scaled (no rounding, and nothing that a compiler may fuse in one launch and not in the other), and
+both launches compute the same products to the bit.
 """
 
 import math
@@ -15,62 +20,24 @@ from torch import Tensor
 
 from vispress_kernels._heads import dot_heads, head_rule, load_part
 from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
+from vispress_kernels.column_attention._tiles import (
+    allowed_places,
+    column_products,
+    reach,
+    rescaled,
+)
 from vispress_kernels.column_attention.reference import query_counts
 
 FEW_PROGRAMS = 264  # two for each multiprocessor of a large device
 
 
 @triton.jit
-def _reach(
-    o_m,
-    m_m,
-    first,
-    S,
-    bounds_ptr,
-    CAUSAL: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Whom rows meet: each `low` to `high`, their block `begin` to `end`, unmasked to `full`."""
-    low = tl.zeros((BLOCK_M,), tl.int32)
-    high = low + S
-    begin = tl.zeros((), tl.int64)
-    end = begin + S
-    full = end // BLOCK_N * BLOCK_N
-    if HAS_BOUNDS:
-        low = tl.load(bounds_ptr + o_m, mask=m_m, other=0).to(tl.int32)
-        high = tl.load(bounds_ptr + S + o_m, mask=m_m, other=1).to(tl.int32)
-        last = tl.minimum(first + BLOCK_M, S) - 1
-        begin = tl.load(bounds_ptr + first)
-        end = tl.load(bounds_ptr + S + last)
-        # the same segment from the first row to the last
-        alone = begin == tl.load(bounds_ptr + last)
-        full = tl.where(alone, begin + (end - begin) // BLOCK_N * BLOCK_N, begin)
-    if CAUSAL or HAS_VALID:
-        full = begin
-    return low, high, begin, full, end
-
-
-@triton.jit
-def _masked(logits, low, high, start, p_valid, S, HAS_VALID: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Logits of one block, -inf outside `low` to `high` of each row and in invalid columns."""
-    o_n = (start + tl.arange(0, BLOCK_N)).to(tl.int32)
-    allowed = (o_n[None, :] >= low[:, None]) & (o_n[None, :] < high[:, None])
-    if HAS_VALID:
-        valid = tl.load(p_valid + o_n, mask=o_n < S, other=0) != 0
-        allowed = allowed & valid[None, :]
-    return tl.where(allowed, logits, float("-inf"))
-
-
-@triton.jit
-def row_lse_kernel(
+def row_stats_kernel(
     q_ptr,  # [B, H, S, Dh], any strides
     k_ptr,  # [B, Hk, S, Dh], any strides
     bounds_ptr,  # [2, S] int64: start and end of each position's segment, or unused
     valid_ptr,  # [B, S] uint8, or unused
-    lse_ptr,  # [B, H, S] fp32, of base 2
+    stats_ptr,  # [B, H, S, 2] fp32: the largest product of each row, one over its sum of weights
     stride_qb,
     stride_qh,
     stride_qs,
@@ -113,7 +80,7 @@ def row_lse_kernel(
         q = load_part(p_m, stride_qd, m_m, HEAD, 0, BLOCK_D, False)
         if REST:
             q_rest = load_part(p_m, stride_qd, m_m, HEAD, BLOCK_D, REST, False)
-    low, high, begin, full, end = _reach(
+    low, high, begin, full, end = reach(
         o_m, m_m, first, S, bounds_ptr, CAUSAL, HAS_BOUNDS, HAS_VALID, BLOCK_M, BLOCK_N
     )
     if CAUSAL:
@@ -128,26 +95,29 @@ def row_lse_kernel(
             q, q_rest, p_m, p_n + start * stride_ks, stride_qd, stride_kd, m_m, steps < S,
             HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, True,
         )  # fmt: skip
-        new_peak = tl.maximum(peak, tl.max(dot, axis=1) * scale)
-        total *= tl.exp2(peak - new_peak)
-        total += tl.sum(tl.exp2(dot * scale - new_peak[:, None]), axis=1)
+        new_peak = tl.maximum(peak, tl.max(dot, axis=1))
+        total *= rescaled(peak, new_peak, scale)
+        total += tl.sum(tl.exp2((dot - new_peak[:, None]) * scale), axis=1)
         peak = new_peak
     for start in range(full, end, BLOCK_N):
         dot = dot_heads(
             q, q_rest, p_m, p_n + start * stride_ks, stride_qd, stride_kd, m_m, start + steps < S,
             HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, False,
         )  # fmt: skip
-        logits = _masked(dot * scale, low, high, start, p_valid, S, HAS_VALID, BLOCK_N)
-        new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+        allowed = allowed_places(low, high, start, p_valid, S, HAS_VALID, BLOCK_N)
+        new_peak = tl.maximum(peak, tl.max(tl.where(allowed, dot, float("-inf")), axis=1))
         # -inf - -inf is nan: a row that has seen no key yet is shifted by 0
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total *= tl.exp2(peak - shift)
-        total += tl.sum(tl.exp2(logits - shift[:, None]), axis=1)
+        total *= rescaled(peak, shift, scale)
+        # what is not allowed may be far above
+        weights = tl.exp2(tl.minimum((dot - shift[:, None]) * scale, 0.0))
+        total += tl.sum(tl.where(allowed, weights, 0.0), axis=1)
         peak = new_peak
-    # a row without keys: exp2(logit - inf) is 0 in every column
+    # a row without keys gives nothing to any column
     blind = total == 0.0
-    lse = tl.where(blind, float("inf"), peak + tl.log2(tl.where(blind, 1.0, total)))
-    tl.store(lse_ptr + i_bh * S + o_m, lse, mask=m_m)
+    p_stats = stats_ptr + (i_bh * S + o_m) * 2
+    tl.store(p_stats, tl.where(blind, 0.0, peak), mask=m_m)
+    tl.store(p_stats + 1, tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total)), mask=m_m)
 
 
 @triton.jit
@@ -156,7 +126,7 @@ def column_mean_kernel(
     k_ptr,  # [B, Hk, S, Dh], any strides
     bounds_ptr,  # [2, S] int64, or unused
     valid_ptr,  # [B, S] uint8, or unused
-    lse_ptr,  # [B, H, S] fp32, of base 2
+    stats_ptr,  # [B, H, S, 2] fp32, of `row_stats_kernel`
     count_ptr,  # [B, S] int64: queries averaged over, or unused without `valid`
     out_ptr,  # [B, H, S] fp32
     stride_qb,
@@ -183,19 +153,22 @@ def column_mean_kernel(
     BLOCK_D: tl.constexpr,
     REST: tl.constexpr,
 ):
+    # keys are kept and queries walked; in chunks by blocks that make the tiles of the first launch
+    KEEP: tl.constexpr = BLOCK_N if CHUNKED else BLOCK_M
+    WALK: tl.constexpr = BLOCK_M if CHUNKED else BLOCK_N
     pid = tl.program_id(0)
-    blocks = tl.cdiv(S, BLOCK_M)
+    blocks = tl.cdiv(S, KEEP)
     # int64 before any multiply
-    first = (pid % blocks).to(tl.int64) * BLOCK_M
+    first = (pid % blocks).to(tl.int64) * KEEP
     i_bh = (pid // blocks).to(tl.int64)
     i_b = (pid // blocks // H).to(tl.int64)
     i_h = ((pid // blocks) % H).to(tl.int64)
-    o_m = first + tl.arange(0, BLOCK_M)  # keys: their sums over queries are sums along a row
+    o_m = first + tl.arange(0, KEEP)  # keys: their sums over queries are sums along a row
     m_m = o_m < S
     p_m = k_ptr + i_b * stride_kb + (i_h // GROUP) * stride_kh + o_m * stride_ks
-    steps = tl.arange(0, BLOCK_N).to(tl.int64)
+    steps = tl.arange(0, WALK).to(tl.int64)
     p_n = q_ptr + i_b * stride_qb + i_h * stride_qh + steps * stride_qs
-    p_lse = lse_ptr + i_bh * S + steps
+    p_stats = stats_ptr + (i_bh * S + steps) * 2
     p_valid = valid_ptr
     if HAS_VALID:
         p_valid += i_b * S
@@ -204,8 +177,8 @@ def column_mean_kernel(
         k = load_part(p_m, stride_kd, m_m, HEAD, 0, BLOCK_D, False)
         if REST:
             k_rest = load_part(p_m, stride_kd, m_m, HEAD, BLOCK_D, REST, False)
-    low, high, begin, full, end = _reach(
-        o_m, m_m, first, S, bounds_ptr, CAUSAL, HAS_BOUNDS, HAS_VALID, BLOCK_M, BLOCK_N
+    low, high, begin, full, end = reach(
+        o_m, m_m, first, S, bounds_ptr, CAUSAL, HAS_BOUNDS, HAS_VALID, KEEP, WALK
     )
     count = tl.maximum(high - low, 1)
     if CAUSAL:
@@ -213,23 +186,29 @@ def column_mean_kernel(
         full = tl.maximum(begin, first)
     if HAS_VALID:  # an invalid row meets nobody
         high = tl.where(tl.load(p_valid + o_m, mask=m_m, other=0) != 0, high, low)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((KEEP,), tl.float32)
     if not CAUSAL:
-        for start in range(begin, full, BLOCK_N):
-            lse = tl.load(p_lse + start)  # ahead of the product, which hides it
-            dot = dot_heads(
+        for start in range(begin, full, WALK):
+            peak = tl.load(p_stats + 2 * start)  # ahead of the product, which hides it
+            share = tl.load(p_stats + 2 * start + 1)
+            dot = column_products(
                 k, k_rest, p_m, p_n + start * stride_qs, stride_kd, stride_qd, m_m, steps < S,
-                HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, True,
+                HEAD, CHUNKED, KEEP, WALK, BLOCK_D, REST, True,
             )  # fmt: skip
-            total += tl.sum(tl.exp2(dot * scale - lse[None, :]), axis=1)
-    for start in range(full, end, BLOCK_N):
-        lse = tl.load(p_lse + start, mask=start + steps < S, other=float("inf"))
-        dot = dot_heads(
-            k, k_rest, p_m, p_n + start * stride_qs, stride_kd, stride_qd, m_m, start + steps < S,
-            HEAD, CHUNKED, BLOCK_M, BLOCK_N, BLOCK_D, REST, False,
+            # no weight is above 1, should a device round products by their place
+            weights = tl.exp2(tl.minimum((dot - peak[None, :]) * scale, 0.0))
+            total += tl.sum(weights * share[None, :], axis=1)
+    for start in range(full, end, WALK):
+        m_n = start + steps < S
+        peak = tl.load(p_stats + 2 * start, mask=m_n, other=0.0)
+        share = tl.load(p_stats + 2 * start + 1, mask=m_n, other=0.0)
+        dot = column_products(
+            k, k_rest, p_m, p_n + start * stride_qs, stride_kd, stride_qd, m_m, m_n,
+            HEAD, CHUNKED, KEEP, WALK, BLOCK_D, REST, False,
         )  # fmt: skip
-        logits = _masked(dot * scale, low, high, start, p_valid, S, HAS_VALID, BLOCK_N)
-        total += tl.sum(tl.exp2(logits - lse[None, :]), axis=1)
+        allowed = allowed_places(low, high, start, p_valid, S, HAS_VALID, WALK)
+        weights = tl.exp2(tl.minimum((dot - peak[None, :]) * scale, 0.0))
+        total += tl.sum(tl.where(allowed, weights * share[None, :], 0.0), axis=1)
     if HAS_VALID:
         count = tl.load(count_ptr + i_b * stride_cb + o_m * stride_cs, mask=m_m, other=1)
         count = tl.maximum(count, 1)
@@ -270,7 +249,7 @@ def column_attention_triton(
     out = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
-    lse = torch.empty_like(out)
+    stats = torch.empty(B, H, S, 2, dtype=torch.float32, device=q.device)
     counts = None if valid is None else query_counts(bounds, valid, q)
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
     rule = launch_rule(Dh, q.element_size(), H * ceil_div(S, 128))
@@ -285,13 +264,16 @@ def column_attention_triton(
         **rule,
         "on": q,
     }
-    programs = B * H * ceil_div(S, rule["BLOCK_M"])
+    rows, columns = rule["BLOCK_M"], rule["BLOCK_N"] if rule["CHUNKED"] else rule["BLOCK_M"]
     strides = (*q.stride(), *k.stride())
     count_strides = (0, 0) if counts is None else counts.stride()
     sizes = (scale * math.log2(math.e), H, S, H // k.shape[1])
-    launch(row_lse_kernel, programs, q, k, bounds, valid, lse, *strides, *sizes, **options)
     launch(
-        column_mean_kernel, programs, q, k, bounds, valid, lse, counts, out,
+        row_stats_kernel, B * H * ceil_div(S, rows), q, k, bounds, valid, stats,
+        *strides, *sizes, **options,
+    )  # fmt: skip
+    launch(
+        column_mean_kernel, B * H * ceil_div(S, columns), q, k, bounds, valid, stats, counts, out,
         *strides, *count_strides, *sizes, **options,
     )  # fmt: skip
     return out
