@@ -8,6 +8,9 @@ from vispress_kernels.query_attention import query_attention
 
 pytest.importorskip("triton")
 
+# the interpreter computes what `tl.where` drops
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # B, H, Hk, S, Dh
 SHAPES = [
@@ -91,6 +94,28 @@ def test_a_scale_that_turns_the_order_or_none(randn, device, assert_accurate, pa
     q, k = randn(1, 2, 70, 16), randn(1, 2, 70, 16)
     valid = torch.arange(70, device=device)[None] > 40 if padded else None
     assert_accurate(*run(q, k, scale=scale, valid=valid))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("of", ["q", "k"])
+def test_nan_stays_in_its_segment(randn, device, backend, of):
+    q, k = randn(1, 1, 40, 16), randn(1, 1, 40, 16)
+    bounds = torch.tensor([0, 17, 31, 40], device=device)
+    clean = column_attention(q, k, cu_seqlens=bounds, backend=backend)
+    (q if of == "q" else k)[0, 0, 20, 3] = float("nan")
+    out = column_attention(q, k, cu_seqlens=bounds, backend=backend)
+    assert out[0, 0].isnan().nonzero()[:, 0].tolist() == list(range(17, 31))
+    others = ~out.isnan()
+    assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_invalid_places_may_hold_anything(randn, device, backend):
+    q, k = randn(1, 1, 40, 16), randn(1, 1, 40, 16)
+    valid = torch.arange(40, device=device)[None] >= 9
+    clean = column_attention(q, k, valid=valid, backend=backend)
+    q[:, :, :9] = k[:, :, :9] = float("nan")
+    assert torch.equal(column_attention(q, k, valid=valid, backend=backend), clean)
 
 
 @pytest.mark.refusal

@@ -51,6 +51,12 @@ def allowed_places(low, high, start, p_valid, S, HAS_VALID: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def at_most_0(exponent):
+    """The exponent, or 0; nan stays."""
+    return tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def rescaled(peak, new_peak, scale):
     """Factor of a sum whose peak moves; 1 for the empty sum, whose peak is -inf."""
     # -inf times a scale of 0 is nan

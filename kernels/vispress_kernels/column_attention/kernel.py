@@ -22,6 +22,7 @@ from vispress_kernels._heads import dot_heads, head_rule, load_part
 from vispress_kernels._launch import Rule, ceil_div, dot_operand, launch, next_power_of_2
 from vispress_kernels.column_attention._tiles import (
     allowed_places,
+    at_most_0,
     column_products,
     reach,
     rescaled,
@@ -106,18 +107,15 @@ def row_stats_kernel(
         )  # fmt: skip
         allowed = allowed_places(low, high, start, p_valid, S, HAS_VALID, BLOCK_N)
         new_peak = tl.maximum(peak, tl.max(tl.where(allowed, dot, float("-inf")), axis=1))
-        # -inf - -inf is nan: a row that has seen no key yet is shifted by 0
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        total *= rescaled(peak, shift, scale)
+        total *= rescaled(peak, new_peak, scale)
         # what is not allowed may be far above
-        weights = tl.exp2(tl.minimum((dot - shift[:, None]) * scale, 0.0))
+        weights = tl.exp2(at_most_0((dot - new_peak[:, None]) * scale))
         total += tl.sum(tl.where(allowed, weights, 0.0), axis=1)
         peak = new_peak
-    # a row without keys gives nothing to any column
-    blind = total == 0.0
     p_stats = stats_ptr + (i_bh * S + o_m) * 2
-    tl.store(p_stats, tl.where(blind, 0.0, peak), mask=m_m)
-    tl.store(p_stats + 1, tl.where(blind, 0.0, 1.0 / tl.where(blind, 1.0, total)), mask=m_m)
+    tl.store(p_stats, peak, mask=m_m)
+    # a row without keys, an invalid one, is met by no column
+    tl.store(p_stats + 1, 1.0 / tl.where(total == 0.0, 1.0, total), mask=m_m)
 
 
 @triton.jit
@@ -196,7 +194,7 @@ def column_mean_kernel(
                 HEAD, CHUNKED, KEEP, WALK, BLOCK_D, REST, True,
             )  # fmt: skip
             # no weight is above 1, should a device round products by their place
-            weights = tl.exp2(tl.minimum((dot - peak[None, :]) * scale, 0.0))
+            weights = tl.exp2(at_most_0((dot - peak[None, :]) * scale))
             total += tl.sum(weights * share[None, :], axis=1)
     for start in range(full, end, WALK):
         m_n = start + steps < S
@@ -207,7 +205,7 @@ def column_mean_kernel(
             HEAD, CHUNKED, KEEP, WALK, BLOCK_D, REST, False,
         )  # fmt: skip
         allowed = allowed_places(low, high, start, p_valid, S, HAS_VALID, WALK)
-        weights = tl.exp2(tl.minimum((dot - peak[None, :]) * scale, 0.0))
+        weights = tl.exp2(at_most_0((dot - peak[None, :]) * scale))
         total += tl.sum(tl.where(allowed, weights * share[None, :], 0.0), axis=1)
     if HAS_VALID:
         count = tl.load(count_ptr + i_b * stride_cb + o_m * stride_cs, mask=m_m, other=1)
