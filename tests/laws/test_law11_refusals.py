@@ -178,6 +178,16 @@ def test_attention_whose_masks_cannot_be_cut_is_refused_with_what_works(attn: st
     assert all(name in str(caught.value) for name in (attn, "sdpa", "flash_attention_2", "eager"))
 
 
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching"])
+def test_continuous_batching_is_refused_and_comes_back(name: str) -> None:
+    model = build("llava", layers=2)
+    before = getattr(model, name)
+    refusal = pytest.raises(UnsupportedModelError, match=rf"{name}: continuous batching.*generate")
+    with compressed(model, "fastv", keep_ratio=0.4, layer=1), refusal:
+        getattr(model, name)(inputs=[[1, 2, 3]])
+    assert getattr(model, name) == before
+
+
 def test_attention_changed_after_compression_is_refused_at_the_call() -> None:
     model, inputs = build("llava", layers=2), inputs_of("llava")
     compress_model(model, "fastv", keep_ratio=0.4, layer=1)

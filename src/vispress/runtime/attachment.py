@@ -18,7 +18,12 @@ from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
 from vispress.runtime.forward.expand import expand_step
 from vispress.runtime.forward.model_call import ModelCall
-from vispress.runtime.forward.owner import check_replica, generates, owner_runs
+from vispress.runtime.forward.owner import (
+    check_replica,
+    generates,
+    owner_runs,
+    refuses_batching,
+)
 from vispress.runtime.forward.running import MEASURED, RUNNING, CarriedEmbeds, Running
 from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.hooks.attention import current_sink, watch
@@ -105,6 +110,8 @@ class Attachment:
             if hasattr(owner, name):
                 wrapped = partial(wrapper, base)
                 self._undo.append(patch_instance(owner, name, wrapped, keyword=PROMPT_LENGTHS))
+        for name in ("generate_batch", "init_continuous_batching"):
+            self._wrap(owner, name, refuses_batching)
 
     def _attach_encoder(self) -> None:
         plan = self.plan

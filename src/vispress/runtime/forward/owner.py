@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispress.errors import CompressionStateError, ConfigError
+from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths, current_lengths
 from vispress.runtime.forward.model_call import brings_images, by_name
 from vispress.runtime.hooks.instance_patch import Original
@@ -136,6 +136,19 @@ def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) ->
         return original(*args, **kwargs)
     finally:
         GENERATING.set(before)
+
+
+def refuses_batching(original: Original, *args: Any, **kwargs: Any) -> Any:
+    """Refuse continuous batching, whose paged cache cannot hold fewer rows in one layer.
+
+    Raises:
+        UnsupportedModelError: Says what would work.
+    """
+    raise UnsupportedModelError(
+        f"{type(original.module).__name__}.{original.function.__name__}: continuous batching keeps "
+        "a paged cache of equal length for all layers, and takes token ids without pictures; call "
+        "generate(...), or remove_compression(model) first"
+    )
 
 
 def ids_of(given: Mapping[str, Any]) -> Any:
