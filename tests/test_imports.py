@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "vispress.adapters": 2,
     "vispress.chain": 3,
     "vispress.config": 3,
+    "vispress.request": 3,
     "vispress.decoding": 3,
     "vispress.diffusion": 3,
     "vispress.runtime": 3,
@@ -107,8 +108,10 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.stages": 12,  # each stage
         "vispress.runtime.forward.static_decode": 12,
         "vispress.runtime.forward.prefill_record": 12,
+        "vispress.runtime.forward.measuring": 12,
         "vispress.runtime.forward.base_model": 13,
         "vispress.runtime.forward.prefill": 13,
+        "vispress.runtime.footprint": 12,
         "vispress.runtime.attachment": 14,
         "vispress.runtime": 15,
     },

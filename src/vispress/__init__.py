@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vispress.adapters.base import register_adapter
-    from vispress.api import compress_model, compressed, compression_report, remove_compression
+    from vispress.api import (
+        compress_model,
+        compressed,
+        compression_report,
+        remove_compression,
+        update_compression,
+    )
     from vispress.prompts import prompt_lengths
     from vispress.registry import list_methods, register_method
 
@@ -22,6 +28,7 @@ __all__ = [
     "register_adapter",
     "register_method",
     "remove_compression",
+    "update_compression",
 ]
 
 _HOME = {
@@ -29,6 +36,7 @@ _HOME = {
     "compressed": "vispress.api",
     "compression_report": "vispress.api",
     "remove_compression": "vispress.api",
+    "update_compression": "vispress.api",
     "list_methods": "vispress.registry",
     "prompt_lengths": "vispress.prompts",
     "register_method": "vispress.registry",

@@ -8,24 +8,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vispress.adapters.base import ModelAdapter, find_adapter
-from vispress.chain import Chain, share_mean
-from vispress.config import load_config, make_compressor
-from vispress.errors import (
-    BudgetError,
-    CompressionStateError,
-    ConfigError,
-    UnsupportedMethodError,
-)
-from vispress.methods.base import Compressor
-from vispress.methods.encoder_merger import EncoderMerger
-from vispress.registry import get_method, list_methods
+from vispress.chain import share_mean
+from vispress.errors import CompressionStateError
 from vispress.report import CompressionReport, build_report
-from vispress.types import CLS_SIGNALS, Positions
+from vispress.request import Method, Request, check_signals, resolve
+from vispress.types import Positions
 from vispress.versions import check_versions
 from vispress_kernels import Backend
 
 M = TypeVar("M", bound=nn.Module)
-Method = str | Compressor
 
 
 def compress_model(
@@ -71,45 +62,74 @@ def compress_model(
         CompressionStateError: The model is compressed already.
         UnsupportedVersionError: torch or transformers is outside the supported range.
     """
-    methods, mean = _resolve(method, config, keep_ratio, num_tokens, hyperparameters)
-    if positions not in (None, "original", "compact"):
-        raise ConfigError(f"positions must be 'original' or 'compact', got {positions!r}")
-    if backend not in ("auto", "torch", "triton"):
-        raise ConfigError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    methods, mean = resolve(method, config, keep_ratio, num_tokens, hyperparameters)
+    request = Request(tuple(methods), mean, positions, backend)
     check_versions()
     adapter = find_adapter(model)
 
     from vispress.runtime.attachment import ATTRIBUTE, Attachment
     from vispress.runtime.forward.owner import find_owner
-    from vispress.runtime.hooks.head_shards import find_shards
-    from vispress.runtime.plan.placements import bind_placements
-    from vispress.runtime.plan.plan import Plan
-    from vispress.runtime.plan.refusals import refuse_partitioned, refuse_sharded_encoder
-    from vispress.runtime.stages import bind_all
-    from vispress.runtime.stages.base import Binding
-    from vispress.runtime.tokens.masks import check_implementation
 
     if ATTRIBUTE in adapter.base.__dict__:
         current = ", ".join(m.name for m in adapter.base.__dict__[ATTRIBUTE].methods)
         raise CompressionStateError(
-            f"the model is already compressed by {current}; call remove_compression(model) first"
+            f"the model is already compressed by {current}; call remove_compression(model) first, "
+            "or update_compression(model, ...) for another budget of the same method"
         )
-    check_implementation(adapter.language_model.config._attn_implementation)
-    for one in methods:
-        _check_signals(one, adapter)
-    notes: list[str] = []
-    if mean is not None:
-        methods, note = share_mean(methods, mean, len(adapter.decoder_layers))
-        notes.append(note)
-    placements, remarks = bind_placements(methods, adapter, positions)
-    notes += remarks
-    stages = bind_all(Binding(adapter, methods, placements, notes, backend))
-    layer: Any = adapter.decoder_layers[0]
-    shards = find_shards(model, layer.self_attn)
-    plan = Plan(adapter, methods, placements, backend, notes, shards)
-    refuse_sharded_encoder(model, plan)
-    refuse_partitioned(adapter.base)
-    Attachment(plan, stages, find_owner(model, adapter.base)).attach()
+    plan, stages = _plan_of(model, adapter, request)
+    Attachment(plan, stages, find_owner(model, adapter.base), request).attach()
+    return model
+
+
+def update_compression(
+    model: M,
+    *,
+    keep_ratio: float | None = None,
+    num_tokens: int | None = None,
+    mean_keep_ratio: float | None = None,
+    **hyperparameters: Any,
+) -> M:
+    """Change the budget or hyper-parameters of a compressed model.
+
+    From the next prefill on it computes what it would if it were compressed anew with them; what is
+    not given stays. Hooks stay in place, but for those on layers that are watched or changed under
+    one setting and not the other (a schedule that moves with its budget), which move. A failed
+    update changes nothing. Not while another thread runs the model, nor between forward and
+    backward of a checkpointed call if hooks move.
+
+    A conversation may go on: its KV cache keeps what it holds, and new images get the new budget.
+    Methods that go on choosing while decoding (DyCoke, CMAI) are the exception: a cache filled
+    under another setting of theirs is refused by name.
+
+    Args:
+        model: A compressed model.
+        keep_ratio: As in `compress_model`; each budget takes the place of the one before.
+        num_tokens: As in `compress_model`.
+        mean_keep_ratio: The mean over decoder layers, in `(0, 1]`; all that a chain can be given,
+            if it was compressed with one.
+        **hyperparameters: Fields of the method's class.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CompressionStateError: The model is not compressed, or a forward of it is under way.
+        BudgetError: No budget and no hyper-parameter, several budgets, or one out of range.
+        ConfigError: A hyper-parameter is unknown, out of range, or given to a chain.
+        UnsupportedMethodError: The model cannot give a signal that is read now.
+    """
+    budgets = {
+        "keep_ratio": keep_ratio,
+        "num_tokens": num_tokens,
+        "mean_keep_ratio": mean_keep_ratio,
+    }
+    given = {name: value for name, value in budgets.items() if value is not None}
+    attachment = _attachment(model)
+    attachment.refuse_under_way()
+    request = attachment.request.changed(given | hyperparameters)
+    check_versions()
+    plan, stages = _plan_of(model, find_adapter(model), request)
+    attachment.update(plan, stages, request)
     return model
 
 
@@ -203,74 +223,31 @@ def _attachment(model: nn.Module) -> Any:
     return base.__dict__[ATTRIBUTE]
 
 
-def _resolve(
-    method: Method | Sequence[Method] | None,
-    config: str | Path | None,
-    keep_ratio: float | None,
-    num_tokens: int | None,
-    hyperparameters: dict[str, Any],
-) -> tuple[list[Compressor], float | None]:
-    """The chain of compressors that the arguments name, and the mean that all of it is to keep."""
-    budgets = {"keep_ratio": keep_ratio, "num_tokens": num_tokens}
-    given = {k: v for k, v in budgets.items() if v is not None} | hyperparameters
-    if (method is None) == (config is None):
-        raise ConfigError("give either method or config")
-    source: Any = load_config(config) if config is not None else method
-    if isinstance(source, str):
-        return [make_compressor(source, **given)], None
-    whole = isinstance(source, list | tuple)
-    mean = given.pop("mean_keep_ratio", None) if whole else None
-    if isinstance(source, Chain) and source.mean_keep_ratio is not None:
-        if mean is not None:
-            raise BudgetError(f"give one budget, got mean_keep_ratio={mean} and that of the file")
-        mean = source.mean_keep_ratio
-    parts = list(source) if isinstance(source, list | tuple) else [source]
-    if not parts:
-        raise ConfigError("method is an empty list; name at least one")
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)} cannot be given beside a compressor, a list or a config file; "
-            "set it there (the mean_keep_ratio of a whole list can be given)"
-        )
-    chain = [make_compressor(part) if isinstance(part, str) else part for part in parts]
-    for part in chain:
-        if not isinstance(part, Compressor):
-            raise ConfigError(f"method must be a name or a compressor, got {type(part).__name__}")
-    return chain, mean
+def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[Any, Any]:
+    """Make the plan of a request on a model, and its stages, or refuse it."""
+    from vispress.runtime.hooks.head_shards import find_shards
+    from vispress.runtime.kv_cache.remembering import Remembering
+    from vispress.runtime.plan.placements import bind_placements
+    from vispress.runtime.plan.plan import Plan
+    from vispress.runtime.plan.refusals import refuse_partitioned, refuse_sharded_encoder
+    from vispress.runtime.stages import bind_all
+    from vispress.runtime.stages.base import Binding
+    from vispress.runtime.tokens.masks import check_implementation
 
-
-def _check_signals(method: Compressor, adapter: ModelAdapter) -> None:
-    """Refuse a method whose input or signals this model cannot give, with what would work."""
-    if method.needs is not None and method.needs not in adapter.kinds:
-        has = {"anyres": "cuts no images into AnyRes crops", "video": "reads no videos"}
-        raise UnsupportedMethodError(
-            f"{method.name} is made for {method.needs} input, but {adapter.family} "
-            f"{has[method.needs]}. Methods that work on this model: {', '.join(_working(adapter))}"
-        )
-    missing = method.signals() - adapter.signals()
-    if not missing:
-        return
-    names = ", ".join(sorted(signal.value for signal in missing))
-    works = _working(adapter)
-    hint = ""
-    if missing <= CLS_SIGNALS and "scores" in method.hyperparameters():
-        hint = " The documented substitute is scores='column_mean'."
-    raise UnsupportedMethodError(
-        f"{method.name} needs {names}, which {adapter.family} cannot give (its vision encoder "
-        "has no [CLS] "
-        f"token).{hint} Methods that work on this model: {', '.join(works)}"
-        if missing <= CLS_SIGNALS
-        else f"{method.name} needs {names}, which {adapter.family} cannot give. "
-        f"Methods that work on this model: {', '.join(works)}"
-    )
-
-
-def _working(adapter: ModelAdapter) -> list[str]:
-    """Methods that need nothing that this model lacks."""
-    return [
-        name
-        for name in list_methods()
-        if (cls := get_method(name)).reads <= adapter.signals()
-        and (cls.needs is None or cls.needs in adapter.kinds)
-        and (not issubclass(cls, EncoderMerger) or adapter.encoder_blocks())
-    ]
+    check_implementation(adapter.language_model.config._attn_implementation)
+    methods, notes = list(request.methods), list[str]()
+    for one in methods:
+        check_signals(one, adapter)
+    if request.mean is not None:
+        methods, note = share_mean(methods, request.mean, len(adapter.decoder_layers))
+        notes.append(note)
+    placements, remarks = bind_placements(methods, adapter, request.positions)
+    notes += remarks
+    stages = bind_all(Binding(adapter, methods, placements, notes, request.backend))
+    layer: Any = adapter.decoder_layers[0]
+    shards = find_shards(model, layer.self_attn)
+    remembering = Remembering(tuple(s.remembers for s in stages if s.remembers is not None))
+    plan = Plan(adapter, methods, placements, request.backend, notes, shards, remembering)
+    refuse_sharded_encoder(model, plan)
+    refuse_partitioned(adapter.base)
+    return plan, stages

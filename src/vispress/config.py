@@ -2,13 +2,13 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from vispress.chain import Chain
 from vispress.errors import ConfigError
-from vispress.methods.base import Compressor
+from vispress.methods.base import BUDGETS, Compressor
 from vispress.registry import get_method
 from vispress.yaml_files import read_yaml
 
@@ -22,6 +22,25 @@ def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
         BudgetError: A budget is doubled or out of range.
     """
     cls = get_method(name)
+    return cls(**_checked(cls, name, hyperparameters))
+
+
+def changed_compressor(method: Compressor, changes: Mapping[str, Any]) -> Compressor:
+    """A compressor with other hyper-parameters; a new budget takes the place of the old one.
+
+    Raises:
+        ConfigError: Unknown hyper-parameter; the message names the valid ones.
+        BudgetError: A budget is doubled or out of range.
+    """
+    values = _checked(type(method), method.name, changes)
+    budget = dict.fromkeys(BUDGETS) if set(BUDGETS) & set(values) else {}
+    return replace(method, **(budget | values))
+
+
+def _checked(
+    cls: type[Compressor], name: str, hyperparameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Hyper-parameters of a method's class as it takes them; unknown ones are refused."""
     valid = [field.name for field in fields(cls)]
     for key in hyperparameters:
         if key not in valid:
@@ -30,7 +49,7 @@ def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
             raise ConfigError(
                 f"{name} has no hyper-parameter {key!r}{hint}; valid: {', '.join(valid)}"
             )
-    return cls(**{k: _from_yaml(v, f"{name}, {k}") for k, v in hyperparameters.items()})
+    return {key: _from_yaml(value, f"{name}, {key}") for key, value in hyperparameters.items()}
 
 
 def _from_yaml(value: Any, where: str) -> Any:

@@ -1,6 +1,5 @@
 """Attach compressors to a model instance: hooks in, hooks out, nothing left behind."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,10 +12,13 @@ from vispress.errors import CompressionStateError
 from vispress.kinds import Signal
 from vispress.methods.base import Compressor
 from vispress.prompts import PROMPT_LENGTHS
+from vispress.request import Request
 from vispress.runtime.encoder.capture import EncoderSink, watch_pixels
+from vispress.runtime.footprint import Footprint
 from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
 from vispress.runtime.forward.expand import expand_step
+from vispress.runtime.forward.measuring import measure_layer
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.owner import (
     check_replica,
@@ -43,20 +45,33 @@ class Attachment:
         plan: What is asked of the model.
         stages: The stages of its chain, in order.
         owner: The head that owns the base model (see `find_owner`), or None.
+        request: What the plan was made of.
     """
 
-    def __init__(self, plan: Plan, stages: Sequence[RuntimeStage], owner: nn.Module | None) -> None:
-        self.plan, self.stages, self.owner = plan, tuple(stages), owner
+    def __init__(
+        self,
+        plan: Plan,
+        stages: Sequence[RuntimeStage],
+        owner: nn.Module | None,
+        request: Request,
+    ) -> None:
+        self.owner = owner
         self.record: Any = None
         self._told: set[str] = set()
         self._undo: list[Callable[[], None]] = []
-        adapter = plan.adapter
-        self._decoder = (adapter.language_model, *adapter.decoder_layers)
-        transitions = {n for bound in plan.placements for n in bound.placement.transitions}
-        self._measured = frozenset(transitions)
-        watched = frozenset[int]().union(*(stage.watched_layers for stage in stages))
-        self._watched = watched | self._measured
-        """Decoder layers whose attention is handed the call that runs."""
+        self._undo_moving: list[Callable[[], None]] = []
+        self._decoder = (plan.adapter.language_model, *plan.adapter.decoder_layers)
+        self._take(plan, stages, request, Footprint.of(plan, stages))
+
+    def _take(
+        self,
+        plan: Plan,
+        stages: Sequence[RuntimeStage],
+        request: Request,
+        footprint: Footprint,
+    ) -> None:
+        self.plan, self.stages, self.request = plan, tuple(stages), request
+        self._footprint = footprint
 
     @property
     def methods(self) -> tuple[Compressor, ...]:
@@ -69,6 +84,7 @@ class Attachment:
         """Install all hooks, or none."""
         try:
             self._attach()
+            self._attach_moving()
         except BaseException:
             self.detach()
             raise
@@ -86,20 +102,9 @@ class Attachment:
         pre, post = self._language_model_starts, self._language_model_ends
         self._hook(language_model.register_forward_pre_hook(pre, with_kwargs=True))
         self._hook(language_model.register_forward_hook(post, with_kwargs=True))
-        left = frozenset[int]().union(*(stage.left_layers for stage in self.stages))
         for number, layer in enumerate(adapter.decoder_layers):
             starts = partial(self._layer_starts, number)
             self._hook(layer.register_forward_pre_hook(starts, with_kwargs=True))
-            if number in left:
-                # before transformers' own hook, which collects hidden states
-                ends = partial(self._layer_ends, number)
-                self._hook(layer.register_forward_hook(ends, with_kwargs=True, prepend=True))
-        for number in self._watched | left:
-            self._undo.append(watch(adapter.decoder_layers[number].self_attn))  # type: ignore[arg-type]
-        self._watched |= left
-        for number in self._measured:
-            self._measure(number)
-        self._attach_encoder()
         if hasattr(language_model, "_deepstack_process"):
             self._wrap(language_model, "_deepstack_process", self._deepstack)
 
@@ -113,23 +118,63 @@ class Attachment:
         for name in ("generate_batch", "init_continuous_batching"):
             self._wrap(owner, name, refuses_batching)
 
-    def _attach_encoder(self) -> None:
-        plan = self.plan
-        modules = plan.adapter.encoder_attentions()
-        for layer in {*plan.all_encoder_layers, *plan.key_layers}:
-            self._undo.append(watch(modules[layer]))
+    def _attach_moving(self) -> None:
+        """Install the hooks that a plan's footprint names."""
+        adapter, footprint, undo = self.plan.adapter, self._footprint, self._undo_moving
+        layers: Sequence[Any] = adapter.decoder_layers
+        for number in sorted(footprint.left):
+            # before transformers' own hook, which collects hidden states
+            ends = partial(self._layer_ends, number)
+            hook = layers[number].register_forward_hook(ends, with_kwargs=True, prepend=True)
+            undo.append(hook.remove)
+        for number in sorted(footprint.watched):
+            undo.append(watch(layers[number].self_attn))
+        for number in sorted(footprint.measured):
+            undo += measure_layer(layers[number], number)
+        attentions = adapter.encoder_attentions()
+        for number in sorted(footprint.encoder):
+            undo.append(watch(attentions[number]))
         for stage in self.stages:
-            self._undo += [] if stage.install is None else stage.install()
-        if Signal.VISION_FEATURES in plan.encoder_signals:
-            self._hook(plan.adapter.projector.register_forward_pre_hook(self._projector_starts))
-        if Signal.PADDING in plan.encoder_signals:
-            self._undo += watch_pixels(plan.adapter)
+            undo += [] if stage.install is None else stage.install()
+        if Signal.VISION_FEATURES in footprint.signals:
+            starts = self._projector_starts
+            undo.append(adapter.projector.register_forward_pre_hook(starts).remove)
+        if Signal.PADDING in footprint.signals:
+            undo += watch_pixels(adapter)
+
+    def update(self, plan: Plan, stages: Sequence[RuntimeStage], request: Request) -> None:
+        """Let another plan stand; hooks move only if its footprint is another one. Or nothing."""
+        footprint = Footprint.of(plan, stages)
+        if footprint == self._footprint:
+            self._take(plan, stages, request, self._footprint)
+            return
+        before = self.plan, self.stages, self.request, self._footprint
+        try:
+            _undo(self._undo_moving)
+            self._take(plan, stages, request, footprint)
+            self._attach_moving()
+        except BaseException:
+            _undo(self._undo_moving)
+            self._take(*before)
+            self._attach_moving()
+            raise
+
+    def refuse_under_way(self) -> None:
+        """Refuse to change what a forward that runs is in the midst of.
+
+        Raises:
+            CompressionStateError: Called inside the base model's forward.
+        """
+        if current_call(self.plan) is not None:
+            raise CompressionStateError(
+                "a forward of the model is under way: call update_compression before or behind it "
+                "(between the tokens of generate is fine)"
+            )
 
     def detach(self) -> None:
         """Take everything off again, in reverse order; what is interrupted can be done again."""
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
+        _undo(self._undo_moving)
+        _undo(self._undo)
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -142,12 +187,6 @@ class Attachment:
         """Shadow a bound method on the instance (never on the class)."""
         if hasattr(module, name):
             self._undo.append(patch_instance(module, name, partial(wrapper, *args)))
-
-    def _measure(self, number: int) -> None:
-        layer: Any = self.plan.adapter.decoder_layers[number]
-        attention, mlp = partial(self._attention_ran, number), partial(self._mlp_ran, number)
-        self._hook(layer.self_attn.register_forward_hook(attention, with_kwargs=True))
-        self._hook(layer.mlp.register_forward_hook(mlp, with_kwargs=True))
 
     # --- hooks of the base model and its encoder
 
@@ -188,17 +227,20 @@ class Attachment:
             step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
             if step is not None:
                 return args, kwargs | {RUNNING: step}
-        if self._measured and not torch.compiler.is_compiling():
+        if self._footprint.measured and not torch.compiler.is_compiling():
             MEASURED.set(None)
         call = current_call(self.plan) or ModelCall(self.plan, {})
         running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
-        return None if running is None else ((), kwargs)
+        if running is None:
+            return None
+        running.hooks = self._footprint
+        return (), kwargs
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         running = kwargs.get(RUNNING)
         if isinstance(running, StaticDecodeCall):
             return expand_step(running.cache, output)
-        if not isinstance(running, Running) or running.state.plan is not self.plan:
+        if not isinstance(running, Running) or running.hooks is not self._footprint:
             return None
         output, record = prefill.finish(running, output)
         if record is not None:
@@ -216,10 +258,20 @@ class Attachment:
         if isinstance(running, StaticDecodeCall):
             kwargs = running.layer_kwargs(number, hidden, kwargs)
         else:
+            if running.hooks is not self._footprint:
+                self._refuse_moved(running)
             hidden, kwargs = prefill.enter_layer(running, number, module, hidden, kwargs)
-        if number not in self._watched:  # its attention would hand the keyword on
+        if number not in self._footprint.watched:  # its attention would hand the keyword on
             del kwargs[RUNNING]
         return (hidden, *args[1:]), kwargs
+
+    def _refuse_moved(self, running: Running) -> None:
+        """Refuse to run a checkpointed layer again with other hooks than the first time."""
+        if running.hooks is not None:  # that of a probe is inside another call
+            raise CompressionStateError(
+                "update_compression moved hooks between this call's forward and its backward, "
+                "which runs checkpointed layers again: call it behind backward"
+            )
 
     def _layer_ends(self, number: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         running = kwargs.get(RUNNING)
@@ -228,33 +280,6 @@ class Attachment:
         if isinstance(out, tuple):
             return (prefill.leave_layer(running, number, out[0]), *out[1:])
         return prefill.leave_layer(running, number, out)
-
-    @torch.no_grad()
-    def _attention_ran(
-        self, number: int, module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> None:
-        running = kwargs.get(RUNNING)
-        if isinstance(running, Running) and running.state.mode == "run":
-            MEASURED.set(weakref.ref(running))
-            self._note(running, number, 0, args, kwargs, output)
-
-    @torch.no_grad()
-    def _mlp_ran(self, number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        measured = MEASURED.get()
-        if measured is None:
-            return
-        MEASURED.set(None)
-        if (running := measured()) is not None:
-            self._note(running, number, 1, args, kwargs, output)
-
-    def _note(
-        self, running: Running, number: int, part: int, args: Any, kwargs: Any, output: Any
-    ) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        y = output[0] if isinstance(output, tuple) else output
-        prefill.measure(running.state, number, part, x, y)
 
     def _deepstack(self, original: Original, hidden: Tensor, visual: Tensor, embeds: Any) -> Tensor:
         """Qwen3-VL adds early encoder features between layers: hand it the rows that still live."""
@@ -266,3 +291,10 @@ class Attachment:
                 )
         result: Tensor = original(hidden, visual, embeds)
         return result
+
+
+def _undo(hooks: list[Callable[[], None]]) -> None:
+    """Take hooks off in reverse order; what is interrupted can be done again."""
+    while hooks:
+        hooks[-1]()
+        hooks.pop()

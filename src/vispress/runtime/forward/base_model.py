@@ -123,6 +123,7 @@ def run_encoder(
         output = original(*args, **kwargs)
     features = plan.adapter.features(modality, output)
     capture = EncoderCapture(plan.adapter, modality, features, arguments, sink, merge)
+    capture.asked = plan.asked_of_encoder
     if not isinstance(output, tuple | list | Tensor):
         setattr(output, CAPTURE_ATTRIBUTE, capture)
         remember(plan, capture)

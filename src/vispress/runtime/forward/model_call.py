@@ -121,6 +121,11 @@ def capture_of(plan: Plan, modality: Modality, output: Any) -> EncoderCapture:
             "reads are "
             "missing. Pass pixel values, or let generate encode them"
         )
+    if capture.asked != plan.asked_of_encoder:
+        raise CompressionStateError(
+            f"{modality} features were computed while the model was compressed otherwise, and its "
+            "methods now read or merge something else in the encoder: compute them again"
+        )
     return capture
 
 

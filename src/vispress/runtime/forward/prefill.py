@@ -11,7 +11,6 @@ from vispress.precision import full_precision
 from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward import setup
 from vispress.runtime.forward.apply_placement import apply, write_values
-from vispress.runtime.forward.attention_reads import TransitionMeasure
 from vispress.runtime.forward.documents import find_documents, find_ends
 from vispress.runtime.forward.expand import expand_output
 from vispress.runtime.forward.model_call import ModelCall, by_name
@@ -25,7 +24,6 @@ from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.live_tokens import all_live, gather_rows
 from vispress.types import Stage
-from vispress_kernels.transition_scores import transition_scores
 
 
 def begin(
@@ -68,6 +66,8 @@ def begin(
     if cache is not None:
         check_cache(cache, plan.windows)
     state = _make_state(plan, call, given, cache, embeds)
+    if cache is not None and state.past:
+        plan.remembering.check(cache)
     length = state.past + embeds.shape[1]
     masks.check_windows(plan.implementation, plan.windows, length)
     if captures:
@@ -79,6 +79,8 @@ def begin(
     if captures:
         given["inputs_embeds"] = _before_llm(running, module, given, embeds)
         given["input_ids"] = None
+        if cache is not None:
+            plan.remembering.begin(cache)
         if not plan.reads_encoder_late:
             for capture in captures.values():
                 capture.release()
@@ -247,18 +249,6 @@ def _take_placements(running: Running, entering: Entering) -> Tensor:
 
 def _itself(saved: Tensor) -> Tensor:
     return saved
-
-
-def measure(state: ForwardState, number: int, part: int, x: Tensor, y: Tensor) -> None:
-    """Note how far a module (0 attention, 1 MLP) moved its rows."""
-    dtype = torch.promote_types(x.dtype, y.dtype)  # autocast may change it on the way
-    x, y = x.detach().to(dtype), y.detach().to(dtype)
-    with full_precision():
-        found = transition_scores(x, y, backend=state.plan.backend)
-    if part == 0:
-        state.transitions[number] = TransitionMeasure(state.rows_at(number), [found])
-    else:
-        state.transitions[number].found.append(found)
 
 
 def finish(running: Running, output: Any) -> tuple[Any, PrefillRecord | None]:

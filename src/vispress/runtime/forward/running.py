@@ -49,6 +49,8 @@ class Running:
         self.leaves = [call.leave for call in self.calls if call.leave is not None]
         own = [call.own_from for call in self.calls if call.own_from is not None]
         state.own_from = min(own, default=None)
+        self.hooks: object = None
+        """Stands for the hooks that the call was begun with."""
 
     def to(self, *args: Any, **kwargs: Any) -> "Running":
         """Stay: accelerate's hooks move keyword arguments between devices."""

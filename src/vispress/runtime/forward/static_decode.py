@@ -45,6 +45,7 @@ class StaticDecodeCall:
             return None
         if not any(isinstance(layer, CompressedStaticLayer) for layer in layers):
             return None
+        plan.remembering.check(cache)
         return cls(plan, stages, cache, kwargs.get("position_ids"))
 
     def to(self, *args: Any, **kwargs: Any) -> "StaticDecodeCall":

@@ -12,8 +12,11 @@ from vispress.errors import CompressionStateError
 from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime.hooks.head_shards import HeadShards
+from vispress.runtime.kv_cache.remembering import Remembering
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress_kernels import Backend
+
+_NONE = Remembering()
 
 
 class Plan:
@@ -26,6 +29,7 @@ class Plan:
         backend: Kernels to use.
         notes: Remarks for reports.
         shards: Processes that share the heads of the language model, if any do.
+        remembering: Methods that go on acting on what they left in a cache.
     """
 
     def __init__(
@@ -36,8 +40,9 @@ class Plan:
         backend: Backend,
         notes: Sequence[str] = (),
         shards: HeadShards | None = None,
+        remembering: Remembering = _NONE,
     ) -> None:
-        self.adapter, self.backend = adapter, backend
+        self.adapter, self.backend, self.remembering = adapter, backend, remembering
         self.methods, self.placements = tuple(methods), tuple(placements)
         self.notes, self._shards = tuple(notes), shards
         self._heads: int | None = getattr(
@@ -116,6 +121,12 @@ class Plan:
                 "compress_model behind what deals them out"
             )
         return None
+
+    @cached_property
+    def asked_of_encoder(self) -> tuple[object, ...]:
+        """What calls of the vision encoder show and merge: of use to plans that ask the same."""
+        merging = tuple(one for one in self.methods if one.encoder_merger() is not None)
+        return self.encoder_signals, self.all_encoder_layers, self.key_layers, merging
 
     @cached_property
     def readers(self) -> tuple[Compressor, ...]:

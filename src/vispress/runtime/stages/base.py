@@ -132,9 +132,11 @@ class RuntimeStage:
             each call that it opens.
         watched_layers: Decoder layers whose attention it must see.
         left_layers: Decoder layers whose output it changes.
-        install: Puts in hooks beside those of decoder layers; gives what undoes them.
+        install: Puts in hooks beside those of decoder layers, the same ones on one model whatever
+            the hyper-parameters; gives what undoes them.
         encode: Acts in one call of the vision encoder; yields what a report is told of it.
         encoder_method: Name of the method that acts there.
+        remembers: The method that goes on acting while decoding, by what it left in the cache.
     """
 
     carries: frozenset[Stage]
@@ -147,3 +149,4 @@ class RuntimeStage:
     install: Callable[[], Sequence[Callable[[], None]]] | None = None
     encode: Callable[[Modality, Mapping[str, Any]], AbstractContextManager[Any]] | None = None
     encoder_method: str | None = None
+    remembers: Compressor | None = None

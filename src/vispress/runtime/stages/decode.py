@@ -52,6 +52,7 @@ def bind(binding: Binding) -> RuntimeStage | None:
         open_static=step.open_static,
         order=50,
         watched_layers=frozenset({step.reads}),
+        remembers=step.method,
     )
 
 
@@ -294,7 +295,6 @@ class Decoding:
 
 def _padded(positions: Tensor, size: int, last: int) -> Tensor:
     """`[B, size]`: positions, none behind `last`, and `last` for slots behind those in use."""
-    spare = size - positions.shape[1]
-    if spare:  # a fill value would be a constant of a compiled graph
+    if spare := size - positions.shape[1]:  # a fill value would be a constant of a compiled graph
         positions = F.pad(positions, (0, spare), value=last)
     return positions.clamp(max=last)

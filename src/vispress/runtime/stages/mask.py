@@ -47,7 +47,12 @@ def bind(binding: Binding) -> RuntimeStage | None:
     )
     layers = frozenset(range(step.first, len(binding.adapter.decoder_layers)))
     return RuntimeStage(
-        carries=CARRIES, open=step.open, order=40, refuse=step.refuse, watched_layers=layers
+        carries=CARRIES,
+        open=step.open,
+        order=40,
+        refuse=step.refuse,
+        watched_layers=layers,
+        remembers=step.method,
     )
 
 

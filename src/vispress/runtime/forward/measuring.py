@@ -1,0 +1,58 @@
+"""Measure how far a decoder layer's attention and its MLP move their rows: hooks of two modules."""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispress.precision import full_precision
+from vispress.runtime.forward.attention_reads import TransitionMeasure
+from vispress.runtime.forward.running import MEASURED, RUNNING, Running
+from vispress.runtime.forward.state import ForwardState
+from vispress_kernels.transition_scores import transition_scores
+
+
+def measure_layer(layer: Any, number: int) -> list[Callable[[], None]]:
+    """Put hooks on a decoder layer's attention and MLP; gives what undoes them."""
+    attention, mlp = partial(_attention_ran, number), partial(_mlp_ran, number)
+    return [
+        layer.self_attn.register_forward_hook(attention, with_kwargs=True).remove,
+        layer.mlp.register_forward_hook(mlp, with_kwargs=True).remove,
+    ]
+
+
+@torch.no_grad()
+def _attention_ran(number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    running = kwargs.get(RUNNING)
+    if isinstance(running, Running) and running.state.mode == "run":
+        MEASURED.set(weakref.ref(running))
+        _note(running.state, number, 0, args, kwargs, output)
+
+
+@torch.no_grad()
+def _mlp_ran(number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    measured = MEASURED.get()
+    if measured is None:
+        return
+    MEASURED.set(None)
+    if (running := measured()) is not None:
+        _note(running.state, number, 1, args, kwargs, output)
+
+
+def _note(state: ForwardState, number: int, part: int, args: Any, kwargs: Any, output: Any) -> None:
+    """Note how far a module (0 attention, 1 MLP) moved its rows."""
+    x: Tensor = args[0] if args else kwargs["hidden_states"]
+    y: Tensor = output[0] if isinstance(output, tuple) else output
+    dtype = torch.promote_types(x.dtype, y.dtype)  # autocast may change it on the way
+    x, y = x.detach().to(dtype), y.detach().to(dtype)
+    with full_precision():
+        found = transition_scores(x, y, backend=state.plan.backend)
+    if part == 0:
+        state.transitions[number] = TransitionMeasure(state.rows_at(number), [found])
+    else:
+        state.transitions[number].found.append(found)
