@@ -94,8 +94,7 @@ def update_compression(
     From the next prefill on it computes what it would if it were compressed anew with them; what is
     not given stays. Hooks stay in place, but for those on layers that are watched or changed under
     one setting and not the other (a schedule that moves with its budget), which move. A failed
-    update changes nothing. Not while another thread runs the model, nor between forward and
-    backward of a checkpointed call if hooks move.
+    update changes nothing. Not while another thread runs the model.
 
     A conversation may go on: its KV cache keeps what it holds, and new images get the new budget.
     Methods that go on choosing while decoding (DyCoke, CMAI) are the exception: a cache filled
@@ -113,7 +112,8 @@ def update_compression(
         The same model.
 
     Raises:
-        CompressionStateError: The model is not compressed, or a forward of it is under way.
+        CompressionStateError: The model is not compressed, a forward of it is under way, or hooks
+            must move that layers of a checkpointed call still need for its backward.
         BudgetError: No budget and no hyper-parameter, several budgets, or one out of range.
         ConfigError: A hyper-parameter is unknown, out of range, or given to a chain.
         UnsupportedMethodError: The model cannot give a signal that is read now.

@@ -26,10 +26,22 @@ from vispress.runtime.forward.owner import (
     owner_runs,
     refuses_batching,
 )
-from vispress.runtime.forward.running import MEASURED, RUNNING, CarriedEmbeds, Running
+from vispress.runtime.forward.running import (
+    MEASURED,
+    RUNNING,
+    TRAINING,
+    CarriedEmbeds,
+    Running,
+)
 from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.hooks.attention import current_sink, watch
-from vispress.runtime.hooks.instance_patch import Original, forget, is_patched, patch_instance
+from vispress.runtime.hooks.instance_patch import (
+    Original,
+    forget,
+    patch_instance,
+    refuse_replaced,
+    undo_all,
+)
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
@@ -143,18 +155,27 @@ class Attachment:
             undo += watch_pixels(adapter)
 
     def update(self, plan: Plan, stages: Sequence[RuntimeStage], request: Request) -> None:
-        """Let another plan stand; hooks move only if its footprint is another one. Or nothing."""
+        """Let another plan stand, or none; hooks move only if its footprint is another one.
+
+        Raises:
+            CompressionStateError: They must, and a checkpointed call still needs them.
+        """
         footprint = Footprint.of(plan, stages)
         if footprint == self._footprint:
             self._take(plan, stages, request, self._footprint)
             return
+        if any(running.hooks is self._footprint for running in list(TRAINING)):
+            raise CompressionStateError(
+                "hooks must move, and layers of a checkpointed call that they sit on are to run "
+                "again in its backward: call update_compression behind that"
+            )
         before = self.plan, self.stages, self.request, self._footprint
         try:
-            _undo(self._undo_moving)
+            undo_all(self._undo_moving)
             self._take(plan, stages, request, footprint)
             self._attach_moving()
         except BaseException:
-            _undo(self._undo_moving)
+            undo_all(self._undo_moving)
             self._take(*before)
             self._attach_moving()
             raise
@@ -173,8 +194,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything off again, in reverse order; what is interrupted can be done again."""
-        _undo(self._undo_moving)
-        _undo(self._undo)
+        undo_all(self._undo_moving)
+        undo_all(self._undo)
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -195,13 +216,7 @@ class Attachment:
         if torch.compiler.is_compiling():
             return
         refuse_partitioned(self.plan.adapter.language_model.norm)
-        for patched in (module, self.owner):
-            if patched is not None and not is_patched(patched, "forward"):
-                raise CompressionStateError(
-                    f"{type(patched).__name__}.forward was replaced after compress_model, which no "
-                    "longer sees what it is called with; call remove_compression(model), then "
-                    "compress_model behind whatever replaces it"
-                )
+        refuse_replaced(module, self.owner)
 
     def _owner_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         assert self.owner is not None
@@ -234,6 +249,8 @@ class Attachment:
         if running is None:
             return None
         running.hooks = self._footprint
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            TRAINING.add(running)
         return (), kwargs
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -258,20 +275,10 @@ class Attachment:
         if isinstance(running, StaticDecodeCall):
             kwargs = running.layer_kwargs(number, hidden, kwargs)
         else:
-            if running.hooks is not self._footprint:
-                self._refuse_moved(running)
             hidden, kwargs = prefill.enter_layer(running, number, module, hidden, kwargs)
         if number not in self._footprint.watched:  # its attention would hand the keyword on
             del kwargs[RUNNING]
         return (hidden, *args[1:]), kwargs
-
-    def _refuse_moved(self, running: Running) -> None:
-        """Refuse to run a checkpointed layer again with other hooks than the first time."""
-        if running.hooks is not None:  # that of a probe is inside another call
-            raise CompressionStateError(
-                "update_compression moved hooks between this call's forward and its backward, "
-                "which runs checkpointed layers again: call it behind backward"
-            )
 
     def _layer_ends(self, number: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         running = kwargs.get(RUNNING)
@@ -291,10 +298,3 @@ class Attachment:
                 )
         result: Tensor = original(hidden, visual, embeds)
         return result
-
-
-def _undo(hooks: list[Callable[[], None]]) -> None:
-    """Take hooks off in reverse order; what is interrupted can be done again."""
-    while hooks:
-        hooks[-1]()
-        hooks.pop()

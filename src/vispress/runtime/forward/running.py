@@ -90,6 +90,10 @@ class Running:
         return mask
 
 
+TRAINING: Final = weakref.WeakSet[Running]()
+"""Calls that train and are not over: what checkpoints hold lives until their backward."""
+
+
 class CarriedEmbeds:
     """DeepStack features of a layer, with the call that they are added in.
 

@@ -112,6 +112,13 @@ def watch(module: nn.Module) -> Callable[[], None]:
     return partial(setattr, module, "config", original)
 
 
+def implementation_of(module: nn.Module) -> str:
+    """The attention implementation of a module, watched or not."""
+    config: Any = module.config
+    config = config._vispress_config if isinstance(config, ConfigView) else config
+    return getattr(config, "_attn_implementation", None) or "eager"
+
+
 def _register(implementation: str) -> str:
     """Make sure the watching twin of an implementation exists; returns its name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

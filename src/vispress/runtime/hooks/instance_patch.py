@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from vispress.errors import CompressionStateError
+
 
 class Original:
     """A bound method found again through its module, so that copies of the model keep working."""
@@ -88,9 +90,31 @@ def is_patched(module: nn.Module, name: str) -> bool:
     return False
 
 
+def refuse_replaced(*modules: nn.Module | None) -> None:
+    """Refuse modules whose `forward` was patched, and replaced since.
+
+    Raises:
+        CompressionStateError: Says what would work.
+    """
+    for module in modules:
+        if module is not None and not is_patched(module, "forward"):
+            raise CompressionStateError(
+                f"{type(module).__name__}.forward was replaced after compress_model, which no "
+                "longer sees what it is called with; call remove_compression(model), then "
+                "compress_model behind whatever replaces it"
+            )
+
+
 def forget(module: nn.Module, name: str) -> None:
     """Remove an attribute of the instance (a function, so that deep copies follow the module)."""
     module.__dict__.pop(name, None)
+
+
+def undo_all(hooks: list[Callable[[], None]]) -> None:
+    """Undo in reverse order; what is interrupted can be done again."""
+    while hooks:
+        hooks[-1]()
+        hooks.pop()
 
 
 def _restore(patch: InstancePatch) -> None:

@@ -18,7 +18,7 @@ from vispress.errors import CompressionStateError, ConfigError, UnsupportedMetho
 from vispress.methods.base import Compressor
 from vispress.runtime.encoder.merging import EncoderMerge, EncoderStep, check_attention
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import current_merge, merging, watch
+from vispress.runtime.hooks.attention import current_merge, implementation_of, merging, watch
 from vispress.runtime.hooks.no_checkpointing import NoCheckpointing
 from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
 from vispress.types import ATTENTION_SIGNALS, Signal, Stage
@@ -174,7 +174,7 @@ def _check_model(method: Compressor, adapter: ModelAdapter) -> None:
             f"of this {adapter.family} model's vision encoder are not built that way; CLIP, "
             "SigLIP, InternViT and Qwen-VL encoders are"
         )
-    check_attention(str(getattr(blocks[0].attention.config, "_attn_implementation", "eager")))
+    check_attention(implementation_of(blocks[0].attention))
 
 
 def _check_readers(method: Compressor, methods: Sequence[Compressor]) -> None:
