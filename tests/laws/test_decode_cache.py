@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import model_of, real_positions
+from tests.laws.cases import make, model_of, real_positions
 from tests.laws.test_decode_stage import SAMPLES, assert_same, batch, generate, oracle
 from tests.laws.test_flash import flash as flash
 from tests.tiny import Sample, Text, Video, build, make_inputs
@@ -154,9 +154,11 @@ def test_flash_masks_give_what_sdpa_gives() -> None:
             feed(model, inputs, cache, [step])
 
 
-def test_a_reset_cache_starts_anew() -> None:
+# all layers short; some, of which transformers' own stand in front; rows that come back behind
+@pytest.mark.parametrize("method", ["dycoke", "fastv", "lvlm_csp"])
+def test_a_reset_cache_starts_anew(method: str) -> None:
     model, inputs = model_of("llava_onevision"), batch("llava_onevision")
-    with compressed(model, DyCoke()):
+    with compressed(model, make("llava_onevision", method)):
         fresh = generate(model, inputs)
         cache = DynamicCache()
         generate(model, inputs, **{CACHE: cache})

@@ -223,16 +223,7 @@ def test_text_before_the_first_image_is_remembered_as_seeing_none() -> None:
     assert (whole[:, 4:] - later).abs().max() < 1e-9
 
 
-def reset_empties() -> bool:
-    """Whether a plain cache is empty after `reset`; in transformers 5.17 it is only zeroed."""
-    cache = DynamicCache()
-    cache.update(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), 0)
-    cache.reset()
-    return int(cache.get_seq_length()) == 0
-
-
-# what a plain cache cannot do, one with masked layers cannot either
-@pytest.mark.parametrize("what", ["select", "repeat", *["reset"] * reset_empties()])
+@pytest.mark.parametrize("what", ["select", "repeat", "reset"])
 def test_rows_of_a_cache_can_be_selected_repeated_and_reset(what: str) -> None:
     model, inputs = model_of("llava"), real_positions("llava", inputs_of("llava"))
     token, every = torch.full((3, 1), 9), torch.arange(3)

@@ -12,7 +12,12 @@ from transformers.cache_utils import (
 )
 
 from vispress.errors import CompressionStateError, UnsupportedModelError
-from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer
+from vispress.runtime.kv_cache.dynamic import (
+    CompressedDynamicLayer,
+    ForgettingLayer,
+    ForgettingSlidingLayer,
+)
+from vispress.runtime.kv_cache.hf_compat import GROWING_LAYERS_FORGET
 from vispress.runtime.kv_cache.sliding import CompressedSlidingLayer
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
@@ -21,9 +26,16 @@ _KINDS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
+    ForgettingLayer,
+    ForgettingSlidingLayer,
     CompressedDynamicLayer,
     CompressedSlidingLayer,
     CompressedStaticLayer,
+)
+_FORGETTING: dict[type[CacheLayerMixin], type[ForgettingLayer]] = (
+    {}
+    if GROWING_LAYERS_FORGET
+    else {DynamicLayer: ForgettingLayer, DynamicSlidingWindowLayer: ForgettingSlidingLayer}
 )
 
 
@@ -135,7 +147,19 @@ def upgrade(cache: Cache, index: int, slots: Slots) -> CompressedLayerMixin:
         assert isinstance(layer, DynamicLayer)
         new = compressed_twin(layer, slots)
     cache.layers[index] = new
+    _let_forget(cache)
     return new
+
+
+def _let_forget(cache: Cache) -> None:
+    """Let `reset` empty the plain growing layers too, so that all stay as long as each other."""
+    for index, layer in enumerate(cache.layers):
+        if (kind := _FORGETTING.get(type(layer))) is not None:
+            new = kind.__new__(kind)
+            new.__dict__.update(layer.__dict__)
+            cache.layers[index] = new
+    replicate = cache.layer_class_to_replicate
+    cache.layer_class_to_replicate = _FORGETTING.get(replicate, replicate)
 
 
 def kv_bytes(cache: Cache | None) -> int:

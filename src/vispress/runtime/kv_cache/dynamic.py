@@ -9,13 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vispress.errors import CompressionStateError
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 
 
-class CompressedDynamicLayer(CompressedLayerMixin, DynamicLayer):
+class ForgettingLayer(DynamicLayer):
+    """A growing layer that `reset` empties, in every release of transformers."""
+
+    keys: Tensor | None
+    values: Tensor | None
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
+
+class ForgettingSlidingLayer(ForgettingLayer, DynamicSlidingWindowLayer):
+    """The same of a sliding window."""
+
+
+class CompressedDynamicLayer(CompressedLayerMixin, ForgettingLayer):
     """A growing layer; what `DynamicCache` holds after a compressed prefill."""
 
     def update(
@@ -31,9 +48,6 @@ class CompressedDynamicLayer(CompressedLayerMixin, DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens; the layer stays usable with a compressed model."""
-        # `update` appends to them; transformers 5.17 would zero them and keep their length
-        self.keys = self.values = None
-        self.is_initialized = False
         super().reset()
         device = self.slots.positions.device
         batch = self.slots.positions.shape[0]

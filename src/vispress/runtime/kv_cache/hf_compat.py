@@ -1,16 +1,19 @@
-"""What transformers calls the KV cache in keyword arguments, which a release changed."""
+"""What releases of transformers changed about KV caches: the keyword, and how they are reset."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaModel
 
 OLD: Final = "past_key_values"
 
 CACHE: Final = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD
 """`"cache"` since transformers 5.24, `"past_key_values"` before."""
+
+GROWING_LAYERS_FORGET: Final = "reset" in vars(DynamicLayer)
+"""Whether `reset` empties them; transformers 5.17 zeroes keys and values and keeps their length."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:
