@@ -147,9 +147,8 @@ def test_any_dynamic_cache_gives_the_same(name: str) -> None:
     assert_same(answers[2], answers[0])
 
 
-def two_turns(model: Any, first: dict[str, Any], second: dict[str, Any], cache: Any) -> Any:
-    """The second answer of a conversation on one cache."""
-    ids = generate(model, first, **{CACHE: cache}).sequences
+def second_turn(ids: Tensor, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """What is fed behind an answer: the whole conversation, with the pixels of the second turn."""
     given = dict(second) | {"input_ids": torch.cat([ids, second["input_ids"]], dim=1)}
     ones = torch.ones_like(given["input_ids"][:, first["input_ids"].shape[1] :])
     given["attention_mask"] = torch.cat([first["attention_mask"], ones], dim=1)
@@ -157,7 +156,13 @@ def two_turns(model: Any, first: dict[str, Any], second: dict[str, Any], cache: 
         blank = first["token_type_ids"].new_zeros(len(ids), NEW)
         kinds = [first["token_type_ids"], blank, second["token_type_ids"]]
         given["token_type_ids"] = torch.cat(kinds, dim=1)
-    return generate(model, given, **{CACHE: cache})
+    return given
+
+
+def two_turns(model: Any, first: dict[str, Any], second: dict[str, Any], cache: Any) -> Any:
+    """The second answer of a conversation on one cache."""
+    ids = generate(model, first, **{CACHE: cache}).sequences
+    return generate(model, second_turn(ids, first, second), **{CACHE: cache})
 
 
 @pytest.mark.parametrize(
@@ -174,27 +179,46 @@ def test_a_second_turn_of_text_keeps_the_models_mask(name: str, method: str, win
         assert_same(two_turns(model, inputs, more, DynamicCache(config=text)), expected)
 
 
+FIRST = {
+    "text": [Sample([Text(30)]), Sample([Text(21)])],
+    "image": [Sample([Text(5), Image(), Text(9)]), Sample([Text(3)])],
+}
+"""First turns: plain layers that become short ones later, and short ones that grow on."""
+
+
 @pytest.mark.parametrize(
-    ("name", "method", "window"),
-    turning([*product(NAMES, ("divprune", "fastv", "dart", "scm", "lvlm_csp"))], (8, 40)),
+    ("name", "method", "turn"),
+    turning(
+        [*product(NAMES, ("divprune", "fastv", "dart", "scm", "lvlm_csp"))],
+        [*product(FIRST, (8, 40))],
+    ),
 )
-def test_an_image_behind_text_keeps_the_models_mask(name: str, method: str, window: int) -> None:
-    """The plain layers of the first turn become short ones; their windows have moved by then."""
-    model, family = windowed(name, window), MODELS[name][0]
-    text = make_inputs(family, [Sample([Text(30)]), Sample([Text(21)])], padding="left")
-    image = make_inputs(
-        family, [Sample([Text(3), Image(), Text(6)]), Sample([Text(4), Image(), Text(5)])]
-    )
+def test_an_image_behind_a_turn_keeps_the_models_mask(
+    name: str, method: str, turn: tuple[str, int]
+) -> None:
+    model, family = windowed(name, turn[1]), MODELS[name][0]
+    before = make_inputs(family, FIRST[turn[0]], padding="left")
+    width = 16 if family == "gemma3" else 36  # beside the image, as much text: all its rows stay
+    second = [Sample([Text(3), Image(), Text(6)]), Sample([Text(width + 9)])]
+    image = make_inputs(family, second)
+    cache = DynamicCache(config=model.config.get_text_config())
     with compressed(model, make(name, method)) as report:
-        config = model.config.get_text_config()
-        got = two_turns(model, text, image, DynamicCache(config=config))
-        alive = [report.alive(layer) for layer in range(report.num_layers)]
-    real = extend(text["attention_mask"].bool(), alive[0].shape[1] - 30, fill=True)
-    for each in alive:  # what the windows had let go of by then
-        each[:, :30] = real[:, :30]
+        ids = generate(model, before, **{CACHE: cache}).sequences
+        real = before["attention_mask"].bool()
+        first = [real] * len(cache.layers)
+        if turn[0] == "image":
+            first = [report.alive(layer)[:, : real.shape[1]] for layer in range(len(first))]
+        got = generate(model, second_turn(ids, before, image), **{CACHE: cache})
+        alive = [report.alive(layer).clone() for layer in range(len(first))]
+    sliding = [layer for layer in cache.layers if layer.is_sliding]  # a probe must not count there
+    assert all(layer.keys.shape[2] == turn[1] - 1 for layer in sliding)
+    for each, own in zip(alive, first, strict=True):  # what the windows had let go of by then
+        each[:, : own.shape[1]] = own
+        each[:, own.shape[1] : ids.shape[1]] = True
+    real = extend(real, alive[0].shape[1] - real.shape[1], fill=True)
     assert (real & ~torch.stack(alive).all(dim=0)).any()
     with masked_model(model, with_valid(alive, real), make(name, method).default_positions):
-        assert_same(got, two_turns(model, text, image, DynamicCache()))
+        assert_same(got, two_turns(model, before, image, DynamicCache()))
 
 
 @pytest.mark.parametrize(
