@@ -1,5 +1,6 @@
 """The versions this library works with, and the check that says so."""
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from vispress.errors import UnsupportedVersionError
@@ -14,8 +15,8 @@ def check_versions() -> None:
     Raises:
         UnsupportedVersionError: Names package, version and range.
     """
-    for name in SUPPORTED:
-        check_version(name)
+    for name, supported in SUPPORTED.items():
+        _check(name, supported)
 
 
 def check_version(name: str) -> str:
@@ -24,18 +25,23 @@ def check_version(name: str) -> str:
     Raises:
         UnsupportedVersionError: It is missing or outside its range.
     """
+    return _check(name, SUPPORTED[name])
+
+
+@cache  # reading what is installed takes as long as the rest of compress_model
+def _check(name: str, supported: str) -> str:
     from packaging.specifiers import SpecifierSet
 
     try:
         found = version(name)
     except PackageNotFoundError as error:
         raise UnsupportedVersionError(
-            f"{name} is not installed; vispress needs {name}{SUPPORTED[name]}"
+            f"{name} is not installed; vispress needs {name}{supported}"
         ) from error
     # local builds and pre-releases count as their release
-    if not SpecifierSet(SUPPORTED[name]).contains(found.partition("+")[0], prereleases=True):
+    if not SpecifierSet(supported).contains(found.partition("+")[0], prereleases=True):
         raise UnsupportedVersionError(
-            f"{name} {found} is outside the supported range {SUPPORTED[name]}; "
-            f"install one with: pip install '{name}{SUPPORTED[name]}'"
+            f"{name} {found} is outside the supported range {supported}; "
+            f"install one with: pip install '{name}{supported}'"
         )
     return found

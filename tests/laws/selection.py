@@ -2,12 +2,15 @@
 
 A *way* is what distinguishes a compressor's path through the runtime. A family *stands for a
 layout* when its adapter has a feature that no family chosen before it has; the others are its
-*kin*. By default a law meets
+*kin*. By default a numbered law meets
 
 * every way on every layout,
 * every method, on a family that changes from law to law,
 * every way on one of the kin, and there every method whose signals the adapter computes with code
   of its own, each in one law of three.
+
+A test beside a law's first one has a name instead of a number, and meets every method (so every
+way, too) once, on a family that changes from name to name.
 
 `pytest -m full` (`make full`) runs the whole product; a case that is asked for by its node id runs
 in any case.
@@ -199,6 +202,8 @@ def chosen(law: int | str, among: Sequence[Case] = CASES) -> set[Case]:
         (families[(METHODS.index(method) + turn) % len(families)], method)
         for method, families in by_method.items()
     }
+    if isinstance(law, str):
+        return found
     for place, methods in enumerate(ways(by_method).values()):
         of_way = [case for case in among if case[1] in methods]
         for family in layouts():
@@ -224,7 +229,7 @@ def cases(
     """Parameters `(family, method)` of a law's test; those left out by default are marked `full`.
 
     Args:
-        law: Its number, or a name for tests beside the numbered laws: it turns the rotation.
+        law: Its number, or a name for a test beside a law's first one; both turn the rotation.
         among: The whole product.
         turning: Values of a third parameter, of which each case takes one by default, in turn.
     """

@@ -110,7 +110,7 @@ def test_each_image_keeps_its_share(family: str, method: str) -> None:
         assert_met(image, compressor, last=last)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(6, sorted({*BUDGETED} & {*DROPPING})))
+@pytest.mark.parametrize(("family", "method"), cases("numbers", sorted({*BUDGETED} & {*DROPPING})))
 def test_each_image_keeps_the_number_asked(family: str, method: str) -> None:
     """For methods that take no number the test above holds: they keep 0."""
     chosen = {k: v for k, v in settings(family, method).items() if k != "keep_ratio"}

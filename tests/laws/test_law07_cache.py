@@ -66,7 +66,7 @@ def check(family: str, method: Any, inputs: dict[str, Any], dtype: torch.dtype) 
     assert cache_of(out).get_seq_length() == inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize(("family", "method"), cases(7, DROPPING))
+@pytest.mark.parametrize(("family", "method"), cases("one sample", DROPPING))
 def test_one_sample_stores_its_kept_rows_and_nothing_else(family: str, method: str) -> None:
     check(family, make(family, method), single(family), torch.float64)
 
@@ -86,7 +86,7 @@ def test_fp32_takes_half_of_fp64(family: str) -> None:
     check(family, chain, inputs_of(family, "left", torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(7, DROPPING))
+@pytest.mark.parametrize(("family", "method"), cases("rows a step", DROPPING))
 def test_each_decode_step_adds_one_row_a_layer(family: str, method: str) -> None:
     model, cache = model_of(family), DynamicCache()
     with compressed(model, method, **settings(family, method)) as report:

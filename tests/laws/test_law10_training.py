@@ -161,7 +161,7 @@ def trained(family: str) -> Any:
     return build(family)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(10))
+@pytest.mark.parametrize(("family", "method"), cases("checkpoints"))
 def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) -> None:
     model, inputs = trained(family), inputs_of(family)
     compressor = make(family, method)
@@ -177,7 +177,7 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
             assert_equal(got, expected)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(10))
+@pytest.mark.parametrize(("family", "method"), cases("reached"))
 def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None:
     """Wherever a token enters a decoder layer; with no image in any nothing may come back."""
     model, inputs = model_of(family), inputs_of(family)
@@ -196,7 +196,10 @@ def test_gradients_reach_encoder_and_projector(family: str, method: str) -> None
 # inside the LLM the choice itself moves with the projector, and the loss jumps
 @pytest.mark.parametrize(
     ("family", "method"),
-    cases(10, [case for case in CASES if case[1] in MERGING and case[1] not in MERGES_IN_LLM]),
+    cases(
+        "true gradient",
+        [case for case in CASES if case[1] in MERGING and case[1] not in MERGES_IN_LLM],
+    ),
 )
 def test_merged_values_carry_the_true_gradient(family: str, method: str) -> None:
     assert_true_gradient(model_of(family), inputs_of(family), make(family, method))

@@ -20,10 +20,8 @@ def families_of(found: Sequence[Case], methods: Sequence[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("law", [*LAWS, "by name"])
-def test_a_law_meets_every_way_on_every_layout_and_every_method(
-    law: int | str, product: str
-) -> None:
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_meets_every_way_on_every_layout_and_every_method(law: int, product: str) -> None:
     among = PRODUCTS[product]
     found = sorted(chosen(law, among))
     assert set(found) <= set(among)
@@ -32,6 +30,16 @@ def test_a_law_meets_every_way_on_every_layout_and_every_method(
         there, met = families_of(among, methods), families_of(found, methods)
         assert there & set(layouts()) <= met
         assert (there & set(kin()) != set()) == (met & set(kin()) != set())
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_test_beside_meets_every_method_once(product: str) -> None:
+    among = PRODUCTS[product]
+    first, second = chosen("bf16", among), chosen("fp16", among)
+    for found in (first, second):
+        assert found <= set(among)
+        assert sorted(m for _, m in found) == sorted({method for _, method in among})
+    assert first != second
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
