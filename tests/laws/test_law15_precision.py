@@ -36,7 +36,7 @@ from vispress.methods.base import Compressor, upcast
 from vispress.methods.encoder_merger import EncoderTokens
 from vispress.precision import full_precision
 from vispress.runtime.encoder.capture import EncoderSink, projector_function
-from vispress.runtime.forward import prefill
+from vispress.runtime.forward import measuring
 from vispress.runtime.forward.attention_reads import AttentionRead
 from vispress.types import ATTENTION_SIGNALS, Signal, TokenPlan, VisualTokens
 
@@ -134,7 +134,7 @@ class Replayed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        read, observe, scores = AttentionRead.read, EncoderSink.observe, prefill.transition_scores
+        read, observe, scores = AttentionRead.read, EncoderSink.observe, measuring.transition_scores
         replayed = self
 
         def read_again(own: AttentionRead, *args: Any) -> None:
@@ -169,7 +169,7 @@ class Replayed:
 
         monkeypatch.setattr(AttentionRead, "read", read_again)
         monkeypatch.setattr(EncoderSink, "observe", observe_again)
-        monkeypatch.setattr(prefill, "transition_scores", scores_again)
+        monkeypatch.setattr(measuring, "transition_scores", scores_again)
 
     def compare(self, got: Tensor | None, expected: Tensor | None) -> None:
         """The same, in fp32."""

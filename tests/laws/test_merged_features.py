@@ -29,6 +29,7 @@ from torch import Tensor
 from vispress import compress_model, compressed, remove_compression
 from vispress.errors import CompressionStateError, UnsupportedMethodError, UnsupportedModelError
 from vispress.kinds import ENCODER_SIGNALS, Signal
+from vispress.runtime.attachment import ATTRIBUTE
 
 EXACT = 1e-5
 SHAPES = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images")
@@ -37,6 +38,7 @@ SHAPES = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images")
 def merged(family: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """The same call with embeddings in place of pixels, as a caller makes them."""
     model, seen = model_of(family), []
+    assert ATTRIBUTE not in vars(model.model), "these would be features that a method changed"
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         seen.append((kwargs["inputs_embeds"].clone(), kwargs.get("position_ids")))
@@ -98,10 +100,10 @@ def test_embeddings_with_ids_beside_them_are_compressed_exactly(family: str, met
     ("family", "method"), [c for c in READERS if c[0] in ("llava", "qwen2_5_vl")]
 )
 def test_methods_that_read_the_encoder_are_refused_by_name(family: str, method: str) -> None:
-    model = model_of(family)
+    model, given = model_of(family), batch(family)
     refusal = pytest.raises(UnsupportedMethodError, match=f"{method} needs .*Pass pixel values")
     with compressed(model, make(family, method)), refusal:
-        logits_of(model, batch(family))
+        logits_of(model, given)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,6 +227,7 @@ def test_training_on_embeddings_gives_the_loss_of_pixels(family: str) -> None:
 def test_an_image_of_one_size_alone_is_counted_by_its_runs() -> None:
     """Two pictures side by side are two."""
     inputs = make_inputs("llava", [Sample([Text(3), Image(), Image(), Text(4)])])
+    given = merged("llava", inputs)
     with compressed(model_of("llava"), "divprune", num_tokens=5) as report:
-        logits_of(model_of("llava"), merged("llava", inputs))
+        logits_of(model_of("llava"), given)
         assert [image.num_kept for image in report.samples[0].images] == [5, 5]
