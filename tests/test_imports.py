@@ -109,6 +109,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.static_decode": 12,
         "vispress.runtime.forward.prefill_record": 12,
         "vispress.runtime.forward.measuring": 12,
+        "vispress.runtime.forward.turns": 13,
         "vispress.runtime.forward.base_model": 13,
         "vispress.runtime.forward.prefill": 13,
         "vispress.runtime.footprint": 12,

@@ -167,17 +167,16 @@ def compressed(
 
 
 def compression_report(model: nn.Module) -> CompressionReport:
-    """What the last prefill kept, and where.
+    """Tell what the last prefill with visual tokens kept, and where.
+
+    It is of the conversation that the last call belongs to, and tells how far that has come: a turn
+    of text behind the prefill is counted in (see `CompressionReport`).
 
     Raises:
-        CompressionStateError: The model is not compressed, or saw no visual tokens yet.
+        CompressionStateError: The model is not compressed, or the conversation holds no visual
+            tokens.
     """
-    record = _attachment(model).record
-    if record is None:
-        raise CompressionStateError(
-            "no report yet: the model saw no visual tokens since it was compressed"
-        )
-    return build_report(record)
+    return build_report(*_attachment(model).turns.last())
 
 
 class ReportView:
@@ -185,11 +184,14 @@ class ReportView:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: nn.Module | None = model
-        self._last: CompressionReport | None = None
+        self._last: CompressionReport | CompressionStateError | None = None
 
     def _close(self) -> None:
-        if self._model is not None and _attachment(self._model).record is not None:
-            self._last = compression_report(self._model)
+        if self._model is not None:
+            try:
+                self._last = compression_report(self._model)
+            except CompressionStateError as error:
+                self._last = error.with_traceback(None)
         self._model = None
 
     def __getattr__(self, name: str) -> Any:
@@ -202,12 +204,12 @@ class ReportView:
         """The report itself.
 
         Raises:
-            CompressionStateError: No visual tokens were seen.
+            CompressionStateError: As `compression_report`.
         """
         if self._model is not None:
             return compression_report(self._model)
-        if self._last is None:
-            raise CompressionStateError("no report: the model saw no visual tokens in the block")
+        if not isinstance(self._last, CompressionReport):
+            raise CompressionStateError(f"{self._last}; the block has ended")
         return self._last
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from vispress.flops import CONVENTIONS, flops
 
 if TYPE_CHECKING:
     from vispress.runtime.forward.prefill_record import PrefillRecord
+    from vispress.runtime.forward.turns import Turn
     from vispress.runtime.tokens.images import Image
 
 
@@ -103,16 +104,22 @@ class Flops:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """The last prefill of a compressed model.
+    """The last prefill with visual tokens of a compressed model, and its conversation since.
 
     Args:
         samples: One entry a sample.
         num_layers: Decoder layers.
-        kv_bytes: Bytes of keys and values in the cache after the prefill (0 without a cache).
+        kv_bytes: Bytes of keys and values in the cache after the last turn's prefill (0 without a
+            cache).
         flops: By convention: `"mac3"`, `"flop3"`, `"fastv2"`.
         visual_per_layer: `[layer][sample]`, visual tokens of this prefill that enter each layer.
         notes: What was decided when the model was compressed (scaled layers, substitutes,
             positions), and what happened in this call: methods that left all as it was, say.
+        turn: The turn whose prefill this is, from 1. A turn is a call of several tokens on the
+            conversation's KV cache, or a `generate`.
+        turns: Turns of the conversation by now; those behind `turn` brought text alone.
+        length: Tokens of the conversation, padding included, at the end of the last turn's prefill:
+            tokens decoded behind that count from the next turn on.
     """
 
     samples: tuple[SampleReport, ...]
@@ -123,12 +130,17 @@ class CompressionReport:
     notes: tuple[str, ...]
     _alive: tuple[Tensor, ...] = field(repr=False, compare=False)
     _cached: Mapping[int, Tensor] = field(repr=False, compare=False, default_factory=dict)
+    turn: int = 1
+    turns: int = 1
+    length: int = 0
 
     def alive(self, layer: int) -> Tensor:
         """`[B, L]` bool: positions of the full logical sequence that enter decoder layer `layer`.
 
-        Padding counts as not alive; L includes tokens that were in the cache before (those that a
-        sliding window has let go of count as not alive).
+        Padding counts as not alive; L is `length`: tokens that were in the cache before are in it
+        (those that a sliding window had let go of by the prefill count as not alive), and those of
+        later turns, all of which live. Only where the batch has changed since, L ends with the
+        prefill.
 
         Raises:
             IndexError: There is no such layer.
@@ -160,6 +172,9 @@ class CompressionReport:
         return {
             "samples": [asdict(sample) for sample in self.samples],
             "num_layers": self.num_layers,
+            "turn": self.turn,
+            "turns": self.turns,
+            "length": self.length,
             "kv_bytes": self.kv_bytes,
             "flops": {
                 name: {"compressed": f.compressed, "uncompressed": f.uncompressed, "ratio": f.ratio}
@@ -184,11 +199,13 @@ class CompressionReport:
             "MiB, "
             f"visual FLOPs x{self.flops['mac3'].ratio:.3f}"
         )
+        if self.turns > 1:
+            lines.append(f"turn {self.turn} of {self.turns}, {self.length} tokens in all")
         return "\n".join([*lines, *self.notes])
 
 
-def build_report(record: "PrefillRecord") -> CompressionReport:
-    """Turn the record of a prefill into data (copies small tensors to the host)."""
+def build_report(last: "Turn", record: "PrefillRecord") -> CompressionReport:
+    """Make data of a prefill and the last turn since (copies small tensors to the host)."""
     layers = len(record.layer_alive)
     batch = record.layer_alive[0].shape[0]
     samples: list[list[ImageReport]] = [[] for _ in range(batch)]
@@ -225,7 +242,7 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
     return CompressionReport(
         samples=tuple(SampleReport(tuple(images)) for images in samples),
         num_layers=layers,
-        kv_bytes=record.kv_bytes,
+        kv_bytes=last.kv_bytes,
         flops=costs,
         visual_per_layer=per_layer,
         notes=(
@@ -233,9 +250,26 @@ def build_report(record: "PrefillRecord") -> CompressionReport:
             *record.idle(),
             *(remark for remarks in record.remarks for remark in remarks()),
         ),
-        _alive=tuple(record.layer_alive),
-        _cached=record.layer_cached,
+        _alive=tuple(_grown(alive, last) for alive in record.layer_alive),
+        _cached={layer: _grown(held, last) for layer, held in record.layer_cached.items()},
+        turn=last.shown,
+        turns=last.number,
+        length=last.length,
     )
+
+
+def _grown(alive: Tensor, last: "Turn") -> Tensor:
+    """`[B, ..., L]` of a prefill, at the length of the last turn: what came since lives."""
+    more = last.length - alive.shape[-1]
+    if more <= 0:  # a cache that was cropped may hold less
+        return alive[..., : last.length]
+    if last.rows != len(alive):
+        return alive
+    later = alive.new_ones(*alive.shape[:-1], more)
+    if last.mask is not None:
+        real = last.mask[:, -more:].to(alive.device)
+        later &= real if alive.ndim == 2 else real[:, None]
+    return torch.cat([alive, later], dim=-1)
 
 
 def _encoder(record: "PrefillRecord", image: "Image") -> EncoderReport | None:

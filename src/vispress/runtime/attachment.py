@@ -34,6 +34,7 @@ from vispress.runtime.forward.running import (
     Running,
 )
 from vispress.runtime.forward.static_decode import StaticDecodeCall
+from vispress.runtime.forward.turns import Turns
 from vispress.runtime.hooks.attention import current_sink, watch
 from vispress.runtime.hooks.instance_patch import (
     Original,
@@ -67,8 +68,7 @@ class Attachment:
         owner: nn.Module | None,
         request: Request,
     ) -> None:
-        self.owner = owner
-        self.record: Any = None
+        self.owner, self.turns = owner, Turns()
         self._told: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._undo_moving: list[Callable[[], None]] = []
@@ -258,11 +258,11 @@ class Attachment:
         if isinstance(running, StaticDecodeCall):
             return expand_step(running.cache, output)
         if not isinstance(running, Running) or running.hooks is not self._footprint:
+            if running is None and not torch.compiler.is_compiling():
+                self.turns.note_plain(self.plan, kwargs, output)
             return None
         output, record = prefill.finish(running, output)
-        if record is not None:
-            record.encoder = next((s.encoder_method for s in self.stages if s.encode), None)
-            self.record = record
+        self.turns.note(running.state, record)
         running.state.release()
         return output
 

@@ -38,7 +38,7 @@ class OwnerCall:
     prompt_lengths: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Generating:
     """A `generate` under way.
 
@@ -47,11 +47,13 @@ class Generating:
         prompt_lengths: `[B]` int64 on the host, of its prompts; None where it cannot be told.
         arguments: By name; of embeddings that come with ids and sizes of images, its forward is
             told no more than the embeddings.
+        begun: Whether one of its forwards ran.
     """
 
     base: nn.Module
     prompt_lengths: Tensor | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    begun: bool = False
 
 
 # Contexts, because what stands between these calls and the base model (heads, wrappers, loops of
@@ -189,6 +191,21 @@ def _no_padding(owner: Any, given: Mapping[str, Any], ids: Tensor, marks: Tensor
     if pad is None or any(end is not None and int(end) == int(pad) for end in ends):
         return marks
     return ids.ne(pad)
+
+
+def begins_turn(base: nn.Module, length: int, *, fresh: bool) -> bool:
+    """Tell whether a call is the first of a turn.
+
+    Args:
+        base: The base model.
+        length: Tokens of the call.
+        fresh: Whether nothing was cached before.
+    """
+    generating = GENERATING.get()
+    if generating is None or generating.base is not base:
+        return length > 1 or fresh
+    begins, generating.begun = not generating.begun, True
+    return begins
 
 
 def prompt_ends(

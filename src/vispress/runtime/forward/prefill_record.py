@@ -54,9 +54,9 @@ class PrefillRecord:
         state: ForwardState,
         kv_bytes: int,
         remarks: Sequence[Callable[[], Sequence[str]]],
-        encoder: str | None = None,
     ) -> "PrefillRecord":
         """Make the record of a finished call."""
+        merging = (one.name for one in state.plan.methods if one.encoder_merger() is not None)
         config: Any = state.plan.adapter.language_model.config
         layers = _alive_layers(state)
         return cls(
@@ -69,7 +69,7 @@ class PrefillRecord:
             config.hidden_size,
             config.intermediate_size,
             state.past,
-            encoder,
+            next(merging, None),
             remarks,
         )
 

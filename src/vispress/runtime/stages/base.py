@@ -135,7 +135,6 @@ class RuntimeStage:
         install: Puts in hooks beside those of decoder layers, the same ones on one model whatever
             the hyper-parameters; gives what undoes them.
         encode: Acts in one call of the vision encoder; yields what a report is told of it.
-        encoder_method: Name of the method that acts there.
         remembers: The method that goes on acting while decoding, by what it left in the cache.
     """
 
@@ -148,5 +147,4 @@ class RuntimeStage:
     left_layers: frozenset[int] = frozenset()
     install: Callable[[], Sequence[Callable[[], None]]] | None = None
     encode: Callable[[Modality, Mapping[str, Any]], AbstractContextManager[Any]] | None = None
-    encoder_method: str | None = None
     remembers: Compressor | None = None

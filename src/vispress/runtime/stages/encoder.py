@@ -45,7 +45,6 @@ def bind(binding: Binding) -> RuntimeStage | None:
         order=0,
         install=merging.install,
         encode=merging.call,
-        encoder_method=step.method.name,
     )
 
 
