@@ -228,7 +228,7 @@ def _attachment(model: nn.Module) -> Any:
 def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[Any, Any]:
     """Make the plan of a request on a model, and its stages, or refuse it."""
     from vispress.runtime.hooks.head_shards import find_shards
-    from vispress.runtime.kv_cache.remembering import Remembering
+    from vispress.runtime.kv_cache.cache_layers import Remembering
     from vispress.runtime.plan.placements import bind_placements
     from vispress.runtime.plan.plan import Plan
     from vispress.runtime.plan.refusals import refuse_partitioned, refuse_sharded_encoder

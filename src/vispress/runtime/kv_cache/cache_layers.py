@@ -1,6 +1,8 @@
-"""The layers of a user's cache: which kinds work, how long they are, their compressed twins."""
+"""A user's cache: which kinds of layers work, their compressed twins, what methods left in it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 from transformers.cache_utils import (
     Cache,
@@ -12,6 +14,7 @@ from transformers.cache_utils import (
 )
 
 from vispress.errors import CompressionStateError, UnsupportedModelError
+from vispress.methods.base import Compressor
 from vispress.runtime.kv_cache.dynamic import (
     CompressedDynamicLayer,
     ForgettingLayer,
@@ -37,6 +40,42 @@ _FORGETTING: dict[type[CacheLayerMixin], type[ForgettingLayer]] = (
     if GROWING_LAYERS_FORGET
     else {DynamicLayer: ForgettingLayer, DynamicSlidingWindowLayer: ForgettingSlidingLayer}
 )
+
+_ATTRIBUTE: Final = "_vispress_remembering"
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """Methods for which a cache layer remembers more than keys, values and their places.
+
+    Equal by value, so that copies of a model and of its caches go together.
+
+    Args:
+        methods: In the order of their stages.
+    """
+
+    methods: tuple[Compressor, ...] = ()
+
+    def begin(self, cache: Cache) -> None:
+        """Note in a cache that a prefill of this plan is stored in it."""
+        if self.methods or hasattr(cache, _ATTRIBUTE):  # a static cache may be reset and used again
+            setattr(cache, _ATTRIBUTE, self)
+
+    def check(self, cache: Any) -> None:
+        """Refuse to go on from a cache in which another plan's methods remember.
+
+        Raises:
+            CompressionStateError: Says what would work.
+        """
+        held = getattr(cache, _ATTRIBUTE, None)
+        if held is None or held is self or held == self or not held.methods:
+            return
+        now = ", ".join(map(str, self.methods)) or "no method that does"
+        raise CompressionStateError(
+            f"this KV cache was filled under {', '.join(map(str, held.methods))}, which goes on "
+            f"acting while decoding, and the model is compressed by {now}: set it back by "
+            "update_compression, or start with a new cache"
+        )
 
 
 def is_compressed(cache: Cache | None) -> bool:

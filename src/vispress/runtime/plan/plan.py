@@ -12,7 +12,7 @@ from vispress.errors import CompressionStateError
 from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime.hooks.head_shards import HeadShards
-from vispress.runtime.kv_cache.remembering import Remembering
+from vispress.runtime.kv_cache.cache_layers import Remembering
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress_kernels import Backend
 
