@@ -12,7 +12,9 @@ from tests.tiny import Image, Sample, Text, build, make_inputs
 from transformers import DynamicCache, StaticCache
 
 from vispress import compress_model, compressed, compression_report, remove_compression
+from vispress.adapters.base import find_adapter
 from vispress.errors import CompressionStateError
+from vispress.runtime.attachment import ATTRIBUTE
 from vispress.runtime.kv_cache.cache_layers import kv_bytes
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
@@ -145,6 +147,9 @@ def test_an_account_keeps_no_cache_and_a_cache_no_model_alive() -> None:
     del cache
     gc.collect()
     assert seen() is None
+    for _ in range(3):  # nor do turns whose caches are gone keep their prefills
+        logits_of(model, inputs)
+    assert len(find_adapter(model).base.__dict__[ATTRIBUTE].turns._records) == 2
     del model
     gc.collect()
     assert last() is None

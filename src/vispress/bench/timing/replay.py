@@ -6,6 +6,7 @@ from itertools import cycle
 from typing import final
 
 from vispress.methods.base import Compressor
+from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.pair_masker import PairMasker
@@ -44,6 +45,10 @@ class _StandIn(Compressor):
     def pair_masker(self) -> PairMasker | None:
         """Pass on the wrapped method's: what is masked is no choice of tokens."""
         return self.method.pair_masker()
+
+    def cache_evictor(self) -> CacheEvictor | None:
+        """Pass on the wrapped method's: what leaves the cache does so behind the prefill."""
+        return self.method.cache_evictor()
 
     def cached_selector(self) -> CachedSelector | None:
         """Pass on the wrapped method's: a choice while decoding is none of the prefill."""
