@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache
 from vispress import compress_model, compressed, remove_compression
 from vispress.budget import Budget
 from vispress.errors import ConfigError, UnsupportedModelError
-from vispress.methods import CMAI, AttendedCache, DivPrune, DyCoke, FastV
+from vispress.methods import CMAI, AttendedCache, DivPrune, DyCoke, FastV, RandomMix
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CachedTokens, CacheEvictor, CachePlan
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
@@ -248,6 +248,8 @@ def test_what_cannot_be_is_refused() -> None:
         compress_model(model, [evicting, AttendedCache(keep_ratio=0.3)])
     with pytest.raises(ConfigError, match=r"layer must be an integer in \[0, 6\)"):
         compress_model(model, AttendedCache(keep_ratio=0.5, layer=6))
+    with pytest.raises(ConfigError, match=r"random_mix: .* needs a CacheEvictor"):
+        compress_model(model, RandomMix(inner=evicting))  # it mixes plans, not what is cached
     compress_model(model, evicting)
     try:
         static = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
@@ -273,6 +275,13 @@ def test_a_later_turn_sees_what_is_cached() -> None:
         model(**inputs, **{CACHE: other})
         expected = model(input_ids=turn, **{CACHE: other}).logits
     assert (got - expected).abs().max() < 1e-5
+
+
+def test_without_a_cache_the_report_says_what_answers_see() -> None:
+    model, inputs = model_of("llava"), inputs_of("llava")
+    with compressed(model, AttendedCache(keep_ratio=0.5)) as report, torch.no_grad():
+        model(**inputs, use_cache=False)
+        assert any("no KV cache in this call; answers in it see" in note for note in report.notes)
 
 
 def test_budgets_are_of_what_reaches_the_layer() -> None:

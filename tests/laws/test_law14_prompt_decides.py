@@ -11,6 +11,7 @@ from tests.laws.test_law12_documents import EXACT, kept_of
 from tests.tiny import Image, Sample, Text, build, make_inputs
 
 from vispress import compressed, prompt_lengths
+from vispress.errors import ConfigError
 from vispress.kinds import PROMPT_SIGNALS
 
 PROMPTS = (
@@ -138,6 +139,17 @@ def test_answers_in_packed_rows_change_nothing(family: str, method: str) -> None
         if packed.documents.min() >= 0:  # else padding at the end is a document, too
             logits_of(model, packed.inputs | {"prompt_lengths": lengths})
             assert kept_of(model, packed) == kept
+
+
+def test_lengths_that_end_behind_their_document_are_refused_by_its_number() -> None:
+    model = model_of("llava")
+    packed = pack("llava", model, DOCUMENTS, (tuple(range(len(DOCUMENTS))),))
+    lengths = [stop - start for _, start, stop in packed.spans]
+    sizes = list(lengths)
+    lengths[1] += 1
+    wrong = rf"prompt_lengths\[1\] is {lengths[1]}, but document 1 has {sizes[1]} tokens"
+    with compressed(model, "fastv", keep_ratio=0.5), pytest.raises(ConfigError, match=wrong):
+        logits_of(model, packed.inputs | {"prompt_lengths": lengths})
 
 
 def generated(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:

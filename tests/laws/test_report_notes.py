@@ -98,3 +98,11 @@ def test_a_prompt_that_nothing_asks_is_noted() -> None:
     with compressed(model, "fastv", keep_ratio=0.5) as report:
         model(**inputs, labels=nothing)
         assert idle(report) == [f"fastv: {NOTHING}; no prompt asks about the images"]
+        assert not [note for note in report.notes if "pass whole" in note]  # said once
+        asked = nothing.clone()
+        asked[0, -1] = inputs["input_ids"][0, -1]
+        model(**inputs, labels=asked)
+        assert not idle(report)
+        whole = [note for note in report.notes if "pass whole" in note]
+        assert len(whole) == 1
+        assert whole[0].startswith("fastv: 2 of 3 images pass whole")

@@ -228,3 +228,24 @@ def check_lengths(lengths: Sequence[int], documents: Sequence[Document]) -> None
             f"prompt_lengths has {len(lengths)} entries for {len(documents)} documents; give one "
             "a document: of an unpacked batch, one a row"
         )
+
+
+def check_sizes(
+    lengths: Sequence[int], documents: Sequence[Document], valid: Tensor | None
+) -> None:
+    """Refuse a prompt that ends behind its document.
+
+    Args:
+        lengths: One a document, in tokens without padding.
+        documents: Whole ones.
+        valid: `[B, Q]` bool, no padding; None for no padding at all.
+
+    Raises:
+        ConfigError: Names the document.
+    """
+    for number, (length, document) in enumerate(zip(lengths, documents, strict=True)):
+        if length > (most := len(document.places(valid))):
+            raise ConfigError(
+                f"prompt_lengths[{number}] is {length}, but document {number} has {most} tokens; "
+                "count each document's own, without padding, one for each visual token"
+            )

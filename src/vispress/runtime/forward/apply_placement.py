@@ -198,7 +198,10 @@ def asks_prompt(step: BoundPlacement) -> bool:
 
 
 def unasked(state: ForwardState, placements: Iterable[BoundPlacement]) -> Sequence[str]:
-    """Say of which images nothing asks, so that methods which ask the prompt leave them whole."""
+    """Say how many images methods which ask the prompt leave whole, as nothing asks about them.
+
+    Where that is all of them, the record says that the methods changed nothing.
+    """
     images = state.shown_images
     whole = sum(not image.prompt.ends for image in images)
     names = dict.fromkeys(step.method.name for step in placements if asks_prompt(step))
@@ -206,7 +209,7 @@ def unasked(state: ForwardState, placements: Iterable[BoundPlacement]) -> Sequen
         f"{name}: {whole} of {len(images)} images pass whole, as no supervised token stands behind "
         "them and so nothing asks about them"
         for name in names
-        if whole
+        if 0 < whole < len(images)
     ]
 
 

@@ -15,6 +15,7 @@ from vispress.runtime.layout import (
     Document,
     PromptEnds,
     check_lengths,
+    check_sizes,
     split_documents,
     whole_rows,
 )
@@ -124,18 +125,20 @@ def find_ends(call: ModelCall, documents: Sequence[Document], state: ForwardStat
     """Find where prompts end: at a length that was given, else before what is supervised.
 
     Raises:
-        ConfigError: Not one length a document was given.
+        ConfigError: Not one length a document was given, or one that ends behind it.
     """
     live = state.rows[0][1]
     batch, length = live.index.shape
     if call.prompt_lengths is not None:
         lengths = [int(count) for count in call.prompt_lengths]
         check_lengths(lengths, documents)
-        if state.past:
+        if state.past:  # the chunk does not show all of a document
             before = [state.past] * batch
             if state.mask_2d is not None:
                 before = state.mask_2d[:, : state.past].sum(1).tolist()
             lengths = [max(0, n - gone) for n, gone in zip(lengths, before, strict=True)]
+        else:
+            check_sizes(lengths, documents, state.host_valid)
         return PromptEnds(lengths=lengths)
     supervised = None
     if isinstance(call.shift_labels, Tensor) and call.shift_labels.shape == (batch, length):

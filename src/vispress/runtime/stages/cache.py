@@ -221,7 +221,8 @@ class _Evicting:
         """Say what stayed cached, or why nothing left."""
         name = self.eviction.method.name
         if not self.caches:
-            return (f"{name}: no KV cache in this call, so nothing was evicted",)
+            what = "no KV cache in this call; answers in it see what one would hold"
+            return (f"{name}: {what}",)
         if not self.kept:
             return (f"{name}: every visual token stays cached",)
         kept, total = (sum(each) for each in zip(*self.kept.values(), strict=True))
