@@ -12,7 +12,7 @@ import torch
 from vispress import compress_model, remove_compression
 from vispress.methods.base import Compressor
 from vispress.runtime.encoder.capture import EncoderCapture, EncoderSink
-from vispress.runtime.forward import prefill
+from vispress.runtime.forward import measuring, prefill
 from vispress.runtime.forward.state import ForwardState
 from vispress.types import TokenPlan, VisualTokens
 
@@ -20,7 +20,7 @@ HOOKS: tuple[tuple[Any, str], ...] = (
     (prefill, "begin"),
     (prefill, "enter_layer"),
     (prefill, "leave_layer"),
-    (prefill, "measure"),
+    (measuring, "_note"),
     (prefill, "finish"),
     (EncoderSink, "observe"),
     (ForwardState, "observe"),

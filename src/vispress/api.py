@@ -137,9 +137,10 @@ def remove_compression(model: M) -> M:
     """Undo `compress_model`; the model is bit-identical to before.
 
     Raises:
-        CompressionStateError: The model is not compressed.
+        CompressionStateError: The model is not compressed; or checkpointed layers that run again in
+            a backward, which has not come yet, need masks of the method's.
     """
-    _attachment(model).detach()
+    _attachment(model).remove()
     return model
 
 
@@ -161,9 +162,12 @@ def compressed(
     view = ReportView(model)
     try:
         yield view
-    finally:
+    except BaseException:
         view._close()
-        remove_compression(model)
+        _attachment(model).detach()  # what failed has no backward
+        raise
+    view._close()
+    remove_compression(model)
 
 
 def compression_report(model: nn.Module) -> CompressionReport:

@@ -12,6 +12,7 @@ layout* when its adapter has a feature that no family chosen before it has; the 
 A test beside a law's first one has a name instead of a number, and meets every method (so every
 way, too) once, on a family that changes from name to name.
 
+`-m "not layouts"` leaves no more than that of numbered laws, for another version of transformers.
 `pytest -m full` (`make full`) runs the whole product; a case that is asked for by its node id runs
 in any case.
 """
@@ -192,8 +193,8 @@ def number(law: int | str) -> int:
     return law if isinstance(law, int) else crc32(law.encode())
 
 
-def chosen(law: int | str, among: Sequence[Case] = CASES) -> set[Case]:
-    """The cases that a law runs over by default (see the module)."""
+def chosen(law: int | str, among: Sequence[Case] = CASES, *, once: bool = False) -> set[Case]:
+    """The cases that a law runs over by default (see the module), or every method once of them."""
     turn = number(law)
     by_method: dict[str, list[str]] = {}
     for family, method in among:
@@ -202,7 +203,7 @@ def chosen(law: int | str, among: Sequence[Case] = CASES) -> set[Case]:
         (families[(METHODS.index(method) + turn) % len(families)], method)
         for method, families in by_method.items()
     }
-    if isinstance(law, str):
+    if once or isinstance(law, str):
         return found
     for place, methods in enumerate(ways(by_method).values()):
         of_way = [case for case in among if case[1] in methods]
@@ -228,16 +229,19 @@ def cases(
 ) -> list[Any]:
     """Parameters `(family, method)` of a law's test; those left out by default are marked `full`.
 
+    Those that go beyond every method once are marked `layouts`.
+
     Args:
         law: Its number, or a name for a test beside a law's first one; both turn the rotation.
         among: The whole product.
         turning: Values of a third parameter, of which each case takes one by default, in turn.
     """
-    default, turn = chosen(law, among), number(law)
+    default, once, turn = chosen(law, among), chosen(law, among, once=True), number(law)
     found = []
     for place, case in enumerate(among):
         for other, value in enumerate(turning or [None]):
             left_out = case not in default or other != (place + turn) % max(len(turning), 1)
             values = (*case, value) if turning else case
-            found.append(pytest.param(*values, marks=pytest.mark.full if left_out else ()))
+            beyond = () if case in once else pytest.mark.layouts
+            found.append(pytest.param(*values, marks=pytest.mark.full if left_out else beyond))
     return found

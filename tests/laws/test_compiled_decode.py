@@ -47,7 +47,7 @@ def compiled_graphs(model: Any, family: str, video: bool) -> list[int]:
     return made
 
 
-@pytest.mark.slow(cases=2)
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize(
     ("family", "method"),
     [

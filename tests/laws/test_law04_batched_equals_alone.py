@@ -78,7 +78,7 @@ def test_a_chain_treats_each_sample_as_if_alone(family: str) -> None:
     assert_each_as_alone(family, {"method": chain}, inputs_of(family), singles)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(4, on_videos()))
+@pytest.mark.parametrize(("family", "method"), cases("batched videos", on_videos()))
 def test_a_sample_with_a_video_is_what_it_is_alone(family: str, method: str) -> None:
     samples = [
         Sample([Text(4), Video(2, 4, 4), Text(3)]),

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from vispress import compress_model, compressed, remove_compression
 from vispress.adapters.base import find_adapter
+from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
@@ -175,6 +176,30 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
             assert abs(loss - plain) < EXACT
             assert report.to_dict()["samples"] == kept
             assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", sorted(MASKING))
+def test_removal_before_a_backward_that_needs_the_masks_is_refused(
+    method: str, reentrant: bool
+) -> None:
+    """Layers would run again without them: silently, where the checkpoint is reentrant."""
+    model, inputs = trained("llava"), inputs_of("llava")
+    with training(model), checkpointing(model, reentrant=reentrant):
+        refusal = pytest.raises(CompressionStateError, match=r"call loss\.backward\(\) before")
+        with refusal, compressed(model, make("llava", method)):
+            loss = loss_of(model, inputs)
+        got = backward(model, loss)
+        remove_compression(model)
+        with compressed(model, make("llava", method)):
+            expected = backward(model, loss_of(model, inputs))
+        assert_equal(got, expected)
+        with compressed(model, make("llava", method)):
+            dropped = loss_of(model, inputs)
+            del dropped  # no backward can come
+    with training(model), compressed(model, make("llava", method)):
+        loss = loss_of(model, inputs)  # without checkpoints nothing runs again
+    assert_equal(backward(model, loss), expected)
 
 
 @pytest.mark.parametrize(("family", "method"), cases("reached"))

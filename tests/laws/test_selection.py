@@ -61,9 +61,11 @@ def test_laws_in_a_row_meet_what_the_adapter_computes_itself(first: int) -> None
 def test_full_is_the_whole_product(law: int | str) -> None:
     parameters = cases(law)
     assert [tuple(one.values) for one in parameters] == CASES
-    default = {tuple(one.values) for one in parameters if not one.marks}
-    assert default == chosen(law)
-    assert {one.marks[0].name for one in parameters if one.marks} == {"full"}
+    marks = {tuple(one.values): [mark.name for mark in one.marks] for one in parameters}
+    assert {case for case, names in marks.items() if names != ["full"]} == chosen(law)
+    assert {case for case, names in marks.items() if not names} == chosen(law, once=True)
+    beyond = {"layouts"} if isinstance(law, int) else set()
+    assert {name for names in marks.values() for name in names} == {"full"} | beyond
 
 
 def test_laws_differ_in_what_they_choose() -> None:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
@@ -29,9 +29,10 @@ from vispress.runtime.forward.owner import (
 from vispress.runtime.forward.running import (
     MEASURED,
     RUNNING,
-    TRAINING,
-    CarriedEmbeds,
     Running,
+    add_deepstack,
+    awaited,
+    refuse_awaited,
 )
 from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.forward.turns import Turns
@@ -46,7 +47,6 @@ from vispress.runtime.hooks.instance_patch import (
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
-from vispress.runtime.tokens.live_tokens import live_deepstack
 
 ATTRIBUTE = "_vispress_attachment"
 
@@ -118,7 +118,7 @@ class Attachment:
             starts = partial(self._layer_starts, number)
             self._hook(layer.register_forward_pre_hook(starts, with_kwargs=True))
         if hasattr(language_model, "_deepstack_process"):
-            self._wrap(language_model, "_deepstack_process", self._deepstack)
+            self._wrap(language_model, "_deepstack_process", add_deepstack)
 
     def _attach_owner(self, owner: nn.Module) -> None:
         base = self.plan.adapter.base
@@ -164,7 +164,7 @@ class Attachment:
         if footprint == self._footprint:
             self._take(plan, stages, request, self._footprint)
             return
-        if any(running.hooks is self._footprint for running in list(TRAINING)):
+        if awaited(self._footprint):
             raise CompressionStateError(
                 "hooks must move, and layers of a checkpointed call that they sit on are to run "
                 "again in its backward: call update_compression behind that"
@@ -191,6 +191,11 @@ class Attachment:
                 "a forward of the model is under way: call update_compression before or behind it "
                 "(between the tokens of generate is fine)"
             )
+
+    def remove(self) -> None:
+        """Take everything off again, unless a backward that has not come needs it."""
+        refuse_awaited(self._footprint)
+        self.detach()
 
     def detach(self) -> None:
         """Take everything off again, in reverse order; what is interrupted can be done again."""
@@ -248,9 +253,7 @@ class Attachment:
         running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
         if running is None:
             return None
-        running.hooks = self._footprint
-        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            TRAINING.add(running)
+        running.begin(self._footprint, module.training and torch.is_grad_enabled())
         return (), kwargs
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -287,14 +290,3 @@ class Attachment:
         if isinstance(out, tuple):
             return (prefill.leave_layer(running, number, out[0]), *out[1:])
         return prefill.leave_layer(running, number, out)
-
-    def _deepstack(self, original: Original, hidden: Tensor, visual: Tensor, embeds: Any) -> Tensor:
-        """Qwen3-VL adds early encoder features between layers: hand it the rows that still live."""
-        if isinstance(embeds, CarriedEmbeds):
-            state, embeds = embeds.state, embeds.embeds
-            if not state.untouched:
-                visual, embeds = live_deepstack(
-                    state.last, hidden.device, visual, embeds, self.plan.backend
-                )
-        result: Tensor = original(hidden, visual, embeds)
-        return result

@@ -13,6 +13,8 @@ _OF_ATTENTION = frozenset(
     {Signal.QUERY_ATTENTION, Signal.MEAN_ATTENTION, Signal.KEY_NORMS, Signal.ROTARY_PRIOR}
 )
 """Signals of the layer whose attention a placement reads."""
+PLENTY = 10**6
+"""Tokens of no image: a budget that keeps them keeps all, and then nothing is read."""
 
 
 def check_reads(
@@ -33,7 +35,8 @@ def check_reads(
     for number, method in enumerate(methods):
         own = [bound.placement for bound in placements if bound.compressor == number]
         reads = sorted(signal.value for signal in method.signals() & _OF_ATTENTION)
-        if reads and all(placement.queries is None for placement in own):
+        acts = any(p.adaptive or p.budget.resolve(PLENTY) < PLENTY for p in own)
+        if acts and reads and all(placement.queries is None for placement in own):
             raise ConfigError(
                 f"{method.name} reads {', '.join(reads)}, but none of its placements says whose "
                 "attention: set Placement.queries"

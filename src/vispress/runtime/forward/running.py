@@ -5,19 +5,24 @@ layer to its attention. So it belongs to the call, not to a module or a thread: 
 that runs again finds it, and nothing is left behind when a forward ends, in whatever way.
 """
 
+import gc
 import weakref
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
+from vispress.errors import CompressionStateError
 from vispress.precision import full_precision
 from vispress.runtime.forward.layer_inputs import LayerInputs
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.attention import OBSERVER, Softmax
+from vispress.runtime.hooks.instance_patch import Original
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.stages.base import Entering, StageCall, Watched
+from vispress.runtime.tokens.live_tokens import live_deepstack
 from vispress.types import Stage
 
 RUNNING: Final = OBSERVER
@@ -51,6 +56,9 @@ class Running:
         state.own_from = min(own, default=None)
         self.hooks: object = None
         """Stands for the hooks that the call was begun with."""
+        self.again = False
+        """Whether a checkpointed layer has run a second time: the backward is there, or over."""
+        self._attended: set[int] = set()
 
     def to(self, *args: Any, **kwargs: Any) -> "Running":
         """Stay: accelerate's hooks move keyword arguments between devices."""
@@ -70,6 +78,12 @@ class Running:
                     return call.place(bound, hidden)
         return None
 
+    def begin(self, hooks: object, trains: bool) -> None:
+        """Note on which hooks the call runs, and that a backward may need them again."""
+        self.hooks = hooks
+        if trains and not torch.compiler.is_compiling():
+            TRAINING.add(self)
+
     def attend(
         self,
         module: Any,
@@ -81,6 +95,9 @@ class Running:
         kwargs: Mapping[str, Any],
     ) -> Tensor | None:
         """Show a watched attention to the stages, then read the rows that placements want."""
+        if self.state.mode == "run":
+            self.again |= module.layer_idx in self._attended
+            self._attended.add(module.layer_idx)
         for attend in self.attends:
             watched = Watched(
                 query, key, value, mask, Softmax.of(kwargs), self.state.plan.shards(query.shape[1])
@@ -92,6 +109,31 @@ class Running:
 
 TRAINING: Final = weakref.WeakSet[Running]()
 """Calls that train and are not over: what checkpoints hold lives until their backward."""
+
+
+def awaited(hooks: object) -> list[Running]:
+    """Find calls of which checkpointed layers are to run again, in a backward, on some hooks."""
+
+    def find() -> list[Running]:
+        return [call for call in list(TRAINING) if call.hooks is hooks and not call.again]
+
+    if find():
+        gc.collect()  # a call that failed may stand in a circle with its traceback
+    return find()
+
+
+def refuse_awaited(hooks: object) -> None:
+    """Refuse to leave checkpointed layers, which run again in a backward, without their masks.
+
+    Raises:
+        CompressionStateError: Says when the hooks can go.
+    """
+    if any(call.attends for call in awaited(hooks)):
+        raise CompressionStateError(
+            "layers of a checkpointed call are to run again in its backward, under compression: "
+            "call loss.backward() before remove_compression(model), or inside the block of "
+            "compressed(...)"
+        )
 
 
 class CarriedEmbeds:
@@ -116,3 +158,21 @@ def carry_deepstack(arguments: dict[str, Any], state: ForwardState) -> None:
     if embeds is not None:
         plain = (e.embeds if isinstance(e, CarriedEmbeds) else e for e in embeds)
         arguments[_DEEPSTACK] = [CarriedEmbeds(each, state) for each in plain]
+
+
+def add_deepstack(original: Original, hidden: Tensor, visual: Tensor, embeds: Any) -> Tensor:
+    """Hand Qwen3-VL, which adds early encoder features between layers, those of live rows.
+
+    Args:
+        original: What adds them.
+        hidden: `[B, P, D]`.
+        visual: `[B, P]` bool, visual tokens of the whole chunk.
+        embeds: `[marks, D]`, or the call's `CarriedEmbeds`.
+    """
+    if isinstance(embeds, CarriedEmbeds):
+        state, embeds = embeds.state, embeds.embeds
+        if not state.untouched:
+            given = state.last, hidden.device, visual, embeds, state.plan.backend
+            visual, embeds = live_deepstack(*given)
+    result: Tensor = original(hidden, visual, embeds)
+    return result

@@ -1,0 +1,5 @@
+"""Results folders, under the name they had before `vispress.bench.results`."""
+
+from vispress.bench.results.store import open_results, read_results
+
+__all__ = ["open_results", "read_results"]
