@@ -120,6 +120,7 @@ def build(
     seed: int = 0,
     layers: int = 6,
     text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
 ) -> Any:
     """A random `ForConditionalGeneration` model in eval mode.
 
@@ -133,6 +134,7 @@ def build(
         seed: Of the weights.
         layers: Decoder layers.
         text: Settings of the language model in place of the family's (`WINDOWED` has some).
+        vision: Settings of the vision encoder in place of the family's.
     """
     config_class, model_class = _CLASSES[family]
     ids = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
@@ -149,7 +151,7 @@ def build(
         special["image_grid_pinpoints"] = _PINPOINTS[family]
     config = getattr(hf, config_class)(
         text_config=_text_config(family, layers) | dict(text or {}),
-        vision_config=_vision_config(family),
+        vision_config=_vision_config(family) | dict(vision or {}),
         tie_word_embeddings=False,
         **special,
     )
