@@ -48,8 +48,10 @@ def _note(state: ForwardState, number: int, part: int, args: Any, kwargs: Any, o
     """Note how far a module (0 attention, 1 MLP) moved its rows."""
     x: Tensor = args[0] if args else kwargs["hidden_states"]
     y: Tensor = output[0] if isinstance(output, tuple) else output
-    dtype = torch.promote_types(x.dtype, y.dtype)  # autocast may change it on the way
-    x, y = x.detach().to(dtype), y.detach().to(dtype)
+    x, y = x.detach(), y.detach()
+    if x.dtype != y.dtype:  # autocast changes it on the way
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(dtype), y.to(dtype)
     with full_precision():
         found = transition_scores(x, y, backend=state.plan.backend)
     if part == 0:
