@@ -133,6 +133,7 @@ def token_by_token(
     return [sum(layer not in gone for gone in missing.values()) for layer in range(LAYERS)]
 
 
+@pytest.mark.slow
 @given(chain=chains(), num_visual=st.integers(1, 24), last=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_counts_are_those_of_tokens_followed_one_by_one(

@@ -308,6 +308,7 @@ def test_a_module_on_no_floor_is_found() -> None:
         part_of("vispress.elsewhere")
 
 
+@pytest.mark.slow
 def test_all_but_launch_files_import_where_there_is_no_triton() -> None:
     """Public faces, references and methods; the torch references then run."""
     launch = {"kernel"} | {path.stem for path in SOURCES[1].glob("_*.py")}

@@ -106,6 +106,7 @@ def test_code_of_a_folder_is_refused_and_nothing_is_asked(copy, file, change):
     assert not (copy / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_yes_on_standard_input_runs_nothing(copy):
     code = add_code(copy)
     edit(copy / "config.json", lambda data: unknown_type(data, code))

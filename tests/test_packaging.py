@@ -30,11 +30,13 @@ def test_importing_vispress_imports_nothing_heavy() -> None:
     assert loaded_after("import vispress; vispress.__all__; vispress.__version__") == set()
 
 
+@pytest.mark.slow
 def test_listing_methods_needs_no_transformers_and_no_triton() -> None:
     code = "from vispress import list_methods; assert len(list_methods()) > 10"
     assert loaded_after(code) & {"transformers", "triton", "matplotlib", "sklearn"} == set()
 
 
+@pytest.mark.slow
 def test_the_probe_can_fail() -> None:
     assert "transformers" in loaded_after("import transformers")
     assert "transformers" in loaded_after("import vispress.runtime.kv_cache.dynamic")
@@ -55,6 +57,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str
     return {"wheel": names, "sdist": inside}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_of_both_source_roots(
     distributions: dict[str, set[str]],
 ) -> None:

@@ -344,6 +344,7 @@ def test_half_precision_models_are_measured(subject, measure):
     assert 0.4 < cost["peak_bytes"] / full["peak_bytes"] < 0.75
 
 
+@pytest.mark.slow
 def test_a_failed_measurement_leaves_the_model_as_it_was(subject, prompts, make_plan, monkeypatch):
     plan = make_plan(timing={"batch": 1, "rounds": 2, "repeats": 1})
     with pytest.raises(BudgetError):

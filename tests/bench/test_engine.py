@@ -91,6 +91,7 @@ def finished(tmp_path_factory, checkpoint):
     return plan, out
 
 
+@pytest.mark.slow
 def test_every_cell_is_stored_with_where_it_comes_from(finished):
     plan, out = finished
     assert sorted(stored(out)) == sorted(KEYS)
@@ -158,6 +159,7 @@ def test_stopping_anywhere_loses_nothing_and_repeats_nothing(
     assert results(tmp_path) == results(finished[1])
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed(finished, make_plan, tmp_path):
     plan = make_plan()
     small = {

@@ -61,6 +61,7 @@ def test_a_shard_whose_processes_keep_dying_is_given_up(tmp_path: Path) -> None:
     assert part.not_reached == names[3:]
 
 
+@pytest.mark.slow
 def test_the_deadline_stops_processes_and_keeps_what_came(tmp_path: Path) -> None:
     start = time.monotonic()
     rows = run(part := part_in(tmp_path, 4.0), a=["a1", "a2 hangs"], b=["b1"])

@@ -151,6 +151,7 @@ def test_conversations_are_compressed_and_told_their_evidence(make_plan, tmp_pat
     assert all(len(cell["tasks"]["talk"]["turns"]) == 3 for cell in cells.values())
 
 
+@pytest.mark.slow
 def test_what_cells_share_changes_no_answer(subject, make_plan):
     methods = ["fastv", "visionzip", "zoo_prune", "prumerge", "downsample", "oracle"]
     plan = make_plan(methods=methods, batch_size=3)

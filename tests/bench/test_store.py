@@ -222,6 +222,7 @@ def test_what_the_tasks_are_said_to_be_is_brought_up_to_date(tmp_path, made):
     assert manifest["created"] == "2025-12-31T00:00:00"
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_refused_and_a_killed_one_holds_nothing(tmp_path, made):
     arguments = [sys.executable, "-c", HOLD, str(tmp_path), json.dumps(made[0])]
     run = subprocess.Popen(arguments, stdout=subprocess.PIPE)

@@ -34,6 +34,7 @@ def test_ties_go_to_the_lowest_index_across_blocks(device, backend):
     assert index[0, :6].tolist() == [4, 5, 6, 7, 0, 1]
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("columns", [1, 100], ids=["a program a block", "one for all blocks"])
 def test_ties_within_and_across_programs(device, monkeypatch, columns):
     monkeypatch.setattr("vispress_kernels.assign_nearest.kernel.COLUMNS", columns)

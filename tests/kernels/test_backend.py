@@ -61,6 +61,7 @@ def test_without_triton_everything_imports_and_the_reference_runs():
     assert summary == "10 False"
 
 
+@pytest.mark.slow
 def test_importing_does_not_import_triton_and_the_probe_can_fail():
     assert run_probe([])[-1] == "10 False"
     if has_triton():

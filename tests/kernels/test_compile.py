@@ -70,6 +70,7 @@ def test_every_configuration_compiles_without_spills(tmp_path, capability, flags
     check(probe(capability, tmp_path, *flags))
 
 
+@pytest.mark.slow
 def test_the_variants_hold_every_choice_of_the_launch_rules():
     missing = run_apart("-c", "from compile_reach import missing; print(*missing(), sep='\\n')")
     assert not missing.strip(), missing
@@ -93,6 +94,7 @@ def test_each_limit_can_fail(broken):
         check(results | {even: results[even] | broken})
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_record_holds_every_configuration(capability):
     names = "from compile_variants import variants; print(*(v.name for v in variants()), sep='\\n')"

@@ -81,6 +81,7 @@ def test_inputs_are_left_alone(randn, op):
         assert all(torch.equal(x, before[name]) for name, x in case.tensors.items())
 
 
+@pytest.mark.slow
 @ANY
 @given(
     st.sampled_from(OPS),

@@ -58,6 +58,7 @@ def test_masks(randn, device, backend):
     torch.testing.assert_close(own.sum(-1), torch.ones_like(own[..., 0]))
 
 
+@pytest.mark.slow(cases=4)
 @pytest.mark.parametrize("mean_heads", [False, True])
 @pytest.mark.parametrize("rows", [None, 30])
 def test_a_mask_row_for_each_query(randn, assert_accurate, rows, mean_heads):

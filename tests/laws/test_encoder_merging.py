@@ -413,6 +413,7 @@ def test_a_deep_copy_and_offloaded_weights_merge_alike(family: str) -> None:
         assert (logits_of(twin, inputs) - expected).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_merges_or_is_an_error() -> None:
     model, inputs = build("llava", dtype=torch.float32), inputs_of("llava", dtype=torch.float32)
     tower = model.model.vision_tower

@@ -135,6 +135,7 @@ def test_two_conversations_by_turns() -> None:
         assert told(model) == (1, 3, length + 7)
 
 
+@pytest.mark.slow
 def test_an_account_keeps_no_cache_and_a_cache_no_model_alive() -> None:
     model, inputs = build("llava"), prompts("llava")
     compress_model(model, "fastv", keep_ratio=0.5)

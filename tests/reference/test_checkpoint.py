@@ -82,6 +82,7 @@ def test_the_shipped_model_is_a_small_plain_llava():
     assert not list(SHIPPED.glob("*.bin"))
 
 
+@pytest.mark.slow
 @needs_shipped
 def test_the_shipped_model_answers():
     model, processor = load()

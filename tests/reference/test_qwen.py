@@ -269,6 +269,7 @@ def test_unknown_architectures_and_models_are_refused(tmp_path):
 # --- training and answers
 
 
+@pytest.mark.slow
 def test_the_same_script_trains_it(tmp_path):
     settings = {
         "architecture": "qwen2_5_vl",
@@ -295,6 +296,7 @@ def test_the_same_script_trains_it(tmp_path):
         train_reference(tmp_path, **settings | {"architecture": "llava"})
 
 
+@pytest.mark.slow
 @needs_shipped
 def test_the_shipped_model_answers_at_every_resolution():
     model, processor = load(architecture="qwen2_5_vl")
@@ -318,6 +320,7 @@ def test_the_benchmark_takes_it_by_name(name):
     assert subject.model.config.model_type == "qwen2_5_vl"
 
 
+@pytest.mark.slow
 @needs_shipped
 def test_the_one_that_has_seen_clips_answers_about_them_and_about_pictures():
     model, processor = load(architecture="qwen2_5_vl", clips=True)

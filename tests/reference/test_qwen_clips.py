@@ -195,6 +195,7 @@ def test_stage_3_trains_on_clips_and_replays_pictures(trained):
     assert not (out / "language").exists()
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(trained):
     out, settings, scores = trained
     before = (out / "clips" / "log.jsonl").read_text()
@@ -236,6 +237,7 @@ def test_answers_do_not_depend_on_the_batch():
     assert tuple(scores) == CLIP_KINDS
 
 
+@pytest.mark.slow
 def test_the_shipped_model_counts_seconds_as_it_was_trained_to():
     """At other positions in time it forgets which step comes first: 70 % in place of 100 %."""
     model, processor = load(architecture="qwen2_5_vl", clips=True)

@@ -26,6 +26,7 @@ def trained(tmp_path_factory):
     return out, scores
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoint_card_curves_and_accuracy(trained):
     out, scores = trained
     assert len(scores) == 14
