@@ -14,6 +14,7 @@ from vispress import compressed
 from vispress.errors import UnsupportedModelError
 from vispress.methods import DyCoke
 from vispress.runtime.kv_cache.hf_compat import CACHE
+from vispress.runtime.kv_cache.slots import Slots
 
 
 def tokens_of(count: int) -> torch.Tensor:
@@ -164,3 +165,12 @@ def test_a_reset_cache_starts_anew(method: str) -> None:
         generate(model, inputs, **{CACHE: cache})
         cache.reset()
         assert_same(generate(model, inputs, **{CACHE: cache}), fresh)
+
+
+def test_slots_that_two_caches_share_are_selected_by_each_ones_index() -> None:
+    """Layers that share slots share the selection too, made by the same index alone."""
+    slots = Slots(torch.arange(6).view(2, 3), None, None, 3)
+    turned, first = torch.tensor([1, 0]), torch.tensor([0, 0])
+    assert slots.select(turned) is slots.select(turned)
+    assert slots.select(turned).positions.tolist() == [[3, 4, 5], [0, 1, 2]]
+    assert slots.select(first).positions.tolist() == [[0, 1, 2], [0, 1, 2]]

@@ -10,6 +10,7 @@ from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, StaticCache
 
 from vispress import compressed
+from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV
 from vispress.report import CompressionReport
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
@@ -138,3 +139,32 @@ def test_a_view_of_a_long_buffer_is_noticed() -> None:
     cache.layers[0].keys = cache.layers[0].keys[:, :, :4]
     with pytest.raises(AssertionError, match="view"):
         stored(cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chunk_on_an_unpadded_cache_is_as_many_steps(family: str) -> None:
+    """Attention has no mask then, and its own causality would begin at the first key."""
+    model, inputs, chunk = model_of(family), single(family), torch.tensor([[9, 40, 7, 71]])
+    with compressed(model, make(family, "fastv")), torch.no_grad():
+        together, apart = DynamicCache(), DynamicCache()
+        model(**inputs, **{CACHE: together})
+        model(**inputs, **{CACHE: apart})
+        at_once = model(input_ids=chunk, **{CACHE: together}).logits
+        steps = [model(input_ids=one, **{CACHE: apart}).logits for one in chunk.split(1, dim=1)]
+    assert (at_once - torch.cat(steps, dim=1)).abs().max() < 1e-9
+
+
+def test_a_cut_that_reaches_into_an_image_is_refused() -> None:
+    model = model_of("llava")
+    inputs = make_inputs("llava", [Sample([Text(5), Image(4, 4), Text(7)])])
+    with compressed(model, make("llava", "fastv")), torch.no_grad():
+        cache = DynamicCache()
+        model(**inputs, **{CACHE: cache})
+        with pytest.raises(CompressionStateError, match="the cut reaches into rows"):
+            cache.crop(-20)  # as many rows stand there, but not those of twenty tokens
+        with pytest.raises(CompressionStateError, match="start with a new cache"):
+            model(input_ids=torch.tensor([[9]]), **{CACHE: cache})  # plain layers were cut by then
+        whole = DynamicCache()
+        model(**inputs, **{CACHE: whole})
+        whole.crop(-7)
+        assert whole.get_seq_length() == inputs["input_ids"].shape[1] - 7
