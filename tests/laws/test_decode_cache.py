@@ -39,6 +39,13 @@ def feed(model: Any, inputs: dict[str, Any], cache: Any, fed: list[torch.Tensor]
     return torch.cat(found, dim=1)
 
 
+def choices(cache: Any) -> list[Any]:
+    """What decoding has chosen so far, of the layers that hold it."""
+    found = [getattr(layer, "selection", None) for layer in cache.layers]
+    assert any(each is not None for each in found)
+    return [each for each in found if each is not None]
+
+
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
 def test_several_tokens_at_once_are_as_many_steps_and_can_be_taken_back(family: str) -> None:
     model, inputs, more = model_of(family), batch(family), tokens_of(6)
@@ -53,6 +60,12 @@ def test_several_tokens_at_once_are_as_many_steps_and_can_be_taken_back(family: 
         wrong = torch.cat([more[:, :2], tokens_of(9)[:, 6:]], dim=1)
         feed(model, inputs, caches[2], [wrong])
         caches[2].crop(-3)
+        never = DynamicCache()
+        model(**inputs, **{CACHE: never})
+        feed(model, inputs, never, [more[:, :2]])
+        for got, expected in zip(choices(caches[2]), choices(never), strict=True):
+            torch.testing.assert_close(got.attention, expected.attention)
+            assert torch.equal(got.selected, expected.selected)
         longer = inputs | {
             "attention_mask": torch.cat(
                 [inputs["attention_mask"], torch.ones_like(more[:, :2])], dim=1
