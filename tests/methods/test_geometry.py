@@ -221,13 +221,7 @@ def test_adsc_meets_each_of_its_budgets(options):
             if num_keep == tokens.num_visual:
                 continue
             plan = check(method, tokens, num_keep)
-            tokens = dataclasses.replace(
-                tokens,
-                features=torch.stack(
-                    [x[k] for x, k in zip(tokens.features, plan.keep, strict=True)]
-                ),
-                index=torch.stack([x[k] for x, k in zip(tokens.index, plan.keep, strict=True)]),
-                memory=plan.memory,
-            )
+            kept = plan.keep if isinstance(plan.keep, torch.Tensor) else torch.stack([*plan.keep])
+            tokens = dataclasses.replace(take(tokens, kept), memory=plan.memory)
 
     holds()
