@@ -284,6 +284,24 @@ def test_without_a_cache_the_report_says_what_answers_see() -> None:
         assert any("no KV cache in this call; answers in it see" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_answers_in_one_call_see_what_later_tokens_would(cached: bool) -> None:
+    model = model_of("llava")
+    inputs = make_inputs("llava", [Sample([Text(5), Image(), Text(4)])])
+    length, answer, cache = (
+        inputs["input_ids"].shape[1],
+        torch.tensor([[9, 40, 71]]),
+        DynamicCache(),
+    )
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with compressed(model, AttendedCache(num_tokens=4)), torch.no_grad():
+        model(**inputs, **{CACHE: cache})
+        later = model(input_ids=answer, **{CACHE: cache}).logits
+        together = model(**whole, prompt_lengths=[length], use_cache=cached).logits
+    assert (together[:, length:] - later).abs().max() < 1e-9
+
+
 def test_budgets_are_of_what_reaches_the_layer() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     with compressed(model, METHODS["behind_fastv"]) as report, torch.no_grad():

@@ -4,10 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import SAMPLES, greedy, inputs_of, logits_of, model_of, real_positions, run
+from tests.laws.cases import (
+    SAMPLES,
+    Spy,
+    greedy,
+    inputs_of,
+    logits_of,
+    make,
+    model_of,
+    real_positions,
+    run,
+)
 from tests.laws.test_law01_prune_equals_mask import assert_equals_oracle
 from tests.laws.test_law04_batched_equals_alone import kept_of
-from tests.tiny import make_inputs
+from tests.tiny import Image, Sample, Text, make_inputs
 
 from vispress import compress_model, compressed, compression_report, remove_compression
 from vispress.methods import (
@@ -19,6 +29,7 @@ from vispress.methods import (
     MaxNorm,
     PerImage,
     PyramidDrop,
+    Random,
     RandomMix,
     SparseVLM,
     TransPrune,
@@ -200,3 +211,35 @@ def test_the_order_of_encoder_layers_is_each_parts_own() -> None:
                 logits_of(model, inputs)
                 found.append(kept_of(model))
         assert found[0] == found[1]
+
+
+AXES = {
+    "cls_attention": -1,
+    "column_attention": -1,
+    "vision_keys": 2,
+    "vision_features": 1,
+    "padding": 1,
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["visionzip", "vscan", "fastervlm"])
+def test_a_later_method_is_shown_the_encoders_signals_of_what_is_left(
+    family: str, method: str
+) -> None:
+    """The oracle takes any choice, and so any signal."""
+    model = model_of(family)
+    inputs = make_inputs(family, [Sample([Text(5), Image(), Text(4)])])
+    alone, behind = Spy(), Spy()
+    with compressed(model, alone.watch(make(family, method))):
+        logits_of(model, inputs)
+    with compressed(model, [Random(keep_ratio=0.5), behind.watch(make(family, method))]):
+        logits_of(model, inputs)
+    (whole, _), (left, _) = alone.seen[0], behind.seen[0]
+    assert 0 < left.num_visual < whole.num_visual
+    read = [name for name in AXES if getattr(whole, name) is not None]
+    assert read
+    for name in read:
+        axis = AXES[name]
+        expected = getattr(whole, name).index_select(axis, left.index[0])
+        torch.testing.assert_close(getattr(left, name), expected)
