@@ -302,6 +302,21 @@ def test_answers_in_one_call_see_what_later_tokens_would(cached: bool) -> None:
     assert (together[:, length:] - later).abs().max() < 1e-9
 
 
+def test_right_padding_leaves_with_what_is_evicted() -> None:
+    model, found = model_of("llava"), []
+    samples = [Sample([Text(5), Image(), Text(4)]), Sample([Text(2), Image(), Text(3)])]
+    batch = make_inputs("llava", samples, padding="right")
+    alone = [make_inputs("llava", samples, only=row) for row in range(2)]
+    with compressed(model, AttendedCache(num_tokens=4)), torch.no_grad():
+        for inputs in (batch, *alone):
+            cache, mask = DynamicCache(), inputs["attention_mask"]
+            model(**inputs, **{CACHE: cache})
+            step = torch.full((len(mask), 1), 9)
+            given = {"input_ids": step, "position_ids": mask.sum(1, keepdim=True), CACHE: cache}
+            found.append(model(attention_mask=torch.cat([mask, step > 0], 1), **given).logits)
+    assert (found[0] - torch.cat(found[1:])).abs().max() < 1e-9
+
+
 def test_budgets_are_of_what_reaches_the_layer() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     with compressed(model, METHODS["behind_fastv"]) as report, torch.no_grad():

@@ -159,6 +159,22 @@ def test_hidden_states_have_the_logical_length() -> None:
     assert {h.shape[1] for h in out.hidden_states} == {L}
 
 
+def test_hidden_states_are_what_each_layer_gave() -> None:
+    model, given = model_of("llava"), []
+    inputs = make_inputs("llava", [Sample([Text(5), Image(), Text(5)])])
+    layers = model.model.language_model.layers
+    hooks = [x.register_forward_hook(lambda *call: given.append(call[-1])) for x in layers]
+    try:
+        with compressed(model, make("llava", "pyramiddrop")) as report, torch.no_grad():
+            hidden = model(**inputs, output_hidden_states=True).hidden_states
+            alive = [report.alive(number)[0] for number in range(len(layers))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for number in range(len(layers) - 1):  # behind the last one stands a norm
+        assert torch.equal(hidden[number + 1][0, alive[number]], given[number][0])
+
+
 def test_embeddings_in_place_of_ids() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     method = make("llava", "fastv")
