@@ -20,7 +20,7 @@ from vispress.runtime.layout import (
     whole_rows,
 )
 from vispress.runtime.tokens.live_tokens import VARLEN
-from vispress.runtime.tokens.masks import check_implementation
+from vispress.runtime.tokens.masks import allowed, check_implementation
 
 IGNORED = -100
 """Label of a token that no loss is taken on."""
@@ -109,7 +109,7 @@ def _flat_breaks(given: Mapping[str, Any], ids: Any, batch: int, length: int) ->
 
 def _breaks_of_mask(mask: Tensor, valid: Tensor | None, batch: int) -> Tensor:
     """`[B, Q]` bool: real tokens that do not see the real token before them."""
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    seen = allowed(mask)
     seen = seen.expand(batch, -1, -1)
     length = seen.shape[1]
     before = (torch.arange(length) - 1).expand(batch, -1)

@@ -130,7 +130,17 @@ class LayerInputs:
             self._kind = masks.check_implementation(self.state.plan.implementation)
         if self._kind == "flash" and self.state.packed:  # it has bounds, and padding within them
             return None
-        return masks.make_mask(self._kind, rows, slots, self.state.past, offset, buffer, hidden)
+        shown = self._shown(slots)
+        return masks.make_mask(self._kind, rows, shown, self.state.past, offset, buffer, hidden)
+
+    def _shown(self, slots: Slots) -> Slots:
+        """The slots, without those that this call's mask hides: an old turn may be left out."""
+        mask, past = self.state.mask_2d, self.state.past
+        if mask is None or past == 0:
+            return slots
+        told = mask.to(slots.positions.device).gather(1, slots.positions)
+        valid = told if slots.valid is None else slots.valid & told
+        return Slots(slots.positions, valid, slots.shift, slots.logical)
 
     def _position_embeddings(
         self, layer: int, rows: LiveTokens, kwargs: dict[str, Any], hidden: Tensor

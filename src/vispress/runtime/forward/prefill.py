@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from vispress.errors import ConfigError
 from vispress.precision import full_precision
 from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward import setup
@@ -129,6 +130,11 @@ def _make_state(
         ),
         None,
     )
+    if mask_2d is not None and past and mask_2d.shape[1] < past + Q:
+        raise ConfigError(
+            f"attention_mask has {mask_2d.shape[1]} columns, but the KV cache holds {past} tokens "
+            f"and the call brings {Q}; give one column for each of both"
+        )
     mask_4d = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
     # decode steps read one flag, prefills read rows: what was fetched ahead is not waited for
     read = mask_2d if mask_2d is None or not call.captures else call.on_host(mask_2d)
@@ -169,7 +175,7 @@ def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
         mask = max(given, key=lambda m: m.shape[-1], default=None)
     if not isinstance(mask, Tensor):
         return None
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    seen = masks.allowed(mask)
     out = max(0, past + seen.shape[1] - seen.shape[2])
     own = seen.diagonal(offset=past - out, dim1=-2, dim2=-1)
     real = torch.cat([seen[:, :, : past - out].any(dim=1), own], dim=1)

@@ -9,6 +9,10 @@ from vispress.errors import UnsupportedModelError
 from vispress.runtime.kv_cache.slots import Slots
 from vispress.runtime.tokens.live_tokens import LiveTokens
 
+BLOCKED = -1e4
+"""Added to a logit, this or less lets nothing through a softmax (`exp` is 0 from -746 on, in fp64);
+what is added and is more is a bias."""
+
 
 def check_implementation(name: str | None) -> str:
     """The kind of mask an attention implementation wants: `"eager"`, `"sdpa"` or `"flash"`.
@@ -49,6 +53,17 @@ def check_windows(name: str | None, windows: Sequence[int | None], length: int) 
             f"which are no positions under compression, and the sequence has {length}; use 'sdpa' "
             "or 'eager', or keep the sequence within the window"
         )
+
+
+def allowed(mask: Tensor) -> Tensor:
+    """`[B or 1, Q, K]` bool: what some head sees by a 4-D mask, whatever it adds to the logits.
+
+    Args:
+        mask: `[B or 1, H or 1, Q, K]`, bool (True = attend) or additive.
+    """
+    if mask.dtype == torch.bool:
+        return mask.any(dim=1)
+    return (mask > BLOCKED).any(dim=1)
 
 
 def make_mask(

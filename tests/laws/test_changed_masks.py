@@ -1,0 +1,80 @@
+"""Masks that a later call changes over what is cached, and 4-D masks that add biases."""
+
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.cases import logits_of, make, model_of
+from tests.tiny import Image, Sample, Text, make_inputs
+from torch import Tensor
+from transformers import DynamicCache
+
+from vispress import compressed
+from vispress.errors import ConfigError
+from vispress.runtime.kv_cache.hf_compat import CACHE
+
+TURN = torch.tensor([[9, 8, 7]])
+METHODS = ("divprune", "fastv", "visionzip", "pyramiddrop", "lvlm_csp", "attended_cache")
+
+
+def prompt() -> dict[str, Any]:
+    return make_inputs("llava", [Sample([Text(5), Image(), Text(7)])])
+
+
+def second_turn(model: Any, mask: Tensor, split: bool = False) -> Tensor:
+    """Logits of a turn of text behind a prefill, under a mask of its own."""
+    cache, inputs = DynamicCache(), prompt()
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        model(**inputs, **{CACHE: cache})
+        if not split:
+            return model(input_ids=TURN, attention_mask=mask, **{CACHE: cache}).logits
+        steps = [
+            model(input_ids=TURN[:, i : i + 1], attention_mask=mask[:, : length + i + 1],
+                  **{CACHE: cache}).logits
+            for i in range(3)
+        ]  # fmt: skip
+        return torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_old_turn_that_a_later_mask_hides_is_hidden(method: str, split: bool) -> None:
+    model, length = model_of("llava"), prompt()["input_ids"].shape[1]
+    shown = torch.ones(1, length + 3, dtype=torch.long)
+    hidden = shown.clone()
+    hidden[:, :length] = 0
+    expected = second_turn(model, hidden, split)
+    with compressed(model, make("llava", method), positions="original"):
+        got = second_turn(model, hidden, split)
+        assert (second_turn(model, shown, split) - got).abs().max() > 1
+    assert (got - expected).abs().max() < 1e-9
+
+
+def test_a_mask_of_the_chunk_alone_is_refused() -> None:
+    with (
+        compressed(model_of("llava"), "fastv", keep_ratio=0.4),
+        pytest.raises(ConfigError, match="attention_mask has 3 columns, but the KV cache holds"),
+    ):
+        second_turn(model_of("llava"), torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bias_in_a_mask_blocks_nothing(method: str) -> None:
+    model, inputs = model_of("llava"), prompt()
+    length = inputs["input_ids"].shape[1]
+    blocked = torch.ones(length, length).triu(1).bool()
+    none = torch.zeros(1, 1, length, length, dtype=torch.float64)
+    column = torch.zeros_like(none)
+    column[..., 2] = -1e-9
+    diagonal = -1e-9 * torch.eye(length, dtype=torch.float64)[None, None]
+    with compressed(model, make("llava", method)) as report:
+        found = []
+        for bias in (none, column, diagonal, -1e-9 - diagonal, none - 1e-9):
+            mask = bias.masked_fill(blocked, torch.finfo(torch.float64).min)
+            logits = logits_of(model, inputs | {"attention_mask": mask, "use_cache": False})
+            alive = report.alive(report.num_layers - 1)
+            found.append((logits, alive))
+    for logits, alive in found[1:]:
+        assert torch.equal(alive, found[0][1])
+        assert (logits - found[0][0])[alive].abs().max() < 1e-4
