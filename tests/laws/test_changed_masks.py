@@ -7,7 +7,7 @@ import torch
 from tests.laws.cases import logits_of, make, model_of
 from tests.tiny import Image, Sample, Text, make_inputs
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from vispress import compressed
 from vispress.errors import ConfigError
@@ -57,6 +57,34 @@ def test_a_mask_of_the_chunk_alone_is_refused() -> None:
         pytest.raises(ConfigError, match="attention_mask has 3 columns, but the KV cache holds"),
     ):
         second_turn(model_of("llava"), torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("method", "static"), [(m, False) for m in METHODS] + [("divprune", True), ("fastv", True)]
+)
+def test_padding_that_a_later_call_shows_is_refused(method: str, static: bool) -> None:
+    model = model_of("llava")
+
+    def new_cache() -> Any:
+        if not static:
+            return DynamicCache()
+        return StaticCache(config=model.config.get_text_config(), max_cache_len=80)
+
+    samples = [Sample([Text(5), Image(), Text(7)]), Sample([Text(2), Image(), Text(3)])]
+    inputs, step = make_inputs("llava", samples, padding="left"), torch.full((2, 2), 9)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(step)], dim=1)
+    with compressed(model, make("llava", method)), torch.no_grad():
+        for shown in ({}, {"attention_mask": torch.ones_like(mask)}):
+            cache = new_cache()
+            model(**inputs, **{CACHE: cache})
+            with pytest.raises(ConfigError, match="give the mask of the whole conversation"):
+                model(input_ids=step, **shown, **{CACHE: cache})
+        whole = new_cache()
+        model(**inputs, **{CACHE: whole})
+        model(input_ids=step, attention_mask=mask, **{CACHE: whole})
+        one = make_inputs("llava", samples[:1])
+        model(**one, **{CACHE: (alone := new_cache())})
+        model(input_ids=step[:1], **{CACHE: alone})  # no padding, no mask
 
 
 @pytest.mark.parametrize("method", METHODS)

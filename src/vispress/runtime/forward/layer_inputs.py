@@ -94,7 +94,7 @@ class LayerInputs:
             mask, batch = self.state.mask_2d, self.state.rows[0][1].index.shape[0]
             positions = torch.arange(past - count, past, device=device).expand(batch, count)
             valid = None if mask is None else mask[:, past - count : past].to(device)
-            self._plain_past[count] = Slots(positions, valid, None, past)
+            self._plain_past[count] = Slots(positions, valid, None, past, valid is not None)
         return self._plain_past[count]
 
     def _short_layer(self, layer: int, rows: LiveTokens) -> CompressedLayerMixin:
@@ -110,7 +110,8 @@ class LayerInputs:
     def _joined(self, before: Slots | None, rows: LiveTokens) -> Slots:
         """What a layer holds once the chunk's rows are behind what it held."""
         past, valid = self.state.past, self.state.valid_rows(rows)
-        slots = Slots(rows.index + past, valid, rows.total_shift, past + rows.length)
+        padded = self.state.host_valid is not None
+        slots = Slots(rows.index + past, valid, rows.total_shift, past + rows.length, padded)
         return slots.behind(before)
 
     def _mask(

@@ -18,7 +18,12 @@ from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.kv_cache.cache_layers import check_cache, is_compressed, kv_bytes
+from vispress.runtime.kv_cache.cache_layers import (
+    check_cache,
+    holds_padding,
+    is_compressed,
+    kv_bytes,
+)
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
@@ -145,6 +150,12 @@ def _make_state(
         valid = None
         if past == 0 or bool(read.all()):  # type: ignore[union-attr]
             mask_2d = None
+    if past and mask_2d is None and holds_padding(cache):
+        raise ConfigError(
+            "the KV cache was filled under an attention_mask with padding, which is not stored and "
+            "cannot be shown later, as this call does (by ones, or without a mask); give the mask "
+            "of the whole conversation"
+        )
     counts = (Q,) * B if valid is None else tuple(valid.sum(1).tolist())
     mask_2d, chunk = None if mask_2d is None else mask_2d.bool(), None
     if valid is not None:

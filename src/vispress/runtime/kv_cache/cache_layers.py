@@ -85,6 +85,14 @@ def is_compressed(cache: Cache | None) -> bool:
     )
 
 
+def holds_padding(cache: Cache | None) -> bool:
+    """Tell whether a compressed cache was filled under a mask that hid tokens."""
+    return cache is not None and any(
+        isinstance(layer, CompressedLayerMixin) and layer.padded
+        for layer in getattr(cache, "layers", ())
+    )
+
+
 def expect_nothing(cache: Cache | None) -> None:
     """Take back what layers of a cache expect of a call that was interrupted."""
     for layer in [] if cache is None else getattr(cache, "layers", ()):

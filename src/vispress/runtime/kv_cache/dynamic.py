@@ -84,6 +84,7 @@ class CompressedDynamicLayer(CompressedLayerMixin, ForgettingLayer):
             None if slots.valid is None else slots.valid[:, :-count],
             slots.shift,
             slots.logical - count,
+            slots.padded,
         )
 
     def _take_back(self, count: int) -> None:

@@ -116,7 +116,7 @@ def evict_slots(layer: CompressedLayerMixin, gone: Tensor, drops: Sequence[int])
         pad = torch.tensor([size - count for count in counts], device=gone.device)
         new_valid = torch.arange(size, device=gone.device) >= pad.unsqueeze(1)
     positions = slots.positions.to(local.device).gather(1, local[:, 0])
-    layer.slots = Slots(positions, new_valid, slots.shift, slots.logical)
+    layer.slots = Slots(positions, new_valid, slots.shift, slots.logical, slots.padded)
 
 
 def without_slots(

@@ -21,12 +21,15 @@ class Slots:
         shift: `[B]` int64, how much smaller the position ids of later tokens are (compact), or
             None.
         logical: Logical length.
+        padded: Whether a mask hid tokens when they came, which are not stored and can never be
+            shown; not known any more once rows were selected.
     """
 
     positions: Tensor
     valid: Tensor | None
     shift: Tensor | None
     logical: int
+    padded: bool = False
     _selected: list[tuple[Tensor, "Slots"]] = field(default_factory=list)
     _later: dict[int, "Slots"] = field(default_factory=dict)
     _newest: list[int] | None = None
@@ -43,7 +46,9 @@ class Slots:
         """Leave out the first slots; one object for layers that share this one."""
         if start not in self._later:
             valid = None if self.valid is None else self.valid[:, start:]
-            self._later[start] = Slots(self.positions[:, start:], valid, self.shift, self.logical)
+            self._later[start] = Slots(
+                self.positions[:, start:], valid, self.shift, self.logical, self.padded
+            )
         return self._later[start]
 
     def behind(self, before: "Slots | None") -> "Slots":
@@ -61,7 +66,7 @@ class Slots:
         if before.shift is not None:
             old_shift = before.shift.to(positions.device)
             shift = old_shift if shift is None else shift + old_shift
-        return Slots(positions, valid, shift, self.logical)
+        return Slots(positions, valid, shift, self.logical, self.padded or before.padded)
 
     def select(self, index: Tensor) -> "Slots":
         """Rows of the batch by index; one object for layers that share this one."""
@@ -196,6 +201,11 @@ class CompressedLayerMixin(CacheLayerMixin):
     values: Tensor | None
     slots: Slots
     """What the physical slots hold; a preallocated layer reads it off its buffers."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether a mask hid tokens that came, as the slots say; waits for nothing."""
+        return self.slots.padded
 
     @property
     def physical(self) -> int:

@@ -59,7 +59,12 @@ class CompressedStaticLayer(CompressedLayerMixin, StaticLayer):
             self.slot_valid[:, :used].clone(),
             self._slots.shift,
             int(self.logical_length),
+            self._slots.padded,
         )
+
+    @property
+    def padded(self) -> bool:
+        return self._slots.padded
 
     @slots.setter
     def slots(self, slots: Slots) -> None:
