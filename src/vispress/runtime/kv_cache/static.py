@@ -62,15 +62,15 @@ class CompressedStaticLayer(CompressedLayerMixin, StaticLayer):
             self._slots.padded,
         )
 
-    @property
-    def padded(self) -> bool:
-        return self._slots.padded
-
     @slots.setter
     def slots(self, slots: Slots) -> None:
         self._slots = slots
         if self.is_initialized:
             self._write(slots)
+
+    @property
+    def padded(self) -> bool:
+        return self._slots.padded
 
     @property
     def physical(self) -> int:
