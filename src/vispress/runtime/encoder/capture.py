@@ -49,7 +49,7 @@ class EncoderSink:
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """What is collected, empty for nothing; sinks that are asked the same collect the same."""
+        """Name what is collected, empty for nothing; who asks the same collects the same."""
         if not self._wanted:
             return ()
         layers, keys = tuple(self._layers), tuple(sorted(self._key_layers))
@@ -202,7 +202,7 @@ class EncoderCapture:
             self._signals.clear()
 
     def gave(self, features: Sequence[Tensor]) -> bool:
-        """Whether these features (possibly moved, or repeated for beams) came from this call."""
+        """Tell whether features (possibly moved, or repeated for beams) came from this call."""
         if self._first is None or not len(features) or len(features[0]) != self.counts[0]:
             return False
         return bool(torch.equal(features[0].detach().to(self._first), self._first))

@@ -58,7 +58,7 @@ def check_attention(implementation: str) -> None:
 
 
 class EncoderMerge:
-    """What is merged in one call of `get_image_features` or `get_video_features`.
+    """Merge tokens in one call of `get_image_features` or `get_video_features`.
 
     Args:
         adapter: The family.
