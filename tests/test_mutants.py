@@ -38,7 +38,7 @@ def test_every_patch_changes_one_file_and_names_a_test_that_exists() -> None:
         assert Path(path).name.startswith("test_"), one.name
         tests = [node.name for node in ast.walk(ast.parse((ROOT / path).read_text()))
                  if isinstance(node, ast.FunctionDef)]  # fmt: skip
-        assert not name or name in tests, one.name
+        assert not name or name.partition("[")[0] in tests, one.name
         assert one.what, one.name
 
 

@@ -12,7 +12,8 @@ class Memory:
             them.
         attention: Whether the next placement reads attention of the LLM; where no image needs any,
             none is computed.
-        over: Later placements leave the image as it is, and do not ask for a plan.
+        over: Later placements leave the image as it is, and do not ask for a plan; images that are
+            planned together are left once all of them are over.
     """
 
     value: object = None

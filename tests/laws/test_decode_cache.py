@@ -27,11 +27,18 @@ def positions(model: Any, mask: torch.Tensor, count: int) -> torch.Tensor:
     return ids.expand(3, -1, -1) if hasattr(model.model, "rope_deltas") else ids
 
 
-def feed(model: Any, inputs: dict[str, Any], cache: Any, fed: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of chunks of text behind a prefill."""
+def feed(
+    model: Any,
+    inputs: dict[str, Any],
+    cache: Any,
+    fed: list[torch.Tensor],
+    real: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of chunks of text behind a prefill; `real` is the mask of the first, else ones."""
     mask, found = inputs["attention_mask"], []
     for chunk in fed:
-        mask = torch.cat([mask, torch.ones_like(chunk)], dim=1)
+        own = torch.ones_like(chunk) if real is None or found else real
+        mask = torch.cat([mask, own], dim=1)
         ids = positions(model, mask, chunk.shape[1])
         given = {"attention_mask": mask, "position_ids": ids, CACHE: cache}
         with torch.no_grad():
@@ -103,6 +110,25 @@ def test_a_second_turn_of_text_goes_on_choosing(family: str) -> None:
         expected = two_turns()
     with compressed(model, method):
         assert (two_turns() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_padding_in_a_second_turn_is_no_step(family: str, place: int) -> None:
+    """In front of its words and behind them: what is chosen is what the sample alone chooses."""
+    model, inputs, words = model_of(family), batch(family), tokens_of(5)
+    real, token = torch.ones_like(words), tokens_of(6)[:, 5:]
+    real[0, place : place + 2] = 0
+    alone, own = make_inputs(family, SAMPLES, only=0), words[:1, real[0].bool()]
+    with compressed(model, DyCoke(similarity=0.5)), torch.no_grad():
+        caches = [DynamicCache(), DynamicCache()]
+        for given, cache in zip((inputs, alone), caches, strict=True):
+            model(**real_positions(family, given), **{CACHE: cache})
+        together = feed(model, inputs, caches[0], [words, token], real)
+        expected = feed(model, alone, caches[1], [own, token[:1]])
+        (got,), (chosen,) = map(choices, caches)
+    assert (together[0, -1] - expected[0, -1]).abs().max() < 1e-9
+    assert int(got.selected[0].sum()) == int(chosen.selected.sum()) < int(chosen.visual.sum())
 
 
 def test_a_new_video_is_a_prefill_that_sees_all_and_joins_the_choice() -> None:

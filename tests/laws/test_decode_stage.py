@@ -11,6 +11,7 @@ from tests.laws.decoding import Stepping, stepping
 from tests.laws.masked import masked_model
 from tests.laws.test_law09_generation_modes import MODES, ORDERED, oracle_of
 from tests.tiny import VIDEO, Image, Sample, Text, Video, make_inputs
+from tests.tiny_models import VIDEO_ID
 
 from vispress import compressed
 from vispress.methods import LVLMCSP, DyCoke, FastV
@@ -94,6 +95,16 @@ def test_mode_equals_the_masked_model(family: str, mode: str) -> None:
         expected = generate(model, inputs, **plain)
     with compressed(model, method):
         assert_same(generate(model, inputs, **MODES[mode]), expected)
+
+
+def test_a_video_at_the_very_start_is_chosen_from_on_a_static_cache() -> None:
+    """Slots in which nothing is stored yet say that they hold position 0."""
+    family = "llava_onevision"
+    model, inputs = model_of(family), make_inputs(family, [Sample([Video(3), Text(6)], bare=True)])
+    assert int(inputs["input_ids"][0, 0]) == VIDEO_ID
+    with compressed(model, DyCoke(decode_pruned=0.1)):
+        expected = generate(model, inputs)
+        assert_same(generate(model, inputs, cache_implementation="static"), expected)
 
 
 def test_a_chain_chooses_among_what_reaches_the_layer() -> None:

@@ -1,6 +1,6 @@
 """Merging in several layers with a memory between them, and attention averaged over all queries."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from vispress import compress_model, compressed
 from vispress.budget import Budget
 from vispress.errors import ConfigError
+from vispress.memory import Memory
 from vispress.methods import FastV, FrameFusion
 from vispress.methods.base import Compressor
 from vispress.runtime.forward.attention_reads import AttentionRead
@@ -203,3 +204,53 @@ def test_keys_of_an_earlier_turn_count_too(family: str, padding: str) -> None:
         report = view.report
     whole = dense(family, second | {"input_ids": ids, "attention_mask": mask}, begin=6)
     assert_same(reader, report, whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembers(Compressor):
+    """Acts in two layers: leaves each image something in the first, and notes it in the second."""
+
+    name: ClassVar[str] = "remembers"
+    summary: ClassVar[str] = "everything, or one token less of each further image"
+    paper: ClassVar[str] = "control"
+    reads: ClassVar[frozenset[Signal]] = frozenset()
+    exact: ClassVar[bool] = False
+
+    fewer: bool
+    seen: list[tuple[int, tuple[Memory, ...]]] = field(default_factory=list, hash=False)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        first = Placement(stage=Stage.IN_LLM, budget=Budget(keep_ratio=1.0), layer=1, adaptive=True)
+        return first, replace(first, layer=2)
+
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        index = full_index(tokens.batch, tokens.num_visual, tokens.features.device)
+        if tokens.memory:
+            self.seen.append((tokens.num_visual, tokens.memory))
+            return TokenPlan(keep=index)
+        keep = tuple(row[number:] for number, row in enumerate(index))
+        memory = tuple(
+            Memory(value=len(own), over=not self.fewer and number == 0)
+            for number, own in enumerate(keep)
+        )
+        return TokenPlan(keep=keep if self.fewer else index, memory=memory)
+
+
+TWO_ALIKE = [Sample([Text(3), Image(4, 4), Text(6)]), Sample([Text(2), Image(4, 4), Text(7)])]
+
+
+def test_images_that_part_keep_what_is_remembered_of_each() -> None:
+    method, model = Remembers(fewer=True), model_of("llava")
+    with compressed(model, method):
+        logits_of(model, make_inputs("llava", TWO_ALIKE))
+    assert len(method.seen) == 2
+    for count, (memory,) in method.seen:
+        assert memory.value == count
+
+
+def test_an_image_is_not_over_because_another_one_is() -> None:
+    method, model = Remembers(fewer=False), model_of("llava")
+    with compressed(model, method):
+        logits_of(model, make_inputs("llava", TWO_ALIKE))
+    ((_, memory),) = method.seen
+    assert [each.over for each in memory] == [True, False]

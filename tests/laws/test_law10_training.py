@@ -29,6 +29,7 @@ from tests.laws.oracle import oracle_loss
 from tests.tiny import build, make_inputs
 from tests.tiny_models import TEXT_IDS
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from vispress import compress_model, compressed, remove_compression
 from vispress.adapters.base import find_adapter
@@ -36,6 +37,7 @@ from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
+from vispress.runtime.forward import prefill
 
 EXACT = 1e-9
 MERGING = sorted({method for _, method in CASES if get_method(method).merges})
@@ -176,6 +178,34 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
             assert abs(loss - plain) < EXACT
             assert report.to_dict()["samples"] == kept
             assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("method", ["fastv", "lvlm_csp"])
+def test_hooks_of_a_layer_that_run_again_repeat_what_was_decided(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a checkpoint (transformers 5.17) they run twice, and must save as many tensors."""
+    enter = prefill.enter_layer
+
+    def twice(*args: Any) -> Any:
+        saved: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            entered, first = enter(*args), len(saved)
+            again = enter(*args)
+        assert torch.equal(again[0], entered[0])
+        assert len(saved) == 2 * first
+        return again
+
+    monkeypatch.setattr(prefill, "enter_layer", twice)
+    model = model_of("llava")
+    with training(model), compressed(model, make("llava", method)) as report:
+        model(**inputs_of("llava"), use_cache=False)
+        assert report.mean_keep_ratio < 1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

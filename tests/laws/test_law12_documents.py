@@ -27,8 +27,9 @@ from tests.laws.packing import (
     block_diagonal,
     pack,
 )
+from tests.tiny import Image, Sample, Text
 
-from vispress import compressed, compression_report
+from vispress import compressed, compression_report, prompt_lengths
 from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV, PyramidDrop, Random, TransPrune
 from vispress.methods.base import Compressor
@@ -84,6 +85,21 @@ def assert_each_as_alone(family: str, packed: Packed, method: Any, **options: An
 @pytest.mark.parametrize(("family", "method", "form"), cases(12, turning=FORMS))
 def test_each_document_is_what_it_is_alone(family: str, method: str, form: str) -> None:
     assert_each_as_alone(family, packed_as(form, family), method, **settings(family, method))
+
+
+def test_a_document_of_one_or_two_tokens_is_not_of_the_one_behind_it() -> None:
+    model, family = model_of("llava"), "llava"
+    samples = (
+        Sample([Text(1)]),
+        Sample([Text(5), Image(4, 4), Text(7)]),
+        Sample([Text(2)]),
+        Sample([Text(3), Image(4, 4), Text(8)]),
+    )
+    packed = pack(family, model, samples, ((0, 1), (2, 3)))
+    assert_each_as_alone(family, packed, "fastv", keep_ratio=0.4)
+    lengths = [stop - start for _, start, stop in packed.spans]
+    with compressed(model, "fastv", keep_ratio=0.4), prompt_lengths(lengths):
+        logits_of(model, packed.inputs)  # one length is asked for of each document
 
 
 @pytest.mark.parametrize(
@@ -149,10 +165,17 @@ def test_packed_rows_equal_the_masked_model(family: str, method: str) -> None:
 def test_pairs_of_two_documents_are_no_pairs() -> None:
     """The report's share of masked pairs counts those that the model's mask allows."""
     model, packed = model_of("llava"), packed_as("positions", "llava", rows=((0, 3),))
+    mask = torch.zeros(block_diagonal(packed).shape, dtype=torch.float64)
+    mask = mask.masked_fill(~block_diagonal(packed), -1e9)
     shares = []
-    for inputs in (packed.inputs, *(one | {"use_cache": False} for one in packed.alone)):
+    for inputs in (
+        packed.inputs,
+        packed.inputs | {"attention_mask": mask},
+        *(one | {"use_cache": False} for one in packed.alone),
+    ):
         with compressed(model, "cmai") as report:
             logits_of(model, inputs)
             shares.append(next(note for note in report.notes if "%" in note))
-    together, *apart = (float(note.split(": ")[1].split("%")[0]) for note in shares)
+    together, additive, *apart = (float(note.split(": ")[1].split("%")[0]) for note in shares)
     assert min(apart) <= together <= max(apart)
+    assert additive == together

@@ -206,6 +206,35 @@ def test_tokens_taken_back_of_samples_with_fewer_words_leave_no_trace() -> None:
         assert (step(caches[0]) - step(caches[1])).abs().max() < 1e-9
 
 
+def test_padding_of_a_cropped_cache_hides_no_pair_of_the_first_slot() -> None:
+    """One sample has two images, the other one, which begins at slot 0."""
+    model = model_of("llava")
+    two = Sample([Text(2), Image(), Text(2), Image(), Text(4)])
+    one = Sample([Image(), Text(44)], bare=True)
+    inputs, alone = (make_inputs("llava", [two, one], only=only) for only in (None, 1))
+    token, found = torch.tensor([[7]]), []
+    with compressed(model, CMAI(layer=1, mass=1e-6)), torch.no_grad():
+        for given in (inputs, alone):
+            batch, cache = len(given["input_ids"]), DynamicCache()
+            model(**given, **{CACHE: cache})
+            cache.crop(-1)
+            step = {"attention_mask": given["attention_mask"], CACHE: cache}
+            found.append(model(input_ids=token.expand(batch, -1), **step).logits[-1])
+    assert (found[0] - found[1]).abs().max() < 1e-9
+
+
+def test_a_row_that_sees_a_later_image_keeps_sight_of_all_of_it() -> None:
+    """Pairs are of words and the images before them, whatever the caller's mask shows."""
+    model = model_of("llava")
+    inputs = make_inputs("llava", [Sample([Text(6), Image()], bare=True)])
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool)
+    plain = logits_of(model, inputs)
+    with compressed(model, CMAI(layer=1, mass=0.5)) as report:
+        assert torch.equal(logits_of(model, inputs), plain)
+        assert any("0.0% of the pairs" in note for note in report.notes)
+
+
 def inputs_of_image() -> Tensor:
     ids: Tensor = make_inputs("llava", [Sample([Text(3), Image(4, 4), Text(6)])])["input_ids"]
     return ids

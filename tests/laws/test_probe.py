@@ -227,6 +227,27 @@ def test_a_checkpointed_step_probes_once_and_draws_nothing(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dropout_in_a_probe_moves_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.tiny import build
+
+    model, states = build("llava", dtype=torch.float64).train(), list[Tensor]()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    original = probing.probe
+
+    def watched(*args: Any) -> None:
+        states.append(torch.get_rng_state())
+        original(*args)
+        states.append(torch.get_rng_state())
+
+    monkeypatch.setattr(probing, "probe", watched)
+    with compressed(model, SCM(keep_ratio=0.5)):
+        model(**inputs_of("llava"))
+    before, after = states
+    assert torch.equal(before, after)
+    assert not torch.equal(after, torch.get_rng_state())  # as the layers themselves draw
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asks(ScorePruner):
     """Asks for what cannot be had."""

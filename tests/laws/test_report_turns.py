@@ -100,7 +100,8 @@ def test_a_text_turn_in_a_conversation_of_its_own_has_no_report() -> None:
 
 def test_text_first_and_a_picture_later() -> None:
     model, inputs = model_of("llava"), prompts("llava")
-    start = {"input_ids": torch.randint(5, 90, (2, 4)), "attention_mask": torch.ones(2, 4).long()}
+    padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    start = {"input_ids": torch.randint(5, 90, (2, 4)), "attention_mask": padded}
     with compressed(model, "fastv", keep_ratio=0.5), torch.no_grad():
         cache: Any = DynamicCache()
         model(**start, **{CACHE: cache})
@@ -109,7 +110,10 @@ def test_text_first_and_a_picture_later() -> None:
         mask = torch.cat([start["attention_mask"], inputs["attention_mask"]], dim=1)
         model(**inputs | {"attention_mask": mask}, **{CACHE: cache})
         assert told(model) == (2, 2, mask.shape[1])
-        assert compression_report(model).alive(5).shape == mask.shape
+        for layer in (0, 5):  # all of whose rows are stored, and a short one
+            alive = compression_report(model).alive(layer)
+            assert alive.shape == mask.shape
+            assert torch.equal(alive[:, :4], padded.bool())
 
 
 def test_two_conversations_by_turns() -> None:

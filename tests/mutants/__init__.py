@@ -24,7 +24,7 @@ class Mutant:
 
     Args:
         patch: Its file.
-        killer: Path of the test file, perhaps with `::` and a test.
+        killer: Path of the test file, perhaps with `::` and a test, or a case of one.
         what: The fault in words.
         target: The file that is changed, from the root.
     """

@@ -19,6 +19,7 @@ from vispress.runtime.hooks.attention import Softmax, attention_rows
 from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, PairMemory, PairSlots
 from vispress.runtime.tokens.live_tokens import LiveTokens
+from vispress.runtime.tokens.masks import BLOCKED
 
 _BLOCK = 128  # text rows whose heads are held at once
 
@@ -130,7 +131,7 @@ class _Shared:
             self.seen &= here.text_valid[:, :, None]
         if slots.image_valid is not None:
             self.seen &= slots.image_valid[:, None]
-            # instead of padding, a row's own column: no pair stands there
+            # instead of padding, which may name the slot of an image token: no pair stands there
             columns = torch.where(slots.image_valid[:, None], columns, own)
         self._mask = mask.flatten(2)  # [B, H or 1, P * S]
         place = (here.text[:, :, None] * S + columns).view(B, 1, -1)
@@ -138,7 +139,8 @@ class _Shared:
         self._pairs = self._mask.gather(2, self._place)
         self._least = False if boolean else torch.finfo(mask.dtype).min
         # the mask may keep more apart than order does: documents of packed rows
-        self.seen &= (self._pairs > self._least).any(dim=1).view_as(self.seen)
+        seen = self._pairs if boolean else self._pairs > BLOCKED
+        self.seen &= seen.any(dim=1).view_as(self.seen)
         self.count = self.seen.sum()
 
     def without(self, gone: Tensor) -> Tensor:
