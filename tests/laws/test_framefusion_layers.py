@@ -208,39 +208,44 @@ def test_keys_of_an_earlier_turn_count_too(family: str, padding: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Remembers(Compressor):
-    """Acts in two layers: leaves each image something in the first, and notes it in the second."""
+    """Acts in three layers: what the first leaves of each image is noted in the third."""
 
     name: ClassVar[str] = "remembers"
     summary: ClassVar[str] = "everything, or one token less of each further image"
     paper: ClassVar[str] = "control"
-    reads: ClassVar[frozenset[Signal]] = frozenset()
+    reads: ClassVar[frozenset[Signal]] = frozenset({Signal.DEPTH})
     exact: ClassVar[bool] = False
 
-    fewer: bool
+    parts: int | None = None
+    """The layer where images come to be of unequal size."""
+    over: int | None = None
+    """The image that is over behind the first layer."""
     seen: list[tuple[int, tuple[Memory, ...]]] = field(default_factory=list, hash=False)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        first = Placement(stage=Stage.IN_LLM, budget=Budget(keep_ratio=1.0), layer=1, adaptive=True)
-        return first, replace(first, layer=2)
+        whole = Placement(stage=Stage.IN_LLM, budget=Budget(keep_ratio=1.0), layer=1, adaptive=True)
+        return tuple(replace(whole, layer=layer) for layer in (1, 2, 3))
 
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        assert tokens.depth is not None
+        layer, memory = tokens.depth[0], ()
         index = full_index(tokens.batch, tokens.num_visual, tokens.features.device)
-        if tokens.memory:
+        fewer = tuple(row[number:] for number, row in enumerate(index))
+        if layer == 1:
+            memory = tuple(
+                Memory(value=len(own), over=number == self.over) for number, own in enumerate(fewer)
+            )
+        elif layer == 3:
             self.seen.append((tokens.num_visual, tokens.memory))
-            return TokenPlan(keep=index)
-        keep = tuple(row[number:] for number, row in enumerate(index))
-        memory = tuple(
-            Memory(value=len(own), over=not self.fewer and number == 0)
-            for number, own in enumerate(keep)
-        )
-        return TokenPlan(keep=keep if self.fewer else index, memory=memory)
+        return TokenPlan(keep=fewer if layer == self.parts else index, memory=memory)
 
 
 TWO_ALIKE = [Sample([Text(3), Image(4, 4), Text(6)]), Sample([Text(2), Image(4, 4), Text(7)])]
 
 
-def test_images_that_part_keep_what_is_remembered_of_each() -> None:
-    method, model = Remembers(fewer=True), model_of("llava")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_images_that_part_keep_what_is_remembered_of_each(parts: int) -> None:
+    method, model = Remembers(parts=parts), model_of("llava")
     with compressed(model, method):
         logits_of(model, make_inputs("llava", TWO_ALIKE))
     assert len(method.seen) == 2
@@ -249,7 +254,7 @@ def test_images_that_part_keep_what_is_remembered_of_each() -> None:
 
 
 def test_an_image_is_not_over_because_another_one_is() -> None:
-    method, model = Remembers(fewer=False), model_of("llava")
+    method, model = Remembers(over=0), model_of("llava")
     with compressed(model, method):
         logits_of(model, make_inputs("llava", TWO_ALIKE))
     ((_, memory),) = method.seen

@@ -23,7 +23,7 @@ from tests.laws.cases import (
     run,
 )
 from tests.laws.masked import masked_model, with_valid
-from tests.laws.oracle import generate_positions, oracle_expand, oracle_forward
+from tests.laws.oracle import extend, generate_positions, oracle_expand, oracle_forward
 from tests.tiny import Image, Sample, Text, make_inputs
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
@@ -190,12 +190,14 @@ def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) 
     second = make_inputs(family, [Sample([Text(3), Image(4, 6), Text(6)])], seed=5)
     ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
     mask = torch.ones_like(ids)
+    word = {"input_ids": ids[:, :1], "attention_mask": extend(mask, 1, fill=True)}
     with compressed(model, make(family, method)), torch.no_grad():
         cache = DynamicCache()
         model(**first, **{CACHE: cache})
         one = compression_report(model)
         got = model(**(second | {"attention_mask": mask}), **{CACHE: cache}).logits
         report = compression_report(model)
+        step = model(**word, **{CACHE: cache}).logits
     n = first["input_ids"].shape[1]
     alive = [report.alive(i) for i in range(report.num_layers)]
     assert all(torch.equal(alive[i][:, :n], one.alive(i)) for i in range(report.num_layers))
@@ -211,8 +213,10 @@ def test_a_second_turn_with_a_new_image_prunes_it_too(family: str, method: str) 
         full = DynamicCache()
         model(**first, **{CACHE: full})
         expected = model(**(second | {"attention_mask": mask}), **{CACHE: full}).logits
+        behind = model(**word, **{CACHE: full}).logits
     expected = oracle_expand(expected, alive[-1][:, n:])
     assert (got - expected).abs().max() < 1e-5
+    assert (step - behind).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("method", ["fastv", "divprune"])

@@ -15,7 +15,7 @@ from vispress import compress_model, compressed, compression_report, remove_comp
 from vispress.budget import Budget
 from vispress.errors import ConfigError
 from vispress.methods import SCM, Uniform
-from vispress.methods.base import ScorePruner
+from vispress.methods.base import Compressor, ScorePruner
 from vispress.runtime.kv_cache.hf_compat import CACHE
 from vispress.runtime.stages import probe as probing
 from vispress.types import Placement, Queries, Signal, Stage, VisualTokens
@@ -89,11 +89,12 @@ def test_an_image_with_nothing_behind_asks_by_its_last_token(family: str) -> Non
     same_sets(seen, attention_behind(family, inputs, 1))
 
 
-def test_a_probe_in_a_chain_sees_what_is_left() -> None:
+@pytest.mark.parametrize("before", [Uniform(keep_ratio=0.5), SCM(keep_ratio=0.5)], ids=str)
+def test_a_probe_in_a_chain_sees_what_is_left(before: Compressor) -> None:
     samples = [Sample([Text(3), Image(), Text(4)]), Sample([Text(9)])]
     inputs = make_inputs("llava", samples, padding="left", dtype=torch.float32)
     spy = Spy()
-    chain = [Uniform(keep_ratio=0.5), spy.watch(SCM(keep_ratio=0.5))]
+    chain = [before, spy.watch(SCM(keep_ratio=0.3))]
     model = model_of("llava", torch.float32)
     with compressed(model, chain, positions="original") as found:
         logits_of(model, inputs)
