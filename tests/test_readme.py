@@ -80,6 +80,7 @@ def test_the_table_has_a_row_for(name: str) -> None:
         ("catp", "before the LLM; before layer 7, 8 of 32"),
         ("framefusion", "before the LLM; before layer 1 to 9 of 32"),
         ("lvlm_csp", "around layers 0 to 7; before layer 16 of 32"),
+        ("pmod", "around each of layers 8 to 31 of 32"),
     ],
 )
 def test_the_table_names_every_place_where_a_method_acts(name: str, where: str) -> None:

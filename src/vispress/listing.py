@@ -123,6 +123,8 @@ def _prefill(placements: Sequence[Placement]) -> str:
     if first.probe is not None:
         return f"before the LLM, after a probe of layers 0 to {first.probe}"
     parts = []
+    if len(placements) > 1 and all(p.until == p.layer + 1 for p in placements):
+        return f"around each of layers {_numbers([p.layer for p in placements])} of {_DEPTH}"
     if first.until is not None:
         parts.append(f"around layers {first.layer} to {first.until - 1}")
     elif first.layer == 0:

@@ -219,7 +219,8 @@ def build_report(last: "Turn", record: "PrefillRecord") -> CompressionReport:
                 PlacementReport(name, at.stage.value, at.layer, len(kept), kept, at.until)
             )
         shown = range(image.num_visual) if image.shown is None else image.shown.tolist()
-        left = next((p.kept for p in reversed(placements) if p.until is None), shown)
+        stays = (p.kept for p in reversed(placements) if p.until in (None, layers))
+        left = next(stays, shown)
         positions = tuple((image.positions + record.past).tolist())
         samples[image.sample].append(
             ImageReport(

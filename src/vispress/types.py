@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from vispress.context import Context
 from vispress.errors import BudgetError
 from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
 from vispress.memory import Memory
+from vispress.module_shape import ModuleShape
 from vispress.placement import Placement
 from vispress.projectors import PatchNorm, TwoLayer
 from vispress_kernels import Backend
@@ -21,6 +22,7 @@ __all__ = [
     "CLS_SIGNALS",
     "CropLayout",
     "Memory",
+    "ModuleShape",
     "Need",
     "PatchNorm",
     "Placement",
@@ -126,6 +128,7 @@ class VisualTokens:
         depth: Decoder layer that the placement acts before, and how many the LLM has.
         memory: What the compressor's placement before left for each row; empty at its first one.
         views: The bucket as each of `Compressor.views` sees it; then signals are there alone.
+        module: Calls what `Compressor.make_module` made, wherever it is by now.
         backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
 
@@ -161,6 +164,7 @@ class VisualTokens:
     depth: tuple[int, int] | None = None
     memory: tuple[Memory, ...] = ()
     views: tuple["VisualTokens", ...] = ()
+    module: Callable[..., Any] | None = None
     backend: Backend = "auto"
 
     @property
@@ -208,6 +212,9 @@ class TokenPlan:
         features: `[B, K, D]`; values that take the kept places (in place of merging).
         memory: One for each image, handed back at the method's next placement; none: what was left
             before stays.
+        gate: `[B, N]` in at least fp32, at SKIP placements of a method that `gates`: factor on what
+            the MLP adds to a token that runs (differentiable).
+        bypassed: What becomes of tokens that do not run: nothing, or they are multiplied by it.
     """
 
     keep: Int[Tensor, "B K"] | tuple[Int[Tensor, "_"], ...]
@@ -216,6 +223,8 @@ class TokenPlan:
     merge_on: Literal["features", "vision_features"] = "features"
     features: Float[Tensor, "B K D"] | None = None
     memory: tuple[Memory, ...] = ()
+    gate: Float[Tensor, "B N"] | None = None
+    bypassed: Literal["identity", "gated"] = "identity"
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -246,6 +255,8 @@ class TokenPlan:
         shape = (tokens.batch, tokens.num_visual)
         if self.assign is not None and tuple(self.assign.shape) != shape:
             raise ValueError(f"assign has shape {tuple(self.assign.shape)}, expected {shape}")
+        if self.gate is not None and tuple(self.gate.shape) != shape:
+            raise ValueError(f"gate has shape {tuple(self.gate.shape)}, expected {shape}")
         if self.features is not None and self.assign is not None:
             raise ValueError("a plan has either features or assign and weight")
         if len(self.memory) not in (0, tokens.batch):

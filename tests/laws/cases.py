@@ -1,6 +1,14 @@
 """What law tests import: the table, compressed runs, and which cases a law meets by default."""
 
-from tests.laws.running import Run, Spy, changed_rows, encoding_as, noting, run
+from tests.laws.running import (
+    Run,
+    Spy,
+    alive_of,
+    changed_rows,
+    encoding_as,
+    noting,
+    run,
+)
 from tests.laws.selection import cases
 from tests.laws.table import (
     BUDGETED,
@@ -46,6 +54,7 @@ __all__ = [
     "VIDEO_SAMPLES",
     "Run",
     "Spy",
+    "alive_of",
     "cases",
     "changed_rows",
     "encoding_as",

@@ -86,7 +86,9 @@ def masked_model(
         return hook
 
     def bypass_of(index: int) -> Any:
-        rows = bypassing(alive[: len(stack.layers)], index)
+        # one more mask where tokens bypass the last layer, and that of `with_valid` behind it
+        count = len(stack.layers) + (len(alive) > len(stack.layers) + 1)
+        rows = bypassing(alive[:count], index)
 
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             (before,), first = args, output[0] if isinstance(output, tuple) else output

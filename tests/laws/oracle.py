@@ -56,7 +56,8 @@ def oracle_forward(
     Args:
         model: A `ForConditionalGeneration` model that is not compressed.
         inputs: Its keyword arguments, whole sequence.
-        alive: For each decoder layer, which positions enter it (padding is excluded in any case).
+        alive: For each decoder layer, which positions enter it (padding is excluded in any case);
+            where some bypass the last one, a further mask of what stands behind it.
         positions: `"compact"`: in each layer, a position is what it was minus the dropped tokens
             before it. Not defined for M-RoPE models.
         values: Rows whose hidden states are replaced before a layer (merging, synthesised tokens).
@@ -150,7 +151,7 @@ def _masked(
 
 
 def _check(model: Any, stack: Any, alive: Sequence[Tensor], positions: Positions) -> None:
-    if len(alive) != len(stack.layers):
+    if len(alive) not in (len(stack.layers), len(stack.layers) + 1):
         raise ValueError(f"alive has {len(alive)} masks for {len(stack.layers)} decoder layers")
     if any(module._forward_pre_hooks for module in (stack, *stack.layers)):
         raise ValueError("the decoder has hooks: the oracle wants an untouched model")

@@ -63,11 +63,34 @@ class Run:
     values: Mapping[int, tuple[Tensor, Tensor]]
     encoded: Mapping[str, Any] = field(default_factory=dict)
     """What the vision encoder gave, by method of the model, if something merged in it."""
+    real: Tensor | None = None
+    """`[B, L]` bool: tokens that are no padding."""
 
     @property
     def alive(self) -> list[Tensor]:
-        """Alive positions of each decoder layer."""
-        return [self.report.alive(layer) for layer in range(self.report.num_layers)]
+        """Alive positions of each decoder layer (see `alive_of`)."""
+        return alive_of(self.report, self.real)
+
+
+def alive_of(report: CompressionReport, real: Tensor | None = None) -> list[Tensor]:
+    """Alive positions of each decoder layer; where tokens bypass the last one, behind it, too.
+
+    Args:
+        report: What was kept.
+        real: `[B, L]` bool, tokens that are no padding; None for all.
+    """
+    alive = [report.alive(layer) for layer in range(report.num_layers)]
+    behind, returns = alive[-1].clone(), False
+    for b, sample in enumerate(report.samples):
+        for image in sample.images:
+            if not image.placements or image.placements[-1].until != report.num_layers:
+                continue
+            gone = [p.kept for p in image.placements if p.until is None]
+            stays = gone[-1] if gone else range(image.num_visual)
+            places = [image.positions[place] for place in stays]
+            behind[b, places] = True if real is None else real[b, places]
+            returns = True
+    return [*alive, behind] if returns else alive
 
 
 def run(
@@ -102,7 +125,9 @@ def run(
     values: dict[int, tuple[Tensor, Tensor]] = {}
     for spy in spies:
         values |= changed_rows(report, spy, logits.shape[:2], documents)
-    return Run(logits, report, options.get("positions") or default, values, encoded)
+    mask = inputs.get("attention_mask")
+    real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return Run(logits, report, options.get("positions") or default, values, encoded, real)
 
 
 _ENCODES = ("get_image_features", "get_video_features")

@@ -17,6 +17,7 @@ from tests.laws.cases import (
     MASKING,
     SAMPLES,
     Spy,
+    alive_of,
     cases,
     changed_rows,
     encoding_as,
@@ -120,7 +121,7 @@ def both(
                 loss = loss_of(model, inputs)
             report = view.report
         got = gradients(model, loss, keep=True)
-        alive = [report.alive(layer) for layer in range(report.num_layers)]
+        alive = alive_of(report, inputs["attention_mask"].bool())
         prompts = -(labels_of(inputs) != -100).long()  # the answer is not of the prompt
         values = changed_rows(report, spy, inputs["input_ids"].shape, prompts)
         positions: Any = method.default_positions
@@ -172,6 +173,8 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
         plain = loss_of(model, inputs)
         expected, kept = backward(model, plain), report.to_dict()["samples"]
         for reentrant in (True, False):
+            if reentrant and compressor.gates:  # refused: see `test_gates`
+                continue
             with checkpointing(model, reentrant=reentrant):
                 loss = loss_of(model, inputs)
                 got = backward(model, loss)

@@ -32,6 +32,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "dycoke",
         "framefusion",
         "lvlm_csp",
+        "pmod",
         "prumerge",
         "prunevid",
         "pyramiddrop",

@@ -23,7 +23,7 @@ from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
-from vispress.types import Signal, Stage
+from vispress.types import ModuleShape, Signal, Stage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 BUILT_IN = [n for n in list_methods() if get_method(n).__module__.startswith("vispress.")]
@@ -143,11 +143,26 @@ def bucket(method, geometry="image", **kwargs):
     geometry = "video" if method.name in VIDEO_ONLY else geometry
     layers = method.encoder_layers(6, 4)
     tokens = make_tokens(**GEOMETRIES[geometry], encoder_layers=len(layers), **kwargs)
+    tokens = with_module(method, tokens)
     # before the LLM there is no attention of it
     early = method.name in ("catp", "holitom", "lvlm_csp", "prunevid", "vscan")
     context = dataclasses.replace(tokens.context, query=None, earlier=None)
     at_entry = dataclasses.replace(tokens, query_attention=None, context=context)
     return at_entry if early else tokens
+
+
+def with_module(method, tokens):
+    """The tokens in front of the last layer, and the method's parameters, drawn at random."""
+    if not method.trained:
+        return tokens
+    width, vision_width = tokens.features.shape[-1], tokens.vision_features.shape[-1]
+    shape = ModuleShape(
+        width=width, vision_width=vision_width, num_layers=8, num_heads=2, vision_layers=6
+    )
+    module, generator = method.make_module(shape), torch.Generator().manual_seed(3)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    return dataclasses.replace(tokens, module=module, depth=(7, 8))
 
 
 def count_for(method, tokens, count):
@@ -185,6 +200,9 @@ def test_plans_are_well_formed_and_meet_the_budget(method, geometry):
         if plan.features is not None:
             assert plan.features.shape == (2, max(plan.counts), tokens.features.shape[-1])
             assert plan.features.dtype == tokens.features.dtype
+        if plan.gate is not None:
+            assert plan.gate.shape == tokens.features.shape[:2]
+            assert plan.gate.dtype == torch.float32
         if plan.assign is not None:
             for assign, keep in zip(plan.assign, plan.keep, strict=True):
                 assert assign[keep].tolist() == list(range(len(keep)))
@@ -276,6 +294,8 @@ def test_planning_never_waits_for_the_device(method, geometry):
     # meta tensors have no values: reading one on the host is an error
     tokens = map_tensors(bucket(method, geometry), lambda t: t.to("meta"))
     tokens = dataclasses.replace(tokens, two_layer=tokens.two_layer.to("meta"))
+    if tokens.module is not None:
+        tokens.module.to("meta")
     real = planned(method, bucket(method, geometry))
     assert planned(method, tokens).counts == real.counts
 
@@ -288,6 +308,8 @@ def test_values_carry_gradients_and_decisions_do_not(method):
     plan = planned(method, tokens)
     assert plan.weight is None or not plan.weight.requires_grad
     assert plan.features is None or plan.features.requires_grad
+    assert (plan.gate is not None) == method.gates
+    assert plan.gate is None or plan.gate.requires_grad
 
 
 @pytest.mark.parametrize("method", chosen(ranks))
@@ -301,7 +323,7 @@ def test_constant_signals_keep_the_earlier_tokens(method):
 @pytest.mark.parametrize("geometry", ["video", "anyres"])
 @pytest.mark.parametrize("method", chosen(acts_before_the_llm))
 def test_a_second_compressor_sees_what_the_first_left(method, geometry):
-    tokens = make_tokens(**GEOMETRIES[geometry])
+    tokens = with_module(method, make_tokens(**GEOMETRIES[geometry]))
     # rows differ in which places are left, so that geometry has to be looked up
     first = get_method("divprune")(num_tokens=20)
     left = take(tokens, first.plan(tokens, 20).keep)

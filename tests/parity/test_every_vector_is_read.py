@@ -40,6 +40,13 @@ UNREAD = {
             ("out/crop_wh", "param/image_w", "param/image_h"), "the layout is that of unpad_mask"
         ),
     },
+    "pmod": {
+        "out/undecorated_curve_f64": "of shares that do not decay there is none",
+        **dict.fromkeys(
+            ("in/mlp_matrix", "in/residual_matrix"),
+            "where weights tie, the official code routes text too, and gates alone are compared",
+        ),
+    },
     "prumerge": {
         "out/complement": ANOTHER_ORDER,
         "out/n_top": "the length of kept_order, where images decide",

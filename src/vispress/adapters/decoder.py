@@ -44,6 +44,14 @@ def window_of(config: Any, kind: str) -> int | None:
     return getattr(config, names[kind], None) if kind in names else None
 
 
+def mlp_branch(layer: Any) -> Any:
+    """Find the module whose output a decoder layer adds to its rows behind the attention.
+
+    The MLP, or the norm behind it (Gemma, OLMo 2), which would undo a factor in front of it.
+    """
+    return getattr(layer, "post_feedforward_layernorm", layer.mlp)
+
+
 def has_rotary_by_type(language_model: Any) -> bool:
     """Tell whether each kind of layer has rotary tables of its own (Gemma 3)."""
     return "layer_type" in inspect.signature(language_model.rotary_emb.forward).parameters

@@ -26,6 +26,7 @@ from vispress.methods.lvlm_csp import LVLMCSP as LVLMCSP
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.per_image import PerImage as PerImage
+from vispress.methods.pmod import PMoD as PMoD
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.prunevid import PruneVid as PruneVid
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop

@@ -8,16 +8,26 @@ from typing import Any, ClassVar, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from vispress.budget import Budget, Rounding, allocate, check_ratio, ratio_for_mean
+from vispress.budget import Budget, Rounding, check_ratio, ratio_for_mean
 from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.pair_masker import PairMasker
-from vispress.types import Need, Placement, Positions, Signal, Stage, TokenPlan, VisualTokens
+from vispress.methods.segment_shares import segment_shares as segment_shares
+from vispress.types import (
+    ModuleShape,
+    Need,
+    Placement,
+    Positions,
+    Signal,
+    Stage,
+    TokenPlan,
+    VisualTokens,
+)
 
 Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
 
@@ -58,6 +68,10 @@ class Compressor(ABC):
     """True: survivors do not keep their own values."""
     whole: ClassVar[bool] = False
     """True: acts on images of which no token is gone, so nothing may drop any before it."""
+    trained: ClassVar[bool] = False
+    """True: has parameters, which `make_module` makes; before training its choice means nothing."""
+    gates: ClassVar[bool] = False
+    """True: plans of SKIP placements may have a `TokenPlan.gate`."""
     default_positions: ClassVar[Positions] = "compact"
 
     keep_ratio: float | None = None
@@ -81,6 +95,12 @@ class Compressor(ABC):
             if self.num_tokens < 1:
                 raise BudgetError(f"num_tokens must be at least 1, got {self.num_tokens}")
         self.validate()
+        for inner in self.members():
+            if inner.trained:
+                raise ConfigError(
+                    f"{self.name} cannot hold {inner.name}, which has parameters of its own; give "
+                    "both in a chain: method=[...]"
+                )
 
     def validate(self) -> None:  # noqa: B027  (optional to fill in, not abstract)
         """Check own hyper-parameters; raise `ConfigError` naming the value and its range."""
@@ -113,6 +133,18 @@ class Compressor(ABC):
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
         """Choose encoder layers whose attention is read, 0-based: the feature layer by default."""
         return (feature_layer,)
+
+    def make_module(self, shape: ModuleShape) -> nn.Module | None:
+        """Make the method's parameters, fresh and as if by one seed; None where it has none.
+
+        What `plan` calls as `VisualTokens.module`. Its layers are not `nn.Linear`, which adapters
+        of PEFT would wrap, and widen their inputs (`upcast`), so that the precision of the model
+        moves no ranking.
+
+        Args:
+            shape: Sizes of the model.
+        """
+        return None
 
     @abstractmethod
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
@@ -229,25 +261,6 @@ def descending(score: Float[Tensor, "*B N"]) -> Int[Tensor, "*B N"]:
     highest = float("inf")
     clean = score.nan_to_num(nan=-highest, posinf=highest, neginf=-highest)
     return clean.argsort(dim=-1, descending=True, stable=True)
-
-
-def segment_shares(segments: Int[Tensor, "N"], num_keep: int) -> dict[int, int]:
-    """Split a budget over the segments of one image (host tensor), newline tokens (-1) first.
-
-    Newlines are kept and count towards the budget. When it cannot hold all newlines and one token a
-    segment, they are dropped, but for as many as the budget needs (what is left of a tall picture
-    may be mostly newlines). The rest is split in proportion to segment sizes.
-
-    Returns:
-        Shares that add up to `num_keep`, or to all tokens where these are fewer.
-    """
-    ids, counts = torch.unique(segments, return_counts=True)
-    sizes = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    newlines = sizes.pop(-1, 0)
-    if num_keep < newlines + len(sizes):
-        newlines = min(newlines, max(0, num_keep - sum(sizes.values())))
-    shares = allocate(num_keep - newlines, list(sizes.values()))
-    return {-1: newlines} | dict(zip(sizes, shares, strict=True))
 
 
 def top_per_segment(

@@ -18,14 +18,10 @@ from vispress.runtime.footprint import Footprint
 from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
 from vispress.runtime.forward.expand import expand_step
+from vispress.runtime.forward.gating import gate_layer
 from vispress.runtime.forward.measuring import measure_layer
 from vispress.runtime.forward.model_call import ModelCall
-from vispress.runtime.forward.owner import (
-    check_replica,
-    generates,
-    owner_runs,
-    refuses_batching,
-)
+from vispress.runtime.forward.owner import check_replica, generates, owner_runs, refuses_batching
 from vispress.runtime.forward.running import (
     MEASURED,
     RUNNING,
@@ -44,6 +40,7 @@ from vispress.runtime.hooks.instance_patch import (
     refuse_replaced,
     undo_all,
 )
+from vispress.runtime.modules import missing_modules, put_modules
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
@@ -104,6 +101,7 @@ class Attachment:
     def _attach(self) -> None:
         adapter, base = self.plan.adapter, self.plan.adapter.base
         self._set(base, ATTRIBUTE, self)
+        self._undo += put_modules(adapter, self.methods)
         self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
         self._undo.append(patch_instance(base, "forward", self._base_runs, keyword=PROMPT_LENGTHS))
         if self.owner is not None:
@@ -143,6 +141,8 @@ class Attachment:
             undo.append(watch(layers[number].self_attn))
         for number in sorted(footprint.measured):
             undo += measure_layer(layers[number], number)
+        for number in sorted(footprint.gated):
+            undo += gate_layer(layers[number], number)
         attentions = adapter.encoder_attentions()
         for number in sorted(footprint.encoder):
             undo.append(watch(attentions[number]))
@@ -159,11 +159,17 @@ class Attachment:
 
         Raises:
             CompressionStateError: They must, and a checkpointed call still needs them.
+            ConfigError: Its methods have parameters of other shapes.
         """
-        footprint = Footprint.of(plan, stages)
+        add, footprint = missing_modules(plan.adapter, plan.methods), Footprint.of(plan, stages)
         if footprint == self._footprint:
             self._take(plan, stages, request, self._footprint)
-            return
+        else:
+            self._move(plan, stages, request, footprint)
+        add()
+
+    def _move(self, *after: Any) -> None:
+        """Take what `_take` takes, and move hooks to the footprint, or leave all as it was."""
         if awaited(self._footprint):
             raise CompressionStateError(
                 "hooks must move, and layers of a checkpointed call that they sit on are to run "
@@ -172,7 +178,7 @@ class Attachment:
         before = self.plan, self.stages, self.request, self._footprint
         try:
             undo_all(self._undo_moving)
-            self._take(plan, stages, request, footprint)
+            self._take(*after)
             self._attach_moving()
         except BaseException:
             undo_all(self._undo_moving)

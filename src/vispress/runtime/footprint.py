@@ -15,6 +15,7 @@ class Footprint:
     Args:
         watched: Decoder layers whose attention is handed the call that runs.
         left: Decoder layers whose output changes.
+        gated: Decoder layers in which what the MLP adds may be scaled.
         measured: Decoder layers whose attention and MLP are measured.
         encoder: Encoder layers whose attention is watched.
         signals: What is read of the encoder elsewhere.
@@ -23,6 +24,7 @@ class Footprint:
 
     watched: frozenset[int]
     left: frozenset[int]
+    gated: frozenset[int]
     measured: frozenset[int]
     encoder: frozenset[int]
     signals: frozenset[Signal]
@@ -38,6 +40,7 @@ class Footprint:
         return cls(
             watched=watched | measured | left,
             left=left,
+            gated=none.union(*(stage.gated_layers for stage in stages)),
             measured=measured,
             encoder=frozenset(plan.all_encoder_layers) | plan.key_layers,
             signals=plan.encoder_signals & {Signal.VISION_FEATURES, Signal.PADDING},

@@ -27,6 +27,7 @@ class Choice:
         drop_counts: How many that is of each sample, on the host.
         document_drops: The same of each document, where rows are packed.
         changes: Buckets whose survivors change value.
+        gates: Buckets whose plans have a gate, before anything is dropped, and those plans.
         entered: All buckets as they were, a ragged one row by row, with what the compressor
             remembers of them.
         buckets: The same with the kept tokens alone.
@@ -36,13 +37,14 @@ class Choice:
     drop_counts: tuple[int, ...]
     document_drops: tuple[int, ...]
     changes: list[Change]
+    gates: list[tuple[Bucket, TokenPlan]]
     entered: list[Bucket]
     buckets: list[Bucket]
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is dropped or changed."""
-        return not any(self.drop_counts) and not self.changes
+        """Whether nothing is dropped, changed or gated."""
+        return not any(self.drop_counts) and not self.changes and not self.gates
 
 
 def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
@@ -58,6 +60,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
     drop_counts = [0] * hidden.shape[0]
     document_drops = [0] * len(rows.document_counts)
     changes: list[Change] = []
+    gates: list[tuple[Bucket, TokenPlan]] = []
     entered: list[Bucket] = []
     after: list[Bucket] = []
     for bucket in state.buckets:
@@ -74,6 +77,8 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                 drop[part.sample.unsqueeze(1), part.positions] = gone
                 if plan.features is not None or plan.assign is not None:
                     changes.append(Change(part, kept, plan))
+                if plan.gate is not None:
+                    gates.append((part, plan))
             for number, image in enumerate(part.images):
                 dropped = part.num_visual - kept.num_visual
                 drop_counts[image.sample] += dropped
@@ -83,7 +88,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
             entered.append(replace(part, memory=kept.memory))
             after.append(kept)
     drops = tuple(drop_counts), tuple(document_drops)
-    return Choice(drop, *drops, changes, entered, after)
+    return Choice(drop, *drops, changes, gates, entered, after)
 
 
 def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision | None:
@@ -258,5 +263,7 @@ def _plans(
                 merge_on=plan.merge_on,
                 features=None if plan.features is None else plan.features[one, : len(keep)],
                 memory=plan.memory[one],
+                gate=None if plan.gate is None else plan.gate[one],
+                bypassed=plan.bypassed,
             ),
         )

@@ -58,6 +58,8 @@ class Running:
         """Stands for the hooks that the call was begun with."""
         self.again = False
         """Whether a checkpointed layer has run a second time: the backward is there, or over."""
+        self.trains = False
+        """Whether it was begun in training, with gradients."""
         self._attended: set[int] = set()
 
     def to(self, *args: Any, **kwargs: Any) -> "Running":
@@ -80,7 +82,7 @@ class Running:
 
     def begin(self, hooks: object, trains: bool) -> None:
         """Note on which hooks the call runs, and that a backward may need them again."""
-        self.hooks = hooks
+        self.hooks, self.trains = hooks, trains
         if trains and not torch.compiler.is_compiling():
             TRAINING.add(self)
 

@@ -12,6 +12,7 @@ from vispress.runtime.forward.attention_reads import AttentionRead, attention_la
 from vispress.runtime.forward.bucket_view import BucketView, on_device, pick, stacked
 from vispress.runtime.forward.prompt_context import context_of
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.modules import module_of
 from vispress.runtime.tokens.images import Bucket, numbered
 from vispress.runtime.tokens.live_tokens import LiveTokens
 from vispress.types import ATTENTION_SIGNALS, Placement, Signal, Transition, VisualTokens
@@ -74,6 +75,8 @@ def visual_tokens(
         signals["image_count"] = torch.tensor([i.count_in_prompt for i in bucket.images])
     if Signal.IMAGE_NUMBER in reads:
         signals["image_number"] = torch.tensor([i.number_in_prompt for i in bucket.images])
+    if method.trained:
+        signals["module"] = module_of(state.plan.adapter.base, compressor)
     return VisualTokens(
         features=hidden[sample, view.local(rows)],
         index=bucket.index,

@@ -34,11 +34,13 @@ class Span:
         start: First layer of the span.
         until: First layer behind it.
         rows: Live tokens that the layers run on.
+        gate: `[B, Q]`, what the MLP's output of each row is multiplied by, or None for nothing.
     """
 
     start: int
     until: int
     rows: LiveTokens
+    gate: Tensor | None
 
 
 @dataclass(eq=False)

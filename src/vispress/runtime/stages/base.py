@@ -132,6 +132,7 @@ class RuntimeStage:
             each call that it opens.
         watched_layers: Decoder layers whose attention it must see.
         left_layers: Decoder layers whose output it changes.
+        gated_layers: Decoder layers in which it may scale what the MLP adds.
         install: Puts in hooks beside those of decoder layers, the same ones on one model whatever
             the hyper-parameters; gives what undoes them.
         encode: Acts in one call of the vision encoder; yields what a report is told of it.
@@ -145,6 +146,7 @@ class RuntimeStage:
     refuse: Callable[[str | None, Cache | None], None] | None = None
     watched_layers: frozenset[int] = frozenset()
     left_layers: frozenset[int] = frozenset()
+    gated_layers: frozenset[int] = frozenset()
     install: Callable[[], Sequence[Callable[[], None]]] | None = None
     encode: Callable[[Modality, Mapping[str, Any]], AbstractContextManager[Any]] | None = None
     remembers: Compressor | None = None

@@ -1,7 +1,9 @@
-"""Let rows bypass a span of decoder layers as identity and come back behind it: `Stage.SKIP`.
+"""Let rows bypass a span of decoder layers and come back behind it: `Stage.SKIP`.
 
-Between the layers of the span, hidden states hold all rows; each layer runs on some of them and its
-output is put back among the others. So nothing rides outside of what a checkpoint saves.
+They come back as they were, or times their gate where the method has one, which also scales what
+the MLPs of the span add to the rows that run. Between the layers of the span, hidden states hold
+all rows; each layer runs on some of them and its output is put back among the others. So nothing
+rides outside of what a checkpoint saves.
 """
 
 from collections.abc import Sequence
@@ -13,13 +15,13 @@ import torch
 from torch import Tensor
 
 from vispress.errors import ConfigError
-from vispress.runtime.forward.apply_placement import choose, unasked
+from vispress.runtime.forward.apply_placement import Choice, choose, unasked
 from vispress.runtime.forward.attention_reads import attention_layers
 from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.state import ForwardState, Span
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
-from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rows, narrow
+from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rows, narrow, scale_rows
 from vispress.types import Stage
 
 CARRIES = frozenset({Stage.SKIP})
@@ -32,10 +34,12 @@ class LayerSkip(Span):
     Args:
         base: All rows, those between the layers.
         local: `[B, P']`, place of each row that runs in `base`.
+        gates_bypassed: Whether rows that bypass the span are multiplied by the gate.
     """
 
     base: LiveTokens
     local: Tensor
+    gates_bypassed: bool
 
 
 def bind(binding: Binding) -> RuntimeStage | None:
@@ -49,6 +53,7 @@ def bind(binding: Binding) -> RuntimeStage | None:
         return None
     _refuse_bypassed_reads(binding.placements)
     spans = [range(bound.placement.layer, bound.placement.until or 0) for bound in placements]
+    gated = [span for bound, span in zip(placements, spans, strict=True) if bound.method.gates]
     read = {layer for bound in placements for layer in attention_layers(bound.placement)}
     return RuntimeStage(
         carries=CARRIES,
@@ -56,6 +61,7 @@ def bind(binding: Binding) -> RuntimeStage | None:
         order=30,
         watched_layers=frozenset(read),
         left_layers=frozenset(layer for span in spans for layer in span),
+        gated_layers=frozenset(layer for span in gated for layer in span),
     )
 
 
@@ -94,9 +100,11 @@ class _Skips:
             return None
         rows = state.last.to(hidden.device)
         narrowed = partial(narrow, compact=bound.positions == "compact")
-        none = torch.zeros_like(choice.drop), (0,) * len(choice.drop_counts)
-        still = (0,) * len(choice.document_drops)
-        base, local = narrowed(rows, *none, valid=state.valid_rows(rows), document_drops=still)
+        base, local = rows, None
+        if rows.whole:  # padding goes; later spans find none
+            none = torch.zeros_like(choice.drop), (0,) * len(choice.drop_counts)
+            still = (0,) * len(choice.document_drops)
+            base, local = narrowed(rows, *none, valid=state.valid_rows(rows), document_drops=still)
         some, inner = narrowed(
             base,
             choice.drop,
@@ -105,8 +113,10 @@ class _Skips:
             document_drops=choice.document_drops,
         )
         assert placement.until is not None
-        state.spans.append(LayerSkip(placement.layer, placement.until, some, base, inner))
-        return Decision(rows, base, local, [], state.plan.backend)
+        bypassed = any(plan.bypassed == "gated" for _, plan in choice.gates)
+        span = placement.layer, placement.until, some, _gate(choice), base, inner, bypassed
+        state.spans.append(LayerSkip(*span))
+        return None if local is None else Decision(rows, base, local, [], state.plan.backend)
 
     def enter(self, number: int, hidden: Tensor) -> Tensor:
         """Take the rows that a layer runs on; `leave` puts them back."""
@@ -123,9 +133,23 @@ class _Skips:
             return out
         hidden = self.entered.pop(number)
         base, rows = span.base.to(out.device), span.rows.to(out.device)
+        if span.gate is not None and span.gates_bypassed:
+            hidden = scale_rows(hidden, span.gate, base)
         ran, place = (table.gather(1, base.index) for table in (rows.alive, rows.place))
         back = gather_rows(out, place, self.state.plan.backend)
         return torch.where(ran[..., None], back, hidden)
+
+
+def _gate(choice: Choice) -> Tensor | None:
+    """`[B, Q]`: the gates of all images, 1 for other tokens (differentiable)."""
+    if not choice.gates:
+        return None
+    gates = [plan.gate for _, plan in choice.gates if plan.gate is not None]
+    whole = torch.ones(choice.drop.shape, dtype=gates[0].dtype, device=choice.drop.device)
+    for (bucket, _), own in zip(choice.gates, gates, strict=True):
+        sample = bucket.sample.unsqueeze(1).expand_as(bucket.positions)
+        whole = whole.index_put((sample, bucket.positions), own)
+    return whole
 
 
 def _refuse_bypassed_reads(placements: Sequence[BoundPlacement]) -> None:

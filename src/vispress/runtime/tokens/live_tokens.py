@@ -201,6 +201,18 @@ def gather_rows(x: Tensor, local: Tensor, backend: Backend) -> Tensor:
     return gather_tokens(x, local, backend=backend)
 
 
+def scale_rows(x: Tensor, gate: Tensor, rows: LiveTokens) -> Tensor:
+    """Multiply `[B, P, D]` of some rows by their gate, differentiable.
+
+    Args:
+        x: Their values.
+        gate: `[B, Q]` by logical position, in at least fp32.
+        rows: Which they are.
+    """
+    index = rows.to(x.device).index
+    return (x * gate.to(x.device).gather(1, index).unsqueeze(-1)).to(x.dtype)
+
+
 def gather_rotary(
     tables: tuple[Tensor, Tensor], index: Tensor, backend: Backend
 ) -> tuple[Tensor, Tensor]:
