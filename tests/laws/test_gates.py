@@ -68,6 +68,7 @@ def test_every_row_equals_the_formula(family: str, padding: str) -> None:
         weights = draw(model)
         got = logits_of(model, inputs)
         assert report.mean_keep_ratio == pytest.approx(sum(SHARES) / 6, abs=0.04)
+        assert not any("untrained" in note for note in report.notes)
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected = gated_logits(model, inputs, gates_of(model, weights))

@@ -55,6 +55,22 @@ def test_a_budget_that_holds_everything_is_noted_and_a_smaller_one_is_not(
         assert not idle(report)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if get_method(m).trained])
+def test_a_method_is_untrained_until_its_parameters_move(method: str) -> None:
+    model, inputs = model_of("llava"), inputs_of("llava")
+    with compressed(model, ["divprune", make("llava", method)], mean_keep_ratio=0.3) as report:
+        logits_of(model, inputs)
+        (note,) = (note for note in report.notes if "untrained" in note)
+        assert note.startswith(f"{method}: untrained")
+        moved = next(p for n, p in model.named_parameters() if "vispress_modules" in n)
+        with torch.no_grad():
+            moved[0] += 1.0
+        assert not any("untrained" in note for note in report.notes)
+    with compressed(model, "divprune", keep_ratio=0.5) as report:
+        logits_of(model, inputs)
+        assert not any("untrained" in note for note in report.notes)
+
+
 def test_each_method_of_a_chain_is_named_for_itself() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     whole, half = make("llava", "divprune", keep_ratio=1.0), make("llava", "fastv")

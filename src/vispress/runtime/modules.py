@@ -123,6 +123,24 @@ def missing_modules(adapter: ModelAdapter, methods: Sequence[Compressor]) -> Cal
     return partial(_graft, child, fresh)
 
 
+def untrained(adapter: ModelAdapter, methods: Sequence[Compressor]) -> list[str]:
+    """Say which methods have the parameters that they began with; shards cannot tell."""
+    found, child = [], adapter.base._modules.get(MODULES)
+    now = {} if child is None else dict(child.named_parameters())
+    for place, module in make_modules(adapter, methods).items():
+        fresh = {f"{place}.{name}": p for name, p in module.named_parameters()}
+        # wrappers put something in front of a name
+        own = [
+            (p, fresh[n]) for name, p in now.items() for n in fresh if f".{name}".endswith(f".{n}")
+        ]
+        if own and all(_same(p, begun) for p, begun in own):
+            found.append(
+                f"{methods[int(place)].name}: untrained, its parameters are those that it began "
+                "with, and its choice means nothing"
+            )
+    return found
+
+
 def module_of(base: nn.Module, compressor: int) -> Callable[..., Any]:
     """Find what calls a compressor's module, by way of what stands at its parent now."""
     return partial(getattr(base, MODULES), str(compressor))
@@ -137,6 +155,12 @@ def _graft(onto: nn.Module, fresh: nn.Module) -> None:
     for name, parameter in fresh.named_parameters(recurse=False):
         if name not in onto._parameters:
             onto.register_parameter(name, parameter)
+
+
+def _same(parameter: nn.Parameter, begun: nn.Parameter) -> bool:
+    if hasattr(parameter, "full_tensor"):
+        return False
+    return torch.equal(parameter.detach().to(begun), begun.detach())
 
 
 def _nothing() -> None:

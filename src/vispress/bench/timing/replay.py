@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import final
 
+from torch import nn
+
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.pair_masker import PairMasker
-from vispress.types import Placement, Signal, TokenPlan, VisualTokens
+from vispress.types import ModuleShape, Placement, Signal, TokenPlan, VisualTokens
 
 _SHOWN = tuple(
     name
@@ -37,6 +39,10 @@ class _StandIn(Compressor):
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return self.method.placements(num_layers)
+
+    def make_module(self, shape: ModuleShape) -> nn.Module | None:
+        """Make the wrapped method's parameters."""
+        return self.method.make_module(shape)
 
     def encoder_merger(self) -> EncoderMerger | None:
         """Pass on the wrapped method's: what merges in the encoder is no choice for the LLM."""
@@ -104,7 +110,7 @@ class Replay(_StandIn):
         """Repeat what was kept, and what decides which buckets the next placement asks about."""
         plan = next(self.plans)
         memory = tuple(replace(memory, attention=False) for memory in plan.memory)
-        return TokenPlan(keep=plan.keep, memory=memory)
+        return TokenPlan(keep=plan.keep, memory=memory, gate=plan.gate, bypassed=plan.bypassed)
 
 
 def recorders(chain: Sequence[Compressor]) -> tuple[list[Compressor], list[list[TokenPlan]]]:

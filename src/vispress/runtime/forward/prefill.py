@@ -1,6 +1,7 @@
 """Run the spine of one language-model call: begin, enter each layer, leave it, finish."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from vispress.runtime.kv_cache.cache_layers import (
     kv_bytes,
 )
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
+from vispress.runtime.modules import untrained
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
 from vispress.runtime.tokens import masks
@@ -279,5 +281,7 @@ def finish(running: Running, output: Any) -> tuple[Any, PrefillRecord | None]:
         if call.end is not None:
             call.end()
     remarks = [call.remarks for call in running.calls if call.remarks is not None]
+    if state.plan.trained:
+        remarks.append(partial(untrained, state.plan.adapter, state.plan.methods))
     record = PrefillRecord.of(state, kv_bytes(state.cache), remarks) if state.images else None
     return expand_output(state, output), record

@@ -71,6 +71,7 @@ class Plan:
             bound.placement.layer > 0 and bound.method.signals() & self.encoder_signals
             for bound in placements
         )
+        self.trained = any(method.trained for method in methods)
         self.reads_input = Signal.INPUT_EMBEDDINGS in signals
         self.reads_text = Signal.TEXT_EMBEDDINGS in signals
         self.reads_context = Signal.CONTEXT in signals or any(
