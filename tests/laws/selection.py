@@ -4,10 +4,10 @@ A *way* is what distinguishes a compressor's path through the runtime. A family 
 layout* when its adapter has a feature that no family chosen before it has; the others are its
 *kin*. By default a numbered law meets
 
-* every way on every layout,
 * every method, on a family that changes from law to law,
-* every way on one of the kin, and there every method whose signals the adapter computes with code
-  of its own, each in one law of three.
+* every way on every layout and on one of the kin, and every method on kin whose adapter computes
+  its signals with code of its own: each pair in one law of three in a row, and law 1, which the
+  others stand on, meets them all.
 
 A test beside a law's first one has a name instead of a number, and meets every method (so every
 way, too) once, on a family that changes from name to name.
@@ -47,7 +47,7 @@ from vispress.types import Placement, TokenPlan
 
 Case = tuple[str, str]
 SPREAD = 3
-"""Laws among which the kin's methods with signals of the adapter's own are dealt out."""
+"""Laws in a row among which ways on layouts are dealt out."""
 
 _BY_ADAPTER: dict[Signal, tuple[str, ...]] = {
     **dict.fromkeys(ATTENTION_SIGNALS | {Signal.VISION_KEYS}, ("pack", "encoder_attentions")),
@@ -205,17 +205,24 @@ def chosen(law: int | str, among: Sequence[Case] = CASES, *, once: bool = False)
     }
     if once or isinstance(law, str):
         return found
+    whole = law == 1
     for place, methods in enumerate(ways(by_method).values()):
         of_way = [case for case in among if case[1] in methods]
-        for family in layouts():
-            _add_one(found, [case for case in of_way if case[0] == family], turn)
-        _add_one(found, [case for case in of_way if case[0] in kin()], turn + place)
+        groups = [[case for case in of_way if case[0] == family] for family in layouts()]
+        groups.append([case for case in of_way if case[0] in kin()])
+        for seat, group in enumerate(groups):
+            if whole or _dealt(place + seat, turn):
+                _add_one(found, group, turn + place)
     for family, method in among:
         own = computes(family) & frozenset(make(family, method).signals())
-        dealt = (METHODS.index(method) + turn) % SPREAD == 0
-        if family in kin() and own and dealt:
+        if family in kin() and own and (whole or _dealt(METHODS.index(method), turn)):
             found.add((family, method))
     return found
+
+
+def _dealt(seat: int, turn: int) -> bool:
+    """Whether what sits there is met in this law of a row."""
+    return (seat + turn) % SPREAD == 0
 
 
 def _add_one(found: set[Case], candidates: Sequence[Case], turn: int) -> None:

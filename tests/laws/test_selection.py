@@ -19,17 +19,35 @@ def families_of(found: Sequence[Case], methods: Sequence[str]) -> set[str]:
     return {family for family, method in found if method in methods}
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("law", LAWS)
-def test_a_law_meets_every_way_on_every_layout_and_every_method(law: int, product: str) -> None:
-    among = PRODUCTS[product]
-    found = sorted(chosen(law, among))
-    assert set(found) <= set(among)
-    assert {method for _, method in found} == {method for _, method in among}
+def assert_every_way_on_every_layout(found: Sequence[Case], among: Sequence[Case]) -> None:
     for methods in ways({method for _, method in among}).values():
         there, met = families_of(among, methods), families_of(found, methods)
         assert there & set(layouts()) <= met
         assert (there & set(kin()) != set()) == (met & set(kin()) != set())
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_meets_every_method(law: int, product: str) -> None:
+    among = PRODUCTS[product]
+    found = sorted(chosen(law, among))
+    assert set(found) <= set(among)
+    assert {method for _, method in found} == {method for _, method in among}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_law_1_meets_every_way_on_every_layout(product: str) -> None:
+    among = PRODUCTS[product]
+    assert_every_way_on_every_layout(sorted(chosen(1, among)), among)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("first", LAWS[: -selection.SPREAD + 1])
+def test_laws_in_a_row_meet_every_way_on_every_layout(first: int, product: str) -> None:
+    among = PRODUCTS[product]
+    some = range(first, first + selection.SPREAD)
+    found = set().union(*(chosen(law, among) for law in some))
+    assert_every_way_on_every_layout(sorted(found), among)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
