@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `full`, and most cases of slow tests, unless they are asked for.
+    """Leave out what is marked `full`, and most cases of what is `slow` or `some`, unless asked for.
 
     `-m full` asks for everything, a node id for its case.
     """
@@ -37,27 +37,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     asked = [item for item in items if item.nodeid.rpartition("/")[2] in named]
     stay = [item for item in items if not item.get_closest_marker("full")]
     if config.option.quick:
-        stay = some_of_each([item for item in stay if not item.get_closest_marker("slow")])
+        stay = some_of_each([x for x in stay if not x.get_closest_marker("slow")], one=True)
     else:
-        slow = [item for item in stay if item.get_closest_marker("slow")]
-        left_out = {*slow} - {*some_of_each(slow)}
+        thinned = [item for item in stay if thins(item)]
+        left_out = {*thinned} - {*some_of_each(thinned)}
         stay = [item for item in stay if item not in left_out]
     kept = {*stay, *asked}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def some_of_each(items: list[pytest.Item]) -> list[pytest.Item]:
-    """One case of each test function, or as many as its mark `slow` says: always the same ones."""
+def thins(item: pytest.Item) -> pytest.Mark | None:
+    """The mark that says how many of a test's cases run by default."""
+    return item.get_closest_marker("slow") or item.get_closest_marker("some")
+
+
+def some_of_each(items: list[pytest.Item], *, one: bool = False) -> list[pytest.Item]:
+    """Choose as many cases of each test function as its mark says, or one: always the same ones.
+
+    They lie evenly among all of them, so that no family or method is met alone.
+    """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen = []
     for name, found in cases.items():
-        mark = found[0].get_closest_marker("slow")
-        count = 1 if mark is None else mark.kwargs.get("cases", 1)
+        mark = thins(found[0])
+        wanted = 1 if one or mark is None else mark.kwargs.get("cases", 1)
+        count = min(wanted, len(found))
         first = crc32(name.encode())  # not always the first ones
-        chosen += [found[(first + i) % len(found)] for i in range(min(count, len(found)))]
+        chosen += [found[(first + i * len(found) // count) % len(found)] for i in range(count)]
     return chosen
 
 

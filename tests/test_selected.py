@@ -22,16 +22,17 @@ class Item:
         self.marks[mark.name] = mark.mark
 
 
-TESTS = ("fast", "thinned", "slow", "slow_with_more")
+TESTS = ("fast", "thinned", "slow", "slow_with_more", "some")
 SLOW = pytest.mark.slow, pytest.mark.slow(cases=3)
 
 
 def collected() -> list[Item]:
-    """Three, two, four and four cases."""
+    """Three, two, four, four and six cases."""
     items = [Item("fast", case) for case in range(3)]
     items += [Item("thinned", 0), Item("thinned", 1, pytest.mark.full)]
     items += [Item("slow", case, SLOW[0]) for case in range(4)]
-    return items + [Item("slow_with_more", case, SLOW[1]) for case in range(4)]
+    items += [Item("slow_with_more", case, SLOW[1]) for case in range(4)]
+    return items + [Item("some", case, pytest.mark.some(cases=3)) for case in range(6)]
 
 
 def run(*args: str, marks: str = "", quick: bool = False) -> list[Item]:
@@ -51,24 +52,29 @@ def counts(items: list[Item]) -> tuple[int, ...]:
 
 
 def test_by_default_what_is_full_and_most_that_is_slow_is_left_out() -> None:
-    assert counts(run()) == (3, 1, 1, 3)
-    assert counts(run(marks="not slow")) == (3, 1, 1, 3)
+    assert counts(run()) == (3, 1, 1, 3, 3)
+    assert counts(run(marks="not slow")) == (3, 1, 1, 3, 3)
     assert [item.nodeid for item in run()] == [item.nodeid for item in run()]
 
 
+def test_some_cases_lie_evenly_among_all() -> None:
+    places = [int(item.nodeid[-2]) for item in run() if item.name == "some"]
+    assert sorted(place % 2 for place in places) in ([0, 0, 0], [1, 1, 1])
+
+
 def test_quick_runs_one_case_of_each_and_no_slow_one() -> None:
-    assert counts(run(quick=True)) == (1, 1, 0, 0)
+    assert counts(run(quick=True)) == (1, 1, 0, 0, 1)
 
 
 @pytest.mark.parametrize("marks", ["full", "full and not slow"])
 def test_full_runs_everything(marks: str) -> None:
     items = run(marks=marks)
-    assert counts(items) == (3, 2, 4, 4)
+    assert counts(items) == (3, 2, 4, 4, 6)
     assert all("full" in item.marks for item in items)  # as pytest's own `-m full` asks
 
 
 def test_what_is_named_runs_whatever_it_is() -> None:
     name = "tests/some/test_some.py::"
     found = run(f"{name}thinned[1]", *(f"{name}slow[{case}]" for case in range(4)))
-    assert counts(found) == (3, 2, 4, 3)
-    assert counts(run("tests/some/test_some.py")) == (3, 1, 1, 3)
+    assert counts(found) == (3, 2, 4, 3, 3)
+    assert counts(run("tests/some/test_some.py")) == (3, 1, 1, 3, 3)

@@ -9,8 +9,8 @@ layout* when its adapter has a feature that no family chosen before it has; the 
   its signals with code of its own: each pair in one law of three in a row, and law 1, which the
   others stand on, meets them all.
 
-A test beside a law's first one has a name instead of a number, and meets every method (so every
-way, too) once, on a family that changes from name to name.
+A test beside a law's first one has a name instead of a number, and meets every way once, by a
+method and on a family that change from name to name.
 
 `-m "not layouts"` leaves no more than that of numbered laws, for another version of transformers.
 `pytest -m full` (`make full`) runs the whole product; a case that is asked for by its node id runs
@@ -194,7 +194,7 @@ def number(law: int | str) -> int:
 
 
 def chosen(law: int | str, among: Sequence[Case] = CASES, *, once: bool = False) -> set[Case]:
-    """The cases that a law runs over by default (see the module), or every method once of them."""
+    """The cases that a law runs over by default (see the module), or every method once."""
     turn = number(law)
     by_method: dict[str, list[str]] = {}
     for family, method in among:
@@ -203,8 +203,12 @@ def chosen(law: int | str, among: Sequence[Case] = CASES, *, once: bool = False)
         (families[(METHODS.index(method) + turn) % len(families)], method)
         for method, families in by_method.items()
     }
-    if once or isinstance(law, str):
+    if once:
         return found
+    if isinstance(law, str):
+        of_ways = ways(by_method).values()
+        methods = {methods[turn % len(methods)] for methods in of_ways}
+        return {case for case in found if case[1] in methods}
     whole = law == 1
     for place, methods in enumerate(ways(by_method).values()):
         of_way = [case for case in among if case[1] in methods]
@@ -232,18 +236,24 @@ def _add_one(found: set[Case], candidates: Sequence[Case], turn: int) -> None:
 
 
 def cases(
-    law: int | str, among: Sequence[Case] = CASES, *, turning: Sequence[object] = ()
+    law: int | str,
+    among: Sequence[Case] = CASES,
+    *,
+    turning: Sequence[object] = (),
+    every_method: bool = False,
 ) -> list[Any]:
     """Parameters `(family, method)` of a law's test; those left out by default are marked `full`.
 
-    Those that go beyond every method once are marked `layouts`.
+    Those of a numbered law that go beyond every method once are marked `layouts`.
 
     Args:
         law: Its number, or a name for a test beside a law's first one; both turn the rotation.
         among: The whole product.
         turning: Values of a third parameter, of which each case takes one by default, in turn.
+        every_method: Whether every method is met once and that is all.
     """
-    default, once, turn = chosen(law, among), chosen(law, among, once=True), number(law)
+    default, turn = chosen(law, among, once=every_method), number(law)
+    once = chosen(law, among, once=True) if isinstance(law, int) else default
     found = []
     for place, case in enumerate(among):
         for other, value in enumerate(turning or [None]):

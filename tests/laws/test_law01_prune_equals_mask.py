@@ -47,7 +47,7 @@ def test_prefill_equals_the_masked_model(family: str, method: str) -> None:
     assert_equals_oracle(model, inputs, result)
 
 
-@pytest.mark.parametrize(("family", "method"), cases(1, DROPPING))
+@pytest.mark.parametrize(("family", "method"), cases("decode steps", DROPPING))
 def test_every_decode_step_equals_the_masked_model(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
     # as generate counts positions: norms of rotated keys (DART) depend on them
@@ -152,7 +152,8 @@ def test_report_and_alive_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [case for case in on_videos() if case[1] not in MASKING]
+    ("family", "method"),
+    cases("images and videos", [case for case in on_videos() if case[1] not in MASKING]),
 )
 def test_images_and_videos_in_one_batch_equal_the_masked_model(family: str, method: str) -> None:
     model = model_of(family)

@@ -93,6 +93,7 @@ def test_mode_equals_the_masked_model(family: str, method: str, mode: str) -> No
     assert difference.abs().max() < 1e-5
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize(
     ("family", "method"),
     cases(
@@ -246,6 +247,7 @@ def test_an_image_after_a_turn_of_text_compresses_from_there(family: str, method
 
 
 # FlashVLM reads text before the image too, and of an earlier call only keys and values are left
+@pytest.mark.some(cases=33)
 @pytest.mark.parametrize(
     ("family", "method"),
     cases(

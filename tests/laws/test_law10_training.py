@@ -299,6 +299,7 @@ def assert_true_gradient(model: Any, inputs: Mapping[str, Any], method: Compress
     assert measured == pytest.approx(slope, rel=0.03, abs=0.02)
 
 
+@pytest.mark.some(cases=7)
 @pytest.mark.parametrize(
     ("family", "method"),
     cases(
@@ -332,6 +333,7 @@ def make_inputs_again(family: str) -> dict[str, Any]:
     return make_inputs(family, SAMPLES[::-1][:2], padding="right", seed=5)
 
 
+@pytest.mark.some(cases=2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_checkpointed_forwards_then_one_backward_add_up(family: str) -> None:
     """The recompute of the first forward finds its own decisions, not those of the second."""
@@ -367,6 +369,7 @@ def with_lora(model: Any) -> Any:
     return wrapped
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize(
     ("family", "method"),
     cases(
@@ -406,6 +409,7 @@ def test_lora_before_and_after_compression_gives_the_masked_gradients(
         assert abs(plain - loss_of(wrapped, inputs)) < EXACT
 
 
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_with_gradient_checkpointing_gives_the_same_gradients(

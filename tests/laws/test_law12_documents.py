@@ -117,6 +117,7 @@ CHAINS: dict[str, list[Compressor]] = {
 }
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize(
     ("family", "chain", "form"),
     [
@@ -138,6 +139,7 @@ COUNTING = [
 ]
 
 
+@pytest.mark.some(cases=14)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize(("family", "method", "form"), cases(12, COUNTING, turning=FORMS))
 def test_position_policies_count_within_a_document(

@@ -95,6 +95,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(family: str, method: s
     assert_equal(got, expected, ROUNDED)
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_a_packed_row_changes_no_gradient(family: str, reentrant: bool) -> None:
@@ -108,6 +109,7 @@ def test_checkpointing_a_packed_row_changes_no_gradient(family: str, reentrant: 
         assert_equal(got, expected)
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_varlen_kernel_gives_the_same_gradients(family: str) -> None:
     model = model_of(family)

@@ -90,6 +90,7 @@ def close(got: Tensor, expected: Tensor, inputs: dict[str, Any]) -> bool:
     return bool((got - expected)[real].abs().max() < EXACT)
 
 
+@pytest.mark.some(cases=19)
 @pytest.mark.parametrize(("name", "method", "window"), turning(CASES, WINDOWS))
 def test_a_forward_without_a_cache_keeps_the_models_mask(
     name: str, method: str, window: str
@@ -100,6 +101,7 @@ def test_a_forward_without_a_cache_keeps_the_models_mask(
         assert close(result.logits, expected_logits(model, result, inputs), inputs)
 
 
+@pytest.mark.some(cases=19)
 @pytest.mark.parametrize(("name", "method", "window"), turning(CASES, WINDOWS, 1))
 def test_every_step_keeps_the_models_mask(name: str, method: str, window: str) -> None:
     model, inputs = windowed(name, window_of(name, window)), batch(name)
@@ -119,6 +121,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
 def test_modes_of_generation_keep_the_models_mask(name: str, way: str) -> None:
@@ -165,6 +168,7 @@ def two_turns(model: Any, first: dict[str, Any], second: dict[str, Any], cache: 
     return generate(model, second_turn(ids, first, second), **{CACHE: cache})
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize(
     ("name", "method", "window"), turning([*product(NAMES, ("divprune", "fastv", "dart"))], (8, 40))
 )
@@ -186,6 +190,7 @@ FIRST = {
 """First turns: plain layers that become short ones later, and short ones that grow on."""
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize(
     ("name", "method", "turn"),
     turning(
@@ -221,6 +226,7 @@ def test_an_image_behind_a_turn_keeps_the_models_mask(
         assert_same(got, two_turns(model, before, image, DynamicCache()))
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize(
     ("name", "method", "window"),
     turning([*product(NAMES, ("divprune", "fastv", "lvlm_csp"))], (8, 40)),

@@ -153,7 +153,7 @@ def left_behind() -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow(cases=9)
+@pytest.mark.slow(cases=4)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_the_next_call_is_a_fresh_models(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)

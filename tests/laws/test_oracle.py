@@ -145,6 +145,7 @@ def test_drop_before_layer_2_is_a_loop_over_shorter_rows(family: str, positions:
     assert (logits - expected).abs().max() <= TIGHT
 
 
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize(("family", "positions"), CASES)
 def test_a_left_padded_batch_is_its_samples_alone(family: str, positions: Any) -> None:
     model = build(family)

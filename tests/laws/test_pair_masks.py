@@ -74,6 +74,7 @@ ON_TWO = ("llava", "qwen2_5_vl")
 """Families of the chains that differ in the method alone."""
 
 
+@pytest.mark.some(cases=9)
 @pytest.mark.parametrize(
     ("family", "chain"),
     [(f, c) for f in FAMILIES for c in CHAINS if c in ("alone", "after_vmtc") or f in ON_TWO],
@@ -84,6 +85,7 @@ def test_prefill_and_steps_equal_the_model_with_a_mask_made_by_hand(
     assert_equals_the_mask_made_by_hand(family, CHAINS[chain], inputs_of(family))
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f in VIDEO])
 def test_tokens_of_videos_are_masked_as_by_hand(family: str, padding: str) -> None:
@@ -116,6 +118,7 @@ def test_eager_masks_what_sdpa_masks() -> None:
     assert (found[0] - found[1]).abs().max() < EXACT
 
 
+@pytest.mark.some(cases=7)
 @pytest.mark.parametrize(
     "mode",
     [

@@ -254,7 +254,7 @@ def test_a_second_turn_counts_what_is_cached() -> None:
     assert equal(calls[1].prompt_lengths, mask.sum(1))
 
 
-@pytest.mark.slow
+@pytest.mark.full  # tracing takes half a minute, whatever the depth
 def test_a_compiled_training_step_sees_its_labels() -> None:
     model, inputs = model_of("llava"), prompts()
     labels = labels_of(inputs)

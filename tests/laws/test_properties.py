@@ -70,6 +70,7 @@ def compressors(draw: st.DrawFn, family: str) -> Compressor:
     return make_compressor(name, **options, keep_ratio=draw(st.floats(least, 1.0)))
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_prompt_keeps_its_text_and_its_budget_and_equals_the_masked_model(family: str) -> None:
     model = model_of(family)

@@ -31,6 +31,7 @@ def idle(report: Any) -> list[str]:
     return [note for note in report.notes if "nothing in this call" in note]
 
 
+@pytest.mark.some(cases=24)
 @pytest.mark.parametrize("budget", [{"keep_ratio": 1.0}, {"num_tokens": 10**6}])
 @pytest.mark.parametrize(("family", "method"), {m: (f, m) for f, m in BUDGETED}.values())
 def test_a_budget_that_holds_everything_is_noted_and_a_smaller_one_is_not(

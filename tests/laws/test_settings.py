@@ -105,6 +105,7 @@ def test_peft_lora_before_or_after(first: str) -> None:
     remove_compression(model)
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize("order", ["compress_first", "dispatch_first"])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)

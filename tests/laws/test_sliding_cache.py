@@ -38,6 +38,7 @@ def feed(model: Any, tokens: torch.Tensor, held: Any) -> torch.Tensor:
         return model(input_ids=tokens, **{CACHE: held}).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.some(cases=24)
 @pytest.mark.parametrize("window", [3, WINDOW, 200])
 @pytest.mark.parametrize("method", ["divprune", "fastv", "pyramiddrop", "lvlm_csp"])
 @pytest.mark.parametrize("name", NAMES)
@@ -101,6 +102,7 @@ def test_positions_are_read_once_behind_a_prefill_and_never_while_decoding(
     assert len(reads) == 1
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize("window", [8, 40, 200])
 @pytest.mark.parametrize("name", NAMES)
 def test_prompt_lookup_takes_back_what_it_guessed(name: str, window: int) -> None:

@@ -354,6 +354,7 @@ def test_only_a_compressed_model_between_calls(family: str) -> None:
         assert torch.equal(logits_of(model, inputs), expected)
 
 
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", ["fastv", "cmai"])
 def test_a_checkpointed_call_runs_again_as_it_ran(method: str, reentrant: bool) -> None:
