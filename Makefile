@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## compress the shipped reference model: a table, a plot, a picture
 	$(BIN)/vispress demo --out demo
 
-test: install  ## all tests; laws on every way through the runtime and every layout
+test: install  ## all tests; laws on every method and every way through the runtime
 	$(BIN)/python -m pytest -n 2
 
 quick: install  ## one case of each test, without the slow ones

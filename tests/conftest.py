@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `full`, and most cases of what is `slow` or `some`, unless asked for.
+    """Leave out what is marked `full`, and most cases of slow tests, unless they are asked for.
 
     `-m full` asks for everything, a node id for its case.
     """
