@@ -35,10 +35,10 @@ def collected() -> list[Item]:
     return items + [Item("some", case, pytest.mark.some(cases=3)) for case in range(6)]
 
 
-def run(*args: str, marks: str = "", quick: bool = False) -> list[Item]:
+def run(*args: str, marks: str = "", quick: bool = False, by_default: bool = False) -> list[Item]:
     """What stays of the tests, those that pytest's own `-m` leaves out among them."""
     gone: list[Any] = []
-    option = SimpleNamespace(markexpr=marks, quick=quick)
+    option = SimpleNamespace(markexpr=marks, quick=quick, by_default=by_default)
     hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
     items: list[Any] = collected()
     before = len(items)
@@ -78,3 +78,4 @@ def test_what_is_named_runs_whatever_it_is() -> None:
     found = run(f"{name}thinned[1]", *(f"{name}slow[{case}]" for case in range(4)))
     assert counts(found) == (3, 2, 4, 3, 3)
     assert counts(run("tests/some/test_some.py")) == (3, 1, 1, 3, 3)
+    assert counts(run(f"{name}thinned[1]", by_default=True)) == (3, 1, 1, 3, 3)

@@ -67,7 +67,8 @@ def test(killer: str, folder: str, output: str) -> None:
 
     if not str(vispress_kernels.__file__).startswith(folder):
         os._exit(ELSEWHERE)
-    code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", killer])
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--by-default"]
+    code = pytest.main([*options, killer])
     sys.stdout.flush()
     os._exit(int(code))
 
