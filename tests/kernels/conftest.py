@@ -1,13 +1,24 @@
 """Kernel tests: the same tests run interpreted on a CPU and compiled where there is a GPU."""
 
 import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+from tests.kernels.interpreter import replace_once_a_launch
 
 # read when a kernel is decorated, so before any kernel module is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _fast_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("triton") and not torch.cuda.is_available():
+            replace_once_a_launch(patch)
+        yield
 
 
 @pytest.fixture
