@@ -39,6 +39,7 @@ FLOORS: dict[str, int] = {
     "vispress.decoding": 3,
     "vispress.diffusion": 3,
     "vispress.runtime": 3,
+    "vispress.weights": 4,
     "vispress.report": 4,
     "vispress.api": 4,
     "vispress": 4,  # the public names
@@ -50,6 +51,7 @@ FLOORS: dict[str, int] = {
     "vispress.cli_options": 5,
     "vispress.cli_search": 5,
     "vispress.doctor": 5,
+    "vispress.saving": 5,
     "vispress.listing": 5,
     "vispress.model_folders": 5,
     "vispress.picture_files": 5,

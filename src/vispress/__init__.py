@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from vispress.prompts import prompt_lengths
     from vispress.registry import list_methods, register_method
+    from vispress.saving import save_compression
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "register_adapter",
     "register_method",
     "remove_compression",
+    "save_compression",
     "update_compression",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "prompt_lengths": "vispress.prompts",
     "register_method": "vispress.registry",
     "register_adapter": "vispress.adapters.base",
+    "save_compression": "vispress.saving",
 }
 
 

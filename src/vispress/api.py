@@ -14,6 +14,7 @@ from vispress.report import CompressionReport, build_report
 from vispress.request import Method, Request, check_signals, resolve
 from vispress.types import Positions
 from vispress.versions import check_versions
+from vispress.weights import read_saved
 from vispress_kernels import Backend
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,7 +45,8 @@ def compress_model(
         keep_ratio: Fraction of visual tokens kept by one placement, in `(0, 1]`. Methods with a
             published schedule read it as the mean over decoder layers.
         num_tokens: Visual tokens kept per image, in place of `keep_ratio`.
-        config: A YAML file, in place of `method` and its hyper-parameters.
+        config: A YAML file, in place of `method` and its hyper-parameters; or a folder that
+            `save_compression` wrote, with the parameters of its methods.
         positions: `"original"` keeps position ids of survivors (gaps remain), `"compact"`
             renumbers them. By default each method follows its official code.
         backend: Kernels: `"triton"`, plain `"torch"`, or what fits the device (`"auto"`).
@@ -58,17 +60,23 @@ def compress_model(
         BudgetError: Both or neither of the budgets, or one out of range.
         UnsupportedModelError: No adapter knows the model, or one of its settings is not supported.
         UnsupportedMethodError: Unknown method, or one that needs a signal this model cannot give.
-        ConfigError: A hyper-parameter is unknown or out of range.
-        CompressionStateError: The model is compressed already.
+        ConfigError: A hyper-parameter is unknown or out of range; saved parameters do not fit.
+        CompressionStateError: The model is compressed already; or its method has parameters, which
+            have to be there before DistributedDataParallel or FSDP wrap it.
         UnsupportedVersionError: torch or transformers is outside the supported range.
     """
     methods, mean = resolve(method, config, keep_ratio, num_tokens, hyperparameters)
+    saved = read_saved(Path(config)) if config is not None and Path(config).is_dir() else None
+    if saved is not None and positions is None:
+        positions = saved.card.get("positions")
     request = Request(tuple(methods), mean, positions, backend)
     check_versions()
     adapter = find_adapter(model)
 
     from vispress.runtime.attachment import ATTRIBUTE, Attachment
     from vispress.runtime.forward.owner import find_owner
+    from vispress.runtime.modules import held
+    from vispress.runtime.plan.refusals import refuse_late_parameters
 
     if ATTRIBUTE in adapter.base.__dict__:
         current = ", ".join(m.name for m in adapter.base.__dict__[ATTRIBUTE].methods)
@@ -77,7 +85,16 @@ def compress_model(
             "or update_compression(model, ...) for another budget of the same method"
         )
     plan, stages = _plan_of(model, adapter, request)
-    Attachment(plan, stages, find_owner(model, adapter.base), request).attach()
+    refuse_late_parameters(model, plan)
+    attachment = Attachment(plan, stages, find_owner(model, adapter.base), request)
+    attachment.attach()
+    if saved is not None:
+        try:
+            saved.check_family(adapter.family)
+            saved.load_into(held(adapter.base))
+        except BaseException:
+            attachment.detach()
+            raise
     return model
 
 
@@ -124,7 +141,7 @@ def update_compression(
         "mean_keep_ratio": mean_keep_ratio,
     }
     given = {name: value for name, value in budgets.items() if value is not None}
-    attachment = _attachment(model)
+    attachment = attachment_of(model)
     attachment.refuse_under_way()
     request = attachment.request.changed(given | hyperparameters)
     check_versions()
@@ -140,7 +157,7 @@ def remove_compression(model: M) -> M:
         CompressionStateError: The model is not compressed; or checkpointed layers that run again in
             a backward, which has not come yet, need masks of the method's.
     """
-    _attachment(model).remove()
+    attachment_of(model).remove()
     return model
 
 
@@ -164,7 +181,7 @@ def compressed(
         yield view
     except BaseException:
         view._close()
-        _attachment(model).detach()  # what failed has no backward
+        attachment_of(model).detach()  # what failed has no backward
         raise
     view._close()
     remove_compression(model)
@@ -180,7 +197,7 @@ def compression_report(model: nn.Module) -> CompressionReport:
         CompressionStateError: The model is not compressed, or the conversation holds no visual
             tokens.
     """
-    return build_report(*_attachment(model).turns.last())
+    return build_report(*attachment_of(model).turns.last())
 
 
 class ReportView:
@@ -220,7 +237,12 @@ class ReportView:
         return str(self.report)
 
 
-def _attachment(model: nn.Module) -> Any:
+def attachment_of(model: nn.Module) -> Any:
+    """Find what is attached to a model.
+
+    Raises:
+        CompressionStateError: The model is not compressed.
+    """
     from vispress.runtime.attachment import ATTRIBUTE
 
     base = find_adapter(model).base

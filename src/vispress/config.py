@@ -1,7 +1,7 @@
 """YAML and back: `method` plus the fields of that method's dataclass, nothing else."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,13 @@ def from_mapping(data: Any, where: str = "configuration") -> Compressor | Chain:
 
 
 def load_config(path: str | Path) -> Compressor | Chain:
-    """A compressor, or a chain, from a YAML file.
+    """A compressor, or a chain, from a YAML file, or from that of a folder.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or has unknown keys.
     """
+    path = Path(path)
+    path = path / "compressor.yaml" if path.is_dir() else path
     return from_mapping(read_yaml(path), str(path))
 
 
@@ -114,6 +116,14 @@ def to_mapping(method: Compressor) -> dict[str, Any]:
     """The inverse of `from_mapping` for one compressor; unset (None) fields are left out."""
     values = {k: v for k, v in method.hyperparameters().items() if v is not None}
     return {"method": method.name} | {k: _to_yaml(v) for k, v in values.items()}
+
+
+def chain_mapping(methods: Sequence[Compressor], mean_keep_ratio: float | None) -> dict[str, Any]:
+    """The inverse of `from_mapping` for one compressor or several, with the budget of all."""
+    if len(methods) == 1 and mean_keep_ratio is None:
+        return to_mapping(methods[0])
+    mean = {} if mean_keep_ratio is None else {"mean_keep_ratio": mean_keep_ratio}
+    return {"chain": [to_mapping(method) for method in methods], **mean}
 
 
 def save_config(method: Compressor, path: str | Path, *, origin: str = "") -> None:

@@ -23,7 +23,13 @@ from tests.tiny import Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from vispress import compress_model, compressed, compression_report, remove_compression
+from vispress import (
+    compress_model,
+    compressed,
+    compression_report,
+    remove_compression,
+    save_compression,
+)
 from vispress.adapters.base import find_adapter
 from vispress.errors import CompressionStateError, UnsupportedModelError
 from vispress.methods.base import Compressor
@@ -225,15 +231,26 @@ def sample_of(family: str, rank: int) -> dict[str, Any]:
     return inputs | {"labels": labels}
 
 
+def draw_parameters(model: nn.Module) -> None:
+    """Give parameters of methods random values, in fp64 as the model: FSDP2 wants one dtype."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "vispress_modules" in name:
+            nn.init.normal_(parameter, generator=generator)
+    model.double()
+
+
 def gradients_alone(family: str, method: Compressor) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of one process over both samples, and the gradient of their mean."""
     model, losses = build(family).train(), []
     with compressed(model, method):
+        draw_parameters(model)
         for rank in range(RANKS):
             loss = model(**sample_of(family, rank)).loss
             (loss / RANKS).backward()
             losses.append(float(loss))
-    return losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return losses, found
 
 
 def check_training(
@@ -242,18 +259,21 @@ def check_training(
     """Wrapped before or behind compression: losses and gradients of one process."""
     losses, expected = gradients_alone(family, method)
     model = build(family).train()
-    if order == "compressed first":
+    if order.startswith("compressed first"):
         compress_model(model, method)
+        draw_parameters(model)
         wrapped: Any = wrap(model)
     else:
         wrapped = wrap(model)
         compress_model(wrapped, method)
-    if order == "checkpointed":
+    if order.endswith("checkpointed"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = wrapped(**sample_of(family, dist.get_rank())).loss
     loss.backward()
     assert abs(float(loss) - losses[dist.get_rank()]) < 1e-9
     assert compression_report(wrapped).samples[0].images
+    names = {name for name, _ in model.named_parameters()}
+    assert expected.keys() <= names
     for name, parameter in model.named_parameters():
         found, wanted = parameter.grad, expected.get(name)
         found = parameter.new_zeros(()) if found is None else found
@@ -264,21 +284,68 @@ def check_training(
     remove_compression(wrapped)
 
 
-def data_parallel(folder: Path) -> Iterator[Case]:
-    """DistributedDataParallel, and FSDP2 by layers and as a whole."""
-    from torch.distributed.fsdp import fully_shard
+def replicated(model: nn.Module) -> nn.Module:
+    """The model under DDP."""
     from torch.nn.parallel import DistributedDataParallel
 
-    def replicated(model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model, find_unused_parameters=True)
+    return DistributedDataParallel(model, find_unused_parameters=True)
 
-    def by_layer(model: nn.Module) -> nn.Module:
-        for layer in find_adapter(model).decoder_layers:
-            fully_shard(layer)
-        fully_shard(model)
-        return model
 
-    wraps = {"DDP": replicated, "FSDP2": by_layer, "FSDP2 whole": lambda m: fully_shard(m) and m}
+def by_layer(model: nn.Module) -> nn.Module:
+    """The model under FSDP2, each decoder layer by itself."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in find_adapter(model).decoder_layers:
+        fully_shard(layer)
+    return whole_model(model)
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The model under FSDP2 as one."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model)
+    return model
+
+
+def parameters(folder: Path) -> Iterator[Case]:
+    """Methods that have parameters, which are there before the model is wrapped."""
+    methods = [m for m in METHODS if make("llava", m).trained]
+    wraps = {"DDP": replicated, "FSDP2": by_layer, "FSDP2 whole": whole_model}
+    for method in methods:
+        for name, wrap in wraps.items():
+            for family, order in (("llava", ""), ("qwen3_vl", ", checkpointed")):
+                yield (
+                    f"{name}{order}: {family} {method}",
+                    lambda f=family, m=method, w=wrap, o=order: check_training(
+                        f, make(f, m), w, f"compressed first{o}"
+                    ),
+                )
+        yield f"saved by all: {method}", lambda m=method: _saved(m, folder)
+        yield f"too late: {method}", lambda m=method: _too_late(m)
+
+
+def _saved(method: str, folder: Path) -> None:
+    """Every rank saves what is sharded; what was written is whole."""
+    inputs = inputs_of("llava")
+    model = compress_model(build("llava"), make("llava", method))
+    draw_parameters(model)
+    expected = logits_of(model, inputs)
+    save_compression(by_layer(model), folder / method)
+    dist.barrier()
+    again = compress_model(build("llava"), config=folder / method)
+    assert torch.equal(logits_of(again, inputs), expected)
+
+
+def _too_late(method: str) -> None:
+    for wrap, name in ((replicated, "DistributedDataParallel"), (whole_model, "FSDPModule")):
+        with pytest.raises(CompressionStateError, match=f"{name} would not share"):
+            compress_model(wrap(build("llava")), make("llava", method))
+
+
+def data_parallel(folder: Path) -> Iterator[Case]:
+    """DistributedDataParallel, and FSDP2 by layers and as a whole."""
+    wraps = {"DDP": replicated, "FSDP2": by_layer, "FSDP2 whole": whole_model}
     orders = ("compressed first", "wrapped first", "checkpointed")
     for number, (family, method) in enumerate(TRAINED):
         for place, (name, wrap) in enumerate(wraps.items()):
@@ -309,6 +376,7 @@ def _evaluates(wrap: Callable[[nn.Module], nn.Module]) -> None:
 SUITES: dict[str, Callable[[Path], Iterator[Case]]] = {
     "tensor_parallel": tensor_parallel,
     "data_parallel": data_parallel,
+    "parameters": parameters,
 }
 
 

@@ -40,8 +40,8 @@ def test_data_parallelism_in_two_processes_equals_one(tmp_path: Path) -> None:
     run_suite("data_parallel", tmp_path)
 
 
-def run_suite(suite: str, tmp_path: Path) -> None:
-    """Run a suite in two processes, and read what each found."""
+def run_suite(suite: str, tmp_path: Path, least: int = 16) -> None:
+    """Run a suite of some cases or more in two processes, and read what each found."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
     world |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -68,7 +68,7 @@ def run_suite(suite: str, tmp_path: Path) -> None:
         failed = "\n\n".join(f"{name}\n{why}" for name, why in found.items() if why)
         assert not failed, f"rank {rank}, {len(found)} cases run\n{failed}"
         assert code == 0, (tmp_path / f"{rank}.log").read_text()[-3000:]
-        assert len(found) > 15
+        assert len(found) >= least
 
 
 def test_zero_3_is_refused_by_name_at_compress_model_and_at_the_call() -> None:

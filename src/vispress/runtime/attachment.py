@@ -101,7 +101,7 @@ class Attachment:
     def _attach(self) -> None:
         adapter, base = self.plan.adapter, self.plan.adapter.base
         self._set(base, ATTRIBUTE, self)
-        self._undo += put_modules(adapter, self.methods)
+        self._undo += put_modules(adapter, self.owner, self.methods)
         self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
         self._undo.append(patch_instance(base, "forward", self._base_runs, keyword=PROMPT_LENGTHS))
         if self.owner is not None:
@@ -161,7 +161,8 @@ class Attachment:
             CompressionStateError: They must, and a checkpointed call still needs them.
             ConfigError: Its methods have parameters of other shapes.
         """
-        add, footprint = missing_modules(plan.adapter, plan.methods), Footprint.of(plan, stages)
+        add = missing_modules(plan.adapter, self.owner, plan.methods)
+        footprint = Footprint.of(plan, stages)
         if footprint == self._footprint:
             self._take(plan, stages, request, self._footprint)
         else:

@@ -19,6 +19,7 @@ from vispress.types import ModuleShape
 
 MODULES: Final = "vispress_modules"
 """Name of the child."""
+_UNSAVED: Final = "_keys_to_ignore_on_save"
 
 
 class VispressModules(nn.Module):
@@ -76,9 +77,11 @@ def make_modules(adapter: ModelAdapter, methods: Sequence[Compressor]) -> dict[s
 
 
 def put_modules(
-    adapter: ModelAdapter, methods: Sequence[Compressor]
+    adapter: ModelAdapter, owner: nn.Module | None, methods: Sequence[Compressor]
 ) -> Sequence[Callable[[], None]]:
     """Put fresh parameters under the base model, where its first layer computes.
+
+    `save_pretrained` of the base model and of its owner leaves them out.
 
     Returns:
         What takes them out; nothing where no method has any.
@@ -88,10 +91,15 @@ def put_modules(
     base = adapter.base
     child = VispressModules(made).to(_device_of(adapter.decoder_layers[0]))
     base.add_module(MODULES, child.train(base.training))
-    return (partial(_take_out, base),)
+    saved = [one for one in (base, owner) if one is not None and hasattr(one, _UNSAVED)]
+    before = [one.__dict__.get(_UNSAVED) for one in saved]
+    _leave_out(saved)
+    return (partial(_take_out, base), partial(_save_again, saved, before))
 
 
-def missing_modules(adapter: ModelAdapter, methods: Sequence[Compressor]) -> Callable[[], None]:
+def missing_modules(
+    adapter: ModelAdapter, owner: nn.Module | None, methods: Sequence[Compressor]
+) -> Callable[[], None]:
     """Find what other settings need beyond what is there; what is there stays, trained or not.
 
     Returns:
@@ -102,8 +110,8 @@ def missing_modules(adapter: ModelAdapter, methods: Sequence[Compressor]) -> Cal
         CompressionStateError: Some are missing, and what they belong under was wrapped.
     """
     base, made = adapter.base, make_modules(adapter, methods)
-    fresh, child = VispressModules(made), base._modules.get(MODULES)
-    own = {} if child is None else dict(child.named_parameters())
+    fresh, child, now = VispressModules(made), base._modules.get(MODULES), held(base)
+    own = {} if now is None else dict(now.named_parameters())
     for name, parameter in fresh.named_parameters():
         if name in own and own[name].shape != parameter.shape:
             raise ConfigError(
@@ -120,25 +128,32 @@ def missing_modules(adapter: ModelAdapter, methods: Sequence[Compressor]) -> Cal
     if not missing:
         return _nothing
     fresh.to(_device_of(adapter.decoder_layers[0])).train(base.training)
-    return partial(_graft, child, fresh)
+    return partial(_add, [one for one in (base, owner) if one is not None], child, fresh)
 
 
 def untrained(adapter: ModelAdapter, methods: Sequence[Compressor]) -> list[str]:
     """Say which methods have the parameters that they began with; shards cannot tell."""
-    found, child = [], adapter.base._modules.get(MODULES)
-    now = {} if child is None else dict(child.named_parameters())
-    for place, module in make_modules(adapter, methods).items():
-        fresh = {f"{place}.{name}": p for name, p in module.named_parameters()}
-        # wrappers put something in front of a name
-        own = [
-            (p, fresh[n]) for name, p in now.items() for n in fresh if f".{name}".endswith(f".{n}")
-        ]
-        if own and all(_same(p, begun) for p, begun in own):
+    found, module = [], held(adapter.base)
+    now = {} if module is None else dict(module.named_parameters())
+    for place, begun in make_modules(adapter, methods).items():
+        pairs = [(now[f"{place}.{name}"], p) for name, p in begun.named_parameters()]
+        if pairs and all(_same(*pair) for pair in pairs):
             found.append(
                 f"{methods[int(place)].name}: untrained, its parameters are those that it began "
                 "with, and its choice means nothing"
             )
     return found
+
+
+def held(base: nn.Module) -> nn.Module | None:
+    """Find the parameters that calls use now, behind what PEFT put around them."""
+    child: Any = base._modules.get(MODULES)
+    copies = getattr(child, "modules_to_save", None)
+    if copies is None:
+        return child  # type: ignore[no-any-return]
+    active = child.active_adapter
+    module: nn.Module = copies[active if isinstance(active, str) else active[0]]
+    return module
 
 
 def module_of(base: nn.Module, compressor: int) -> Callable[..., Any]:
@@ -155,6 +170,25 @@ def _graft(onto: nn.Module, fresh: nn.Module) -> None:
     for name, parameter in fresh.named_parameters(recurse=False):
         if name not in onto._parameters:
             onto.register_parameter(name, parameter)
+
+
+def _add(saved: Sequence[nn.Module], child: nn.Module, fresh: nn.Module) -> None:
+    _graft(child, fresh)
+    _leave_out([one for one in saved if hasattr(one, _UNSAVED)])
+
+
+def _leave_out(saved: Sequence[nn.Module]) -> None:
+    """Name what `save_pretrained` is not to write: transformers asks the instance."""
+    for one in saved:
+        own = {name for name, _ in one.named_parameters() if f".{MODULES}." in f".{name}"}
+        one.__dict__[_UNSAVED] = {*(getattr(one, _UNSAVED) or ()), *own}
+
+
+def _save_again(saved: Sequence[nn.Module], before: Sequence[Any]) -> None:
+    for one, names in zip(saved, before, strict=True):
+        del one.__dict__[_UNSAVED]
+        if names is not None:
+            one.__dict__[_UNSAVED] = names
 
 
 def _same(parameter: nn.Parameter, begun: nn.Parameter) -> bool:

@@ -1,8 +1,10 @@
 """Refuse, when a model is compressed, what can be known then not to work."""
 
+import sys
+
 from torch import nn
 
-from vispress.errors import UnsupportedModelError
+from vispress.errors import CompressionStateError, UnsupportedModelError
 from vispress.runtime.hooks.head_shards import find_shards
 from vispress.runtime.plan.plan import Plan
 
@@ -19,6 +21,31 @@ def refuse_partitioned(module: nn.Module) -> None:
             "calls of whole modules only, where compression also runs parts of them; use ZeRO-2, "
             "FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel"
         )
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "torch.nn.parallel",
+    "FullyShardedDataParallel": "torch.distributed.fsdp",
+    "FSDPModule": "torch.distributed.fsdp",
+}
+
+
+def refuse_late_parameters(model: nn.Module, plan: Plan) -> None:
+    """Refuse methods with parameters on a model that data parallelism has wrapped already.
+
+    Raises:
+        CompressionStateError: Says what would work.
+    """
+    if not plan.trained:
+        return
+    for name, home in _WRAPPERS.items():
+        wrapper = getattr(sys.modules.get(home), name, None)
+        if wrapper is not None and any(isinstance(module, wrapper) for module in model.modules()):
+            names = ", ".join(method.name for method in plan.methods if method.trained)
+            raise CompressionStateError(
+                f"{names} has parameters, whose gradients {name} would not share among processes, "
+                "as it has wrapped the model already; call compress_model first"
+            )
 
 
 def refuse_sharded_encoder(model: nn.Module, plan: Plan) -> None:
