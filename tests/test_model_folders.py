@@ -1,10 +1,9 @@
 """Model folders: no code of theirs runs, nothing is asked, nothing is unpickled."""
 
 import ast
+import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.tiny_checkpoints import picture, save_checkpoint
 from vispress.bench.model.checkpoints import load_checkpoint
 from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.tasks.task import Prompt
+from vispress.cli import main
 from vispress.errors import CheckpointError, VispressError
 from vispress.integrations.options import read_compression
 from vispress.reference.model.checkpoint import SHIPPED, read
@@ -106,22 +106,19 @@ def test_code_of_a_folder_is_refused_and_nothing_is_asked(copy, file, change):
     assert not (copy / "ran").exists()
 
 
-@pytest.mark.slow
-def test_a_yes_on_standard_input_runs_nothing(copy):
+def test_a_yes_on_standard_input_runs_nothing(copy, monkeypatch, capsys):
     code = add_code(copy)
     edit(copy / "config.json", lambda data: unknown_type(data, code))
-    program = "import sys; from vispress.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "bench", "--model", str(copy)]
-    done = subprocess.run(
-        [*command, "--out", str(copy / "results")],
-        input="y\n" * 9,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(copy / "modules")},
-    )
-    assert done.returncode == 2, done.stderr
-    assert "no code of a checkpoint is run" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    monkeypatch.undo()  # who asks is answered
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(copy / "modules"))
+    command = ["vispress", "bench", "--model", str(copy), "--out", str(copy / "results")]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "no code of a checkpoint is run" in " ".join(capsys.readouterr().err.split())
+    assert sys.stdin.read() == "y\n" * 9
     assert not (copy / "ran").exists()
 
 

@@ -13,33 +13,26 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("transformers", "triton", "matplotlib", "sklearn", "PIL", "typer", "rich")
 
 
-def loaded_after(code: str) -> set[str]:
-    """Which heavy packages are imported once `code` ran in a fresh interpreter."""
-    probe = f"import sys\n{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
-    paths = f"sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT / 'kernels')!r}]"
+STEPS = (
+    "import vispress; vispress.__all__; vispress.__version__",
+    "from vispress import list_methods; assert len(list_methods()) > 10",
+    "import vispress.runtime.kv_cache.dynamic",
+)
+
+
+@pytest.mark.slow
+def test_importing_and_listing_methods_load_nothing_heavy() -> None:
+    """What is loaded after each of a few steps in a fresh interpreter; the last loads much."""
+    lines = ["import sys", f"sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT / 'kernels')!r}]"]
+    for step in STEPS:
+        lines += [step, f"print(*(name for name in {HEAVY!r} if name in sys.modules))"]
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{paths}\n{probe}"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
     )
-    return set(done.stdout.split())
-
-
-def test_importing_vispress_imports_nothing_heavy() -> None:
-    assert loaded_after("import vispress; vispress.__all__; vispress.__version__") == set()
-
-
-@pytest.mark.slow
-def test_listing_methods_needs_no_transformers_and_no_triton() -> None:
-    code = "from vispress import list_methods; assert len(list_methods()) > 10"
-    assert loaded_after(code) & {"transformers", "triton", "matplotlib", "sklearn"} == set()
-
-
-@pytest.mark.slow
-def test_the_probe_can_fail() -> None:
-    assert "transformers" in loaded_after("import transformers")
-    assert "transformers" in loaded_after("import vispress.runtime.kv_cache.dynamic")
+    imported, listed, run = (set(line.split()) for line in done.stdout.split("\n")[: len(STEPS)])
+    assert imported == set()
+    assert listed & {"transformers", "triton", "matplotlib", "sklearn"} == set()
+    assert "transformers" in run
 
 
 @pytest.fixture(scope="module")

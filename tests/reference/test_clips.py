@@ -104,9 +104,8 @@ def test_every_word_is_known():
 @pytest.mark.parametrize("kind", CLIP_KINDS)
 def test_held_out_answers_are_balanced_and_repeat(kind):
     questions = held_out_clips(kind, 32)
-    assert [(q.prompt, q.answer) for q in held_out_clips(kind, 32)] == [
-        (q.prompt, q.answer) for q in questions
-    ]
+    first, again = ([(q.prompt, q.answer) for q in held_out_clips(kind, 6)] for _ in range(2))
+    assert first == again
     assert all(q.prompt.startswith("<video> ") and q.kind == kind for q in questions)
     assert all(
         0 <= c < FRAMES * NUM_PATCHES and c // NUM_PATCHES % 2 == 0

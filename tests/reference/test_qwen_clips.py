@@ -238,7 +238,7 @@ def test_answers_do_not_depend_on_the_batch():
 
 
 @pytest.mark.slow
-def test_the_shipped_model_counts_seconds_as_it_was_trained_to():
+def test_the_shipped_model_answers_and_counts_seconds_as_it_was_trained_to():
     """At other positions in time it forgets which step comes first: 70 % in place of 100 %."""
     model, processor = load(architecture="qwen2_5_vl", clips=True)
     assert model.config.vision_config.tokens_per_second == TOKENS_PER_SECOND

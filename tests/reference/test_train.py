@@ -78,6 +78,9 @@ def test_episodes_start_from_a_checkpoint_and_go_on_where_they_stopped(trained, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_together(tmp_path):
-    scores = train_reference(tmp_path, **SHORT, processes=2, **TINY)
+@pytest.mark.parametrize("stages", ["the last", pytest.param("all", marks=pytest.mark.full)])
+def test_two_processes_train_together(trained, tmp_path, stages):
+    start = {"start": trained[0] / "checkpoint", "episodes_images": 6}
+    chosen = start if stages == "the last" else SHORT
+    scores = train_reference(tmp_path, **chosen, processes=2, **TINY)
     assert len(scores) == 14
