@@ -223,11 +223,13 @@ def test_choosing_at_random_costs_next_to_nothing_and_extra_work_all_it_takes(me
     assert slow["decode_ms"] == random["decode_ms"]
 
 
-@pytest.mark.parametrize("method", ["fastv", "fastervlm", "visionzip", "transprune"])
-def test_reading_signals_is_part_of_choosing(measure, method):
-    budget = {} if method == "transprune" else {"keep_ratio": 0.5}
-    cost, random = measure(make_compressor(method, **budget)), measure(Random(keep_ratio=0.5))
-    assert cost["overhead_ms"]["median"] > random["overhead_ms"]["median"]
+@pytest.mark.slow
+def test_reading_signals_is_part_of_choosing(measure):
+    random = measure(Random(keep_ratio=0.5))["overhead_ms"]["median"]
+    for method in ("fastv", "fastervlm", "visionzip", "transprune"):
+        budget = {} if method == "transprune" else {"keep_ratio": 0.5}
+        cost = measure(make_compressor(method, **budget))
+        assert cost["overhead_ms"]["median"] > random, method
 
 
 @pytest.mark.parametrize(

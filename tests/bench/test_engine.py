@@ -194,7 +194,7 @@ def test_a_killed_process_is_resumed(finished, make_plan, tmp_path):
 KILLS = [("fsync", 1), ("replace", 2), ("fsync", 3), ("replace", 4), ("advance", 5)]
 
 
-@pytest.mark.slow(cases=2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "number"), KILLS)
 def test_a_kill_at_any_step_loses_nothing_and_repeats_nothing(
     finished, make_plan, tmp_path, monkeypatch, step, number
