@@ -17,8 +17,9 @@ from typing import Any
 
 from tests.mutants import CODE, ROOT, Mutant, copy_code, mutants
 
-DID_NOT_RUN = (2, 3, 4, 5)
-"""pytest's codes for tests that were not run; 0 is for those that passed."""
+DID_NOT_RUN = (3, 4, 5)
+"""pytest's codes for tests that were not run; 0 is for those that passed, and 2 for a fault that
+shows while cases are worked out, for which compressed models run."""
 ELSEWHERE = 99
 """The copy is not what is imported."""
 MINUTES = 15
