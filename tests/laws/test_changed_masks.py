@@ -87,6 +87,20 @@ def test_padding_that_a_later_call_shows_is_refused(method: str, static: bool) -
         model(input_ids=step[:1], **{CACHE: alone})  # no padding, no mask
 
 
+def test_padding_of_a_turn_before_the_first_image_is_not_shown_either() -> None:
+    model, words = model_of("llava"), torch.full((2, 4), 9)
+    pad = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    inputs = make_inputs("llava", [Sample([Text(5), Image(), Text(7)])] * 2)
+    mask = torch.cat([pad, inputs["attention_mask"]], dim=1)
+    with compressed(model, make("llava", "fastv")), torch.no_grad():
+        cache = DynamicCache()
+        model(input_ids=words, attention_mask=pad, **{CACHE: cache})
+        model(**inputs | {"attention_mask": mask}, **{CACHE: cache})
+        with pytest.raises(ConfigError, match="give the mask of the whole conversation"):
+            shown = torch.ones(2, mask.shape[1] + 1, dtype=torch.long)
+            model(input_ids=words[:, :1], attention_mask=shown, **{CACHE: cache})
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bias_in_a_mask_blocks_nothing(method: str) -> None:
     model, inputs = model_of("llava"), prompt()
