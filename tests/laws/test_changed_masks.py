@@ -96,8 +96,8 @@ def test_padding_of_a_turn_before_the_first_image_is_not_shown_either() -> None:
         cache = DynamicCache()
         model(input_ids=words, attention_mask=pad, **{CACHE: cache})
         model(**inputs | {"attention_mask": mask}, **{CACHE: cache})
+        shown = torch.ones(2, mask.shape[1] + 1, dtype=torch.long)
         with pytest.raises(ConfigError, match="give the mask of the whole conversation"):
-            shown = torch.ones(2, mask.shape[1] + 1, dtype=torch.long)
             model(input_ids=words[:, :1], attention_mask=shown, **{CACHE: cache})
 
 
