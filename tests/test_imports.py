@@ -52,6 +52,7 @@ FLOORS: dict[str, int] = {
     "vispress.cli_search": 5,
     "vispress.doctor": 5,
     "vispress.saving": 5,
+    "vispress.training": 6,
     "vispress.listing": 5,
     "vispress.model_folders": 5,
     "vispress.picture_files": 5,

@@ -17,19 +17,29 @@ if TYPE_CHECKING:
     from vispress.prompts import prompt_lengths
     from vispress.registry import list_methods, register_method
     from vispress.saving import save_compression
+    from vispress.training import (
+        CompressionCallback,
+        compression_loss,
+        parameter_groups,
+        set_progress,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressionCallback",
     "compress_model",
     "compressed",
+    "compression_loss",
     "compression_report",
     "list_methods",
+    "parameter_groups",
     "prompt_lengths",
     "register_adapter",
     "register_method",
     "remove_compression",
     "save_compression",
+    "set_progress",
     "update_compression",
 ]
 
@@ -44,6 +54,10 @@ _HOME = {
     "register_method": "vispress.registry",
     "register_adapter": "vispress.adapters.base",
     "save_compression": "vispress.saving",
+    "CompressionCallback": "vispress.training",
+    "compression_loss": "vispress.training",
+    "parameter_groups": "vispress.training",
+    "set_progress": "vispress.training",
 }
 
 

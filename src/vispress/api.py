@@ -141,13 +141,18 @@ def update_compression(
         "mean_keep_ratio": mean_keep_ratio,
     }
     given = {name: value for name, value in budgets.items() if value is not None}
+    attachment_of(model).refuse_under_way()
+    change_request(model, attachment_of(model).request.changed(given | hyperparameters))
+    return model
+
+
+def change_request(model: nn.Module, request: Request) -> None:
+    """Let a compressed model follow another request; a failed change changes nothing."""
     attachment = attachment_of(model)
     attachment.refuse_under_way()
-    request = attachment.request.changed(given | hyperparameters)
     check_versions()
     plan, stages = _plan_of(model, find_adapter(model), request)
     attachment.update(plan, stages, request)
-    return model
 
 
 def remove_compression(model: M) -> M:
@@ -263,7 +268,7 @@ def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple
     from vispress.runtime.tokens.masks import check_implementation
 
     check_implementation(adapter.language_model.config._attn_implementation)
-    methods, notes = list(request.methods), list[str]()
+    methods, notes = list(request.at(request.progress)), list[str]()
     for one in methods:
         check_signals(one, adapter)
     if request.mean is not None:

@@ -68,3 +68,13 @@ def check_flag(name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, got {value!r}")
+
+
+def check_layer(name: str, layer: int, num_layers: int, *, low: int = 1) -> None:
+    """Refuse a decoder layer outside `[low, num_layers)`.
+
+    Raises:
+        ConfigError: The layer is out of range.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or not low <= layer < num_layers:
+        raise ConfigError(f"{name} must be an integer in [{low}, {num_layers}), got {layer!r}")

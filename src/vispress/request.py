@@ -27,6 +27,7 @@ class Request:
         mean: The mean that all of it is to keep, or None where its parts bring their own budgets.
         positions: As given.
         backend: As given.
+        progress: How far training is, if that was said: methods may follow a schedule.
 
     Raises:
         ConfigError: There are no such positions or kernels.
@@ -36,6 +37,7 @@ class Request:
     mean: float | None = None
     positions: Positions | None = None
     backend: Backend = "auto"
+    progress: float | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "original", "compact"):
@@ -47,6 +49,14 @@ class Request:
     def names(self) -> str:
         """The methods, for messages."""
         return ", ".join(method.name for method in self.methods)
+
+    def at(self, progress: float | None) -> tuple[Compressor, ...]:
+        """Give the chain at a share of training; as given where none is said."""
+        return self.methods if progress is None else tuple(m.at(progress) for m in self.methods)
+
+    def moved(self, progress: float) -> "Request":
+        """Move to a share of training."""
+        return replace(self, progress=progress)
 
     def changed(self, given: dict[str, Any]) -> "Request":
         """Take new budgets and hyper-parameters.

@@ -1,7 +1,7 @@
 """The values that methods, adapters and the runtime exchange. Tensors only, no models."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -214,6 +214,7 @@ class TokenPlan:
             before stays.
         gate: `[B, N]` in at least fp32, at SKIP placements of a method that `gates`: factor on what
             the MLP adds to a token that runs (differentiable).
+        losses: By name, `[B]`: what each image adds to a training loss (`compression_loss`).
         bypassed: What becomes of tokens that do not run: nothing, or they are multiplied by it.
     """
 
@@ -225,6 +226,7 @@ class TokenPlan:
     memory: tuple[Memory, ...] = ()
     gate: Float[Tensor, "B N"] | None = None
     bypassed: Literal["identity", "gated"] = "identity"
+    losses: Mapping[str, Float[Tensor, "B"]] = field(default_factory=dict)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -257,6 +259,11 @@ class TokenPlan:
             raise ValueError(f"assign has shape {tuple(self.assign.shape)}, expected {shape}")
         if self.gate is not None and tuple(self.gate.shape) != shape:
             raise ValueError(f"gate has shape {tuple(self.gate.shape)}, expected {shape}")
+        for name, loss in self.losses.items():
+            if tuple(loss.shape) != (tokens.batch,):
+                raise ValueError(
+                    f"loss {name} has shape {tuple(loss.shape)}, one an image is wanted"
+                )
         if self.features is not None and self.assign is not None:
             raise ValueError("a plan has either features or assign and weight")
         if len(self.memory) not in (0, tokens.batch):

@@ -82,7 +82,7 @@ class SavedCompressor:
                     f"this model wants {tuple(own[name].shape)}; it is of a model of another width"
                 )
         for name, tensor in self.tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(_as_sharded(tensor, own[name]))
 
 
 def read_saved(folder: Path) -> SavedCompressor:
@@ -145,6 +145,15 @@ def write_saved(
     digest = _hash(folder / MODULES) if tensors else None
     text = json.dumps(card | {"sha256": digest}, indent=1)
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
+
+
+def _as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as FSDP has the one that it goes into."""
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like), like.device_mesh, like.placements)
 
 
 def _refuse_pickles(folder: Path, why: str) -> None:

@@ -33,6 +33,7 @@ from vispress import (
 from vispress.adapters.base import find_adapter
 from vispress.errors import CompressionStateError, UnsupportedModelError
 from vispress.methods.base import Compressor
+from vispress.training import restore
 from vispress.types import Signal
 
 RANKS = 2
@@ -331,8 +332,17 @@ def _saved(method: str, folder: Path) -> None:
     model = compress_model(build("llava"), make("llava", method))
     draw_parameters(model)
     expected = logits_of(model, inputs)
-    save_compression(by_layer(model), folder / method)
+    wrapped = by_layer(model)
+    save_compression(wrapped, folder / method)
     dist.barrier()
+    mine = find_adapter(model).base.vispress_modules
+    before = [p.full_tensor().clone() for p in mine.parameters()]
+    with torch.no_grad():
+        for p in mine.parameters():
+            p.zero_()
+    restore(wrapped, folder / method)
+    again = [p.full_tensor() for p in mine.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
     again = compress_model(build("llava"), config=folder / method)
     assert torch.equal(logits_of(again, inputs), expected)
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vispress.budget import Budget, Rounding, check_ratio, ratio_for_mean
+from vispress.checks import check_layer as check_layer
 from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.cache_evictor import CacheEvictor
@@ -145,6 +146,13 @@ class Compressor(ABC):
             shape: Sizes of the model.
         """
         return None
+
+    def at(self, progress: float) -> "Compressor":
+        """Give the method's settings at a share of training, in `[0, 1]`: itself, unless scheduled.
+
+        Of the same class, and made from these settings alone: nothing is remembered.
+        """
+        return self
 
     @abstractmethod
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
@@ -287,13 +295,3 @@ def _top_in_segments(score: Tensor, segments: Tensor, num_keep: int) -> Tensor:
         places = sent(torch.where(segments == segment)[0], score.device)
         picked.append(places[top_indices(score[:, places], share)])
     return torch.cat(picked, dim=1).sort(dim=1).values
-
-
-def check_layer(name: str, layer: int, num_layers: int, *, low: int = 1) -> None:
-    """Refuse a decoder layer outside `[low, num_layers)`.
-
-    Raises:
-        ConfigError: The layer is out of range.
-    """
-    if isinstance(layer, bool) or not isinstance(layer, int) or not low <= layer < num_layers:
-        raise ConfigError(f"{name} must be an integer in [{low}, {num_layers}), got {layer!r}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from vispress.errors import BudgetError
 from vispress.kinds import PROMPT_SIGNALS
 from vispress.runtime.forward.decision import Change, Decision
+from vispress.runtime.forward.losses import collect
 from vispress.runtime.forward.signals import visual_tokens
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.plan.bound import BoundPlacement
@@ -249,6 +250,8 @@ def _plans(
     tokens = visual_tokens(state, step.compressor, method, placement, bucket, rows, hidden)
     plan = method.plan(tokens, num_keep)
     plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
+    if plan.losses:
+        collect(state.plan.adapter.base, plan, len(state.images))
     if isinstance(plan.keep, Tensor):
         yield bucket, plan
         return

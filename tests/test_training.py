@@ -1,0 +1,332 @@
+"""What training loops ask: losses of methods, groups, progress; transformers' Trainer as it is."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from tests.laws.cases import inputs_of, logits_of, model_of
+from tests.laws.test_law10_training import backward, checkpointing, loss_of, training
+from tests.tiny import Image, Sample, Text, build, make_inputs
+from vispress import (
+    CompressionCallback,
+    compress_model,
+    compressed,
+    compression_loss,
+    compression_report,
+    parameter_groups,
+    remove_compression,
+    save_compression,
+    set_progress,
+    update_compression,
+)
+from vispress.budget import Budget
+from vispress.errors import CompressionStateError, ConfigError
+from vispress.methods import DivPrune, PMoD
+from vispress.methods.base import Compressor, top_indices
+from vispress.types import ModuleShape, Placement, Stage, TokenPlan, VisualTokens
+
+
+class Probe(nn.Module):
+    """Reads one number a token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features @ self.weight.to(features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalised(Compressor):
+    """Ranks by a trained probe, and is to make its scores small; keeps more at first."""
+
+    name: ClassVar[str] = "penalised"
+    summary: ClassVar[str] = "what a probe finds"
+    paper: ClassVar[str] = "control"
+    trained: ClassVar[bool] = True
+
+    keep_ratio: float | None = 0.25
+    layers: tuple[int, ...] = (1, 3)
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        ratio = self.keep_ratio or 1.0
+        return tuple(
+            Placement(stage=Stage.IN_LLM, budget=Budget(keep_ratio=ratio / 2**i), layer=layer)
+            for i, layer in enumerate(self.layers)
+        )
+
+    def make_module(self, shape: ModuleShape) -> Probe:
+        return Probe(shape.width)
+
+    def at(self, progress: float) -> "Penalised":
+        return replace(self, keep_ratio=1.0 - 0.75 * progress)
+
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        assert tokens.module is not None
+        score = tokens.module(tokens.features)
+        losses = {"size": score.square().mean(1), "ones": torch.ones(len(score))}
+        return TokenPlan(keep=top_indices(score.detach(), num_keep), losses=losses)
+
+
+# --- losses
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_losses_are_a_mean_over_images_and_a_sum_over_placements(family: str) -> None:
+    """However images fall into buckets: on Qwen they have two sizes."""
+    model, inputs = model_of(family), inputs_of(family)
+    samples = [
+        Sample([Text(5), Image(4, 4), Text(7)]),
+        Sample([Text(2), Image(4, 6), Text(3), Image(6, 4), Text(4)]),
+    ]
+    with training(model), compressed(model, Penalised()):
+        with compression_loss(model) as extra:
+            assert float(extra().detach()) == 0.0
+            loss_of(model, inputs)
+            together = extra.by_name
+            assert float(extra().detach()) == pytest.approx(sum(together.values()))
+        alone = []
+        for only in range(2):
+            with compression_loss(model) as extra:
+                loss_of(model, make_inputs(family, samples, only=only))
+                alone.append(extra.by_name["ones"])
+        assert together["ones"] == pytest.approx(2.0)
+        assert alone == pytest.approx([2.0, 2.0])
+        with compression_loss(model) as extra:  # two forwards, and a backward of both
+            (loss_of(model, inputs) + loss_of(model, inputs)).backward()
+            assert extra.by_name["size"] == pytest.approx(2 * together["size"])
+        model.zero_grad()
+        loss_of(model, inputs)  # outside: nothing is kept
+        assert extra.by_name["size"] == pytest.approx(2 * together["size"])
+
+
+def test_losses_reach_the_parameters_and_checkpoints_count_them_once() -> None:
+    model, inputs = build("llava"), inputs_of("llava")
+    with training(model), compressed(model, Penalised()):
+        found = []
+        for reentrant in (None, True, False):
+            with compression_loss(model) as extra:
+                if reentrant is None:
+                    loss = loss_of(model, inputs) + extra()
+                    found.append((extra.by_name, backward(model, loss)))
+                    continue
+                with checkpointing(model, reentrant=reentrant):
+                    loss = loss_of(model, inputs) + extra()
+                    found.append((extra.by_name, backward(model, loss)))
+        (name,) = (name for name in found[0][1] if "vispress_modules" in name)
+        assert found[0][1][name].abs().sum() > 0
+        for losses, gradients in found[1:]:
+            assert losses == pytest.approx(found[0][0])
+            torch.testing.assert_close(gradients[name], found[0][1][name])
+
+
+def test_a_batch_without_images_has_gradients_of_zero() -> None:
+    model = build("llava")
+    inputs = make_inputs("llava", [Sample([Text(6)])])
+    with training(model), compressed(model, PMoD()):
+        with compression_loss(model) as extra:
+            (loss_of(model, inputs) + extra()).backward()
+        own = [p for n, p in model.named_parameters() if "vispress_modules" in n]
+        assert len(own) == 8
+        assert all(p.grad is not None and not p.grad.any() for p in own)
+    with pytest.raises(CompressionStateError, match="not compressed"), compression_loss(model):
+        pass
+
+
+def test_losses_of_two_models_are_apart() -> None:
+    first, second = model_of("llava"), model_of("llava_next")
+    with compressed(first, Penalised()), compressed(second, Penalised(layers=(2,))):
+        with compression_loss(first) as one, compression_loss(second) as other:
+            logits_of(first, inputs_of("llava"))
+            logits_of(second, inputs_of("llava_next"))
+        assert one.by_name["ones"] == pytest.approx(2.0)
+        assert other.by_name["ones"] == pytest.approx(1.0)
+
+
+def test_a_loss_that_is_not_one_an_image_is_an_error() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Scalar(Penalised):
+        def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+            return replace(super().plan(tokens, num_keep), losses={"size": torch.ones(())})
+
+    model = model_of("llava")
+    with compressed(model, Scalar()), pytest.raises(ValueError, match=r"loss size has shape \(\)"):
+        logits_of(model, inputs_of("llava"))
+
+
+# --- groups
+
+
+def test_groups_part_the_models_parameters_from_the_methods() -> None:
+    model = compress_model(build("llava"), PMoD())
+    own = {id(p) for n, p in model.named_parameters() if "vispress_modules" in n}
+    rest, methods = parameter_groups(model, lr=1e-5, modules_lr=2e-4)
+    assert (rest["lr"], methods["lr"]) == (1e-5, 2e-4)
+    assert {id(p) for p in methods["params"]} == own
+    assert len(rest["params"]) + len(own) == len(list(model.parameters()))
+    torch.optim.AdamW([rest, methods])
+    for p in model.parameters():
+        p.requires_grad_(id(p) in own)
+    (only,) = parameter_groups(model, lr=1e-5, modules_lr=2e-4)
+    assert only["lr"] == 2e-4
+    for bad in ({"lr": 0.0, "modules_lr": 1.0}, {"lr": 1.0, "modules_lr": "fast"}):
+        with pytest.raises(ConfigError, match="must be a number above 0"):
+            parameter_groups(model, **bad)  # type: ignore[arg-type]
+    remove_compression(model)
+    with pytest.raises(CompressionStateError, match="not compressed"):
+        parameter_groups(model, lr=1.0, modules_lr=1.0)
+
+
+# --- progress
+
+
+def test_progress_moves_settings_and_keeps_parameters(tmp_path: Path) -> None:
+    model, inputs = (
+        compress_model(build("llava"), [DivPrune(keep_ratio=0.5), Penalised()]),
+        inputs_of("llava"),
+    )
+    own = {n: id(p) for n, p in model.named_parameters() if "vispress_modules" in n}
+
+    def kept() -> int:
+        logits_of(model, inputs)
+        return compression_report(model).samples[0].images[0].num_kept
+
+    assert kept() == 2  # as it was compressed: an eighth of 18
+    for progress, count in ((0.0, 9), (0.5, 6), (1.0, 2), (0.25, 7)):
+        set_progress(model, progress)
+        assert kept() == count
+    assert {n: id(p) for n, p in model.named_parameters() if "vispress_modules" in n} == own
+    save_compression(model, tmp_path)
+    assert "keep_ratio: 0.25" in (tmp_path / "compressor.yaml").read_text()
+    for bad in (-0.1, 1.5, "half", True, float("nan")):
+        with pytest.raises(ConfigError, match=r"progress must be a number in \[0, 1\]"):
+            set_progress(model, bad)  # type: ignore[arg-type]
+
+
+def test_progress_of_methods_without_a_schedule_changes_nothing() -> None:
+    model = compress_model(build("llava"), PMoD())
+    from vispress.api import attachment_of
+
+    plan = attachment_of(model).plan
+    for step in range(4):
+        set_progress(model, step / 3)
+    assert attachment_of(model).plan is plan
+    update_compression(model, scale=0.1)
+    assert attachment_of(model).plan is not plan
+
+
+# --- transformers' Trainer
+
+
+class Questions(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """A few prompts of one picture, with answers of two tokens."""
+
+    def __init__(self, count: int = 8) -> None:
+        sample = Sample([Text(5), Image(4, 4), Text(7)])
+        self.rows = [
+            make_inputs("llava", [sample], seed=seed, dtype=torch.float32) for seed in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        row = {name: value[0] for name, value in self.rows[number].items()}
+        labels = row["input_ids"].clone()
+        labels[:-2] = -100
+        return row | {"labels": labels}
+
+
+def trainer(folder: Path, model: Any, resume_from: Path | None = None, **options: Any) -> Trainer:
+    """Four steps of two questions, on the host."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-3, "use_cpu": True,
+        "report_to": [], "save_steps": 2, "logging_steps": 1, "remove_unused_columns": False,
+        "disable_tqdm": True, "seed": 0,
+    }  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(folder), **(settings | options))
+    callbacks = [CompressionCallback(resume_from)]
+    questions = {"train_dataset": Questions(), "eval_dataset": Questions(2)}
+    return Trainer(model, arguments, callbacks=callbacks, **questions)
+
+
+def drawn(model: Any) -> dict[str, Tensor]:
+    """Parameters of methods, as they are now."""
+    own = (item for item in model.named_parameters() if "vispress_modules" in item[0])
+    return {name: p.detach().clone() for name, p in own}
+
+
+def trained_model() -> Any:
+    return compress_model(build("llava", dtype=torch.float32), PMoD())
+
+
+def test_a_plain_trainer_trains_both(tmp_path: Path) -> None:
+    model = trained_model()
+    before, weight = drawn(model), model.lm_head.weight.detach().clone()
+    trainer(tmp_path, model).train()
+    assert not torch.equal(model.lm_head.weight, weight)
+    moved = {name for name, value in drawn(model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".5." not in name}
+
+
+def frozen_model() -> Any:
+    """Routers alone are trained: a trainer that resumes LLaVA does not find its weights' names."""
+    model = build("llava", dtype=torch.float32).requires_grad_(False)
+    return compress_model(model, PMoD())
+
+
+def test_a_plain_trainer_saves_and_resumes(tmp_path: Path) -> None:
+    model = frozen_model()
+    before = drawn(model)
+    trainer(tmp_path / "one", model).train()
+    after = drawn(model)
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    checkpoint = tmp_path / "one" / "checkpoint-2"
+    assert not any("vispress" in name for name in load_file(checkpoint / "model.safetensors"))
+    assert (checkpoint / "compressor" / "modules.safetensors").exists()
+    for folder, resume_from in (("one", None), ("two", checkpoint)):
+        again = frozen_model()
+        resumed = trainer(tmp_path / folder, again, resume_from)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        for name, value in drawn(again).items():
+            torch.testing.assert_close(value, after[name], rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"cannot read .*compressor/vispress\.json"):
+        trainer(tmp_path / "three", frozen_model()).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_best_checkpoint_brings_its_compressor(tmp_path: Path) -> None:
+    model = trained_model()
+    run = trainer(
+        tmp_path, model, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint is not None
+    best = Path(run.state.best_model_checkpoint)
+    saved = load_file(best / "compressor" / "modules.safetensors")
+    found = {name.split("vispress_modules.")[1]: value for name, value in drawn(model).items()}
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], value) for name, value in saved.items())
+    card = json.loads((best / "compressor" / "vispress.json").read_text())
+    assert card["methods"] == ["pmod"]
+
+
+def test_groups_of_a_trainer_have_their_rates(tmp_path: Path) -> None:
+    model = trained_model()
+    optimiser = torch.optim.SGD(parameter_groups(model, lr=1e-12, modules_lr=1.0))
+    before = drawn(model)
+    weight = model.lm_head.weight.detach().clone()
+    run = trainer(tmp_path, model, save_strategy="no")
+    run.optimizer = optimiser
+    run.train()
+    name = next(name for name in before if name.endswith("0.2.weight"))
+    assert (drawn(model)[name] - before[name]).abs().max() > 1e-4
+    assert (model.lm_head.weight - weight).abs().max() < 1e-6
