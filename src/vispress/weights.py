@@ -147,7 +147,7 @@ def write_saved(
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
 
 
-def _as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+def _as_sharded(tensor: Tensor, like: Any) -> Tensor:
     """A whole tensor as FSDP has the one that it goes into."""
     if not hasattr(like, "device_mesh"):
         return tensor
