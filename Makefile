@@ -29,7 +29,7 @@ full: install  ## everything: laws on every method and every family
 
 integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \
-		-n 2 -o addopts="-q --strict-markers --strict-config"
+		-n 2 -o addopts="-q -p no:logging --strict-markers --strict-config"
 
 # on top of VENV: what is there is not installed again; lmms-eval alone, without its judges and demos
 $(INTEGRATIONS)/.installed: $(VENV)/.installed tests/integrations/requirements.txt

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from tests.kernels.interpreter import replace_once_a_launch
 from tests.laws import cases
 
 import vispress_kernels
@@ -55,8 +56,9 @@ METHODS = [
 
 
 @pytest.fixture
-def launched() -> Iterator[Counter[str]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often each kernel was launched."""
+    replace_once_a_launch(monkeypatch)
     seen: Counter[str] = Counter()
     original = _launch.launch
 
