@@ -54,6 +54,7 @@ def compiled_graphs(model: Any, family: str, video: bool) -> list[int]:
         ("llava", "fastv"),
         ("llava", "divprune"),
         ("qwen2_5_vl", "fastv"),
+        ("llava", "pmod"),
         ("llava_onevision", "dycoke"),
     ],
 )

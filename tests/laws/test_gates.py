@@ -4,6 +4,7 @@ Laws 1 to 16 meet the method with routers of zeros, whose gates are 1.
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -201,6 +202,58 @@ def test_a_chain_drops_gates_and_drops_again() -> None:
     assert counts == [18, 18, 4, 3, 3, 3]
     with compressed(model, [*chain[:1], METHOD], positions="original"):
         assert not torch.equal(logits_of(model, inputs), got)
+
+
+@pytest.mark.parametrize("place", ["self_attn", "post_attention_layernorm", "mlp"])
+def test_an_interrupted_layer_leaves_the_next_call_right(place: str) -> None:
+    """Wherever it stops: behind the attention, the MLP's hook waits for a call that is gone."""
+    model, inputs = model_of("llava"), inputs_of("llava")
+    layers = model.model.language_model.layers
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with compressed(model, METHOD):
+        draw(model)
+        expected, kept = logits_of(model, inputs), []
+        for number in (1, 3, 1, 2):
+            handle = getattr(layers[number], place).register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt) as caught:
+                logits_of(model, inputs)
+            kept.append(caught)  # its traceback holds the call
+            handle.remove()
+            assert torch.equal(logits_of(model, inputs), expected)
+    plain = logits_of(model, inputs)
+    with compressed(model, PMoD(keep_ratio=1.0)):
+        draw(model)
+        assert torch.equal(logits_of(model, inputs), plain)
+
+
+def test_threads_do_not_take_each_others_gates() -> None:
+    model = model_of("llava")
+    batches = [inputs_of("llava"), inputs_of("llava", "right")]
+    with compressed(model, METHOD):
+        draw(model)
+        expected = [logits_of(model, inputs) for inputs in batches]
+
+        def run(number: int) -> bool:
+            return torch.equal(logits_of(model, batches[number]), expected[number])
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(run, [0, 1] * 6))
+
+
+@pytest.mark.parametrize("part", ["layer", "mlp"])
+def test_compiled_modules_scale_as_plain_ones(part: str) -> None:
+    model, inputs = build("llava"), inputs_of("llava")
+    compress_model(model, METHOD)
+    draw(model)
+    expected = logits_of(model, inputs)
+    torch._dynamo.reset()
+    layers = model.model.language_model.layers
+    for module in [layers[2]] if part == "layer" else [layer.mlp for layer in layers]:
+        module.compile(backend="eager")
+    assert (logits_of(model, inputs) - expected).abs().max() < EXACT
 
 
 def test_nothing_drops_in_gated_layers() -> None:

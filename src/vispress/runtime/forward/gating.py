@@ -8,7 +8,6 @@ hook notes it for the MLP, which is handed hidden states alone.
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,46 +16,70 @@ from torch import nn
 from vispress.adapters.decoder import mlp_branch
 from vispress.errors import CompressionStateError
 from vispress.runtime.forward.running import RUNNING, Running
+from vispress.runtime.forward.state import Span
 from vispress.runtime.tokens.live_tokens import scale_rows
 
-GATED: ContextVar["weakref.ref[Running] | None"] = ContextVar("vispress_gated", default=None)
-"""The call whose attention ran last in this context, in a layer with a gate. What an interrupted
+GATED: ContextVar["tuple[int, weakref.ref[Running]] | None"] = ContextVar(
+    "vispress_gated", default=None
+)
+"""The layer with a gate whose attention ran last in this context, and the call. What an interrupted
 call left here is replaced by the next attention, and kept alive by nothing."""
 
 
 def gate_layer(layer: Any, number: int) -> list[Callable[[], None]]:
     """Put hooks on a decoder layer's attention and MLP; gives what undoes them."""
-    branch = mlp_branch(layer)
+    hooks, branch = _GateHooks(number), mlp_branch(layer)
     return [
-        layer.self_attn.register_forward_hook(_attention_ran, with_kwargs=True).remove,
-        branch.register_forward_hook(partial(_branch_ran, number)).remove,
+        layer.self_attn.register_forward_hook(hooks.attention_ran, with_kwargs=True).remove,
+        branch.register_forward_hook(hooks.branch_ran).remove,
     ]
 
 
-def _attention_ran(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    running = kwargs.get(RUNNING)
-    gated = isinstance(running, Running) and running.state.spans
-    GATED.set(weakref.ref(running) if gated else None)
+class _GateHooks:
+    """Hooks of one layer.
 
+    Args:
+        number: The layer.
+    """
 
-def _branch_ran(number: int, module: nn.Module, args: Any, output: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return None
-    noted = GATED.get()
-    running = None if noted is None else noted()
-    if running is None:
-        return None
-    GATED.set(None)
-    span = running.state.span_at(number)
-    if span is None or span.gate is None:
-        return None
-    if running.trains and not torch.is_grad_enabled():
-        raise CompressionStateError(
-            "reentrant gradient checkpointing runs a layer without gradients first, and those of "
-            "the gate would be lost; use gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
-    if isinstance(output, tuple):
-        return (scale_rows(output[0], span.gate, span.rows), *output[1:])
-    return scale_rows(output, span.gate, span.rows)
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.waiting = 0
+        """Calls between attention and MLP, in all threads: without any, as in a compiled decode
+        step, the context, which would break its graph, is not looked at."""
+
+    def attention_ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Note the call for the MLP, if this layer has a gate in it."""
+        running = kwargs.get(RUNNING)
+        gated = isinstance(running, Running) and self._span(running) is not None
+        if not gated and not self.waiting:
+            return
+        noted = GATED.get()
+        if gated and (noted is None or noted[0] != self.number):  # else one was interrupted here
+            self.waiting += 1
+        GATED.set((self.number, weakref.ref(running)) if gated else None)
+
+    def branch_ran(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Scale what the MLP adds."""
+        if not self.waiting:
+            return None
+        noted = GATED.get()
+        running = None if noted is None or noted[0] != self.number else noted[1]()
+        span = None if running is None else self._span(running)
+        if running is None or span is None or span.gate is None:
+            return None
+        GATED.set(None)
+        self.waiting -= 1
+        if running.trains and not torch.is_grad_enabled():
+            raise CompressionStateError(
+                "reentrant gradient checkpointing runs a layer without gradients first, and those "
+                "of the gate would be lost; use gradient_checkpointing_kwargs={'use_reentrant': "
+                "False}"
+            )
+        if isinstance(output, tuple):
+            return (scale_rows(output[0], span.gate, span.rows), *output[1:])
+        return scale_rows(output, span.gate, span.rows)
+
+    def _span(self, running: Running) -> Span | None:
+        span = running.state.span_at(self.number)
+        return None if span is None or span.gate is None else span
