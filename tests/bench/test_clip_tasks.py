@@ -197,6 +197,7 @@ def test_the_encoder_runs_once_for_all_cells(qwen, prompts):
         handle.remove()
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("method", VIDEO_METHODS)
 def test_a_replay_keeps_what_was_kept(qwen, method):
     """Also where rows of a batch keep other counts, and some are done before others."""

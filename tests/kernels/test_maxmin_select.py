@@ -16,6 +16,7 @@ TOKENS = [
 SHAPES = [(1, 1, 1, 1), (2, 19, 4, 20), (1, 9, 9, 130), (1, 70, 3, 8), (0, 4, 2, 8), (2, 4, 0, 8)]
 
 
+@pytest.mark.some(cases=15)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("B", "N", "K", "D"), SHAPES)

@@ -81,6 +81,7 @@ def test_compositions_equal_the_masked_model(family: str, name: str) -> None:
     assert_equals_oracle(model, inputs, result)
 
 
+@pytest.mark.some(cases=20)
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_compositions_in_a_batch_give_what_they_give_alone(family: str, name: str) -> None:
     model, batch = model_of(family), inputs_with_padding(family)
@@ -96,6 +97,7 @@ def test_compositions_in_a_batch_give_what_they_give_alone(family: str, name: st
         assert (together[index][real] - alone).abs().max() < 1e-9
 
 
+@pytest.mark.some(cases=20)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_compositions_leave_nothing_behind(family: str, name: str) -> None:

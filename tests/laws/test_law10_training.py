@@ -424,6 +424,7 @@ def test_lora_with_gradient_checkpointing_gives_the_same_gradients(
     assert_equal(got, expected)
 
 
+@pytest.mark.some(cases=20)
 @pytest.mark.parametrize("method", [method for family, method in CASES if family == "llava"])
 def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
     """A training loop of three steps: losses fall, and the model is still compressed."""

@@ -118,7 +118,7 @@ def test_a_cls_method_on_a_model_without_cls_names_the_substitute_and_what_works
         assert any("column mean" in note for note in report.notes)
 
 
-@pytest.mark.slow(cases=2)
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_method_named_as_working_works(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family)

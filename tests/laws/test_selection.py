@@ -42,7 +42,7 @@ def test_law_1_meets_every_way_on_every_layout(product: str) -> None:
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("first", LAWS[: -selection.SPREAD + 1])
+@pytest.mark.parametrize("first", [1, 2, 3, 9, 14])
 def test_laws_in_a_row_meet_every_way_on_every_layout(first: int, product: str) -> None:
     among = PRODUCTS[product]
     some = range(first, first + selection.SPREAD)
