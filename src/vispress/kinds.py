@@ -6,6 +6,11 @@ from typing import Literal
 Positions = Literal["original", "compact"]
 Need = Literal["anyres", "video"]
 """Kinds of visual input that not every model has: AnyRes crops, videos."""
+Evidence = Literal[
+    "code", "reimplementation", "paper", "reconstructed", "control", "composition", "own"
+]
+"""What a method follows: its authors' code, another's, the paper, or what could be made of it; or
+it is a control, a composition of methods, or our own."""
 
 
 class Stage(StrEnum):

@@ -495,7 +495,7 @@ def test_documentation_says_what_is_followed(name):
     assert all(word and "\n" not in word for word in (cls.summary, cls.paper, cls.evidence))
     assert cls.__doc__
     module_doc = text.split('"""')[1]
-    if cls.evidence in ("control", "composition"):
+    if cls.evidence in ("control", "composition", "own"):
         assert cls.paper == cls.evidence
         assert cls.evidence.capitalize() in module_doc
     else:

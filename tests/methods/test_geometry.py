@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.methods.helpers import anyres, make_tokens, take
-from tests.methods.test_contract import VARIANTS, VIDEO_ONLY, count_for, counts_by_shape
+from tests.methods.test_contract import VARIANTS, VIDEO_ONLY, count_for, counts_by_shape, with_module
 
 from vispress.methods import ADSC
 from vispress.methods._parts.video.frames import Frames
@@ -98,6 +98,7 @@ def drawn(data, method):
         geometry = {"grid": (2, 1, 1)}
     layers = len(method.encoder_layers(6, 4))
     tokens = make_tokens(**geometry, encoder_layers=layers, seed=data.draw(st.integers(0, 9)))
+    tokens = with_module(method, tokens)
     return dataclasses.replace(
         tokens,
         query_attention=None if method.name in EARLY else tokens.query_attention,

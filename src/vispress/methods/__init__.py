@@ -33,6 +33,7 @@ from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.quadtree_merge import QuadtreeMerge as QuadtreeMerge
 from vispress.methods.random_ import Random as Random
 from vispress.methods.random_mix import RandomMix as RandomMix
+from vispress.methods.relevance_dpp import RelevanceDPP as RelevanceDPP
 from vispress.methods.scm import SCM as SCM
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus

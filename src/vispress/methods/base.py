@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from functools import lru_cache, wraps
-from typing import Any, ClassVar, Literal, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from vispress.budget import Budget, Rounding, check_ratio, ratio_for_mean
 from vispress.checks import check_layer as check_layer
 from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
+from vispress.kinds import Evidence as Evidence
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
@@ -29,8 +30,6 @@ from vispress.types import (
     TokenPlan,
     VisualTokens,
 )
-
-Evidence = Literal["code", "reimplementation", "paper", "reconstructed", "control", "composition"]
 
 Made = TypeVar("Made")
 
@@ -55,7 +54,7 @@ class Compressor(ABC):
     summary: ClassVar[str]
     """One line for tables: what is kept, and why."""
     paper: ClassVar[str]
-    """Short citation with arXiv id, or "control", or "composition"."""
+    """Short citation with arXiv id, or "control", "composition" or "own"."""
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset()
     rounding: ClassVar[Rounding] = "round"

@@ -1,0 +1,1 @@
+"""Networks that methods with parameters are built of."""

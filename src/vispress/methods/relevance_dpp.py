@@ -1,0 +1,164 @@
+"""Relevance DPP: keep tokens that a small trained network finds relevant, and that differ.
+
+Own; nothing was published. CDPruner's kernel (see `cdpruner`) with another relevance: the model's
+own attention as a ranking keeps duplicates and loses to diversity alone, while as the relevance of
+a determinantal point process it beats both where few tokens stay.
+A network of two blocks reads projected tokens and the question's input embeddings and gives a score
+a token. Relevance is `exp(w (score - best))`, and the kernel `diag(r) cos(V, V) diag(r)` is
+maximised greedily, crop by crop and frame by frame. Questions that ask for everything of a kind
+(counting) need diversity more as the budget grows, so `w` falls from `weight` to 0 at the share
+`fade`.
+Trained by `vispress train-compressor` for any checkpoint, without labels: the target is the model's
+own attention from the question to the picture. Untrained, all tokens are as relevant, and it is the
+unconditional DPP.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vispress.checks import check_integer, check_number
+from vispress.devices import sent
+from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
+from vispress.methods._parts.networks.layers import Attend, Dense, FeedForward, Norm, places
+from vispress.methods._parts.scoring.question import question
+from vispress.methods.base import Compressor, Evidence, upcast
+from vispress.registry import register_method
+from vispress.types import ModuleShape, Placement, Signal, Stage, TokenPlan, VisualTokens
+from vispress_kernels.dpp_select import dpp_select
+
+LEAST = 1e-3
+"""Relevance of the least relevant: the kernel stays regular."""
+
+
+class Block(nn.Module):
+    """Let visual tokens look at the text, then at each other.
+
+    Args:
+        width: Of both.
+        heads: Of attention, a divisor of the width.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.across, self.among = Attend(width, heads), Attend(width, heads)
+        self.alone = FeedForward(width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        words: Float[Tensor, "B T D"],
+        valid: Bool[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B N D"]:
+        """Change visual tokens."""
+        x = self.across(x, words, valid)
+        changed: Tensor = self.alone(self.among(x, x))
+        return changed
+
+
+class Relevance(nn.Module):
+    """Score visual tokens by what a question asks for; all alike at first.
+
+    Args:
+        width_in: Of visual tokens and of the text.
+        width: Inside; even.
+        heads: Of its attention, a divisor of the width.
+        blocks: Times that visual tokens look at the text and at each other.
+    """
+
+    def __init__(self, width_in: int, *, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(Norm(width_in), Dense(width_in, width))
+        self.text = nn.Sequential(Norm(width_in), Dense(width_in, width))
+        self.read = nn.ModuleList([Attend(width, heads), FeedForward(width)])
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.out = nn.Sequential(Norm(width), Dense(width, 1, zero=True))
+
+    def forward(
+        self,
+        features: Float[Tensor, "B N D"],
+        text: Float[Tensor, "B T D"],
+        valid: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B N"]:
+        """Score tokens, in at least fp32; any range.
+
+        Args:
+            features: Projected visual tokens.
+            text: Input embeddings of the question; T may be 0.
+            valid: False on padding behind a question; each row has a valid token.
+        """
+        x, words = self.visual(features), self.text(text)
+        words = words + places(words.shape[1], words.shape[2], words)
+        attend, change = self.read
+        words = change(attend(words, words, valid))
+        for block in self.blocks:
+            x = block(x, words, valid)
+        score: Tensor = self.out(x)[..., 0]
+        return score
+
+
+@final
+@register_method("relevance_dpp")
+@dataclass(frozen=True, kw_only=True)
+class RelevanceDPP(Compressor):
+    """Prune before the LLM, by diversity conditioned on a learned relevance.
+
+    Args:
+        weight: How much the score counts where hardly any token stays; at least 0.
+        fade: Share of an image's tokens at which it counts for nothing, in `(0, 1]`.
+        width: Of the network, even.
+        heads: Of its attention, a divisor of the width.
+        blocks: Of the network.
+    """
+
+    summary: ClassVar[str] = "diverse and relevant by a trained network: greedy MAP of a DPP"
+    paper: ClassVar[str] = "own"
+    evidence: ClassVar[Evidence] = "own"
+    reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.TEXT_EMBEDDINGS}
+    trained: ClassVar[bool] = True
+
+    weight: float = 0.25
+    fade: float = 0.4
+    width: int = 64
+    heads: int = 4
+    blocks: int = 2
+
+    def validate(self) -> None:
+        check_number("weight", self.weight, low=0.0, high=100.0)
+        check_number("fade", self.fade, low=1e-6, high=1.0)
+        for name in ("width", "heads", "blocks"):
+            check_integer(name, getattr(self, name), low=1)
+        if self.width % (2 * self.heads):
+            raise ConfigError(
+                f"width must be a multiple of twice the heads, got width={self.width} and "
+                f"heads={self.heads}"
+            )
+
+    def placements(self, num_layers: int) -> tuple[Placement, ...]:
+        return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
+
+    def make_module(self, shape: ModuleShape) -> Relevance:
+        return Relevance(shape.width, width=self.width, heads=self.heads, blocks=self.blocks)
+
+    def weight_at(self, share: float) -> float:
+        """Give the weight of the score where this share of an image's tokens stays."""
+        return self.weight * max(0.0, 1.0 - share / self.fade)
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+        assert tokens.module is not None  # `trained`
+        x = tokens.features
+        score: Tensor = tokens.module(x, question(tokens))
+        counted = sent(tokens.segments(), x.device) >= 0
+        best = torch.where(counted, score, float("-inf")).amax(dim=1, keepdim=True)
+        weight = self.weight_at(num_keep / tokens.num_original)
+        relevance = upcast(((score - best) * weight).clamp(max=0.0).exp().clamp(min=LEAST))
+
+        def pick(part: Part) -> Tensor:
+            return dpp_select(part.of(x), part.of(relevance), part.share, backend=tokens.backend)
+
+        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))
