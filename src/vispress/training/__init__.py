@@ -1,0 +1,1 @@
+"""Train the parameters of compressors: targets that a model gives by itself, and loops."""

@@ -1,0 +1,151 @@
+"""Teach a network that scores visual tokens what a model attends to."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vispress.errors import ConfigError
+from vispress.training.targets import Heard
+
+HELD_OUT = 10
+"""One example in so many is never learned from."""
+WARM_UP = 20
+FINAL = 0.03
+"""Share of the learning rate that is left at the end."""
+
+
+@dataclass(eq=False)
+class Curve:
+    """How training went.
+
+    Args:
+        loss: Divergence of target and score, in nats, of each step's batch.
+        held_out: The same on what was held out: before the first step and behind the last.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+
+
+def distil(
+    module: nn.Module,
+    heard: Sequence[Heard],
+    *,
+    steps: int = 300,
+    batch: int = 64,
+    lr: float = 2e-3,
+    seed: int = 0,
+    advance: Callable[[float], None] | None = None,
+) -> Curve:
+    """Move a module's softmax over an image's tokens towards the target, by AdamW.
+
+    The rate warms up over 20 steps and falls along a cosine. A batch has images of one size.
+
+    Args:
+        module: Called with features `[B, N, D]`, text `[B, T, D]` and `valid [B, T]`, gives
+            `[B, N]`; changed in place, on its device.
+        heard: Examples; one in ten is held out.
+        steps: At least 1.
+        batch: Images a step, at most.
+        lr: Highest learning rate.
+        seed: Of the order; equal ones give equal parameters on the same machine.
+        advance: Told the loss of each step.
+
+    Raises:
+        ConfigError: There are too few examples, or a parameter is frozen.
+    """
+    if len(heard) < 2 * HELD_OUT:
+        raise ConfigError(
+            f"training needs at least {2 * HELD_OUT} images with a question behind them, got "
+            f"{len(heard)}"
+        )
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise ConfigError(f"{frozen[0]} is frozen (requires_grad=False), and so cannot be trained")
+    kept = [one for number, one in enumerate(heard) if number % HELD_OUT]
+    test = heard[::HELD_OUT]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.01)
+    curve, drawn = Curve(), _Batches(kept, batch, seed)
+    curve.held_out.append(_divergence(module, test, batch))
+    module.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * _rate(step, steps)
+        loss = divergence(module, drawn.next())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        curve.loss.append(float(loss))
+        if advance is not None:
+            advance(curve.loss[-1])
+    module.eval()
+    curve.held_out.append(_divergence(module, test, batch))
+    return curve
+
+
+def divergence(module: nn.Module, batch: Sequence[Heard]) -> Tensor:
+    """Average the Kullback-Leibler divergence of targets and scores, in nats."""
+    device = next(module.parameters()).device
+    longest = max(len(one.text) for one in batch)
+    text = batch[0].text.new_zeros(len(batch), longest, batch[0].text.shape[1])
+    for row, one in enumerate(batch):
+        text[row, : len(one.text)] = one.text
+    valid = torch.arange(longest) < torch.tensor([[len(one.text)] for one in batch])
+    features = torch.stack([one.features for one in batch]).to(device)
+    target = torch.stack([one.target for one in batch]).to(device)
+    score = module(features, text.to(device), valid.to(device)).log_softmax(dim=-1)
+    return nn.functional.kl_div(score, target.to(score), reduction="batchmean")
+
+
+class _Batches:
+    """Batches of images of one size, each size as often as it has images.
+
+    Args:
+        heard: Examples.
+        batch: Images a batch, at most.
+        seed: Of the order.
+    """
+
+    def __init__(self, heard: Sequence[Heard], batch: int, seed: int) -> None:
+        self.heard, self.batch = heard, batch
+        self.generator = torch.Generator().manual_seed(seed)
+        self.left: list[list[int]] = []
+
+    def next(self) -> list[Heard]:
+        """Draw the next one; a new round begins when all were drawn."""
+        if not self.left:
+            order = torch.randperm(len(self.heard), generator=self.generator).tolist()
+            by_size: dict[int, list[int]] = {}
+            for place in order:
+                by_size.setdefault(len(self.heard[place].target), []).append(place)
+            cut = [
+                places[start : start + self.batch]
+                for places in by_size.values()
+                for start in range(0, len(places), self.batch)
+            ]
+            turns = torch.randperm(len(cut), generator=self.generator).tolist()
+            self.left = [cut[turn] for turn in turns]
+        return [self.heard[place] for place in self.left.pop()]
+
+
+@torch.no_grad()
+def _divergence(module: nn.Module, heard: Sequence[Heard], batch: int) -> float:
+    module.eval()
+    by_size: dict[int, list[Heard]] = {}
+    for one in heard:
+        by_size.setdefault(len(one.target), []).append(one)
+    total = 0.0
+    for same in by_size.values():
+        for start in range(0, len(same), batch):
+            part = same[start : start + batch]
+            total += float(divergence(module, part)) * len(part)
+    return total / len(heard)
+
+
+def _rate(step: int, steps: int) -> float:
+    falling = (1 + math.cos(math.pi * step / steps)) / 2
+    return min(1.0, (step + 1) / WARM_UP) * (FINAL + (1 - FINAL) * falling)
