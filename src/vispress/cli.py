@@ -13,6 +13,7 @@ from vispress.checks import check_choice, suggest
 from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
 from vispress.cli_search import search
 from vispress.errors import ConfigError, VispressError
+from vispress.training.command import train_compressor
 
 if TYPE_CHECKING:
     from vispress.bench.plan.plan import Plan
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(name="fit-debias")(fit_debias)
+app.command(name="train-compressor")(train_compressor)
 app.command()(search)
 
 

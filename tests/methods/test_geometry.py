@@ -8,7 +8,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.methods.helpers import anyres, make_tokens, take
-from tests.methods.test_contract import VARIANTS, VIDEO_ONLY, count_for, counts_by_shape, with_module
+from tests.methods.test_contract import (
+    VARIANTS,
+    VIDEO_ONLY,
+    count_for,
+    counts_by_shape,
+    with_module,
+)
 
 from vispress.methods import ADSC
 from vispress.methods._parts.video.frames import Frames

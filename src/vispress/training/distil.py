@@ -79,7 +79,7 @@ def distil(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        curve.loss.append(float(loss))
+        curve.loss.append(float(loss.detach()))
         if advance is not None:
             advance(curve.loss[-1])
     module.eval()
