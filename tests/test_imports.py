@@ -56,7 +56,7 @@ FLOORS: dict[str, int] = {
     "vispress.listing": 5,
     "vispress.model_folders": 5,
     "vispress.picture_files": 5,
-    "vispress.training": 5,
+    "vispress.distillation": 5,
 }
 
 INNER: dict[str, dict[str, int]] = {

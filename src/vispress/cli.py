@@ -12,8 +12,8 @@ from vispress.analysis.fit_debias import fit_debias
 from vispress.checks import check_choice, suggest
 from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
 from vispress.cli_search import search
+from vispress.distillation.command import train_compressor
 from vispress.errors import ConfigError, VispressError
-from vispress.training.command import train_compressor
 
 if TYPE_CHECKING:
     from vispress.bench.plan.plan import Plan

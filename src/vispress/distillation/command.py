@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from vispress.bench.model.loaded_model import Dtype, LoadedModel
     from vispress.bench.tasks.task import Prompt
+    from vispress.distillation.distil import Curve
     from vispress.methods.base import Compressor
-    from vispress.training.distil import Curve
 
 BY_ATTENTION = ("relevance_dpp",)
 """Methods whose parameters this command trains, by what the model itself attends to."""
@@ -94,7 +94,7 @@ def draw(
     """
     from vispress.analysis.fit_debias import draw_prompts
     from vispress.bench.model.checkpoints import Checkpoint
-    from vispress.training.scenes import training_prompts
+    from vispress.distillation.scenes import training_prompts
 
     if data is not None or questions:
         return draw_prompts(data, questions, samples, seed, loaded)
@@ -125,9 +125,9 @@ def train(
     """
     from vispress import compress_model
     from vispress.adapters.base import find_adapter
+    from vispress.distillation.distil import distil
+    from vispress.distillation.targets import listen
     from vispress.runtime.modules import MODULES
-    from vispress.training.distil import distil
-    from vispress.training.targets import listen
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:

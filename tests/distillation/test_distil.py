@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from vispress.distillation.distil import distil, divergence
+from vispress.distillation.scenes import training_prompts
+from vispress.distillation.targets import Heard
 from vispress.errors import ConfigError
 from vispress.methods import RelevanceDPP
-from vispress.training.distil import distil, divergence
-from vispress.training.scenes import training_prompts
-from vispress.training.targets import Heard
 from vispress.types import ModuleShape
 
 SHAPE = ModuleShape(width=8, vision_width=8, num_layers=4, num_heads=2, vision_layers=2)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from vispress.distillation.targets import Heard
 from vispress.errors import ConfigError
-from vispress.training.targets import Heard
 
 HELD_OUT = 10
 """One example in so many is never learned from."""

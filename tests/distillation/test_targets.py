@@ -7,8 +7,8 @@ import torch
 from tests.tiny import Image, Sample, Text, build, make_inputs
 
 from vispress import compress_model
+from vispress.distillation.targets import layers_to_read, listen
 from vispress.errors import CompressionStateError, ConfigError
-from vispress.training.targets import layers_to_read, listen
 
 SAMPLES = (
     Sample([Text(5), Image(4, 4), Text(7)]),

@@ -1,0 +1,1 @@
+"""Teach the parameters of compressors what a model itself attends to."""
