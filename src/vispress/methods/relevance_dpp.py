@@ -27,6 +27,7 @@ from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_se
 from vispress.methods._parts.networks.layers import Attend, Dense, FeedForward, Norm, places
 from vispress.methods._parts.scoring.question import question
 from vispress.methods.base import Compressor, Evidence, upcast
+from vispress.precision import full_precision
 from vispress.registry import register_method
 from vispress.types import ModuleShape, Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels.dpp_select import dpp_select
@@ -91,13 +92,14 @@ class Relevance(nn.Module):
             text: Input embeddings of the question; T may be 0.
             valid: False on padding behind a question; each row has a valid token.
         """
-        x, words = self.visual(features), self.text(text)
-        words = words + places(words.shape[1], words.shape[2], words)
-        attend, change = self.read
-        words = change(attend(words, words, valid))
-        for block in self.blocks:
-            x = block(x, words, valid)
-        score: Tensor = self.out(x)[..., 0]
+        with full_precision():  # training runs it outside of a plan, perhaps under autocast
+            x, words = self.visual(features), self.text(text)
+            words = words + places(words.shape[1], words.shape[2], words)
+            attend, change = self.read
+            words = change(attend(words, words, valid))
+            for block in self.blocks:
+                x = block(x, words, valid)
+            score: Tensor = self.out(x)[..., 0]
         return score
 
 
@@ -121,7 +123,7 @@ class RelevanceDPP(Compressor):
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.TEXT_EMBEDDINGS}
     trained: ClassVar[bool] = True
 
-    weight: float = 0.25
+    weight: float = 0.1
     fade: float = 0.4
     width: int = 64
     heads: int = 4
