@@ -109,6 +109,7 @@ def test_usage_errors_exit_with_2(monkeypatch):
     assert run_main(monkeypatch, "nothing") == 2
 
 
+@pytest.mark.slow
 def test_show_draws_every_method(monkeypatch, capsys, tmp_path, request):
     model = request.getfixturevalue("checkpoint")
     methods = ["fastv", "pyramiddrop", "avg_pool", "no_image"]
@@ -137,6 +138,7 @@ def test_show_takes_pictures_and_names_unknown_words(monkeypatch, capsys, tmp_pa
     assert out.is_file()
 
 
+@pytest.mark.slow
 def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     (plan := tmp_path / "plan.yaml").write_text(
         "{tasks: [count], methods: [uniform], keep_ratios: [0.25], questions: 2,"

@@ -107,6 +107,7 @@ def missing(quote: str) -> bool:
     return any(inside not in members().get(home, {inside}) for home, inside in pairwise(parts))
 
 
+@pytest.mark.slow(cases=4)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -147,6 +148,7 @@ def test_what_is_not_there_is_noticed(quote: str) -> None:
     assert missing(quote)
 
 
+@pytest.mark.slow
 def test_the_method_of_contributing_works_with_its_test() -> None:
     """In a process of its own: a method that is registered here would be one of ours."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -30,6 +30,7 @@ def test_there_are_enough(part: str) -> None:
     assert len([one for one in MUTANTS if one.target.startswith(part)]) >= LEAST[part]
 
 
+@pytest.mark.slow
 def test_every_patch_changes_one_file_and_names_a_test_that_exists() -> None:
     for one in MUTANTS:
         assert one.target.split("/")[0] in CODE, one.name

@@ -401,6 +401,7 @@ def loose_openers(source):
     return found
 
 
+@pytest.mark.slow
 def test_every_picture_goes_through_the_one_loader():
     found = {
         path.relative_to(ROOT).as_posix(): len(loose_openers(path.read_text(encoding="utf-8")))

@@ -53,6 +53,7 @@ def run(block: str, names: dict[str, Any]) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_its_python_runs_on_the_model_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(README.parent)
     model, processor = load()

@@ -268,6 +268,7 @@ def trained_model() -> Any:
     return compress_model(build("llava", dtype=torch.float32), PMoD())
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_trains_both(tmp_path: Path) -> None:
     model = trained_model()
     before, weight = drawn(model), model.lm_head.weight.detach().clone()
@@ -283,6 +284,7 @@ def frozen_model() -> Any:
     return compress_model(model, PMoD())
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_saves_and_resumes(tmp_path: Path) -> None:
     model = frozen_model()
     before = drawn(model)
@@ -302,6 +304,7 @@ def test_a_plain_trainer_saves_and_resumes(tmp_path: Path) -> None:
         trainer(tmp_path / "three", frozen_model()).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_brings_its_compressor(tmp_path: Path) -> None:
     model = trained_model()
     run = trainer(
@@ -319,6 +322,7 @@ def test_the_best_checkpoint_brings_its_compressor(tmp_path: Path) -> None:
     assert card["methods"] == ["pmod"]
 
 
+@pytest.mark.slow
 def test_groups_of_a_trainer_have_their_rates(tmp_path: Path) -> None:
     model = trained_model()
     optimiser = torch.optim.SGD(parameter_groups(model, lr=1e-12, modules_lr=1.0))

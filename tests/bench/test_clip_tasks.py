@@ -197,7 +197,7 @@ def test_the_encoder_runs_once_for_all_cells(qwen, prompts):
         handle.remove()
 
 
-@pytest.mark.some(cases=3)
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("method", VIDEO_METHODS)
 def test_a_replay_keeps_what_was_kept(qwen, method):
     """Also where rows of a batch keep other counts, and some are done before others."""
@@ -215,6 +215,7 @@ def test_a_replay_keeps_what_was_kept(qwen, method):
         assert [p.kept for p in one.placements] == [p.kept for p in other.placements]
 
 
+@pytest.mark.slow
 def test_cost_is_measured_on_clips_of_one_length(qwen, prompts):
     timed = timed_batch(qwen, [*prompts, Prompt((), "how many stars ? :", "one")], 8)
     assert timed
@@ -235,6 +236,7 @@ def test_cost_is_measured_on_clips_of_one_length(qwen, prompts):
 # --- a run
 
 
+@pytest.mark.slow
 def test_a_plan_runs_every_video_method_beside_controls(folder, tmp_path):
     plan = plan_from_mapping(
         {

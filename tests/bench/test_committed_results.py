@@ -72,6 +72,7 @@ def test_a_changed_mark_is_seen(unpacked, tmp_path):
         read_results(folder)
 
 
+@pytest.mark.slow
 def test_a_page_can_be_made(unpacked):
     assert read_page(unpacked("offline_clips")).summary.missing == 0
 

@@ -105,6 +105,7 @@ def test_the_parts_of_a_run_lie_between_their_marks(subject, prompts):
     )
 
 
+@pytest.mark.slow
 def test_one_token_leaves_no_decoding_to_time(subject, prompts, measure):
     assert timed_generate(subject.model, subject.encode(prompts), 0, ticking()).decode_ms is None
     cost = measure(Random(keep_ratio=0.5), decode_tokens=0)
@@ -202,6 +203,7 @@ def test_ratios_hold_on_a_machine_that_slows_down(subject, prompts, make_plan, m
 # --- what choosing costs
 
 
+@pytest.mark.slow
 def test_the_uncompressed_model_against_itself_is_all_ones(measure):
     cost = measure()
     for name in TIMES:
@@ -212,6 +214,7 @@ def test_the_uncompressed_model_against_itself_is_all_ones(measure):
     assert {found["ratio"] for found in cost["flops"].values()} == {1.0}
 
 
+@pytest.mark.slow
 def test_choosing_at_random_costs_next_to_nothing_and_extra_work_all_it_takes(measure):
     random, slow = measure(Random(keep_ratio=0.5)), measure(Slow(keep_ratio=0.5))
     assert 0 < random["overhead_ms"]["median"] < 30 * 1e3 * STEP
@@ -304,6 +307,7 @@ def test_timed_prompts_have_as_many_pictures_and_words(subject):
     assert timed_batch(subject, [one, other], 0) == []
 
 
+@pytest.mark.slow
 def test_sizes_are_those_worked_out_by_hand(measure, subject):
     cost = measure(make_compressor("fastv", keep_ratio=0.5, layer=1))
     config = subject.model.config.text_config
@@ -323,6 +327,7 @@ def test_sizes_are_those_worked_out_by_hand(measure, subject):
     assert 0 < cost["peak_bytes"] < cost["uncompressed_peak_bytes"]
 
 
+@pytest.mark.slow
 def test_smaller_pictures_are_measured_like_a_method(measure, subject):
     cost = measure(picture=Downsample(num_tokens=36))
     assert cost["overhead_ms"] is cost["overhead_share"] is None
@@ -335,6 +340,7 @@ def test_smaller_pictures_are_measured_like_a_method(measure, subject):
     assert not subject.model.model.vision_tower._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_half_precision_models_are_measured(subject, measure):
     import copy
 

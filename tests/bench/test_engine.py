@@ -136,7 +136,7 @@ def test_another_plan_is_refused_on_the_same_folder(finished, make_plan):
         run(make_plan(seed=5), finished[1])
 
 
-@pytest.mark.some(cases=3)
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("point", [0, 1, 2, 4, 6, 9])
 def test_stopping_anywhere_loses_nothing_and_repeats_nothing(
     finished, make_plan, tmp_path, monkeypatch, point

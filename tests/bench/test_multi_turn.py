@@ -51,6 +51,7 @@ def ending(subject, monkeypatch):
 
 
 # a method that does not read the text keeps the same tokens in every turn
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("method", [None, "divprune", "avg_pool"])
 def test_turns_say_what_the_whole_history_gives_anew(ending, method):
     def run():
@@ -68,6 +69,7 @@ def test_turns_say_what_the_whole_history_gives_anew(ending, method):
         run()
 
 
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("method", ["fastv", "visionzip", "pyramiddrop"])
 def test_rows_of_a_batch_talk_as_they_do_alone(ending, method):
     subject = ending

@@ -264,6 +264,7 @@ def test_colours_go_to_few_methods_in_the_order_of_the_plan(tmp_path):
     assert sorted(slots.values()) == list(range(HIGHLIGHTED))
 
 
+@pytest.mark.slow
 def test_labels_never_lie_on_one_another(tmp_path):
     draw = random.Random(0)
     groups = {f"m{i}": 0.7 + 0.3 * draw.random() for i in range(20)}

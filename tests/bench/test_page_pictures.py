@@ -56,6 +56,7 @@ def html(results, shown):
     return page(results, shown)
 
 
+@pytest.mark.slow
 def test_the_page_with_pictures_is_whole_and_loads_nothing(html):
     assert outside(html) == []
     assert faults(html) == []

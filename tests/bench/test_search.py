@@ -232,6 +232,7 @@ def compression_report_counts(image, num_layers):
 # --- sigmoid
 
 
+@pytest.mark.slow
 def test_the_best_sigmoid_meets_its_budget_and_goes_on(objective, tmp_path):
     storage = tmp_path / "trials.journal"
     asked = []

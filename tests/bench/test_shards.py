@@ -75,6 +75,7 @@ def together(*calls):
     return found
 
 
+@pytest.mark.slow
 def test_two_give_the_cells_of_one(make_plan, tmp_path, meeting, monkeypatch):
     plan = make_plan()
     run(plan, tmp_path / "one")

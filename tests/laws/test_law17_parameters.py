@@ -83,6 +83,7 @@ for family in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_saved_and_loaded_in_a_new_process_it_keeps_the_same(method: str, tmp_path: Path) -> None:
     families, expected = ("llava", "qwen2_5_vl"), []
@@ -315,6 +316,7 @@ def lora(model: Any, **options: Any) -> Any:
     return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", **options))
 
 
+@pytest.mark.slow
 def test_peft_around_a_compressed_model_trains_and_saves_them(tmp_path: Path) -> None:
     from peft import PeftModel
 

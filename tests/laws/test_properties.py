@@ -70,7 +70,7 @@ def compressors(draw: st.DrawFn, family: str) -> Compressor:
     return make_compressor(name, **options, keep_ratio=draw(st.floats(least, 1.0)))
 
 
-@pytest.mark.some(cases=3)
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_prompt_keeps_its_text_and_its_budget_and_equals_the_masked_model(family: str) -> None:
     model = model_of(family)
@@ -97,6 +97,7 @@ def test_any_prompt_keeps_its_text_and_its_budget_and_equals_the_masked_model(fa
     check()
 
 
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen3_vl"])
 def test_any_chain_keeps_text_and_equals_the_masked_model(family: str) -> None:
     model = model_of(family)

@@ -180,6 +180,7 @@ def trained(tmp_path_factory):
     return out / "run", settings, train_reference(out / "run", **settings, episodes_images=8)
 
 
+@pytest.mark.slow
 def test_stage_3_trains_on_clips_and_replays_pictures(trained):
     out, _, scores = trained
     assert set(CLIP_KINDS) < set(scores)
@@ -229,6 +230,7 @@ def test_loss_falls_on_clips():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch():
     model, processor = tiny(), build_qwen_processor()
     questions = held_out_clips("clip_change", 3)
