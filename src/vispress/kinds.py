@@ -44,6 +44,7 @@ class Signal(StrEnum):
     ROTARY_PRIOR = "rotary_prior"
     TEXT_STATES = "text_states"
     FINAL_NORM = "final_norm"
+    INPUT_NORM = "input_norm"
     TRANSITION = "transition"
     GRID = "grid"
     CROPS = "crops"

@@ -115,6 +115,7 @@ class VisualTokens:
             the layer of `query_attention`, at the places of its rows and of the visual tokens.
         text_states: `[B, S, D]`, hidden states of the text behind the image, as `features`.
         final_norm: The LLM's norm behind its last layer; maps `[..., D]` to `[..., D]`.
+        input_norm: The norm in front of the attention of the layer that the placement acts before.
         transition: One entry a measured layer so far, ascending.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
         crops: Geometry when they are not.
@@ -153,6 +154,7 @@ class VisualTokens:
     rotary_prior: Float[Tensor, "B Q N"] | None = None
     text_states: Float[Tensor, "B S D"] | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
+    input_norm: Callable[[Tensor], Tensor] | None = None
     transition: tuple[Transition, ...] | None = None
     grid: tuple[int, int, int] | None = None
     crops: CropLayout | None = None

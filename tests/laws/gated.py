@@ -22,16 +22,36 @@ class Gates:
     """What the plain model is to do.
 
     Args:
-        shares: Of each image, by layer, how much runs; at least a token, rounded down.
-        weights: Of the routers.
+        shares: Of each image, by layer, how much runs.
+        weights: Of the routers, one a layer (p-MoD).
         scale: Of the weights of tokens.
         placeholders: Token ids of visual tokens.
+        shared: `[2, D]`, of the one router of all layers (gamma-MoD), in place of them: it reads
+            what a layer's input norm gives, and leaves tokens that do not run as they are.
     """
 
     shares: Sequence[float]
     weights: Weights
     scale: float
     placeholders: Sequence[int]
+    shared: Tensor | None = None
+
+    def count(self, number: int, tokens: int) -> int:
+        """How many of an image's tokens run in a layer."""
+        share = self.shares[number]
+        if self.shared is not None:  # what does not run is rounded down
+            return tokens - int(round(1 - share, 9) * tokens)
+        return max(1, int(share * tokens))
+
+    def judge(self, layer: Any, number: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens are ranked by, and their weights."""
+        if self.shared is not None:
+            logits = layer.input_layernorm(hidden) @ self.shared.to(hidden.dtype).T
+            share = torch.exp(logits[..., 1]) / torch.exp(logits).sum(-1)
+            return share, share
+        weight, bias = (each.to(hidden.dtype) for each in self.weights[number])
+        logit = (hidden * weight).sum(-1) + bias
+        return logit, 1 + self.scale * torch.tanh(logit)
 
 
 def images_of(visual: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -64,15 +84,14 @@ def gated(model: Any, inputs: Mapping[str, Any], gates: Gates, prompt: int) -> I
     now: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def starts(number: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        def hook(layer: nn.Module, args: Any, kwargs: Any) -> Any:
             hidden, runs = args[0], real.clone()
             factor = torch.ones(hidden.shape[:2], dtype=hidden.dtype)
             if gates.shares[number] < 1:
-                weight, bias = (each.to(hidden.dtype) for each in gates.weights[number])
-                logit = (hidden * weight).sum(-1) + bias
-                factor = torch.where(visual, 1 + gates.scale * torch.tanh(logit), factor)
+                logit, own_factor = gates.judge(layer, number, hidden)
+                factor = torch.where(visual, own_factor, factor)
                 for sample, places in images_of(visual):
-                    count = max(1, int(gates.shares[number] * len(places)))
+                    count = gates.count(number, len(places))
                     order = logit[sample, places].argsort(descending=True)
                     runs[sample, places[order[count:]]] = False
             now[number] = hidden, factor, runs
@@ -88,7 +107,8 @@ def gated(model: Any, inputs: Mapping[str, Any], gates: Gates, prompt: int) -> I
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             hidden, factor, runs = now[number]
             out = output[0] if isinstance(output, tuple) else output
-            out = torch.where(runs[..., None], out, hidden * factor[..., None])
+            still = hidden if gates.shared is not None else hidden * factor[..., None]
+            out = torch.where(runs[..., None], out, still)
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         return hook

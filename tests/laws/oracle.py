@@ -65,11 +65,26 @@ def oracle_forward(
     """
     length = alive[0].shape[1]
     documents = torch.zeros(alive[0].shape, dtype=torch.int64) if documents is None else documents
-    with _masked(model, inputs, alive, positions, values or {}, documents):
+    with _masked(model, inputs, alive, positions, {} if values is None else values, documents):
         logits = model(**{**inputs, "use_cache": False}).logits
     if logits.shape[1] != length:
         raise ValueError(f"alive has length {length}, the sequence {logits.shape[1]}")
     return logits  # type: ignore[no-any-return]
+
+
+def gating_of(gate: Float[Tensor, "B L"]) -> Any:
+    """A forward hook that scales what an MLP adds; behind the prompt it adds all of it."""
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        own = gate.repeat_interleave(first.shape[0] // gate.shape[0], dim=0)
+        if first.shape[1] < own.shape[1]:  # a later call
+            return None
+        more = own.new_ones(len(own), first.shape[1] - own.shape[1])
+        first = first * torch.cat([own, more], 1)[..., None]
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    return hook
 
 
 def bypassing(alive: Sequence[Tensor], layer: int) -> Bool[Tensor, "B L"]:
@@ -97,7 +112,7 @@ def oracle_attentions(
 ) -> list[Float[Tensor, "B H L L"]]:
     """Attention maps of `oracle_forward` (eager attention), zeros in rows that are not alive."""
     documents = torch.zeros_like(alive[0], dtype=torch.long)
-    with _masked(model, inputs, alive, positions, values or {}, documents):
+    with _masked(model, inputs, alive, positions, {} if values is None else values, documents):
         maps = model(**inputs, use_cache=False, output_attentions=True).attentions
     return [each * live[:, None, :, None] for each, live in zip(maps, alive, strict=True)]
 
@@ -140,6 +155,8 @@ def _masked(
     for i, layer in enumerate(stack.layers):
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
         handles.append(layer.register_forward_hook(bypass_of(bypassing(alive, i))))
+        if i in (gates := getattr(values, "gates", {})):
+            handles.append(layer.mlp.register_forward_hook(gating_of(gates[i])))
     deltas = getattr(model.model, "rope_deltas", None)
     try:
         yield
@@ -253,10 +270,24 @@ def oracle_generate(
         rows = {
             k: (extend(mask, len(tokens), fill=False), v) for k, (mask, v) in (values or {}).items()
         }
+        rows = with_gates(rows, values)
         logits = oracle_forward(model, grown, now, positions, rows)
         steps.append(logits[:, -1])
         tokens.append(logits[:, -1].argmax(-1))
     return torch.stack(tokens, 1), torch.stack(steps, 1)
+
+
+class _Gated(dict[int, tuple[Tensor, Tensor]]):
+    """Values, and gates of layers that have one."""
+
+    gates: Mapping[int, Tensor]
+
+
+def with_gates(rows: Mapping[int, tuple[Tensor, Tensor]], values: Values | None) -> Values:
+    """Values of longer rows, with the gates that there were."""
+    found = _Gated(rows)
+    found.gates = getattr(values, "gates", {})
+    return found
 
 
 def extend(mask: Bool[Tensor, "B L"], more: int, *, fill: bool) -> Bool[Tensor, "B L2"]:

@@ -14,7 +14,7 @@ from vispress import compress_model, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
 from vispress.report import CompressionReport
-from vispress.types import Placement, TokenPlan, VisualTokens
+from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
 
 class Spy:
@@ -29,22 +29,22 @@ class Spy:
     def watch(self, method: Compressor) -> Compressor:
         """A compressor that behaves the same and tells."""
         seen, layers = self.seen, self.layers
-        placements: list[Placement] = []
+        places: list[int] = []
 
         class Watched(type(method)):  # type: ignore[misc]
             def placements(self, num_layers: int) -> tuple[Placement, ...]:
                 found: tuple[Placement, ...] = super().placements(num_layers)
-                placements[:] = found
+                places[:] = [placement.layer for placement in found]
                 return found
+
+            def signals(self) -> frozenset[Signal]:
+                return super().signals() | {Signal.DEPTH}  # type: ignore[no-any-return]
 
             def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
                 plan = super().plan(tokens, num_keep)
                 seen.append((tokens, plan))
-                # the first of equal budgets: a later one keeps all and asks for no plan
-                size = tokens.num_original
-                stages = (p.layer for p in placements if p.budget.resolve(size) == num_keep)
-                told = placements[0].layer if tokens.depth is None else tokens.depth[0]
-                layers.append(told if tokens.depth else next(stages, told))
+                # one that shows views alone has a single placement
+                layers.append(places[0] if tokens.depth is None else tokens.depth[0])
                 return plan
 
         Watched.__name__ = type(method).__name__
@@ -122,9 +122,11 @@ def run(
     default = chain[0].default_positions
     if find_adapter(model).mrope:
         default = "original"
-    values: dict[int, tuple[Tensor, Tensor]] = {}
+    values = Values({}, {})
     for spy in spies:
-        values |= changed_rows(report, spy, logits.shape[:2], documents)
+        own = changed_rows(report, spy, logits.shape[:2], documents)
+        values.update(own)
+        values.gates |= own.gates
     mask = inputs.get("attention_mask")
     real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     return Run(logits, report, options.get("positions") or default, values, encoded, real)
@@ -216,20 +218,28 @@ def _repeated(output: Any, times: int) -> Any:
     return again
 
 
+class Values(dict[int, tuple[Tensor, Tensor]]):
+    """New values by layer, and `[B, L]` gates of layers that have one."""
+
+    def __init__(self, values: Mapping[int, Any], gates: Mapping[int, Tensor]) -> None:
+        super().__init__(values)
+        self.gates = dict(gates)
+
+
 def changed_rows(
     report: CompressionReport,
     spy: Spy,
     shape: tuple[int, int],
     documents: Tensor | None = None,
-) -> dict[int, tuple[Tensor, Tensor]]:
+) -> Values:
     """New values of merged or replaced tokens by layer, worked out from the plans, row by row."""
     documents = torch.zeros(shape, dtype=torch.long) if documents is None else documents
     found: dict[int, dict[tuple[int, int], Tensor]] = {}
     seen: dict[int, set[tuple[int, int]]] = {}
+    gates: dict[int, Tensor] = {}
     for (tokens, plan), layer in zip(spy.seen, spy.layers, strict=True):
-        if plan.features is None and plan.assign is None:
+        if plan.features is None and plan.assign is None and plan.gate is None:
             continue
-        rows = found.setdefault(layer, {})
         bucket = [
             (b, image)
             for b, image in _bucket_images(report, tokens, documents)
@@ -242,6 +252,13 @@ def changed_rows(
             bucket = [one for one in bucket if _texts(report, documents, *one) == length]
         seen[layer] |= {(b, image.positions[0]) for b, image in bucket}
         for bucket_row, (b, image) in enumerate(bucket):
+            if plan.gate is not None:
+                whole = gates.get(layer, torch.ones(shape, dtype=plan.gate.dtype))
+                places = torch.tensor(image.positions)[tokens.index[bucket_row]]
+                own = torch.full_like(places, b), places
+                gates[layer] = whole.index_put(own, plan.gate[bucket_row])
+                continue
+            rows = found.setdefault(layer, {})
             for slot, place in enumerate(_rasters(tokens, plan)[bucket_row]):
                 rows[b, image.positions[place]] = _new_value(tokens, plan, bucket_row, slot)
     out = {}
@@ -250,7 +267,7 @@ def changed_rows(
         for b, position in rows:
             mask[b, position] = True
         out[layer] = mask, torch.stack([rows[key] for key in sorted(rows)])
-    return out
+    return Values(out, gates)
 
 
 def _bucket_images(

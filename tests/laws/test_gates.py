@@ -1,11 +1,13 @@
-"""Gated layers (p-MoD) compute what the plain model does by the formula: routers that are trained.
+"""Gated layers (p-MoD, gamma-MoD) compute what the plain model does by the formula.
 
-Laws 1 to 16 meet the method with routers of zeros, whose gates are 1.
+Their routers are as if trained. Laws 1 to 16 meet p-MoD with routers of zeros, whose gates are 1,
+and the gates of gamma-MoD as its plans give them.
 """
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,8 +31,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vispress import compress_model, compressed
 from vispress.adapters.base import find_adapter
+from vispress.adapters.decoder import mlp_branch
 from vispress.errors import CompressionStateError, ConfigError
-from vispress.methods import DivPrune, FastV, PMoD
+from vispress.methods import DivPrune, FastV, GammaMoD, PMoD
 
 METHOD = PMoD(beta=0.1, high=0.7, low=0.2)
 SHARES = (0.6, 0.1 + 0.40450849718747367, 0.1 + 0.15450849718747373, 0.2, 0.2, 0.2)
@@ -59,6 +62,51 @@ def of_last(names: Iterable[str]) -> set[str]:
 def gates_of(model: Any, weights: Any, shares: Any = SHARES) -> Gates:
     placeholders = tuple(find_adapter(model).placeholders().values())
     return Gates(shares, weights, METHOD.scale, placeholders)
+
+
+SPARING = GammaMoD(capacity=0.4, layers=(1, 2, 4))
+SPARED = (1.0, 0.6, 0.6, 1.0, 0.6, 1.0)
+
+
+def shared_of(model: Any) -> Gates:
+    """Gates by the one router of all layers, drawn at random."""
+    ((_, weight),) = ((n, p) for n, p in model.named_parameters() if "vispress_modules" in n)
+    with torch.no_grad():
+        weight.normal_(generator=torch.Generator().manual_seed(0))
+    placeholders = tuple(find_adapter(model).placeholders().values())
+    return Gates(SPARED, {}, 0.0, placeholders, weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_router_equals_the_formula(family: str) -> None:
+    """Prefill, decoding, loss and gradients, the router's among them."""
+    model, inputs = model_of(family), inputs_of(family)
+    with compressed(model, SPARING, positions="original"):
+        gates = shared_of(model)
+        got = logits_of(model, inputs)
+        sequences, steps = greedy(model, inputs, 3)
+        with training(model):
+            named = dict(model.named_parameters())
+            loss = loss_of(model, inputs)
+            found = gradients(model, loss)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = gated_logits(model, inputs, gates)
+        without = gated_logits(model, inputs, replace(gates, shares=(1.0,) * 6))
+    assert (got - expected)[real].abs().max() < EXACT
+    assert (got - without)[real].abs().max() > 0.1
+    tokens = sequences[:, inputs["input_ids"].shape[1] :]
+    assert (steps - gated_steps(model, inputs, gates, tokens)).abs().max() < EXACT
+    with training(model):
+        logits = gated_logits(model, inputs, gates)
+        vocab = model.config.get_text_config().vocab_size
+        wanted = model.loss_function(logits=logits, labels=labels_of(inputs), vocab_size=vocab)
+        every = torch.autograd.grad(
+            wanted, list(named.values()), allow_unused=True, materialize_grads=True
+        )
+    assert abs(loss - wanted) < EXACT
+    assert_equal(found, dict(zip(named, every, strict=True)), 1e-5)
+    assert all(found[name].any() for name in found if "vispress_modules" in name)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -202,6 +250,24 @@ def test_a_chain_drops_gates_and_drops_again() -> None:
     assert counts == [18, 18, 4, 3, 3, 3]
     with compressed(model, [*chain[:1], METHOD], positions="original"):
         assert not torch.equal(logits_of(model, inputs), got)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3"])
+def test_the_branch_that_is_scaled_is_all_that_an_mlp_adds(family: str) -> None:
+    """Without it a layer hands on what it had behind its attention, norms behind MLPs or not."""
+    layer = build(family).model.language_model.layers[1]
+    behind = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+    hidden = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).double()
+    rotary, noted = (torch.ones(1, 5, 16).double(), torch.zeros(1, 5, 16).double()), []
+    handles = [
+        behind.register_forward_pre_hook(lambda _, args: noted.append(args[0])),
+        mlp_branch(layer).register_forward_hook(lambda _, args, out: out * 0),
+    ]
+    with torch.no_grad():
+        out = layer(hidden, position_embeddings=rotary)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(out[0] if isinstance(out, tuple) else out, noted[0])
 
 
 @pytest.mark.parametrize("place", ["self_attn", "post_attention_layernorm", "mlp"])

@@ -31,6 +31,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "adsc",
         "dycoke",
         "framefusion",
+        "gamma_mod",
         "lvlm_csp",
         "pmod",
         "prumerge",

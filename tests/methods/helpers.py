@@ -148,6 +148,7 @@ def make_tokens(
         key_norms=torch.rand(B, N + queries, generator=g),
         text_states=normal(B, queries, dim).to(dtype),
         final_norm=TinyNorm(normal(dim)),
+        input_norm=TinyNorm(torch.ones(dim)),
         transition=tuple(transition(layer) for layer in transitions),
         grid=grid,
         crops=crops,

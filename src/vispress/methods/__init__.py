@@ -18,6 +18,7 @@ from vispress.methods.fastvid import FastVID as FastVID
 from vispress.methods.flashvlm import FlashVLM as FlashVLM
 from vispress.methods.fourier import Fourier as Fourier
 from vispress.methods.framefusion import FrameFusion as FrameFusion
+from vispress.methods.gamma_mod import GammaMoD as GammaMoD
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.holitom import HoliTom as HoliTom
 from vispress.methods.holov import HoloV as HoloV

@@ -58,6 +58,9 @@ def visual_tokens(
         signals["text_states"] = hidden[sample, view.behind(rows)]
     if Signal.FINAL_NORM in reads:
         signals["final_norm"] = state.plan.adapter.language_model.norm
+    if Signal.INPUT_NORM in reads:
+        layer: Any = state.plan.adapter.decoder_layers[placement.layer]
+        signals["input_norm"] = layer.input_layernorm
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, view)
     if Signal.TEXT_EMBEDDINGS in reads:
