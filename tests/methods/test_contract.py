@@ -56,6 +56,7 @@ OTHER_SETTINGS = {
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
     "holitom": [{"inner": True}, {"context": 0.0, "threshold": 0.0}],
+    "pmod": [{"norm": "sigmoid"}, {"norm": "softmax"}],
     "lvlm_csp": [{"representatives": "random"}, {"representatives": "cls"}],
     "holov": [{"variant": "paper", "num_crops": 3}],
     "ensemble": [
