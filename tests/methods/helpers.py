@@ -263,6 +263,12 @@ def same_plan(a: TokenPlan, b: TokenPlan):
         torch.equal(a.assign, b.assign) and torch.allclose(a.weight, b.weight)
     ):
         return False
+    if (a.gate is None) != (b.gate is None) or a.losses.keys() != b.losses.keys():
+        return False
+    pairs = [(a.losses[name], b.losses[name]) for name in a.losses]
+    pairs += [] if a.gate is None else [(a.gate, b.gate)]
+    if not all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs):
+        return False
     return a.features is None or all(
         torch.allclose(a.features[i, :count], b.features[i, :count], rtol=1e-4, atol=1e-5)
         for i, count in enumerate(a.counts)

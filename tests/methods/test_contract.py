@@ -239,9 +239,10 @@ def test_an_image_gets_the_plan_it_would_get_alone(method):
                     together,
                     **{
                         key: value[b : b + 1]
-                        for key in ("keep", "assign", "weight", "features")
+                        for key in ("keep", "assign", "weight", "features", "gate")
                         if (value := getattr(together, key)) is not None
                     },
+                    losses={name: loss[b : b + 1] for name, loss in together.losses.items()},
                 )
                 assert same_plan(row, alone)
 

@@ -127,6 +127,7 @@ def test_half_precision_is_widened_before_it_is_summed():
     torch.testing.assert_close(got, router.double()(features.double()).float())
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("options", "match"),
     [

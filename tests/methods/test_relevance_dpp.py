@@ -46,6 +46,8 @@ def test_two_are_kept_whose_volume_is_largest():
     tokens = dataclasses.replace(
         make_tokens(batch=1, grid=(1, 2, 2)),
         features=features,
+        text_embeddings=torch.ones(1, 3, 2),
+        text_after=2,
         module=lambda x, text: scores.to(x),
     )
     method = RelevanceDPP(num_tokens=2, weight=0.5, fade=1.0)
@@ -137,6 +139,7 @@ def test_layers_are_those_of_torch():
     assert places(3, 4, x)[0].tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
