@@ -47,6 +47,8 @@ def test_two_are_kept_whose_volume_is_largest():
         make_tokens(batch=1, grid=(1, 2, 2)),
         features=features,
         text_embeddings=torch.ones(1, 3, 2),
+        input_embeddings=None,
+        text_states=None,
         text_after=2,
         module=lambda x, text: scores.to(x),
     )
