@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -114,7 +115,7 @@ def write_saved(
     tensors: Mapping[str, Tensor],
     card: Mapping[str, Any],
 ) -> None:
-    """Write a folder, over one that was there.
+    """Write a folder, over one that was there, which stays whole until all is on the disk.
 
     Args:
         folder: Made if need be.
@@ -124,26 +125,45 @@ def write_saved(
         card: What else the card says.
 
     Raises:
-        ConfigError: The folder holds pickles, for which it would be refused when it is read, or the
-            card is no plain data.
+        ConfigError: The folder holds pickles, for which it would be refused when it is read, the
+            card is no plain data, or the folder cannot be written.
     """
     import yaml
-    from safetensors.torch import save_file
 
     _refuse_pickles(folder, "beside which nothing can be loaded; give a folder of its own")
     card = {"format": FORMAT, "methods": [method.name for method in methods], **card}
     try:
-        text = json.dumps(card | {"sha256": ""}, indent=1)
-    except (TypeError, ValueError) as error:
+        json.dumps(card)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"data must be plain values that JSON can hold: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MODULES).unlink(missing_ok=True)
-    if tensors:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / MODULES)
     config = yaml.safe_dump(chain_mapping(methods, mean), sort_keys=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".saving") as made:
+            _write(Path(made), config, tensors, card)
+            for path in sorted(Path(made).iterdir(), key=lambda path: path.name == CARD):
+                path.replace(folder / path.name)  # the card last: it says what belongs to it
+        if not tensors:
+            (folder / MODULES).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _write(
+    folder: Path, config: str, tensors: Mapping[str, Tensor], card: Mapping[str, Any]
+) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if tensors:
+        host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(host, folder / MODULES)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
     (folder / CONFIG).write_text(config, encoding="utf-8")
     digest = _hash(folder / MODULES) if tensors else None
-    text = json.dumps(card | {"sha256": digest}, indent=1)
+    text = json.dumps({**card, "sha256": digest}, indent=1)
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
 
 
@@ -170,7 +190,7 @@ def _read_card(path: Path) -> Mapping[str, Any]:
             f"cannot read {path}: {error.strerror or error}; a folder is what save_compression "
             "writes"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         found = card.get("format") if isinstance(card, dict) else type(card).__name__

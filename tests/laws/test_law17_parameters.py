@@ -189,6 +189,9 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "parameters of nothing": (lambda f: write_card(f, sha256=None), "it names none"),
     "no card": (lambda f: (f / "vispress.json").unlink(), "what save_compression writes"),
     "no JSON": (lambda f: (f / "vispress.json").write_text("{"), "is not valid JSON"),
+    "JSON without an end": (
+        lambda f: (f / "vispress.json").write_text("[" * 100_000), "is not valid JSON",
+    ),
     "another format": (lambda f: write_card(f, format=2), "format must be 1, got 2"),
     "a list": (lambda f: (f / "vispress.json").write_text("[]"), "format must be 1, got 'list'"),
     "no method": (lambda f: (f / "compressor.yaml").unlink(), r"cannot read .*compressor\.yaml"),
@@ -219,6 +222,29 @@ def test_saving_refuses_what_could_not_be_loaded(tmp_path: Path) -> None:
         save_compression(model, tmp_path)
     with pytest.raises(CompressionStateError, match="not compressed"):
         save_compression(build("llava"), tmp_path)
+
+
+def test_a_save_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compressed_anew("llava", PMoD())
+    save_compression(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    draw(model, seed=5)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device"):
+            save_compression(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_compression(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write"):
+        save_compression(model, tmp_path / "file")
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
