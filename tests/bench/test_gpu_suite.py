@@ -319,7 +319,9 @@ def test_every_method_runs_at_its_published_budget(name: str) -> None:
         if issubclass(get_method(method), PairMasker | CacheEvictor):  # drop nothing in a prefill
             assert facts["kept_at_last_layer"] == shape.visual
             continue
-        assert 0 <= facts["kept_at_last_layer"] < shape.visual, method
+        # what bypasses a layer may be back in the last one
+        most = shape.visual if get_method(method).gates else shape.visual - 1
+        assert 0 <= facts["kept_at_last_layer"] <= most, method
         assert facts["kv_bytes"] < whole, method
 
 
