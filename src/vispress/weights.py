@@ -152,15 +152,11 @@ def write_saved(
 def _write(
     folder: Path, config: str, tensors: Mapping[str, Tensor], card: Mapping[str, Any]
 ) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if tensors:
         host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(host, folder / MODULES)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
+        (folder / MODULES).write_bytes(save(host))  # `save_file` lets its owner alone read it
     (folder / CONFIG).write_text(config, encoding="utf-8")
     digest = _hash(folder / MODULES) if tensors else None
     text = json.dumps({**card, "sha256": digest}, indent=1)

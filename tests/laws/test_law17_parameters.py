@@ -236,12 +236,13 @@ def test_a_save_that_fails_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full)
+        patch.setattr("safetensors.torch.save", full)
         with pytest.raises(ConfigError, match=r"cannot write .*: No space left on device"):
             save_compression(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     save_compression(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(before)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # who reads one reads all
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write"):
         save_compression(model, tmp_path / "file")
