@@ -19,6 +19,24 @@ Model = Annotated[
     ),
 ]
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder of pictures, a .jsonl file with 'image' and 'question' in each line, or "
+        "a task's name; by default the reference model's own scenes."
+    ),
+]
+Asked = Annotated[
+    list[str] | None,
+    typer.Option("--question", help="Asked of a folder's pictures in turn; repeat."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
+]
+Loaded = Annotated[str, typer.Option(help="As in `vispress bench`.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts a batch.")]
+Precision = Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")]
+
 
 def terminal() -> Console:
     """Wide enough for tables where the output is no terminal."""

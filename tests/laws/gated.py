@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.laws.oracle import generate_positions, language_model
+from tests.laws.oracle import generate_positions, language_model, taken_off
 from torch import Tensor, nn
 
 Weights = Mapping[int, tuple[Tensor, Tensor]]
@@ -118,14 +118,8 @@ def gated(model: Any, inputs: Mapping[str, Any], gates: Gates, prompt: int) -> I
         handles.append(layer.register_forward_pre_hook(starts(number), with_kwargs=True))
         handles.append(layer.mlp.register_forward_hook(branch(number)))
         handles.append(layer.register_forward_hook(ends(number)))
-    deltas = getattr(model.model, "rope_deltas", None)
-    try:
+    with taken_off(model, handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        if hasattr(model.model, "rope_deltas"):
-            model.model.rope_deltas = deltas
 
 
 def gated_logits(model: Any, inputs: Mapping[str, Any], gates: Gates) -> Tensor:

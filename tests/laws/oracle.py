@@ -118,6 +118,19 @@ def oracle_attentions(
 
 
 @contextmanager
+def taken_off(model: Any, handles: Sequence[Any]) -> Iterator[None]:
+    """Take hooks off behind a block, and leave the model the M-RoPE offsets that it had."""
+    deltas = getattr(model.model, "rope_deltas", None)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = deltas
+
+
+@contextmanager
 def _masked(
     model: Any,
     inputs: Mapping[str, Any],
@@ -157,14 +170,8 @@ def _masked(
         handles.append(layer.register_forward_hook(bypass_of(bypassing(alive, i))))
         if i in (gates := getattr(values, "gates", {})):
             handles.append(layer.mlp.register_forward_hook(gating_of(gates[i])))
-    deltas = getattr(model.model, "rope_deltas", None)
-    try:
+    with taken_off(model, handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        if hasattr(model.model, "rope_deltas"):
-            model.model.rope_deltas = deltas
 
 
 def _check(model: Any, stack: Any, alive: Sequence[Tensor], positions: Positions) -> None:

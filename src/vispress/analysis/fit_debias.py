@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from vispress.checks import check_choice
-from vispress.cli_options import prepare, terminal
+from vispress.cli_options import (
+    Asked,
+    BatchSize,
+    Data,
+    Device,
+    Loaded,
+    Precision,
+    Settings,
+    prepare,
+    terminal,
+)
 from vispress.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -25,16 +35,8 @@ _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 def fit_debias(
     method: Annotated[str, typer.Option(help="What is corrected: fastv, pyramiddrop...")] = "fastv",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder of pictures, a .jsonl file with 'image' and 'question' in each line, or "
-            "a task's name; by default the reference model's own scenes."
-        ),
-    ] = None,
-    question: Annotated[
-        list[str] | None, typer.Option(help="Asked of a folder's pictures in turn; repeat.")
-    ] = None,
+    data: Data = None,
+    question: Asked = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts, at most.")] = 200,
     keep_ratio: Annotated[
         float | None,
@@ -42,16 +44,14 @@ def fit_debias(
     ] = None,
     num_tokens: Annotated[int | None, typer.Option(help="In place of --keep-ratio.")] = None,
     layer: Annotated[int | None, typer.Option(help="For methods with one layer.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
-    ] = None,
+    option: Settings = None,
     shape: Annotated[str, typer.Option(help="exponential or cubic.")] = "exponential",
     out: Annotated[Path, typer.Option(help="The configuration.")] = Path("debias.yaml"),
-    model: Annotated[str, typer.Option(help="As in `vispress bench`.")] = "reference",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 8,
+    model: Loaded = "reference",
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Which pictures or questions are drawn.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "cpu",
+    dtype: Precision = "fp32",
 ) -> None:
     """Measure how attention grows along the picture, and write what takes it out again."""
     prepare()

@@ -9,7 +9,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vispress.checks import check_choice
-from vispress.cli_options import prepare, terminal
+from vispress.cli_options import (
+    Asked,
+    BatchSize,
+    Data,
+    Device,
+    Loaded,
+    Precision,
+    Settings,
+    prepare,
+    terminal,
+)
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,31 +37,21 @@ DEFAULT_RATIO = 0.111
 
 def train_compressor(
     method: Annotated[str, typer.Option(help="What is trained.")] = "relevance_dpp",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder of pictures, a .jsonl file with 'image' and 'question' in each line, or "
-            "a task's name; by default scenes of the reference model's training split."
-        ),
-    ] = None,
-    question: Annotated[
-        list[str] | None, typer.Option(help="Asked of a folder's pictures in turn; repeat.")
-    ] = None,
+    data: Data = None,
+    question: Asked = None,
     samples: Annotated[int, typer.Option(min=20, help="Prompts, at most.")] = 4000,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 400,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
     keep_ratio: Annotated[
         float, typer.Option(help="Written to the configuration.")
     ] = DEFAULT_RATIO,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
-    ] = None,
+    option: Settings = None,
     out: Annotated[Path, typer.Option(help="A folder for the compressor.")] = Path("compressor"),
-    model: Annotated[str, typer.Option(help="As in `vispress bench`.")] = "reference",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 8,
+    model: Loaded = "reference",
+    batch_size: BatchSize = 8,
     seed: Annotated[int, typer.Option(help="Of what is drawn, and of the order.")] = 0,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "cpu",
+    dtype: Precision = "fp32",
 ) -> None:
     """Train a method's parameters for a model, without labels, and save both as a folder.
 
