@@ -11,6 +11,8 @@ Evidence = Literal[
 ]
 """What a method follows: its authors' code, another's, the paper, or what could be made of it; or
 it is a control, a composition of methods, or our own."""
+Softens = Literal["keys", "features"]
+"""What tokens lose in training that would be dropped: weight as keys, or size."""
 
 
 class Stage(StrEnum):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vispress.context import Context
+from vispress.crop_layout import CropLayout as CropLayout
 from vispress.errors import BudgetError
 from vispress.kinds import ATTENTION_SIGNALS, CLS_SIGNALS, Need, Positions, Queries, Signal, Stage
 from vispress.memory import Memory
@@ -36,26 +37,6 @@ __all__ = [
     "VisualTokens",
     "full_index",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropLayout:
-    """Where the tokens of a composed image lie: AnyRes crops and newlines, tiles, video frames.
-
-    The tensors live on the host, so that methods can split budgets without a device sync.
-
-    Args:
-        segment: `[N0]` int64; the sub-image (0 is the AnyRes thumbnail, or the first tile or
-            frame) of each original token, -1 for newline tokens.
-        row: `[N0]` int64; row inside the sub-image, -1 for newline tokens.
-        col: `[N0]` int64; column inside the sub-image, -1 for newline tokens.
-        thumbnail: Whether sub-image 0 shows what the others show, in little.
-    """
-
-    segment: Int[Tensor, "N0"]
-    row: Int[Tensor, "N0"]
-    col: Int[Tensor, "N0"]
-    thumbnail: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +111,7 @@ class VisualTokens:
         memory: What the compressor's placement before left for each row; empty at its first one.
         views: The bucket as each of `Compressor.views` sees it; then signals are there alone.
         module: Calls what `Compressor.make_module` made, wherever it is by now.
+        training: Whether gradients flow in this call, so that `TokenPlan.soft` is looked at.
         backend: Kernels that the user asked for; methods hand it to `vispress_kernels`.
     """
 
@@ -167,6 +149,7 @@ class VisualTokens:
     memory: tuple[Memory, ...] = ()
     views: tuple["VisualTokens", ...] = ()
     module: Callable[..., Any] | None = None
+    training: bool = False
     backend: Backend = "auto"
 
     @property
@@ -218,6 +201,8 @@ class TokenPlan:
             the MLP adds to a token that runs (differentiable).
         losses: By name, `[B]`: what each image adds to a training loss (`compression_loss`).
         bypassed: What becomes of tokens that do not run: nothing, or they are multiplied by it.
+        soft: `[B, N]` in `(0, 1]`, of a method that `softens`: in training every token stays and
+            counts this much (differentiable); else `keep` holds, and this is not looked at.
     """
 
     keep: Int[Tensor, "B K"] | tuple[Int[Tensor, "_"], ...]
@@ -229,6 +214,7 @@ class TokenPlan:
     gate: Float[Tensor, "B N"] | None = None
     bypassed: Literal["identity", "gated"] = "identity"
     losses: Mapping[str, Float[Tensor, "B"]] = field(default_factory=dict)
+    soft: Float[Tensor, "B N"] | None = None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -259,15 +245,16 @@ class TokenPlan:
         shape = (tokens.batch, tokens.num_visual)
         if self.assign is not None and tuple(self.assign.shape) != shape:
             raise ValueError(f"assign has shape {tuple(self.assign.shape)}, expected {shape}")
-        if self.gate is not None and tuple(self.gate.shape) != shape:
-            raise ValueError(f"gate has shape {tuple(self.gate.shape)}, expected {shape}")
+        for own, value in (("gate", self.gate), ("soft", self.soft)):
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{own} has shape {tuple(value.shape)}, expected {shape}")
         for name, loss in self.losses.items():
             if tuple(loss.shape) != (tokens.batch,):
                 raise ValueError(
                     f"loss {name} has shape {tuple(loss.shape)}, one an image is wanted"
                 )
-        if self.features is not None and self.assign is not None:
-            raise ValueError("a plan has either features or assign and weight")
+        if sum(part is not None for part in (self.features, self.assign, self.soft)) > 1:
+            raise ValueError("a plan has one of features, assign with weight, and soft")
         if len(self.memory) not in (0, tokens.batch):
             raise ValueError(f"plan remembers {len(self.memory)} of {tokens.batch} images")
 
@@ -285,6 +272,8 @@ class TokenPlan:
             slots = max(self.counts, default=0)
             if not bool(((self.assign >= -1) & (self.assign < slots)).all()):
                 raise ValueError(f"assign must be in [-1, {slots})")
+        if self.soft is not None and not bool(((self.soft > 0) & (self.soft <= 1)).all()):
+            raise ValueError("soft must be in (0, 1]")
 
 
 def full_index(batch: int, num_visual: int, device: torch.device) -> Int[Tensor, "B N"]:

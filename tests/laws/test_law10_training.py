@@ -21,6 +21,7 @@ from tests.laws.cases import (
     cases,
     changed_rows,
     encoding_as,
+    greedy,
     inputs_of,
     make,
     model_of,
@@ -182,6 +183,15 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
             assert abs(loss - plain) < EXACT
             assert report.to_dict()["samples"] == kept
             assert_equal(got, expected)
+
+
+def test_a_checkpointing_model_generates_in_train_mode() -> None:
+    """As reinforcement learning has it do: without gradients no layer is checkpointed."""
+    model, inputs = trained("llava"), inputs_of("llava")
+    with compressed(model, make("llava", "fastv")):
+        expected, _ = greedy(model, inputs, 3)
+        with training(model), checkpointing(model, reentrant=False), torch.no_grad():
+            assert torch.equal(greedy(model, inputs, 3)[0], expected)
 
 
 @pytest.mark.parametrize("method", ["fastv", "lvlm_csp"])

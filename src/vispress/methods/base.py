@@ -15,6 +15,7 @@ from vispress.checks import check_layer as check_layer
 from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
 from vispress.kinds import Evidence as Evidence
+from vispress.kinds import Softens
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
@@ -72,6 +73,9 @@ class Compressor(ABC):
     """True: has parameters, which `make_module` makes; before training its choice means nothing."""
     gates: ClassVar[bool] = False
     """True: plans of SKIP placements may have a `TokenPlan.gate`."""
+    softens: ClassVar[Softens | None] = None
+    """What `TokenPlan.soft` does in training: its log joins the attention logits of the tokens as
+    keys, from the placement's layer on, or it multiplies them. None: no plan has it."""
     default_positions: ClassVar[Positions] = "compact"
 
     keep_ratio: float | None = None

@@ -260,7 +260,7 @@ class Attachment:
         running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
         if running is None:
             return None
-        running.begin(self._footprint, module.training and torch.is_grad_enabled())
+        running.begin(self._footprint)
         return (), kwargs
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -11,6 +11,7 @@ from vispress.kinds import PROMPT_SIGNALS
 from vispress.runtime.forward.decision import Change, Decision
 from vispress.runtime.forward.losses import collect
 from vispress.runtime.forward.signals import visual_tokens
+from vispress.runtime.forward.softening import key_biases, softened
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.tokens.images import Bucket, Trace
@@ -29,6 +30,7 @@ class Choice:
         document_drops: The same of each document, where rows are packed.
         changes: Buckets whose survivors change value.
         gates: Buckets whose plans have a gate, before anything is dropped, and those plans.
+        soft: Buckets whose keys are softened, and by how much (see `TokenPlan.soft`).
         entered: All buckets as they were, a ragged one row by row, with what the compressor
             remembers of them.
         buckets: The same with the kept tokens alone.
@@ -39,6 +41,7 @@ class Choice:
     document_drops: tuple[int, ...]
     changes: list[Change]
     gates: list[tuple[Bucket, TokenPlan]]
+    soft: list[tuple[Bucket, Tensor]]
     entered: list[Bucket]
     buckets: list[Bucket]
 
@@ -62,6 +65,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
     document_drops = [0] * len(rows.document_counts)
     changes: list[Change] = []
     gates: list[tuple[Bucket, TokenPlan]] = []
+    soft: list[tuple[Bucket, Tensor]] = []
     entered: list[Bucket] = []
     after: list[Bucket] = []
     for bucket in state.buckets:
@@ -80,6 +84,8 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                     changes.append(Change(part, kept, plan))
                 if plan.gate is not None:
                     gates.append((part, plan))
+                if plan.soft is not None:
+                    soft.append((part, plan.soft))
             for number, image in enumerate(part.images):
                 dropped = part.num_visual - kept.num_visual
                 drop_counts[image.sample] += dropped
@@ -89,7 +95,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
             entered.append(replace(part, memory=kept.memory))
             after.append(kept)
     drops = tuple(drop_counts), tuple(document_drops)
-    return Choice(drop, *drops, changes, gates, entered, after)
+    return Choice(drop, *drops, changes, gates, soft, entered, after)
 
 
 def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision | None:
@@ -105,6 +111,8 @@ def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision
     """
     choice = choose(state, step, hidden)
     state.buckets = choice.buckets
+    if choice.soft:
+        state.softened.append((step.placement.layer, key_biases(choice.soft, choice.drop)))
     if choice.empty:
         return None
     rows = state.last.to(hidden.device)
@@ -252,6 +260,7 @@ def _plans(
     plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if plan.losses:
         collect(state.plan.adapter.base, plan, len(state.images))
+    plan = softened(plan, tokens, method)
     if isinstance(plan.keep, Tensor):
         yield bucket, plan
         return

@@ -10,12 +10,10 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import nn
 
 from vispress.adapters.decoder import mlp_branch
-from vispress.errors import CompressionStateError
-from vispress.runtime.forward.running import RUNNING, Running
+from vispress.runtime.forward.running import RUNNING, Running, refuse_reentrant
 from vispress.runtime.forward.state import Span
 from vispress.runtime.tokens.live_tokens import scale_rows
 
@@ -70,12 +68,7 @@ class _GateHooks:
             return None
         GATED.set(None)
         self.waiting -= 1
-        if running.trains and not torch.is_grad_enabled():
-            raise CompressionStateError(
-                "reentrant gradient checkpointing runs a layer without gradients first, and those "
-                "of the gate would be lost; use gradient_checkpointing_kwargs={'use_reentrant': "
-                "False}"
-            )
+        refuse_reentrant(running.state, "the gate")
         if isinstance(output, tuple):
             return (scale_rows(output[0], span.gate, span.rows), *output[1:])
         return scale_rows(output, span.gate, span.rows)

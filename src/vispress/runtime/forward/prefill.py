@@ -69,11 +69,14 @@ def begin(
         if given.get("inputs_embeds") is not None
         else (module.get_input_embeddings()(given["input_ids"]))
     )
+    trains = module.training and torch.is_grad_enabled()
+    if trains and captures and cache is None and plan.softens_keys:
+        given["use_cache"] = False  # later tokens would see whole what is soft here
     if cache is None and captures and _caches(module, given):
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
         check_cache(cache, plan.windows)
-    state = _make_state(plan, call, given, cache, embeds)
+    state = _make_state(plan, call, given, cache, embeds, trains)
     if cache is not None and state.past:
         plan.remembering.check(cache)
     length = state.past + embeds.shape[1]
@@ -114,8 +117,9 @@ def _open(
 def _caches(module: Any, given: Mapping[str, Any]) -> bool:
     use_cache = given.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
-    # checkpointed layers run without a cache
-    checkpointing = module.training and getattr(module.layers[0], "gradient_checkpointing", False)
+    # checkpointed layers run without a cache; without gradients none is checkpointed
+    trains = module.training and torch.is_grad_enabled()
+    checkpointing = trains and getattr(module.layers[0], "gradient_checkpointing", False)
     return bool(use_cache) and not checkpointing
 
 
@@ -125,6 +129,7 @@ def _make_state(
     given: Mapping[str, Any],
     cache: Cache | None,
     embeds: Tensor,
+    trains: bool,
 ) -> ForwardState:
     B, Q = embeds.shape[:2]
     past = 0 if cache is None else int(cache.get_seq_length())
@@ -178,6 +183,7 @@ def _make_state(
         mask_4d=mask_4d,
         plain_masks=not mask_4d and (mask is not None or cache is not None),
         position_ids=position_ids if position_ids.ndim == 2 else None,
+        trains=trains,
     )
 
 

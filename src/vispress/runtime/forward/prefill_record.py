@@ -34,6 +34,7 @@ class PrefillRecord:
         past: Logical length before the prefill.
         encoder: Name of the method that merges in the vision encoder, if one does.
         remarks: What stages say of the call, when a report is asked for.
+        trains: Whether plans that can be soft were.
     """
 
     placements: Sequence[BoundPlacement]
@@ -47,6 +48,7 @@ class PrefillRecord:
     past: int
     encoder: str | None = None
     remarks: Sequence[Callable[[], Sequence[str]]] = ()
+    trains: bool = False
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class PrefillRecord:
             state.past,
             next(merging, None),
             remarks,
+            state.trains,
         )
 
     def idle(self) -> list[str]:
@@ -103,6 +106,8 @@ class PrefillRecord:
 
     def _why(self, bounds: Sequence[BoundPlacement]) -> str:
         images, first = self.images, bounds[0]
+        if self.trains and first.method.softens:
+            return "in training what it would drop counts less"
         if first.method.needs == "video" and all(image.modality == "image" for image in images):
             return "it is made for videos, and images pass whole"
         if asks_prompt(first) and not any(image.prompt.ends for image in images):

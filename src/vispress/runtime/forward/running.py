@@ -58,8 +58,6 @@ class Running:
         """Stands for the hooks that the call was begun with."""
         self.again = False
         """Whether a checkpointed layer has run a second time: the backward is there, or over."""
-        self.trains = False
-        """Whether it was begun in training, with gradients."""
         self._attended: set[int] = set()
 
     def to(self, *args: Any, **kwargs: Any) -> "Running":
@@ -80,10 +78,10 @@ class Running:
                     return call.place(bound, hidden)
         return None
 
-    def begin(self, hooks: object, trains: bool) -> None:
+    def begin(self, hooks: object) -> None:
         """Note on which hooks the call runs, and that a backward may need them again."""
-        self.hooks, self.trains = hooks, trains
-        if trains and not torch.compiler.is_compiling():
+        self.hooks = hooks
+        if self.state.trains and not torch.compiler.is_compiling():
             TRAINING.add(self)
 
     def attend(
@@ -135,6 +133,23 @@ def refuse_awaited(hooks: object) -> None:
             "layers of a checkpointed call are to run again in its backward, under compression: "
             "call loss.backward() before remove_compression(model), or inside the block of "
             "compressed(...)"
+        )
+
+
+def refuse_reentrant(state: ForwardState, of: str) -> None:
+    """Refuse a layer that a checkpoint runs without gradients, where something has some to give.
+
+    Args:
+        state: The call.
+        of: What that is.
+
+    Raises:
+        CompressionStateError: Says what works.
+    """
+    if state.trains and not torch.is_grad_enabled():
+        raise CompressionStateError(
+            "reentrant gradient checkpointing runs a layer without gradients first, and those "
+            f"of {of} would be lost; use gradient_checkpointing_kwargs={{'use_reentrant': False}}"
         )
 
 

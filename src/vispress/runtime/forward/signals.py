@@ -91,6 +91,7 @@ def visual_tokens(
         views=tuple(
             visual_tokens(state, compressor, one, placement, bucket, rows, hidden) for one in parts
         ),
+        training=state.trains,
         backend=state.plan.backend,
         **signals,
     )

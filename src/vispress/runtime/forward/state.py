@@ -69,6 +69,8 @@ class ForwardState:
         rotary: Tables that the running layer was handed.
         evicted: Of cache layers that were cut behind their attention, what they held, and
             `[B, Hkv or 1, S]` bool, which of it left.
+        trains: Whether the call is of a model in training, with gradients: plans may be soft.
+        softened: `[B, Q]` added to the logits of keys from a decoder layer on (differentiable).
     """
 
     plan: Plan
@@ -95,6 +97,8 @@ class ForwardState:
     rotary: tuple[Tensor, Tensor] | None = None
     spans: list[Span] = field(default_factory=list)
     evicted: dict[int, tuple[Slots, Tensor]] = field(default_factory=dict)
+    trains: bool = False
+    softened: list[tuple[int, Tensor]] = field(default_factory=list)
     own_from: int | None = None  # layers that are handed their own mask, short or not
 
     @property
@@ -134,6 +138,11 @@ class ForwardState:
             return None
         return next((span for span in self.spans if span.start <= layer < span.until), None)
 
+    def soft_at(self, layer: int) -> Tensor | None:
+        """`[B, Q]`, what keys lose of their logits in a layer; None: all count whole."""
+        found = [bias for start, bias in self.softened if start <= layer]
+        return sum(found[1:], found[0]) if found else None
+
     def take(self, layer: int, decision: Decision) -> None:
         """Let the rows of a decision be those from `layer` on."""
         self.rows.append((layer, decision.rows))
@@ -166,6 +175,7 @@ class ForwardState:
             decided={number: [] for number in range(1, self.plan.num_layers)},  # none acts
             transitions={},
             spans=[],
+            softened=[],
             evicted={},
             own_from=None,
         )
@@ -201,7 +211,9 @@ class ForwardState:
         """Whether the mask of a layer is known to be causality and padding alone."""
         if mask is None or mask.ndim != 4:
             return True
-        return self.plain_masks and not self.packed and self.plan.layer_types[layer] == FULL
+        soft = any(start <= layer for start, _ in self.softened)
+        plain = self.plain_masks and not self.packed and not soft
+        return plain and self.plan.layer_types[layer] == FULL
 
     def observe(
         self,

@@ -72,12 +72,13 @@ class Plan:
             for bound in placements
         )
         self.trained = any(method.trained for method in methods)
+        self.softens_keys = any(method.softens == "keys" for method in methods)
         self.reads_input = Signal.INPUT_EMBEDDINGS in signals
         self.reads_text = Signal.TEXT_EMBEDDINGS in signals
         self.reads_context = Signal.CONTEXT in signals or any(
             bound.placement.images != "all" for bound in placements
         )
-        self.by_text = self.reads_text or any(
+        self.by_text = bool(signals & {Signal.TEXT_EMBEDDINGS, Signal.TEXT_STATES}) or any(
             bound.placement.queries is Queries.TEXT_AFTER for bound in placements
         )
         self.reads_ends = any(bound.placement.queries is Queries.ENDS for bound in placements)

@@ -147,6 +147,26 @@ def cut_mask(
     return cut
 
 
+def with_bias(mask: Tensor | None, bias: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """Add to the logits of keys that a mask shows, and leave hidden what it hides.
+
+    Args:
+        mask: `[B or 1, H or 1, P, S]`, bool (True = attend) or additive; None for causality.
+        bias: `[B, S]` (differentiable).
+        queries: P.
+        dtype: Of the queries.
+
+    Returns:
+        `[B, H or 1, P, S]`, additive.
+    """
+    added = bias[:, None, None].to(dtype)
+    if mask is None:
+        mask = torch.ones(queries, bias.shape[1], dtype=torch.bool, device=bias.device).tril()
+    if mask.dtype == torch.bool:  # where all is hidden, as in padding, the least stays finite
+        return torch.where(mask, added, torch.finfo(dtype).min)
+    return torch.where(mask > BLOCKED, mask + added, mask)
+
+
 def _queries(slots: Slots, rows: LiveTokens, offset: int) -> Tensor:
     """`[B, P, 1]` bool: rows that are no padding."""
     assert slots.valid is not None
