@@ -156,7 +156,14 @@ def _masked(
             if index in values:
                 rows, new = values[index]
                 hidden = hidden.masked_scatter(rows[..., None], new.to(hidden.dtype))
-            kwargs = kwargs | {"attention_mask": _mask(live, documents, stack.config, hidden.dtype)}
+            mask = _mask(live, documents, stack.config, hidden.dtype)
+            soft = getattr(values, "soft", {}).items()
+            for bias in (bias for layer, bias in soft if layer <= index):
+                if mask.dtype == torch.bool:
+                    least = torch.finfo(hidden.dtype).min
+                    mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, least)
+                mask = torch.where(mask > -1e9, mask + bias[:, None, None], mask)
+            kwargs = kwargs | {"attention_mask": mask}
             if positions == "compact":
                 ids = _compact(seen["ids"], live, valid, documents)
                 kwargs["position_embeddings"] = stack.rotary_emb(hidden, ids)

@@ -1,5 +1,6 @@
 """Compressed forwards as laws look at them: what was planned, kept, merged, and what came out."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -25,10 +26,11 @@ class Spy:
     def __init__(self) -> None:
         self.seen: list[tuple[VisualTokens, TokenPlan]] = []
         self.layers: list[int] = []
+        self.softens: str | None = None
 
     def watch(self, method: Compressor) -> Compressor:
         """A compressor that behaves the same and tells."""
-        seen, layers = self.seen, self.layers
+        seen, layers, self.softens = self.seen, self.layers, method.softens
         places: list[int] = []
 
         class Watched(type(method)):  # type: ignore[misc]
@@ -219,11 +221,18 @@ def _repeated(output: Any, times: int) -> Any:
 
 
 class Values(dict[int, tuple[Tensor, Tensor]]):
-    """New values by layer, and `[B, L]` gates of layers that have one."""
+    """New values by layer, and `[B, L]`: gates of layers that have one, and what is added to the
+    logits of keys from a layer on.
+    """
 
-    def __init__(self, values: Mapping[int, Any], gates: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        values: Mapping[int, Any],
+        gates: Mapping[int, Tensor],
+        soft: Mapping[int, Tensor] | None = None,
+    ) -> None:
         super().__init__(values)
-        self.gates = dict(gates)
+        self.gates, self.soft = dict(gates), dict(soft or {})
 
 
 def changed_rows(
@@ -237,15 +246,20 @@ def changed_rows(
     found: dict[int, dict[tuple[int, int], Tensor]] = {}
     seen: dict[int, set[tuple[int, int]]] = {}
     gates: dict[int, Tensor] = {}
+    soft: dict[int, Tensor] = {}
     for (tokens, plan), layer in zip(spy.seen, spy.layers, strict=True):
-        if plan.features is None and plan.assign is None and plan.gate is None:
+        softens = spy.softens if tokens.training and plan.soft is not None else None
+        same = plan.features is None and plan.assign is None and plan.gate is None
+        if same and softens is None:
             continue
         bucket = [
             (b, image)
             for b, image in _bucket_images(report, tokens, documents)
             if (b, image.positions[0]) not in seen.setdefault(layer, set())
         ]
-        if tokens.memory:  # rows part at earlier placements, and some ask for no plan any more
+        if (
+            tokens.memory and softens is None
+        ):  # rows part at earlier placements, and some ask for no plan any more
             bucket = [one for one in bucket if _left(one[1], layer) == _rasters(tokens, plan)[0]]
         if len(bucket) > tokens.batch:  # texts are read: equally long ones are a bucket
             length = _texts(report, documents, *bucket[0])
@@ -258,7 +272,18 @@ def changed_rows(
                 own = torch.full_like(places, b), places
                 gates[layer] = whole.index_put(own, plan.gate[bucket_row])
                 continue
+            if softens == "keys":
+                whole = soft.get(layer, torch.zeros(shape, dtype=plan.soft.dtype))
+                places = torch.tensor(image.positions)[tokens.index[bucket_row]]
+                logs = plan.soft[bucket_row].clamp(min=math.exp(-10)).log()
+                soft[layer] = whole.index_put((torch.full_like(places, b), places), logs)
+                continue
             rows = found.setdefault(layer, {})
+            if softens == "features":
+                values = tokens.features[bucket_row] * plan.soft[bucket_row, :, None]
+                places = torch.tensor(image.positions)[tokens.index[bucket_row]]
+                rows |= {(b, p): v for p, v in zip(places.tolist(), values, strict=True)}
+                continue
             for slot, place in enumerate(_rasters(tokens, plan)[bucket_row]):
                 rows[b, image.positions[place]] = _new_value(tokens, plan, bucket_row, slot)
     out = {}
@@ -267,7 +292,7 @@ def changed_rows(
         for b, position in rows:
             mask[b, position] = True
         out[layer] = mask, torch.stack([rows[key] for key in sorted(rows)])
-    return Values(out, gates)
+    return Values(out, gates, soft)
 
 
 def _bucket_images(

@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     for name in (
         *sorted(NO_BUDGET),
         "adsc",
+        "covipal",
         "pyramiddrop",
         "sparsevlm",
         "sparsevlm_plus",

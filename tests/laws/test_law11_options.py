@@ -29,6 +29,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         *NO_BUDGET,
         "catp",
         "adsc",
+        "covipal",
         "dycoke",
         "framefusion",
         "gamma_mod",

@@ -154,7 +154,7 @@ def bucket(method, geometry="image", **kwargs):
 
 
 def with_module(method, tokens):
-    """The tokens in front of the last layer, and the method's parameters, drawn at random."""
+    """The tokens in front of the last layer that it acts at, and drawn parameters."""
     if not method.trained:
         return tokens
     width, vision_width = tokens.features.shape[-1], tokens.vision_features.shape[-1]
@@ -164,7 +164,8 @@ def with_module(method, tokens):
     module, generator = method.make_module(shape), torch.Generator().manual_seed(3)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
-    return dataclasses.replace(tokens, module=module, depth=(7, 8))
+    last = max((int(n) for n, _ in module.named_children() if n.isdigit()), default=7)
+    return dataclasses.replace(tokens, module=module, depth=(last, 8))
 
 
 def shown(method):
@@ -334,6 +335,17 @@ def test_values_carry_gradients_and_decisions_do_not(method):
     assert plan.features is None or plan.features.requires_grad
     assert (plan.gate is not None) == method.gates
     assert plan.gate is None or plan.gate.requires_grad
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_plans_are_soft_in_training_alone(method):
+    tokens = bucket(method)
+    assert planned(method, tokens).soft is None
+    tokens = dataclasses.replace(tokens, training=True)
+    plan = planned(method, tokens)
+    plan.check_values(tokens)
+    assert (plan.soft is not None) == (method.softens is not None)
+    assert plan.soft is None or plan.soft.requires_grad
 
 
 @pytest.mark.parametrize("method", chosen(ranks))

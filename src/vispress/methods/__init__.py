@@ -6,6 +6,7 @@ from vispress.methods.avg_pool import AvgPool as AvgPool
 from vispress.methods.catp import CATP as CATP
 from vispress.methods.cdpruner import CDPruner as CDPruner
 from vispress.methods.cmai import CMAI as CMAI
+from vispress.methods.covipal import CoViPAL as CoViPAL
 from vispress.methods.dart import DART as DART
 from vispress.methods.debias import Debias as Debias
 from vispress.methods.divprune import DivPrune as DivPrune
