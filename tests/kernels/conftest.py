@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tests.kernels.interpreter import replace_once_a_launch
+from tests.kernels.interpreter import multiply_alike_everywhere, replace_once_a_launch
 
 # read when a kernel is decorated, so before any kernel module is imported
 if not torch.cuda.is_available():
@@ -14,10 +14,11 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _fast_interpreter() -> Iterator[None]:
+def _interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("triton") and not torch.cuda.is_available():
             replace_once_a_launch(patch)
+            multiply_alike_everywhere(patch)
         yield
 
 

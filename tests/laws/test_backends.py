@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.kernels.interpreter import replace_once_a_launch
+from tests.kernels.interpreter import multiply_alike_everywhere, replace_once_a_launch
 from tests.laws import cases
 
 import vispress_kernels
@@ -59,6 +59,7 @@ METHODS = [
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often each kernel was launched."""
     replace_once_a_launch(monkeypatch)
+    multiply_alike_everywhere(monkeypatch)
     seen: Counter[str] = Counter()
     original = _launch.launch
 

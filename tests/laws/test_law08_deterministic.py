@@ -206,7 +206,7 @@ class InModelDtype(Tied):
     name: ClassVar[str] = "in_model_dtype"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return tokens.features.norm(dim=-1)
+        return 1 + tokens.features.norm(dim=-1) / 1024  # in bf16 all are 1
 
 
 @dataclass(frozen=True, kw_only=True)
