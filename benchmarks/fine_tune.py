@@ -1,7 +1,7 @@
 """Fine-tune the reference model with a method that works in its layers, and ask held-out questions.
 
     python benchmarks/fine_tune.py pmod --out trained/pmod
-    python benchmarks/fine_tune.py fastv --option layer=1 --option keep_ratio=0.5 --out trained/fastv
+    python benchmarks/fine_tune.py fastv --option layer=1 --option keep_ratio=0.5 --out fastv
 
 LoRA on the language model and the method's own parameters learn from answers of training scenes, in
 a hand-written loop; the rest is frozen. Written are the compressor's folder, the adapter, the curve
