@@ -43,6 +43,7 @@ from vispress.methods.tome import ToMe as ToMe
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
 from vispress.methods.vidcom2 import VidCom2 as VidCom2
+from vispress.methods.vision_selector import VisionSelector as VisionSelector
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
 from vispress.methods.vmtc import VMTC as VMTC
