@@ -19,13 +19,13 @@ demo: install  ## compress the shipped reference model: a table, a plot, a pictu
 	$(BIN)/vispress demo --out demo
 
 test: install  ## all tests; laws on every method and every way through the runtime
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: install  ## one case of each test, without the slow ones
-	$(BIN)/python -m pytest -n 2 --quick
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
 full: install  ## everything: laws on every method and every family
-	$(BIN)/python -m pytest -n 2 -m full
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m full
 
 integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \

@@ -78,7 +78,10 @@ def test_a_page_can_be_made(unpacked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHIVED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "offline_clips" else pytest.mark.full) for n in ARCHIVED],
+)
 def test_every_folder_can_be_joined(unpacked, tmp_path, name):
     """The runs that it was made of are gone, so halves of it stand for two runs."""
     halves = [tmp_path / "first", tmp_path / "second"]

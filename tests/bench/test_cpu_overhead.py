@@ -57,7 +57,12 @@ def test_published_budgets_make_compressors(method: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "methods"), [(1, "divprune,fastv,pyramiddrop"), (2, "fastv")]
+    ("processes", "methods"),
+    [
+        (1, "fastv,divprune"),
+        pytest.param(1, "divprune,fastv,pyramiddrop", marks=pytest.mark.full),
+        pytest.param(2, "fastv", marks=pytest.mark.full),
+    ],
 )
 def test_a_dry_run_writes_shares_of_every_case(
     tmp_path: Path, processes: int, methods: str

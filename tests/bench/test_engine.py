@@ -160,7 +160,7 @@ def test_stopping_anywhere_loses_nothing_and_repeats_nothing(
     assert results(tmp_path) == results(finished[1])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_process_is_resumed(finished, make_plan, tmp_path):
     plan = make_plan()
     small = {

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.interleaved import ROOT, main
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_checkout_against_itself(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([str(ROOT), "--rounds", "1", "--methods", "fastv"]) == 0
     lines = capfd.readouterr().out.splitlines()

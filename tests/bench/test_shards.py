@@ -192,7 +192,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_real_processes_go_on_without_one_that_is_killed(make_plan, tmp_path):
     plan = make_plan(questions=8)
     file, out = tmp_path / "plan.yaml", tmp_path / "two"

@@ -310,20 +310,26 @@ def whole_model(model: nn.Module) -> nn.Module:
 
 
 def parameters(folder: Path) -> Iterator[Case]:
-    """Methods that have parameters, which are there before the model is wrapped."""
-    methods = [m for m in METHODS if make("llava", m).trained]
+    """Methods that have parameters, which are there before the model is wrapped.
+
+    p-MoD, whose gates lie inside of layers, under every wrap; each other method under one, in turn.
+    """
+    methods = ["pmod", *(m for m in METHODS if m != "pmod" and make("llava", m).trained)]
     wraps = {"DDP": replicated, "FSDP2": by_layer, "FSDP2 whole": whole_model}
-    for method in methods:
-        for name, wrap in wraps.items():
-            for family, order in (("llava", ""), ("qwen3_vl", ", checkpointed")):
-                yield (
-                    f"{name}{order}: {family} {method}",
-                    lambda f=family, m=method, w=wrap, o=order: check_training(
-                        f, make(f, m), w, f"compressed first{o}"
-                    ),
-                )
+    models = (("llava", ""), ("qwen3_vl", ", checkpointed"))
+    for number, method in enumerate(methods):
+        for place, (name, wrap) in enumerate(wraps.items()):
+            if method != "pmod" and place != number % len(wraps):
+                continue
+            family, order = models[(number + place) % len(models)]
+            yield (
+                f"{name}{order}: {family} {method}",
+                lambda f=family, m=method, w=wrap, o=order: check_training(
+                    f, make(f, m), w, f"compressed first{o}"
+                ),
+            )
         yield f"saved by all: {method}", lambda m=method: _saved(m, folder)
-        yield f"too late: {method}", lambda m=method: _too_late(m)
+    yield "too late", lambda: _too_late("pmod")
 
 
 def _saved(method: str, folder: Path) -> None:
@@ -367,6 +373,7 @@ def data_parallel(folder: Path) -> Iterator[Case]:
                 lambda f=family, m=method, w=wrap, o=order: check_training(f, make(f, m), w, o),
             )
     yield "FSDP2 evaluates", lambda: _evaluates(by_layer)
+    yield from parameters(folder)
 
 
 def _evaluates(wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -386,7 +393,6 @@ def _evaluates(wrap: Callable[[nn.Module], nn.Module]) -> None:
 SUITES: dict[str, Callable[[Path], Iterator[Case]]] = {
     "tensor_parallel": tensor_parallel,
     "data_parallel": data_parallel,
-    "parameters": parameters,
 }
 
 

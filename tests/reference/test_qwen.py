@@ -268,7 +268,7 @@ def test_unknown_architectures_and_models_are_refused(tmp_path):
 # --- training and answers
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_same_script_trains_it(tmp_path):
     settings = {
         "architecture": "qwen2_5_vl",

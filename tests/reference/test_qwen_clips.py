@@ -212,7 +212,7 @@ def test_a_start_of_another_architecture_is_refused(trained, tmp_path):
         train_reference(tmp_path / "out", **settings | {"start": tmp_path / "c"})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_loss_falls_on_clips():
     model, batch = tiny(2, 2).train(), ClipStream(QWEN, 0, 1, 7, 1)[0]
     for_training(model)

@@ -78,8 +78,8 @@ def test_episodes_start_from_a_checkpoint_and_go_on_where_they_stopped(trained, 
     assert json.loads(log.read_text().splitlines()[-1])["images"] >= 12
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stages", ["the last", pytest.param("all", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("stages", ["the last", "all"])
 def test_two_processes_train_together(trained, tmp_path, stages):
     start = {"start": trained[0] / "checkpoint", "episodes_images": 6}
     chosen = start if stages == "the last" else SHORT
