@@ -170,3 +170,27 @@ def test_bad_hyper_parameters_are_refused():
     ):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             ADSC(**bad)
+
+
+def test_a_reverse_curriculum_passes_harsher_presets_and_ends_at_the_target():
+    method = ADSC(curriculum="reverse")
+    passed = [method.at(progress).preset for progress in (0.0, 0.3, 0.34, 0.6, 0.67, 1.0)]
+    assert passed == [64, 64, 128, 128, 192, 192]
+    assert method.at(0.9) is method
+    forward = replace(method, curriculum="forward", preset=64)
+    assert [forward.at(p).preset for p in (0.0, 0.5, 1.0)] == [192, 128, 64]
+    assert ADSC().at(0.0) == ADSC()
+    # what the target has passed is left out: one stage before it
+    asked = ADSC(keep_ratio=0.2, curriculum="reverse")
+    assert [asked.at(p).keep_ratio for p in (0.0, 0.49, 0.5, 1.0)] == [64 / 576, 64 / 576, 0.2, 0.2]
+    mean = ADSC(mean_keep_ratio=0.1, curriculum="reverse")
+    assert mean.at(0.0) is mean
+    assert mean_tokens(asked.at(0.0)) == pytest.approx(64, abs=1)
+
+
+def test_a_curriculum_solves_its_own_layers():
+    for fixed in ({"layers": (4, 10)}, {"num_tokens": 64}):
+        with pytest.raises(ConfigError, match="curriculum='reverse' solves layers"):
+            ADSC(curriculum="reverse", **fixed)
+    with pytest.raises(ConfigError, match="curriculum"):
+        ADSC(curriculum="backwards")
