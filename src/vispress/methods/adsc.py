@@ -9,7 +9,7 @@ group has attended to the others. The paper's gain comes from fine-tuning LoRA a
 with the rule in place, under a reverse curriculum over ratios, whose stages are not published.
 Reconstructed: equal shares of training at the harshest preset, at those up to the target, and at
 the target (`curriculum`; `set_progress` and `CompressionCallback` move a model along).
-Differs: untrained weights; each image, crop and frame is thinned on its own, newlines stay; counts are
+Differs: each image, crop and frame is thinned on its own, newlines stay; counts are
 floors of shares of the original count. Schedules other than the presets are ours.
 """
 
