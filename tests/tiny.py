@@ -9,7 +9,8 @@ and LLaVA-OneVision videos have one size only and ignore them.
 import functools
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +29,13 @@ from tests.tiny_models import (
     VIDEO_ID,
     VISION_END,
     VISION_START,
+    VOCAB,
     build,
 )
 
 __all__ = [
     "FAMILIES",
+    "GIST",
     "QWEN",
     "VIDEO",
     "Image",
@@ -41,7 +44,9 @@ __all__ = [
     "Video",
     "build",
     "features",
+    "gist_tokens",
     "make_inputs",
+    "num_gist_tokens",
     "visual_positions",
 ]
 
@@ -88,6 +93,25 @@ class Sample:
 
 
 # --- inputs
+
+GIST = VOCAB - 1
+"""The last word of the vocabulary, in no text: stands for images, to methods that want it."""
+_GISTS = [0]
+
+
+@contextmanager
+def gist_tokens(count: int = 1) -> Iterator[None]:
+    """Inside, prompts have so many tokens `GIST` behind each image and video."""
+    _GISTS.append(count)
+    try:
+        yield
+    finally:
+        _GISTS.pop()
+
+
+def num_gist_tokens() -> int:
+    """How many prompts have behind each image now."""
+    return _GISTS[-1]
 
 
 @dataclass
@@ -161,6 +185,7 @@ def _sample_ids(
             if i and family == "qwen3_vl":  # a timestamp stands before each frame
                 ids += torch.randint(*TEXT_IDS, (3,), generator=generator).tolist()
             ids += [VISION_START, *run, VISION_END] if wrap else run
+        ids += [GIST] * _GISTS[-1]
     return ids
 
 

@@ -146,13 +146,16 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def text_ids(shape: Shape, length: int, batch: int, device: torch.device) -> Tensor:
-    """`[batch, length]` random text, without special ids."""
-    high = shape.text["vocab_size"]
+    """`[batch, length]` random text, without special ids and the last word."""
+    high = shape.text["vocab_size"] - 1
     return torch.randint(11, high, (batch, length), device=device)
 
 
 def prompt(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `model(**inputs)`: text, one image, text, in every sample; no padding."""
+    """Arguments of `model(**inputs)`: text, one image, text, in every sample; no padding.
+
+    Behind the image stands the last word, which methods with gist tokens take for one.
+    """
     image = torch.full((batch, shape.visual), IMAGE_ID, device=device)
     bounds = torch.tensor([START_ID], device=device).expand(batch, 1)
     parts = [text_ids(shape, TEXT_BEFORE, batch, device), image]
@@ -160,7 +163,9 @@ def prompt(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -
     if qwen:
         parts.insert(1, bounds)
         parts.append(torch.full_like(bounds, END_ID))
-    ids = torch.cat([*parts, text_ids(shape, TEXT_AFTER, batch, device)], dim=1)
+    after = text_ids(shape, TEXT_AFTER, batch, device)
+    after[:, 0] = shape.text["vocab_size"] - 1
+    ids = torch.cat([*parts, after], dim=1)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if qwen:
         patches = shape.image**2

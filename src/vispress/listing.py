@@ -14,6 +14,7 @@ from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
+from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import CLS_SIGNALS, Placement, Stage
@@ -80,7 +81,9 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
 
 
 def _reads(cls: type[Compressor]) -> str:
-    """What a method is shown beside the features; a mask of pairs is decided without these."""
+    """What a method is shown beside the features; masks and evictions are decided without these."""
+    if issubclass(cls, GistEvictor):
+        return "where its tokens stand"
     if issubclass(cls, PairMasker | CacheEvictor):
         return "attention of the layers it acts in"
     return ", ".join(sorted(signal.value for signal in cls.reads))
@@ -90,7 +93,7 @@ def _does(cls: type[Compressor]) -> str:
     """What becomes of the tokens that are not kept."""
     if issubclass(cls, PairMasker):
         return "masks"
-    if issubclass(cls, CacheEvictor):
+    if issubclass(cls, CacheEvictor | GistEvictor):
         return "evicts"
     return "merges" if cls.merges else "prunes"
 

@@ -29,6 +29,7 @@ from tests.laws.running import Spy
 from tests.laws.table import (
     CASES,
     FAMILIES,
+    GISTS,
     METHODS,
     VIDEO_ONLY,
     VIDEO_SAMPLES,
@@ -37,7 +38,7 @@ from tests.laws.table import (
     make,
     model_of,
 )
-from tests.tiny import Image, Sample, Text, make_inputs
+from tests.tiny import Image, Sample, Text, gist_tokens, make_inputs
 
 from vispress import compressed
 from vispress.adapters.base import ModelAdapter, find_adapter
@@ -106,7 +107,7 @@ def _plans(family: str, method: str) -> list[TokenPlan]:
     """Plans of one prefill."""
     spy, model = Spy(), model_of(family)
     samples = VIDEO_SAMPLES[:1] if method in VIDEO_ONLY else [Sample([Text(3), Image(), Text(4)])]
-    with compressed(model, spy.watch(make(family, method))):
+    with compressed(model, spy.watch(make(family, method))), gist_tokens(int(method in GISTS)):
         logits_of(model, make_inputs(family, samples))
     return [plan for _, plan in spy.seen]
 

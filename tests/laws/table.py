@@ -5,7 +5,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from tests.tiny import FAMILIES, QWEN, VIDEO, Image, Sample, Text, Video, build, make_inputs
+from tests.tiny import (
+    FAMILIES,
+    QWEN,
+    VIDEO,
+    Image,
+    Sample,
+    Text,
+    Video,
+    build,
+    gist_tokens,
+    make_inputs,
+    num_gist_tokens,
+)
 from torch import Tensor
 
 from vispress import list_methods
@@ -13,6 +25,7 @@ from vispress.adapters.base import find_adapter
 from vispress.config import make_compressor
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
+from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
 from vispress.types import CLS_SIGNALS
@@ -76,22 +89,31 @@ CASES = [
 ]
 
 MASKING = frozenset(
-    name for name in METHODS if issubclass(get_method(name), PairMasker | CacheEvictor)
+    name
+    for name in METHODS
+    if issubclass(get_method(name), PairMasker | CacheEvictor | GistEvictor)
 )
-"""Methods that drop nothing from a prefill; `test_pair_masks` and `test_cache_stage` have the
-masked models that they equal."""
+"""Methods that drop nothing from a prefill; `test_pair_masks`, `test_cache_stage` and `test_gists`
+have the masked models that they equal."""
+GISTS = frozenset(name for name in METHODS if issubclass(get_method(name), GistEvictor))
+"""Methods whose prompts have a token behind each image; `conftest` puts it there in their cases."""
 DROPPING = [case for case in CASES if case[1] not in MASKING]
 BUDGETED = [case for case in CASES if case[1] not in NO_BUDGET]
 """Methods without a budget end with no token: they have no identity and take no number."""
 DROPS = [name for name in METHODS if name not in MASKING]
 
 
-@cache
 def inputs_of(
     family: str, padding: str = "left", dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     """The common batch of a family."""
-    return make_inputs(family, SAMPLES, padding=padding, dtype=dtype)
+    return _inputs_of(family, padding, dtype, num_gist_tokens())
+
+
+@cache
+def _inputs_of(family: str, padding: str, dtype: torch.dtype, gists: int) -> dict[str, Any]:
+    with gist_tokens(gists):
+        return make_inputs(family, SAMPLES, padding=padding, dtype=dtype)
 
 
 def settings(family: str, method: str, **more: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, cases, logits_of, model_of, settings
-from tests.tiny import Image, Sample, Text, make_inputs
+from tests.laws.cases import CASES, GISTS, cases, logits_of, model_of, settings
+from tests.tiny import Image, Sample, Text, gist_tokens, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress import compressed
@@ -73,8 +73,9 @@ def untouched(family: str) -> int:
 
 def added(family: str, method: str) -> int:
     """Operations that a compressed prefill has beyond those of an untouched one."""
-    model, inputs, plain = model_of(family, torch.float32), inputs_of(family), untouched(family)
-    with compressed(model, method, **settings(family, method)):
+    model, plain = model_of(family, torch.float32), untouched(family)
+    with compressed(model, method, **settings(family, method)), gist_tokens(int(method in GISTS)):
+        inputs = inputs_of(family)
         return calls(lambda: logits_of(model, inputs)) - plain
 
 

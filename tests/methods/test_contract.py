@@ -22,6 +22,7 @@ from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor, ScorePruner
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import ModuleShape, Signal, Stage
@@ -56,6 +57,7 @@ OTHER_SETTINGS = {
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
     "holitom": [{"inner": True}, {"context": 0.0, "threshold": 0.0}],
+    "voco": [{"token_id": 9, "hide": "prefix"}],
     "pmod": [{"norm": "sigmoid"}, {"norm": "softmax"}],
     "lvlm_csp": [{"representatives": "random"}, {"representatives": "cls"}],
     "holov": [{"variant": "paper", "num_crops": 3}],
@@ -185,7 +187,7 @@ def named(case):
 
 def count_for(method, tokens, count):
     """The budget the runtime would hand over."""
-    if isinstance(method, PairMasker | CacheEvictor):
+    if isinstance(method, PairMasker | CacheEvictor | GistEvictor):
         return tokens.num_visual
     if not method.takes_budget:
         return 0

@@ -47,6 +47,7 @@ from vispress.methods.vision_selector import VisionSelector as VisionSelector
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
 from vispress.methods.vmtc import VMTC as VMTC
+from vispress.methods.voco import VoCo as VoCo
 from vispress.methods.vscan import VScan as VScan
 from vispress.methods.vtc_cls import VTCCLS as VTCCLS
 from vispress.methods.vtw import VTW as VTW

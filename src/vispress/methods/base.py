@@ -7,19 +7,22 @@ from functools import lru_cache, wraps
 from typing import Any, ClassVar, TypeVar, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vispress.budget import Budget, Rounding, check_ratio, ratio_for_mean
 from vispress.checks import check_layer as check_layer
-from vispress.devices import sent
 from vispress.errors import BudgetError, ConfigError
 from vispress.kinds import Evidence as Evidence
 from vispress.kinds import Softens
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
+from vispress.methods.ranking import descending as descending
+from vispress.methods.ranking import top_indices as top_indices
+from vispress.methods.ranking import top_per_segment as top_per_segment
 from vispress.methods.segment_shares import segment_shares as segment_shares
 from vispress.types import (
     ModuleShape,
@@ -189,6 +192,10 @@ class Compressor(ABC):
         """What evicts from the KV cache behind a prefill; None where the method does not."""
         return self if isinstance(self, CacheEvictor) else None
 
+    def gist_evictor(self) -> GistEvictor | None:
+        """What has tokens that stand for images; None where the method has none."""
+        return self if isinstance(self, GistEvictor) else None
+
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """Make the single budget of a method with one placement before `layer`.
 
@@ -260,41 +267,3 @@ def keep_none(tokens: VisualTokens) -> TokenPlan:
 def upcast(x: Tensor) -> Tensor:
     """Widen half types to fp32; fp64 stays."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def top_indices(score: Float[Tensor, "B N"], num_keep: int) -> Tensor:
-    """Find the highest scores: ascending `[B, K]`; ties keep the earlier, NaN is lowest."""
-    return descending(score)[:, :num_keep].sort(dim=-1).values
-
-
-def descending(score: Float[Tensor, "*B N"]) -> Int[Tensor, "*B N"]:
-    """Order all indices, the highest score first; ties keep the earlier first, NaN is lowest."""
-    highest = float("inf")
-    clean = score.nan_to_num(nan=-highest, posinf=highest, neginf=-highest)
-    return clean.argsort(dim=-1, descending=True, stable=True)
-
-
-def top_per_segment(
-    score: Float[Tensor, "B N"], segments: Int[Tensor, "B N"], num_keep: int
-) -> Int[Tensor, "B K"]:
-    """Find the highest scores of each segment, with the budget split by `segment_shares`.
-
-    Args:
-        score: Higher = kept.
-        segments: On the host; equal rows (an unpruned bucket) are handled at once.
-        num_keep: K, per image.
-    """
-    if bool((segments == segments[:1]).all()):
-        return _top_in_segments(score, segments[0], num_keep)
-    rows = [
-        _top_in_segments(row[None], own, num_keep) for row, own in zip(score, segments, strict=True)
-    ]
-    return torch.cat(rows)
-
-
-def _top_in_segments(score: Tensor, segments: Tensor, num_keep: int) -> Tensor:
-    picked = []
-    for segment, share in segment_shares(segments, num_keep).items():
-        places = sent(torch.where(segments == segment)[0], score.device)
-        picked.append(places[top_indices(score[:, places], share)])
-    return torch.cat(picked, dim=1).sort(dim=1).values

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 from vispress.bench.plan.cells import Entry
 from vispress.checks import suggest
 from vispress.errors import ConfigError
+from vispress.methods.gist_evictor import GistEvictor
 from vispress.registry import get_method, list_methods
 
 Controls = Literal["standard", "none"]
@@ -38,7 +39,13 @@ def expand(methods: Sequence[Entry], overrides: Overrides) -> Iterator[tuple[Ent
         ConfigError: Overrides without `all`, or of something that is not one of it.
     """
     others = ("control", "composition")
-    names = [name for name in list_methods() if get_method(name).evidence not in others]
+    known = {name: get_method(name) for name in list_methods()}
+    # questions of tasks have no gist tokens, and the models were not trained with any
+    names = [
+        name
+        for name, method in known.items()
+        if method.evidence not in others and not issubclass(method, GistEvictor)
+    ]
     if overrides and ALL not in methods:
         raise ConfigError("overrides are for the methods of `all`, which the plan does not list")
     for name, values in overrides.items():

@@ -11,6 +11,7 @@ from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.types import ModuleShape, Placement, Signal, TokenPlan, VisualTokens
 
@@ -55,6 +56,10 @@ class _StandIn(Compressor):
     def cache_evictor(self) -> CacheEvictor | None:
         """Pass on the wrapped method's: what leaves the cache does so behind the prefill."""
         return self.method.cache_evictor()
+
+    def gist_evictor(self) -> GistEvictor | None:
+        """Pass on the wrapped method's: what stands for an image is part of the prompt."""
+        return self.method.gist_evictor()
 
     def cached_selector(self) -> CachedSelector | None:
         """Pass on the wrapped method's: a choice while decoding is none of the prefill."""

@@ -98,6 +98,13 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
     return Choice(drop, *drops, changes, gates, soft, entered, after)
 
 
+def note_all_kept(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> None:
+    """Note in each image that all of it enters the layer of a placement that drops nothing."""
+    for bucket in state.buckets:
+        for image, index in zip(bucket.images, bucket.index, strict=True):
+            image.trace.append(Trace(step.number, index))
+
+
 def prune(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Decision | None:
     """Drop what the compressor does not keep; None when nothing is dropped or changed.
 

@@ -45,6 +45,8 @@ def find(
         here = _placeholder_mask(plan, call, token)
         marks = marks.masked_fill(here, _CODES[modality])
     valid = state.host_valid
+    if (gist := plan.gist_token) is not None:
+        state.gist = _placeholder_mask(plan, call, gist)
     ordered = [captures[modality] for modality in placeholders if modality in captures]
     located = locate_images(marks, ordered, _CODES)
     asking = valid

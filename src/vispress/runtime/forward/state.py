@@ -64,6 +64,7 @@ class ForwardState:
         images: Images of this call, in order.
         layout: What the prompt is; None of a call that brings no images.
         asking: `[B, Q]` bool on the host, tokens that are neither padding nor answers.
+        gist: `[B, Q]` bool on the host, tokens that stand for images; None where none are wanted.
         packed: Whether a batch row holds several documents.
         mode: Whether this is the call itself, a look at a layer ahead, or a probe.
         rotary: Tables that the running layer was handed.
@@ -90,6 +91,7 @@ class ForwardState:
     transitions: dict[int, TransitionMeasure] = field(default_factory=dict)
     layout: PromptLayout | None = None
     asking: Tensor | None = None
+    gist: Tensor | None = None
     packed: bool = False
     text_embeddings: dict[Prompt, Tensor] = field(default_factory=dict)
     input_embeddings: Tensor | None = None

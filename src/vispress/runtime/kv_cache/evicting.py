@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
 
+from vispress.errors import UnsupportedModelError
 from vispress.methods.cache_evictor import CachePlan
 from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
@@ -97,26 +99,56 @@ def evict_slots(layer: CompressedLayerMixin, gone: Tensor, drops: Sequence[int])
         gone: `[B, Hkv or 1, S]` bool, valid slots.
         drops: How many that is of each row, in each head.
     """
-    assert layer.keys is not None
-    assert layer.values is not None
-    _, heads, S, D = layer.keys.shape
-    slots = layer.slots
-    valid = slots.valid
+    cut_layer(layer, *staying_slots(layer.slots, gone, drops))
+
+
+def staying_slots(slots: Slots, gone: Tensor, drops: Sequence[int]) -> tuple[Tensor, Slots]:
+    """Find where the slots that stay are, `[B, Hkv or 1, S']`, and what they hold.
+
+    Args:
+        slots: Of a layer, or of several that hold the same.
+        gone: As in `evict_slots`.
+        drops: As in `evict_slots`.
+    """
+    S, valid = slots.positions.shape[1], slots.valid
     stays = ~gone if valid is None else ~gone & valid[:, None].to(gone.device)
     counts = [S - drop for drop in drops]
     if valid is not None:
         counts = [n - drop for n, drop in zip(valid.sum(1).tolist(), drops, strict=True)]
     size = max(counts)
     local = stays.long().argsort(dim=2, stable=True)[:, :, S - size :]
-    index = local[..., None].expand(-1, heads, -1, -1)
-    layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, D))
-    layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[-1]))
     new_valid = None
     if min(counts) < size:
         pad = torch.tensor([size - count for count in counts], device=gone.device)
         new_valid = torch.arange(size, device=gone.device) >= pad.unsqueeze(1)
     positions = slots.positions.to(local.device).gather(1, local[:, 0])
-    layer.slots = Slots(positions, new_valid, slots.shift, slots.logical, slots.padded)
+    return local, Slots(positions, new_valid, slots.shift, slots.logical, slots.padded)
+
+
+def cut_layer(layer: CompressedLayerMixin, local: Tensor, slots: Slots) -> None:
+    """Leave in a layer what `staying_slots` found."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    index = local.to(layer.keys.device)[..., None].expand(-1, layer.keys.shape[1], -1, -1)
+    layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
+    layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[-1]))
+    layer.slots = slots
+
+
+def refuse_fixed(name: str, cache: Cache | None) -> None:
+    """Refuse, in the name of a method, a cache whose layers hold a fixed number of tokens.
+
+    Raises:
+        UnsupportedModelError: It is a static or a sliding cache.
+    """
+    kinds = [] if cache is None else [type(layer) for layer in cache.layers]
+    kinds.append(getattr(cache, "layer_class_to_replicate", None) or object)
+    for kind in kinds:
+        if issubclass(kind, StaticLayer) or "Sliding" in kind.__name__:
+            raise UnsupportedModelError(
+                f"{name} evicts from the KV cache, and layers of kind {kind.__name__} hold a fixed "
+                "number of tokens; use DynamicCache()"
+            )
 
 
 def without_slots(

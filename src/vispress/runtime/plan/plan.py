@@ -49,6 +49,8 @@ class Plan:
             adapter.language_model.config, "num_attention_heads", None
         )
         self._language_model = adapter.language_model
+        gists = (method.gist_evictor() for method in methods)
+        self._gist = next((gist for gist in gists if gist is not None), None)
         self.num_layers = len(adapter.decoder_layers)
         self.feature_choice = adapter.feature_choice({})
         self.placeholders = adapter.placeholders()
@@ -87,6 +89,13 @@ class Plan:
     def implementation(self) -> str | None:
         """The decoder's attention implementation now; users may set another one at any time."""
         return self._language_model.config._attn_implementation  # type: ignore[no-any-return]
+
+    @property
+    def gist_token(self) -> int | None:
+        """Id of the tokens that stand for images; None where no method has any."""
+        if self._gist is None or self._gist.gist_token is not None:
+            return None if self._gist is None else self._gist.gist_token
+        return vocabulary_of(self.adapter) - 1
 
     def rotary(self, layer: int, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the rotary tables of a decoder layer.
@@ -162,3 +171,8 @@ class Plan:
             for method in self.readers
             if Signal.VISION_KEYS in method.signals()
         )
+
+
+def vocabulary_of(adapter: ModelAdapter) -> int:
+    """Count the words that the model has an embedding of, now: users may add some."""
+    return int(adapter.base.get_input_embeddings().weight.shape[0])

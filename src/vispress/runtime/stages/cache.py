@@ -12,14 +12,14 @@ from typing import final
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
 from vispress.devices import sent
 from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CachedTokens, CacheEvictor
+from vispress.runtime.forward.apply_placement import note_all_kept
 from vispress.runtime.forward.bucket_view import BucketView
-from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.setup import read_of
 from vispress.runtime.forward.signals import rows_of
 from vispress.runtime.forward.state import ForwardState
@@ -30,14 +30,14 @@ from vispress.runtime.kv_cache.evicting import (
     gone_slots,
     merge_slots,
     part_of,
+    refuse_fixed,
     tokens_at,
     without_slots,
 )
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
-from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall, Watched
 from vispress.runtime.tokens import masks
-from vispress.runtime.tokens.images import Bucket, Trace
+from vispress.runtime.tokens.images import Bucket
 from vispress.types import Placement, Signal, Stage
 
 CARRIES = frozenset({Stage.CACHE})
@@ -51,6 +51,8 @@ def bind(binding: Binding) -> RuntimeStage | None:
     """
     found: Eviction | None = None
     for bound in binding.carried_by(CARRIES):
+        if bound.method.gist_evictor() is not None:  # of a stage beside this one
+            continue
         evictor = bound.method.cache_evictor()
         if evictor is None or found is not None:
             raise ConfigError(
@@ -98,14 +100,7 @@ class Eviction:
         Raises:
             UnsupportedModelError: It is a static or a sliding cache.
         """
-        kinds = [] if cache is None else [type(layer) for layer in cache.layers]
-        kinds.append(getattr(cache, "layer_class_to_replicate", None) or object)
-        for kind in kinds:
-            if issubclass(kind, StaticLayer) or "Sliding" in kind.__name__:
-                raise UnsupportedModelError(
-                    f"{self.method.name} evicts from the KV cache, and layers of kind "
-                    f"{kind.__name__} hold a fixed number of tokens; use DynamicCache()"
-                )
+        refuse_fixed(self.method.name, cache)
 
     def open(self, state: ForwardState) -> StageCall | None:
         """Begin a prefill."""
@@ -115,7 +110,7 @@ class Eviction:
         cuts = any(map(self.loses, state.buckets))  # padding rows are then the same without a cache
         return StageCall(
             own_from=self.placement.layer if cuts else None,
-            place=partial(_place, state),
+            place=partial(note_all_kept, state),
             attend=call.attend,
             end=call.end,
             remarks=call.remarks,
@@ -146,14 +141,6 @@ class Eviction:
                 f"{self.method.name}: answers or drafts stand in one call with the prompt and must "
                 f"not see what is evicted behind it, but {why}; run the prompt alone first"
             )
-
-
-def _place(state: ForwardState, bound: BoundPlacement, hidden: Tensor) -> Decision | None:
-    """Note in each image that all of it enters the layer."""
-    for bucket in state.buckets:
-        for image, index in zip(bucket.images, bucket.index, strict=True):
-            image.trace.append(Trace(bound.number, index))
-    return None
 
 
 @dataclass(eq=False)
