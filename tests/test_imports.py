@@ -53,6 +53,7 @@ FLOORS: dict[str, int] = {
     "vispress.cli_search": 5,
     "vispress.doctor": 5,
     "vispress.saving": 5,
+    "vispress.voco_cache": 5,
     "vispress.training": 6,
     "vispress.listing": 5,
     "vispress.model_folders": 5,

@@ -24,6 +24,7 @@ MODULES: Final = "modules.safetensors"
 CARD: Final = "vispress.json"
 CONFIG: Final = "compressor.yaml"
 FORMAT: Final = 1
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -208,3 +209,15 @@ def _read_tensors(path: Path, known: str) -> Mapping[str, Tensor]:
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def hash_config(config: Any) -> str:
+    """Hash a model's config, without names, versions and dtypes, which change nothing of it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items() if str(k) not in _VOLATILE}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    text = json.dumps(plain(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -119,6 +119,19 @@ def test_a_prefill_and_decoding_equal_the_whole_masked_sequence(family: str, hid
     assert (torch.stack(steps.logits) - torch.stack(whole.logits)).abs().max() < EXACT
 
 
+def test_tiles_of_one_picture_have_one_run() -> None:
+    model = model_of("internvl")
+    inputs = make_inputs("internvl", [Sample([Text(5), Image(16, 8), Text(4), Image(), Text(3)])])
+    assert len(visual_positions("internvl", model, inputs)[0]) == 4
+    with hiding_model(
+        model, last_seen("internvl", model, inputs, "visual"), inputs["attention_mask"]
+    ):
+        expected = logits_of(model, inputs)
+    with compressed(model, "voco"):
+        got = logits_of(model, inputs)
+    assert (got - expected).abs().max() < EXACT
+
+
 @pytest.mark.parametrize("mode", [name for name in MODES if "static" not in name])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_every_mode_of_generation_equals_the_masked_model(family: str, mode: str) -> None:
