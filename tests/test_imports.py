@@ -59,6 +59,7 @@ FLOORS: dict[str, int] = {
     "vispress.model_folders": 5,
     "vispress.picture_files": 5,
     "vispress.distillation": 5,
+    "vispress.distillation.answers": 6,
 }
 
 INNER: dict[str, dict[str, int]] = {

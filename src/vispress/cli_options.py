@@ -22,8 +22,8 @@ Model = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="A folder of pictures, a .jsonl file with 'image' and 'question' in each line, or "
-        "a task's name; by default the reference model's own scenes."
+        help="A folder of pictures, a .jsonl file with 'image' and 'question' (and 'answer') in "
+        "each line, or a task's name; by default the reference model's own scenes."
     ),
 ]
 Asked = Annotated[

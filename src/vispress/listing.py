@@ -181,6 +181,29 @@ def make_all(names: Sequence[str], values: dict[str, Any]) -> list[Compressor]:
     return made
 
 
+def make_budgeted(name: str, values: dict[str, Any], ratio: float) -> Compressor:
+    """A compressor that keeps a share of tokens where it has no schedule and is given no budget.
+
+    Args:
+        name: Of the method.
+        values: Its options.
+        ratio: The share.
+
+    Raises:
+        UnsupportedMethodError: Unknown method.
+        ConfigError: The method does not know an option.
+        BudgetError: A budget is out of range.
+    """
+    (made,) = make_all([name], values)
+    try:
+        made.placements(PUBLISHED_DEPTH)
+    except BudgetError:
+        if made.given_budget():
+            raise
+        (made,) = make_all([name], values | {"keep_ratio": ratio})
+    return made
+
+
 def _make(name: str, values: dict[str, Any]) -> Compressor:
     rest = {key: value for key, value in values.items() if key not in BUDGETS}
     bare = make_compressor(name, **rest)

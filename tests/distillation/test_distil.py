@@ -33,7 +33,9 @@ def examples(number: int = 60) -> list[Heard]:
 
 def test_the_divergence_falls_on_what_is_held_out_too() -> None:
     heard, told = examples(200), list[float]()
-    curve = distil(network(), heard, steps=150, batch=32, lr=1e-2, advance=told.append)
+    curve = distil(
+        network(), heard, loss=divergence, steps=150, batch=32, lr=1e-2, advance=told.append
+    )
     assert len(curve.loss) == 150
     assert told == curve.loss
     before, after = curve.held_out
@@ -44,7 +46,7 @@ def test_equal_seeds_give_equal_parameters_and_others_do_not() -> None:
     heard, found = examples(), []
     for seed in (0, 0, 1):
         module = network()
-        distil(module, heard, steps=3, batch=8, seed=seed)
+        distil(module, heard, loss=divergence, steps=3, batch=8, seed=seed)
         found.append(torch.cat([p.flatten() for p in module.parameters()]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -67,11 +69,11 @@ def test_the_divergence_is_its_formula_and_padding_is_not_heard() -> None:
 
 def test_too_little_and_frozen_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least 20 images with a question behind them, got 19"):
-        distil(network(), examples(19), steps=1)
+        distil(network(), examples(19), loss=divergence, steps=1)
     module = network()
     next(module.parameters()).requires_grad_(False)
     with pytest.raises(ConfigError, match=r"visual.0.weight is frozen"):
-        distil(module, examples(), steps=1)
+        distil(module, examples(), loss=divergence, steps=1)
 
 
 def test_training_prompts_repeat_and_differ_by_seed() -> None:

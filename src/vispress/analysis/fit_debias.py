@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -20,7 +20,7 @@ from vispress.cli_options import (
     prepare,
     terminal,
 )
-from vispress.errors import BudgetError, ConfigError
+from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
     from vispress.analysis.trend import Fit
@@ -57,12 +57,14 @@ def fit_debias(
     prepare()
     from vispress.analysis.trend import fit_trend, measure
     from vispress.bench.model.loaded_model import DTYPES, load_named_model
+    from vispress.listing import make_budgeted, parse_options
 
     check_choice("dtype", dtype, DTYPES)
     check_choice("shape", shape, ("exponential", "cubic"))
     kind: Literal["exponential", "cubic"] = "cubic" if shape == "cubic" else "exponential"
     asked = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
-    inner = _inner(method, {k: v for k, v in asked.items() if v is not None}, option or [])
+    values = {k: v for k, v in asked.items() if v is not None} | parse_options(option or [])
+    inner = make_budgeted(method, values, DEFAULT_RATIO)
     loaded = load_named_model(model, device, cast("Dtype", dtype))
     console = terminal()
     prompts = draw_prompts(data, question or [], samples, seed, loaded)
@@ -76,22 +78,6 @@ def fit_debias(
         f"attention varies with place\nwritten: {out}",
         soft_wrap=True,
     )
-
-
-def _inner(method: str, values: dict[str, Any], pairs: Sequence[str]) -> "Compressor":
-    """The method that is corrected, with a budget where it has no schedule."""
-    from vispress.budget import PUBLISHED_DEPTH
-    from vispress.listing import make_all, parse_options
-
-    values = values | parse_options(pairs)
-    (made,) = make_all([method], values)
-    try:
-        made.placements(PUBLISHED_DEPTH)
-    except BudgetError:
-        if made.given_budget():
-            raise
-        (made,) = make_all([method], values | {"keep_ratio": DEFAULT_RATIO})
-    return made
 
 
 def corrected(inner: "Compressor", fit: "Fit") -> "Debias":
@@ -159,17 +145,17 @@ def _of_tasks(name: str | None, samples: int, seed: int) -> Iterator["Prompt"]:
 
 def _of_folder(
     folder: Path, questions: Sequence[str], samples: int, seed: int
-) -> list[tuple[Path, str]]:
+) -> list[tuple[Path, str, str]]:
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in _PICTURES)
     if not files:
         raise ConfigError(f"{folder} holds no pictures ({', '.join(_PICTURES)})")
     if not questions:
         raise ConfigError("give --question for a folder of pictures; repeat it for several")
     drawn = random.Random(seed).sample(files, min(samples, len(files)))
-    return [(file, questions[i % len(questions)]) for i, file in enumerate(drawn)]
+    return [(file, questions[i % len(questions)], "") for i, file in enumerate(drawn)]
 
 
-def _of_lines(file: Path, samples: int, seed: int) -> list[tuple[Path, str]]:
+def _of_lines(file: Path, samples: int, seed: int) -> list[tuple[Path, str, str]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -186,21 +172,25 @@ def _of_lines(file: Path, samples: int, seed: int) -> list[tuple[Path, str]]:
             isinstance(row.get(key), str) for key in ("image", "question")
         ):
             raise ConfigError(f"{file}, line {number} needs 'image' and 'question', both strings")
-        rows.append((file.parent / row["image"], row["question"]))
+        answer = row.get("answer", "")
+        if not isinstance(answer, str):
+            raise ConfigError(f"{file}, line {number} has an 'answer' that is no string")
+        rows.append((file.parent / row["image"], row["question"], answer))
     if not rows:
         raise ConfigError(f"{file} has no lines")
     return random.Random(seed).sample(rows, min(samples, len(rows)))
 
 
-def _opened(rows: Sequence[tuple[Path, str]], loaded: "LoadedModel") -> Iterator["Prompt"]:
+def _opened(rows: Sequence[tuple[Path, str, str]], loaded: "LoadedModel") -> Iterator["Prompt"]:
     from dataclasses import replace
 
     from vispress.analysis.inspect import open_prompt
     from vispress.bench.model.checkpoints import Checkpoint
     from vispress.bench.tasks.task import MARK
 
-    for file, question in rows:
+    for file, question, answer in rows:
         prompt = open_prompt(str(file), question)  # asks in the reference model's manner
+        prompt = replace(prompt, answer=answer)
         if isinstance(loaded, Checkpoint):
             marked = question if MARK in question else f"{MARK}\n{question}"
             prompt = replace(prompt, text=marked)

@@ -1,1 +1,1 @@
-"""Teach the parameters of compressors what a model itself attends to."""
+"""Train the parameters of compressors on a model that stays as it is."""

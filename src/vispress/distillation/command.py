@@ -1,7 +1,7 @@
 """`vispress train-compressor`: a method's parameters for a user's model and pictures."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -23,28 +23,30 @@ from vispress.cli_options import (
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vispress.bench.model.loaded_model import Dtype, LoadedModel
     from vispress.bench.tasks.task import Prompt
-    from vispress.distillation.distil import Curve
-    from vispress.methods.base import Compressor
 
-BY_ATTENTION = ("relevance_dpp",)
-"""Methods whose parameters this command trains, by what the model itself attends to."""
 DEFAULT_RATIO = 0.111
 
 
 def train_compressor(
     method: Annotated[str, typer.Option(help="What is trained.")] = "relevance_dpp",
+    stage: Annotated[
+        str | None,
+        typer.Option(help="How: attention, answers...; a method's first way by default."),
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A folder with the parameters to begin with.")
+    ] = None,
     data: Data = None,
     question: Asked = None,
-    samples: Annotated[int, typer.Option(min=20, help="Prompts, at most.")] = 4000,
-    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 400,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    samples: Annotated[int | None, typer.Option(min=20, help="Prompts, at most.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     keep_ratio: Annotated[
-        float, typer.Option(help="Written to the configuration.")
-    ] = DEFAULT_RATIO,
+        float | None,
+        typer.Option(help="Written to the configuration; 0.111 for methods without a schedule."),
+    ] = None,
     option: Settings = None,
     out: Annotated[Path, typer.Option(help="A folder for the compressor.")] = Path("compressor"),
     model: Loaded = "reference",
@@ -53,33 +55,47 @@ def train_compressor(
     device: Device = "cpu",
     dtype: Precision = "fp32",
 ) -> None:
-    """Train a method's parameters for a model, without labels, and save both as a folder.
+    """Train a method's parameters for a model, by its own attention or by answers, and save both.
 
-    `compress_model(model, config=FOLDER)` has it. The model's weights stay as they are.
+    `compress_model(model, config=FOLDER)` has them. The model's weights stay as they are.
     """
     prepare()
     from vispress import save_compression
     from vispress.bench.model.loaded_model import DTYPES, load_named_model
-    from vispress.listing import make_all, parse_options
+    from vispress.distillation.lessons import Pupil, find_lesson
+    from vispress.listing import make_budgeted, parse_options
 
-    check_choice("method", method, BY_ATTENTION)
+    lesson = find_lesson(method, stage)
     check_choice("dtype", dtype, DTYPES)
-    values = {"keep_ratio": keep_ratio} | parse_options(option or [])
-    (made,) = make_all([method], values)
+    given = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    made = make_budgeted(method, given | parse_options(option or []), DEFAULT_RATIO)
+    samples, steps = samples or lesson.samples, steps or lesson.steps
+    lr = lesson.lr if lr is None else lr
     loaded = load_named_model(model, device, cast("Dtype", dtype))
-    prompts = draw(data, question or [], samples, seed, loaded)
     console = terminal()
-    told: dict[str, Any] = {"samples": samples, "steps": steps, "lr": lr, "seed": seed}
-    curve = train(loaded, prompts, made, console, batch_size=batch_size, **told)
-    told |= {"data": data or "reference scenes", "model": loaded.name, "weights": loaded.weights}
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+
+        def begin(what: str, total: int) -> Callable[[int], None]:
+            shown = bar.add_task(what, total=total)
+            return lambda by: bar.advance(shown, by)
+
+        drawn = draw(data, question or [], samples, seed, loaded)
+        sizes: dict[str, Any] = {"samples": samples, "steps": steps, "lr": lr, "seed": seed}
+        pupil = Pupil(
+            loaded, made, drawn, batch_size=batch_size, start_from=start_from, begin=begin, **sizes
+        )
+        curve = lesson.teach(pupil)
+    told = sizes | {"data": data or "reference scenes", "stage": lesson.stage}
+    told |= {"model": loaded.name, "weights": loaded.weights}
     told["held_out"] = [round(value, 4) for value in curve.held_out]
     save_compression(loaded.model, out, data=told)
     losses = {"loss": [round(loss, 5) for loss in curve.loss], "held_out": curve.held_out}
     (out / "curve.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")
     before, after = curve.held_out
     console.print(
-        f"divergence from the model's attention on what was held out: {before:.3f} before, "
-        f"{after:.3f} behind\nwritten: {out}",
+        f"{lesson.measure}, on what was held out: {before:.3f} before, {after:.3f} behind\n"
+        f"written: {out}",
         soft_wrap=True,
     )
 
@@ -104,40 +120,3 @@ def draw(
             "it was made for"
         )
     return training_prompts(samples, seed)
-
-
-def train(
-    loaded: "LoadedModel",
-    prompts: Iterator["Prompt"],
-    method: "Compressor",
-    console: "Console",
-    *,
-    samples: int,
-    steps: int,
-    lr: float,
-    seed: int,
-    batch_size: int,
-) -> "Curve":
-    """Compress the model, and train the method's parameters; they stay with it.
-
-    Raises:
-        ConfigError: There are too few images with a question behind them.
-    """
-    from vispress import compress_model
-    from vispress.adapters.base import find_adapter
-    from vispress.distillation.distil import distil
-    from vispress.distillation.targets import listen
-    from vispress.runtime.modules import MODULES
-
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        shown = bar.add_task("attention", total=samples)
-        heard = list(
-            listen(loaded, prompts, batch_size=batch_size, advance=lambda n: bar.advance(shown, n))
-        )
-        compress_model(loaded.model, method)
-        module = getattr(find_adapter(loaded.model).base, MODULES).get_submodule("0")
-        learned = bar.add_task("training", total=steps)
-        return distil(
-            module, heard, steps=steps, lr=lr, seed=seed, advance=lambda _: bar.advance(learned)
-        )

@@ -1,8 +1,9 @@
-"""Teach a network that scores visual tokens what a model attends to."""
+"""Teach a network from examples: the loop, and the loss against what a model attends to."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +23,44 @@ class Curve:
     """How training went.
 
     Args:
-        loss: Divergence of target and score, in nats, of each step's batch.
-        held_out: The same on what was held out: before the first step and behind the last.
+        loss: Of each step's batch.
+        held_out: On what was held out: before the first step and behind the last.
     """
 
     loss: list[float] = field(default_factory=list)
     held_out: list[float] = field(default_factory=list)
 
 
+class Example(Protocol):
+    """What a network learns from; those of one size come in one batch."""
+
+    @property
+    def target(self) -> Tensor:
+        """`[N]`, what is wanted of each token."""
+
+
+E = TypeVar("E", bound=Example)
+
+
 def distil(
     module: nn.Module,
-    heard: Sequence[Heard],
+    heard: Sequence[E],
     *,
+    loss: Callable[[nn.Module, Sequence[E]], Tensor],
     steps: int = 300,
     batch: int = 64,
     lr: float = 2e-3,
     seed: int = 0,
     advance: Callable[[float], None] | None = None,
 ) -> Curve:
-    """Move a module's softmax over an image's tokens towards the target, by AdamW.
+    """Move a module's parameters down a loss on examples, by AdamW.
 
     The rate warms up over 20 steps and falls along a cosine. A batch has images of one size.
 
     Args:
-        module: Called with features `[B, N, D]`, text `[B, T, D]` and `valid [B, T]`, gives
-            `[B, N]`; changed in place, on its device.
+        module: Changed in place, on its device.
         heard: Examples; one in ten is held out.
+        loss: Of a module and a batch of examples of one size, a mean over them.
         steps: At least 1.
         batch: Images a step, at most.
         lr: Highest learning rate.
@@ -69,39 +82,51 @@ def distil(
     test = heard[::HELD_OUT]
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.01)
     curve, drawn = Curve(), _Batches(kept, batch, seed)
-    curve.held_out.append(_divergence(module, test, batch))
+    curve.held_out.append(_mean(module, test, batch, loss))
     module.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(step, steps)
-        loss = divergence(module, drawn.next())
+            group["lr"] = lr * rate(step, steps)
+        found = loss(module, drawn.next())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        found.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        curve.loss.append(float(loss.detach()))
+        curve.loss.append(float(found.detach()))
         if advance is not None:
             advance(curve.loss[-1])
     module.eval()
-    curve.held_out.append(_divergence(module, test, batch))
+    curve.held_out.append(_mean(module, test, batch, loss))
     return curve
 
 
 def divergence(module: nn.Module, batch: Sequence[Heard]) -> Tensor:
-    """Average the Kullback-Leibler divergence of targets and scores, in nats."""
+    """Average the Kullback-Leibler divergence of targets and scores, in nats.
+
+    Args:
+        module: Called with features `[B, N, D]`, text `[B, T, D]` and `valid [B, T]`, gives
+            `[B, N]`.
+        batch: Images of one size.
+    """
     device = next(module.parameters()).device
-    longest = max(len(one.text) for one in batch)
-    text = batch[0].text.new_zeros(len(batch), longest, batch[0].text.shape[1])
-    for row, one in enumerate(batch):
-        text[row, : len(one.text)] = one.text
-    valid = torch.arange(longest) < torch.tensor([[len(one.text)] for one in batch])
+    text, valid = padded([one.text for one in batch], device)
     features = torch.stack([one.features for one in batch]).to(device)
     target = torch.stack([one.target for one in batch]).to(device)
-    score = module(features, text.to(device), valid.to(device)).log_softmax(dim=-1)
+    score = module(features, text, valid).log_softmax(dim=-1)
     return nn.functional.kl_div(score, target.to(score), reduction="batchmean")
 
 
-class _Batches:
+def padded(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Put texts `[T, D]` into one `[B, T, D]`, and say where they are, `[B, T]` bool."""
+    longest = max(map(len, texts))
+    whole = texts[0].new_zeros(len(texts), longest, texts[0].shape[1])
+    for row, text in enumerate(texts):
+        whole[row, : len(text)] = text
+    valid = torch.arange(longest) < torch.tensor([[len(text)] for text in texts])
+    return whole.to(device), valid.to(device)
+
+
+class _Batches(Generic[E]):
     """Batches of images of one size, each size as often as it has images.
 
     Args:
@@ -110,12 +135,12 @@ class _Batches:
         seed: Of the order.
     """
 
-    def __init__(self, heard: Sequence[Heard], batch: int, seed: int) -> None:
+    def __init__(self, heard: Sequence[E], batch: int, seed: int) -> None:
         self.heard, self.batch = heard, batch
         self.generator = torch.Generator().manual_seed(seed)
         self.left: list[list[int]] = []
 
-    def next(self) -> list[Heard]:
+    def next(self) -> list[E]:
         """Draw the next one; a new round begins when all were drawn."""
         if not self.left:
             order = torch.randperm(len(self.heard), generator=self.generator).tolist()
@@ -133,19 +158,25 @@ class _Batches:
 
 
 @torch.no_grad()
-def _divergence(module: nn.Module, heard: Sequence[Heard], batch: int) -> float:
+def _mean(
+    module: nn.Module,
+    heard: Sequence[E],
+    batch: int,
+    loss: Callable[[nn.Module, Sequence[E]], Tensor],
+) -> float:
     module.eval()
-    by_size: dict[int, list[Heard]] = {}
+    by_size: dict[int, list[E]] = {}
     for one in heard:
         by_size.setdefault(len(one.target), []).append(one)
     total = 0.0
     for same in by_size.values():
         for start in range(0, len(same), batch):
             part = same[start : start + batch]
-            total += float(divergence(module, part)) * len(part)
+            total += float(loss(module, part)) * len(part)
     return total / len(heard)
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
+    """Share of the highest learning rate: a rise of 20 steps, then a cosine."""
     falling = (1 + math.cos(math.pi * step / steps)) / 2
     return min(1.0, (step + 1) / WARM_UP) * (FINAL + (1 - FINAL) * falling)

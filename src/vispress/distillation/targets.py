@@ -131,17 +131,45 @@ def listen(
     from vispress.adapters.base import find_adapter
 
     read = layers_to_read(len(find_adapter(loaded.model).decoder_layers))
-    notes, left = Notes(), iter(prompts)
+    listener = Listener(read=read, notes=(notes := Notes()))
+    for _ in show(loaded, prompts, listener, batch_size=batch_size, advance=advance):
+        yield from _images(notes)
+        notes.shown.clear()
+        notes.attention.clear()
+
+
+def show(
+    loaded: LoadedModel,
+    prompts: Iterable[Prompt],
+    listener: Compressor,
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[int]:
+    """Show prompts to a model under a method that notes what it sees, batch by batch.
+
+    Args:
+        loaded: The model, uncompressed; it stays as it is.
+        prompts: With pictures; read batch by batch.
+        listener: Notes, and keeps everything.
+        batch_size: Prompts of a batch.
+        advance: Told how many prompts were shown.
+
+    Yields:
+        How many prompts a batch had, behind it.
+
+    Raises:
+        CompressionStateError: The model is compressed.
+    """
+    left = iter(prompts)
     while batch := list(islice(left, batch_size)):
-        compress_model(loaded.model, Listener(read=read, notes=notes))
+        compress_model(loaded.model, listener)
         try:
             with torch.no_grad():
                 loaded.model(**loaded.encode(batch), use_cache=False)
         finally:
             remove_compression(loaded.model)
-        yield from _images(notes)
-        notes.shown.clear()
-        notes.attention.clear()
+        yield len(batch)
         if advance is not None:
             advance(len(batch))
 

@@ -1,0 +1,147 @@
+"""Train a method by the loss of answers, through soft plans; the model itself stays frozen."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispress.bench.model.loaded_model import LoadedModel
+from vispress.bench.tasks.task import Prompt
+from vispress.distillation.distil import HELD_OUT, Curve, rate
+from vispress.distillation.lessons import Lesson, Pupil
+from vispress.errors import ConfigError
+from vispress.training import compression_loss, set_progress
+
+IGNORED = -100
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+
+
+def with_answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Encode prompts with their answers behind them, and labels on answers and what ends them.
+
+    Args:
+        loaded: The model with its processor.
+        prompts: A batch; of a conversation, the first turn.
+
+    Returns:
+        Keyword arguments of the model: prompts padded on the left, answers on the right.
+
+    Raises:
+        ConfigError: A prompt has no answer.
+    """
+    for prompt in prompts:
+        if not prompt.answer:
+            raise ConfigError(
+                f"training by answers needs them, and {prompt.text!r} has none; give --data the "
+                "name of a task, or 'answer' in each line of a .jsonl file"
+            )
+    inputs = dict(loaded.encode(prompts))
+    tokenizer, device = loaded.processor.tokenizer, inputs["input_ids"].device
+    answers = [
+        [*tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for prompt in prompts
+    ]
+    longest = max(map(len, answers))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.tensor([own + [pad] * (longest - len(own)) for own in answers], device=device)
+    real = torch.arange(longest) < torch.tensor([[len(own)] for own in answers])
+    real = real.to(device)
+    inputs["labels"] = torch.cat(
+        [torch.full_like(inputs["input_ids"], IGNORED), ids.masked_fill(~real, IGNORED)], dim=1
+    )
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+    inputs["attention_mask"] = torch.cat([mask, real.to(mask)], dim=1)
+    for name in _TYPES:
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
+    return inputs
+
+
+@contextmanager
+def frozen(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Inside, a model trains nothing but the parameters of one part."""
+    own = {id(parameter) for parameter in module.parameters()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def teach(pupil: Pupil) -> Curve:
+    """Move a method's parameters down the loss of answers, and what the method adds to it.
+
+    AdamW on them alone; the rate warms up over 20 steps and falls along a cosine, and schedules of
+    the method (`Compressor.at`) follow. What is held out is measured as in use: tokens dropped.
+
+    Raises:
+        ConfigError: There are too few prompts, or one has no answer.
+    """
+    prompts, model, size = list(pupil.prompts), pupil.loaded.model, pupil.batch_size
+    if len(prompts) < 2 * HELD_OUT:
+        raise ConfigError(f"training needs at least {2 * HELD_OUT} prompts, got {len(prompts)}")
+    test = prompts[::HELD_OUT]
+    kept = [prompt for number, prompt in enumerate(prompts) if number % HELD_OUT]
+    module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=pupil.lr, weight_decay=0.01)
+    curve, drawn = Curve(), _drawn(kept, size, pupil.seed)
+    curve.held_out.append(answer_loss(pupil.loaded, test, size))
+    with frozen(model, module):
+        model.train()
+        try:
+            for step, batch in enumerate(islice(drawn, pupil.steps)):
+                set_progress(model, step / pupil.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = pupil.lr * rate(step, pupil.steps)
+                loss = _loss(pupil.loaded, batch)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                curve.loss.append(float(loss.detach()))
+                moved(1)
+        finally:
+            model.eval()
+            set_progress(model, 0.0)
+    curve.held_out.append(answer_loss(pupil.loaded, test, size))
+    return curve
+
+
+@torch.no_grad()
+def answer_loss(loaded: LoadedModel, prompts: Sequence[Prompt], size: int) -> float:
+    """Average the loss of a model's answers, in nats a token, batch by batch."""
+    total = 0.0
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        inputs = with_answers(loaded, part)
+        total += float(loaded.model(**inputs, use_cache=False).loss) * len(part)
+    return total / len(prompts)
+
+
+def _loss(loaded: LoadedModel, batch: Sequence[Prompt]) -> Tensor:
+    with compression_loss(loaded.model) as extra:
+        loss: Tensor = loaded.model(**with_answers(loaded, batch), use_cache=False).loss
+        return loss + extra().to(loss)
+
+
+def _drawn(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
+    """Batches without end; a new round begins when all were drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(prompts), generator=generator).tolist()
+        for start in range(0, max(1, len(order) - size + 1), size):
+            yield [prompts[place] for place in order[start : start + size]]
+
+
+_SIZES: dict[str, Any] = {"samples": 1600, "steps": 100, "lr": 5e-4, "order": 1}
+LESSONS = tuple(
+    Lesson(method, "answers", teach, "loss of answers, tokens dropped", **_SIZES)
+    for method in ("covipal", "vision_selector")
+)
