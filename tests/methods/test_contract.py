@@ -427,7 +427,10 @@ def check_placements(cls, num_layers):
 def test_the_mean_over_layers_is_what_was_asked(name, budget):
     method, size, depth = get_method(name)(**budget), 10_000, 32
     placements = method.placements(depth)
-    if name in ("dart", "debias", "fastv", "per_image", "random_mix") and "keep_ratio" in budget:
+    if (
+        name in ("dart", "debias", "fastv", "per_image", "random_mix", "sd_rpn")
+        and "keep_ratio" in budget
+    ):
         assert placements[0].budget.resolve(size) == 6000
         return
     # the video decides what each layer leaves, so placements say the most; that plans meet the mean

@@ -37,6 +37,7 @@ from vispress.methods.random_ import Random as Random
 from vispress.methods.random_mix import RandomMix as RandomMix
 from vispress.methods.relevance_dpp import RelevanceDPP as RelevanceDPP
 from vispress.methods.scm import SCM as SCM
+from vispress.methods.sd_rpn import SDRPN as SDRPN
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
 from vispress.methods.tome import ToMe as ToMe
@@ -51,4 +52,5 @@ from vispress.methods.voco import VoCo as VoCo
 from vispress.methods.vscan import VScan as VScan
 from vispress.methods.vtc_cls import VTCCLS as VTCCLS
 from vispress.methods.vtw import VTW as VTW
+from vispress.methods.xai_compress import XAICompress as XAICompress
 from vispress.methods.zoo_prune import ZOOPrune as ZOOPrune

@@ -181,7 +181,7 @@ class AttentionRead:
             living = asks * there[:, None]
             asks = torch.where(living.any(dim=2, keepdim=True), living, asks)
         total: Tensor | None = None
-        for start in range(0, local.shape[1], size):
+        for start in range(0, max(1, local.shape[1]), size):  # once, where no row asks: zeros
             part = slice(start, start + size)
             probs = ask(local[:, part], mean_heads=True)
             found = asks[:, :, part].to(probs) @ probs
