@@ -72,7 +72,7 @@ def begin(
     trains = module.training and torch.is_grad_enabled()
     if trains and captures and cache is None and plan.softens_keys:
         given["use_cache"] = False  # later tokens would see whole what is soft here
-    if cache is None and captures and _caches(module, given):
+    if cache is None and captures and _caches(module, given, trains):
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
         check_cache(cache, plan.windows)
@@ -114,11 +114,10 @@ def _open(
     return calls
 
 
-def _caches(module: Any, given: Mapping[str, Any]) -> bool:
+def _caches(module: Any, given: Mapping[str, Any], trains: bool) -> bool:
     use_cache = given.get("use_cache")
     use_cache = module.config.use_cache if use_cache is None else use_cache
     # checkpointed layers run without a cache; without gradients none is checkpointed
-    trains = module.training and torch.is_grad_enabled()
     checkpointing = trains and getattr(module.layers[0], "gradient_checkpointing", False)
     return bool(use_cache) and not checkpointing
 
