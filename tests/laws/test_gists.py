@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import FAMILIES, inputs_of, logits_of, model_of
+from tests.laws.masked import _models_own as models_own
 from tests.laws.oracle import language_model
 from tests.laws.test_flash import flash as flash
 from tests.laws.test_law09_generation_modes import MODES, generate
@@ -18,7 +19,19 @@ from tests.laws.test_law10_training import (
     training,
 )
 from tests.laws.test_merged_features import merged
-from tests.tiny import GIST, Image, Sample, Text, gist_tokens, make_inputs, visual_positions
+from tests.laws.windows import MODELS, windowed
+from tests.laws.windows import SAMPLES as WINDOWED_SAMPLES
+from tests.tiny import (
+    GIST,
+    Image,
+    Sample,
+    Text,
+    Video,
+    build,
+    gist_tokens,
+    make_inputs,
+    visual_positions,
+)
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -64,7 +77,7 @@ def last_seen(family: str, model: Any, inputs: Mapping[str, Any], hide: str) -> 
 def hiding_model(
     model: Any, seen: Tensor, real: Tensor, alive: Sequence[Tensor] = ()
 ) -> Iterator[None]:
-    """Inside, `model` attends to tokens up to the row that sees them last, with its own cache.
+    """Inside, `model` attends to what its mask shows, but no further than rows that see it last.
 
     Args:
         model: Not compressed.
@@ -85,8 +98,9 @@ def hiding_model(
         valid = torch.nn.functional.pad(live.bool(), (0, more), value=True)
         valid = valid.repeat_interleave(times, 0)
         at, keys = torch.arange(past, total)[:, None], torch.arange(total)
-        allow = (keys <= at) & (at <= until[:, None, :total]) & valid[:, None, :total]
-        allow = (allow | (keys == at))[:, None]
+        seen_yet = (at <= until[:, None, :total]) & valid[:, None, :total]
+        own, first = models_own(kwargs["attention_mask"], past, total)
+        allow = (own & seen_yet[:, None, :, first:]) | (keys[first:] == at)
         if stack.config._attn_implementation == "eager":
             least = torch.finfo(hidden.dtype).min
             allow = torch.zeros(allow.shape, dtype=hidden.dtype).masked_fill(~allow, least)
@@ -130,6 +144,24 @@ def test_tiles_of_one_picture_have_one_run() -> None:
     with compressed(model, "voco"):
         got = logits_of(model, inputs)
     assert (got - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gpt_oss"])
+def test_windows_and_sinks_of_the_model_are_kept(name: str) -> None:
+    """In training, which has no cache, and in one that grows."""
+    model = windowed(name, 20)
+    family = MODELS[name][0]
+    inputs = make_inputs(family, WINDOWED_SAMPLES, padding="left")
+    with hiding_model(model, last_seen(family, model, inputs, "visual"), inputs["attention_mask"]):
+        expected = logits_of(model, inputs | {"use_cache": False})
+    real = inputs["attention_mask"].bool()
+    with compressed(model, "voco"):
+        got = logits_of(model, inputs | {"use_cache": False})
+        assert (got - expected)[real].abs().max() < EXACT
+        kept = logits_of(model, inputs | {CACHE: DynamicCache()})
+        assert (kept - expected)[real].abs().max() < EXACT
+        with pytest.raises(UnsupportedModelError, match="fixed number of tokens"):
+            logits_of(model, inputs | {CACHE: DynamicCache(config=model.config.get_text_config())})
 
 
 @pytest.mark.parametrize("mode", [name for name in MODES if "static" not in name])
@@ -200,11 +232,13 @@ def test_images_leave_the_cache_of_every_layer(hide: str, left: int) -> None:
     assert len({id(layer.slots) for layer in cache.layers}) == 1
 
 
-def test_later_turns_see_what_is_cached_and_bring_images_of_their_own() -> None:
+@pytest.mark.parametrize("words", [4, 5])
+def test_later_turns_see_what_is_cached_and_bring_images_of_their_own(words: int) -> None:
+    """The second one begins with a word, or with its image."""
     model = model_of("llava")
     samples = [Sample([Text(5), Image(), Text(4), Image(), Text(3)])]
     whole = make_inputs("llava", samples)
-    first = visual_positions("llava", model, whole)[0][0][-1] + 1 + 4
+    first = visual_positions("llava", model, whole)[0][0][-1] + 1 + words
     names = ("input_ids", "attention_mask")
     turns = [{k: whole[k][:, a:b] for k in names} for a, b in ((None, first), (first, None))]
     turns[1]["attention_mask"] = whole["attention_mask"]
@@ -216,6 +250,24 @@ def test_later_turns_see_what_is_cached_and_bring_images_of_their_own() -> None:
         for turn, seen in zip(turns, pixels, strict=True):
             found.append(model(**turn, pixel_values=seen, **{CACHE: cache}).logits)
     assert (torch.cat(found, 1) - expected).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("told", ["lengths", "labels"])
+def test_gist_tokens_that_a_model_answers_stand_for_nothing(told: str) -> None:
+    """Right behind the run, or later: as in decoding, where they are words like others."""
+    model = model_of("llava")
+    prompt = make_inputs("llava", [Sample([Text(5), Image()])])
+    answer, length = torch.tensor([[GIST, 40, GIST]]), prompt["input_ids"].shape[1]
+    ids = torch.cat([prompt["input_ids"], answer], dim=1)
+    whole = prompt | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = torch.nn.functional.pad(last_seen("llava", model, prompt, "visual"), (0, 3), value=99)
+    with hiding_model(model, seen, whole["attention_mask"]):
+        expected = logits_of(model, whole)
+    labels = ids.masked_fill(torch.arange(length + 3) < length, -100)
+    more = {"labels": labels} if told == "labels" else {"prompt_lengths": [length]}
+    with compressed(model, "voco"):
+        got = logits_of(model, whole | more)
+    assert (got - expected).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -324,3 +376,47 @@ def test_embeddings_with_ids_beside_them_are_hidden_likewise(family: str) -> Non
     with compressed(model, "voco"):
         got, pixels = logits_of(model, given), logits_of(model, inputs_of(family))
     assert (got - pixels)[given["attention_mask"].bool()].abs().max() < EXACT
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_a_video_has_one_run_behind_its_last_frame(family: str) -> None:
+    """Qwen3-VL writes timestamps between frames: they are text, and stay."""
+    model = model_of(family)
+    inputs = make_inputs(family, [Sample([Text(3), Video(3, 4, 4), Text(4), Image(), Text(5)])])
+    with hiding_model(model, last_seen(family, model, inputs, "visual"), inputs["attention_mask"]):
+        expected = logits_of(model, inputs)
+        answer = generate(model, inputs).sequences
+    with compressed(model, "voco"):
+        assert (logits_of(model, inputs) - expected).abs().max() < EXACT
+        assert torch.equal(generate(model, inputs).sequences, answer)
+
+
+def test_a_new_word_learns_to_stand_for_pictures() -> None:
+    """What two pictures are is told by their tokens of a word alone, behind which they are gone."""
+    torch.manual_seed(0)
+    model = build("llava", dtype=torch.float32, layers=2)
+    with pytest.raises(ConfigError, match=r"call model.resize_token_embeddings\(131\)"):
+        compress_model(model, "voco", token_id=130)
+    model.resize_token_embeddings(131)
+    with gist_tokens(2):
+        sample = [Sample([Text(2), Image(), Text(3)])] * 2
+        inputs = make_inputs("llava", sample, dtype=torch.float32)
+    ids = inputs["input_ids"][:1].repeat(2, 1).where(inputs["input_ids"] != GIST, 130)
+    ids[:, -1] = torch.tensor([30, 40])
+    batch = {"input_ids": ids, "pixel_values": inputs["pixel_values"]}
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 1, -100)
+    word = model.get_input_embeddings().weight
+    before = word[130].detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with compressed(model, "voco", token_id=130):
+        with training(model):
+            for _ in range(40):
+                loss = model(**batch, labels=labels).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        asked = {"input_ids": ids[:, :-1], "pixel_values": batch["pixel_values"].flip(0)}
+        told = model.generate(**asked, max_new_tokens=1, do_sample=False)[:, -1]
+    assert loss < 0.1
+    assert (word[130] - before).abs().max() > 1e-3
+    assert told.tolist() == [40, 30]
