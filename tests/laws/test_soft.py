@@ -55,6 +55,7 @@ def trained_logits(model: Any, inputs: dict[str, Any], method: Any) -> Tensor:
         return model(**inputs).logits.detach()  # type: ignore[no-any-return]
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
@@ -92,6 +93,7 @@ def test_gradients_flow_through_what_tokens_count(family: str) -> None:
     assert any((found[0][name] - found[1][name]).abs().max() > 1e-4 for name in found[0])
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_counts_whole_is_as_it_was(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
@@ -119,6 +121,7 @@ TOLD = [
 ]  # fmt: skip
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize(("attention", "told"), TOLD)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_packed_rows_equal_the_formula(family: str, told: str, attention: str) -> None:
@@ -145,6 +148,7 @@ def test_windows_stay(window: int) -> None:
     assert (got - wide)[real].abs().max() > 1e-3
 
 
+@pytest.mark.some(cases=2)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_checkpoints_change_no_gradient(family: str, place: str) -> None:
