@@ -15,11 +15,12 @@ model's hidden states (the authors run two trained copies of decoder layers befo
 prefill).
 Differs: cells that are gone, and other sub-images, count for nothing in the smoothing. Where no
 text follows an image, all cells score alike.
-Untrained its choice means nothing. The authors' heads hold copied layers and do not fit this one.
+Untrained its choice means nothing (`vispress train-compressor --method sd_rpn`). The authors' heads
+hold copied layers and do not fit this one.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +30,7 @@ from vispress.budget import Budget, scaled_layer
 from vispress.checks import check_integer, check_number
 from vispress.devices import sent
 from vispress.errors import ConfigError
+from vispress.methods._parts.geometry.coordinates import Geometry, coordinates, geometry_of
 from vispress.methods._parts.networks.layers import Dense
 from vispress.methods.base import (
     Compressor,
@@ -164,10 +166,7 @@ class SDRPN(Compressor):
 
 def smoothed(tokens: VisualTokens, score: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
     """Average each cell with its neighbours that are there, by a Gaussian of deviation 1."""
-    geometry: tuple[object, ...] = tokens.grid or (1, 1, tokens.num_original)
-    if (crops := tokens.crops) is not None:
-        geometry = tuple(tuple(x.tolist()) for x in (crops.segment, crops.row, crops.col))
-    beside = sent(_neighbours(geometry), score.device)
+    beside = sent(_neighbours(geometry_of(tokens)), score.device)
     offsets = torch.tensor([i * i + j * j for i in _REACH for j in _REACH])
     weight = sent((-offsets / 2).exp(), score.device).to(score)
     room = score.new_zeros(tokens.batch, tokens.num_original + 1)
@@ -178,18 +177,9 @@ def smoothed(tokens: VisualTokens, score: Float[Tensor, "B N"]) -> Float[Tensor,
 
 
 @remembered
-def _neighbours(geometry: tuple[Any, ...]) -> Int[Tensor, "N0 9"]:
-    """Find the cells around each one, itself among them; N0 where there is none.
-
-    Args:
-        geometry: Segments, rows and columns of the original tokens; or `(t, h, w)`.
-    """
-    if isinstance(geometry[0], int):
-        t, h, w = geometry
-        place = torch.arange(t * h * w)
-        segment, row, col = place // (h * w), place // w % h, place % w
-    else:
-        segment, row, col = map(torch.tensor, geometry)
+def _neighbours(geometry: Geometry) -> Int[Tensor, "N0 9"]:
+    """Find the cells around each one, itself among them; N0 where there is none."""
+    segment, row, col = coordinates(geometry)
     cells = list(zip(segment.tolist(), row.tolist(), col.tolist(), strict=True))
     known = {cell: place for place, cell in enumerate(cells) if cell[0] >= 0}
     found = [

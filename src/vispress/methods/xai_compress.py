@@ -14,7 +14,8 @@ Attention is scaled to a mean of 1 over
 an image, so that images of all sizes look alike.
 Differs: each image is scored on its own; the words are those behind it. Where none follows, all its
 tokens count as equally attended.
-Untrained its choice means nothing; weights belong to one model, and nobody ships any.
+Untrained its choice means nothing; weights belong to one model, and nobody ships any: `vispress
+train-compressor --method xai_compress` makes them.
 """
 
 from dataclasses import dataclass

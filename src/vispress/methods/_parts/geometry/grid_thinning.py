@@ -5,13 +5,14 @@ All of it is host arithmetic on places; nothing looks at a token.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from vispress.devices import sent
+from vispress.methods._parts.geometry.coordinates import Geometry, coordinates, geometry_of
 from vispress.methods.base import remembered, segment_shares
 from vispress.types import Memory, TokenPlan, VisualTokens
 
@@ -50,10 +51,7 @@ def thin_each(tokens: VisualTokens, num_keep: int, thin: Thin) -> TokenPlan:
 
     Synchronises only for images that something else pruned since.
     """
-    geometry: tuple[object, ...] = tokens.grid or (1, 1, tokens.num_original)
-    if (crops := tokens.crops) is not None:
-        geometry = tuple(tuple(x.tolist()) for x in (crops.segment, crops.row, crops.col))
-    before = _left(tokens)
+    geometry, before = geometry_of(tokens), _left(tokens)
     found = [_thin_image(each, geometry, num_keep, thin) for each in before]
     kept = torch.stack([keep for keep, _ in (found[:1] if len({*before}) == 1 else found)])
     return TokenPlan(
@@ -73,24 +71,17 @@ def _left(tokens: VisualTokens) -> list[Left]:
 
 
 @remembered
-def _thin_image(
-    before: Left, geometry: tuple[Any, ...], num_keep: int, thin: Thin
-) -> tuple[Tensor, Left]:
+def _thin_image(before: Left, geometry: Geometry, num_keep: int, thin: Thin) -> tuple[Tensor, Left]:
     """Choose `[K]` of the places that were left, ascending, and say what is left then.
 
     Args:
         before: What was left.
-        geometry: Segments, rows and columns of the original tokens; or `(t, h, w)`.
+        geometry: Where the original tokens stand.
         num_keep: K.
         thin: Thins a part.
     """
     own = torch.tensor(before.index)
-    if isinstance(geometry[0], int):
-        t, h, w = geometry
-        place = torch.arange(t * h * w)
-        segment, row, col = place // (h * w), place // w % h, place % w
-    else:
-        segment, row, col = map(torch.tensor, geometry)
+    segment, row, col = coordinates(geometry)
     picked = []
     for number, share in segment_shares(segment[own], num_keep).items():
         places = torch.where(segment[own] == number)[0]
