@@ -33,6 +33,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "dycoke",
         "framefusion",
         "gamma_mod",
+        "hicom",
         "lvlm_csp",
         "pmod",
         "prumerge",

@@ -56,6 +56,11 @@ OTHER_SETTINGS = {
     "tome": [{"inflect": -0.5}],
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
+    "hicom": [
+        {"num_tokens": 7},
+        {"num_tokens": 7, "local_injection": "off", "global_injection": "fine"},
+        {"local_injection": "coarse", "side": 2, "frames": 1},
+    ],
     "holitom": [{"inner": True}, {"context": 0.0, "threshold": 0.0}],
     "voco": [{"token_id": 9, "hide": "prefix"}],
     "pmod": [{"norm": "sigmoid"}, {"norm": "softmax"}],
@@ -366,7 +371,7 @@ def test_a_second_compressor_sees_what_the_first_left(method, geometry):
     first = get_method("divprune")(num_tokens=20)
     left = take(tokens, first.plan(tokens, 20).keep)
     if (
-        method.name in ("fourier", "avg_pool", "quadtree_merge", *VIDEO_ONLY)
+        method.name in ("fourier", "avg_pool", "hicom", "quadtree_merge", *VIDEO_ONLY)
         or getattr(method, "dims", 1) == 2
     ):
         with pytest.raises(UnsupportedMethodError, match="whole images"):

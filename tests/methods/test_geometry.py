@@ -181,7 +181,7 @@ def test_the_budget_is_met_on_every_geometry(method):
     holds()
 
 
-WHOLE_ONLY = {"avg_pool", "fourier", "quadtree_merge", *VIDEO_ONLY}
+WHOLE_ONLY = {"avg_pool", "fourier", "hicom", "quadtree_merge", *VIDEO_ONLY}
 """Methods that refuse what another one pruned before."""
 
 

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from vispress.methods.base import upcast
 
+HEAD = 128
+"""Width of a head of `CrossAttention`, about."""
+
 
 class Dense(nn.Module):
     """Map the last axis linearly, in at least fp32.
@@ -90,6 +93,37 @@ class Attend(nn.Module):
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         added: Tensor = self.out(found.transpose(1, 2).flatten(2))
         return x + added
+
+
+class CrossAttention(nn.Module):
+    """Let queries find values by keys, as they are, by heads of about 128.
+
+    Args:
+        width: Of all of them.
+        std: Deviation of the weights at first.
+    """
+
+    def __init__(self, width: int, std: float) -> None:
+        super().__init__()
+        self.heads = next(h for h in range(max(1, width // HEAD), 0, -1) if width % h == 0)
+        self.query, self.key, self.value, self.out = (Dense(width, width) for _ in range(4))
+        for dense in (self.query, self.key, self.value, self.out):
+            nn.init.trunc_normal_(dense.weight, std=std)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "B M D"],
+        keys: Float[Tensor, "B N D"],
+        values: Float[Tensor, "B N D"],
+    ) -> Float[Tensor, "B M D"]:
+        """Attend; among none, find zeros."""
+        if not keys.shape[1]:
+            return torch.zeros_like(queries)
+        parts = self.query(queries), self.key(keys), self.value(values)
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in parts)
+        found = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.out(found.transpose(1, 2).flatten(2))
+        return out
 
 
 class FeedForward(nn.Module):
