@@ -69,23 +69,12 @@ def learn(loaded: Any, model: nn.Module, folder: Path, *, steps: int, seed: int)
 
 def batches(loaded: Any, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Draw batches of prompts with their answers; labels are the answer and what ends it."""
-    from vispress.bench.tasks.task import Prompt
+    from vispress.distillation.own_answers import with_answers
     from vispress.distillation.scenes import training_prompts
 
-    tokenizer = loaded.processor.tokenizer
     prompts = list(training_prompts(steps * BATCH, seed))
     for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
-        answers = [f" {p.answer} {tokenizer.eos_token}" for p in part]
-        shown = [
-            Prompt(p.images, p.text + answer, "") for p, answer in zip(part, answers, strict=True)
-        ]
-        inputs = dict(loaded.encode(shown))
-        labels = torch.full_like(inputs["input_ids"], -100)
-        for row, answer in enumerate(answers):
-            length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
-            labels[row, -length:] = inputs["input_ids"][row, -length:]
-        yield {**inputs, "labels": labels}
+        yield with_answers(loaded, prompts[start : start + BATCH])
 
 
 def keep_state(

@@ -12,8 +12,9 @@ from vispress import cli, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.api import attachment_of
 from vispress.bench.model.loaded_model import LoadedModel, load_named_model
-from vispress.distillation.answers import IGNORED, answer_loss, frozen, teach, with_answers
+from vispress.distillation.answers import answer_loss, frozen, teach
 from vispress.distillation.lessons import Pupil
+from vispress.distillation.own_answers import IGNORED, with_answers
 from vispress.distillation.scenes import training_prompts
 from vispress.errors import ConfigError
 from vispress.methods import CoViPAL, VisionSelector

@@ -18,10 +18,9 @@ from vispress.api import compress_model, remove_compression
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
 from vispress.budget import Budget
-from vispress.distillation.answers import IGNORED, with_answers
 from vispress.distillation.distil import Curve, distil
 from vispress.distillation.lessons import Lesson, Pupil
-from vispress.distillation.own_answers import answered
+from vispress.distillation.own_answers import IGNORED, answered, with_answers
 from vispress.errors import ConfigError
 from vispress.methods._parts.geometry.coordinates import coordinates, geometry_of
 from vispress.methods.base import Compressor, upcast

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from vispress.adapters.base import find_adapter
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
-from vispress.distillation.answers import IGNORED, with_answers
 from vispress.distillation.distil import Curve, distil
 from vispress.distillation.lessons import Lesson, Pupil
-from vispress.distillation.own_answers import answered
+from vispress.distillation.own_answers import IGNORED, answered, with_answers
 from vispress.methods.base import upcast
 
 ZEROED = 0.5
