@@ -19,6 +19,7 @@ FLOORS: dict[str, int] = {
     "vispress.kinds": 1,
     "vispress.budget": 1,
     "vispress.checks": 1,
+    "vispress.patch_embedding": 2,
     "vispress.placement": 1,
     "vispress.prompts": 1,
     "vispress.context": 1,
