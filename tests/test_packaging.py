@@ -80,6 +80,11 @@ def test_wheel_and_sdist_hold_the_reference_models(distributions: dict[str, set[
             "tokenizer.json",
         )
     }
+    needed |= {
+        f"vispress/reference/{folder}/{name}"
+        for folder in ("compressor", "compressor_qwen2_5_vl")
+        for name in ("compressor.yaml", "curve.json", "modules.safetensors", "vispress.json")
+    }
     assert needed <= distributions["wheel"]
     assert {f"src/{name}" for name in needed} <= distributions["sdist"]
 

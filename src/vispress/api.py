@@ -75,7 +75,6 @@ def compress_model(
 
     from vispress.runtime.attachment import ATTRIBUTE, Attachment
     from vispress.runtime.forward.owner import find_owner
-    from vispress.runtime.modules import held
     from vispress.runtime.plan.refusals import refuse_late_parameters
 
     if ATTRIBUTE in adapter.base.__dict__:
@@ -90,8 +89,7 @@ def compress_model(
     attachment.attach()
     if saved is not None:
         try:
-            saved.check_family(adapter.family)
-            saved.load_into(held(adapter.base))
+            saved.load(model)
         except BaseException:
             attachment.detach()
             raise

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from vispress.adapters.base import find_adapter
 from vispress.config import chain_mapping, load_config
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor
@@ -41,6 +42,18 @@ class SavedCompressor:
     folder: Path
     card: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+
+    def load(self, model: nn.Module) -> None:
+        """Write the parameters into those of a compressed model.
+
+        Raises:
+            ConfigError: They are of another family, or do not fit; then nothing is written.
+        """
+        from vispress.runtime.modules import held
+
+        adapter = find_adapter(model)
+        self.check_family(adapter.family)
+        self.load_into(held(adapter.base))
 
     def check_family(self, family: str) -> None:
         """Refuse parameters of another family of models.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import vispress
 from vispress.bench.plan.provenance import digest
+from vispress.registry import list_methods
 
 IDENTITY = {
     "plan": "the hash of the plan",
@@ -154,7 +155,7 @@ def asked(group, ratio):
     return {
         "key": key,
         "group": group,
-        "methods": [],
+        "methods": [{"method": group}] if group in list_methods() else [],
         "control": group in CONTROLS,
         "keep_ratio": ratio,
         "seed": None,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vispress.bench.results.compare import compare, loyalty
+from vispress.bench.results.compare import compare, loyalty, versus
 from vispress.bench.results.stats import bootstrap_difference, holm, sign_flip_test
 from vispress.bench.results.summary import summarise, write_summary
 from vispress.bench.results.table import tables
@@ -70,6 +70,23 @@ def test_methods_meet_random_and_the_best_control_at_their_own_budget():
     assert not found["same", "random"].significant
     assert found["same", "best control"].difference.mean == pytest.approx(-0.25)
     assert all(c.p_holm >= c.p for c in found.values())
+
+
+def test_one_method_meets_every_other_but_the_oracle():
+    cells = [
+        cell("ours", "1" * 40),
+        cell("good", "1110" * 10),
+        cell("random", "10" * 20, method="random", seed=0),
+        cell("random", "01" * 20, method="random", seed=1),
+        cell("oracle", "1" * 40, method="random"),
+        cell("good", "1" * 40, ratio=0.25),  # ours is not there
+        {"cell": cell("lost", "", method="fastv")["cell"], "refused": "cannot"},
+    ]
+    found = versus(cells, "ours")
+    assert [(c.keep_ratio, c.control) for c in found] == [(0.5, "good"), (0.5, "random")]
+    assert [c.difference.mean for c in found] == pytest.approx([0.25, 0.5])
+    assert [c.p_holm for c in found] == pytest.approx(holm([c.p for c in found]))
+    assert {(c.group, c.against) for c in found} == {("ours", "every other")}
 
 
 def test_random_as_the_best_control_is_met_once():

@@ -83,3 +83,15 @@ def test_training_prompts_repeat_and_differ_by_seed() -> None:
     assert len(first) == 9
     assert first[0].images[0].tobytes() == again[0].images[0].tobytes()
     assert len({p.images[0].tobytes() for p in first}) == 3  # four about a scene
+
+
+def test_one_draw_in_four_may_show_several_pictures() -> None:
+    alone, mixed = (list(training_prompts(40, episodes=several)) for several in (False, True))
+    assert len(mixed) == 40
+    assert mixed[:12] == alone[:12]
+    shown = [len(prompt.images) for prompt in mixed]
+    # two pictures, two examples and a question, three frames
+    assert shown[12:16] == [2] * 4
+    assert shown[28:32] == [3] * 4
+    assert {len(prompt.images) for prompt in alone} == {1}
+    assert all(p.text.count("<image>") == len(p.images) == len(p.evidence) for p in mixed)

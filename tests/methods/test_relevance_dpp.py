@@ -6,8 +6,10 @@ from itertools import combinations
 import pytest
 import torch
 from tests.methods.helpers import make_tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from vispress.errors import ConfigError
+from vispress.flops import flops
 from vispress.methods import CDPruner, RelevanceDPP
 from vispress.methods._parts.networks.layers import Attend, Dense, Norm, places
 from vispress.types import ModuleShape
@@ -31,7 +33,7 @@ def tokens_with(module, **more):
 
 
 def test_untrained_it_is_the_dpp_without_a_condition():
-    method = RelevanceDPP(num_tokens=4)
+    method = RelevanceDPP(num_tokens=4, spread=1.0)
     tokens, width = tokens_with(None)
     shape = dataclasses.replace(SHAPE, width=width)
     tokens = dataclasses.replace(tokens, module=method.make_module(shape))
@@ -39,39 +41,79 @@ def test_untrained_it_is_the_dpp_without_a_condition():
     assert torch.equal(method.plan(tokens, 4).keep, expected.keep)
 
 
-def test_two_are_kept_whose_volume_is_largest():
-    """det(L) of a pair is r_i^2 r_j^2 (1 - cos^2); the first of the greedy choice is the best r."""
-    features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.8]]])
-    scores = torch.tensor([[0.0, -0.2, -4.0, -1.0]])
-    tokens = dataclasses.replace(
+FEATURES = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.6, 0.8]]])
+SCORES = torch.tensor([[0.0, -0.2, -4.0, -1.0]])
+
+
+def scored():
+    """Four tokens with known scores."""
+    return dataclasses.replace(
         make_tokens(batch=1, grid=(1, 2, 2)),
-        features=features,
+        features=FEATURES,
         text_embeddings=torch.ones(1, 3, 2),
         input_embeddings=None,
         text_states=None,
         text_after=2,
-        module=lambda x, text: scores.to(x),
+        module=lambda x, text: SCORES.to(x),
     )
-    method = RelevanceDPP(num_tokens=2, weight=0.5, fade=1.0)
-    weight = 0.5 * (1 - 2 / 4)
-    assert method.weight_at(2 / 4) == pytest.approx(weight)
-    r, unit = (weight * scores[0]).exp(), torch.nn.functional.normalize(features[0], dim=-1)
+
+
+def cosines():
+    unit = torch.nn.functional.normalize(FEATURES[0], dim=-1)
+    return unit @ unit.T
+
+
+def test_of_few_two_are_kept_whose_volume_is_largest():
+    """det(L) of a pair is r_i^2 r_j^2 (1 - cos^2); the first of the greedy choice is the best r."""
+    method, r, cosine = (
+        RelevanceDPP(num_tokens=2, weight=0.25, spread=0.6),
+        (0.25 * SCORES[0]).exp(),
+        cosines(),
+    )
 
     def volume(i, j):
-        return float(r[i] ** 2 * r[j] ** 2 * (1 - (unit[i] @ unit[j]) ** 2))
+        return float(r[i] ** 2 * r[j] ** 2 * (1 - cosine[i, j] ** 2))
 
     best = max(((0, j) for j in (1, 2, 3)), key=lambda pair: volume(*pair))
-    assert method.plan(tokens, 2).keep.tolist() == [list(best)]
+    assert method.plan(scored(), 2).keep.tolist() == [list(best)]
     # the score decides here: without it the orthogonal pair would stay
     assert best == max(combinations(range(4), 2), key=lambda pair: volume(*pair))
-    assert RelevanceDPP(num_tokens=2, weight=0.0).plan(tokens, 2).keep.tolist() == [[0, 2]]
+    without = dataclasses.replace(method, weight=0.0)
+    assert without.plan(scored(), 2).keep.tolist() == [[0, 2]]
 
 
-def test_the_score_counts_less_as_more_stays():
-    method = RelevanceDPP(keep_ratio=0.1, weight=0.25, fade=0.4)
-    assert method.weight_at(0.0) == 0.25
-    assert method.weight_at(0.1) == pytest.approx(0.25 * 0.75)
-    assert method.weight_at(0.4) == method.weight_at(0.9) == 0.0
+def test_of_many_the_farthest_is_kept_by_relevance():
+    """The second has the largest r^2 (1 - cos), the third the largest to the nearer of two."""
+    method, cosine = RelevanceDPP(num_tokens=3, weight=0.25, spread=0.5), cosines()
+    gain = (2 * 0.25 * SCORES[0]).exp()
+    second = max((1, 2, 3), key=lambda j: float(gain[j] * (1 - cosine[0, j])))
+    third = max(
+        {1, 2, 3} - {second},
+        key=lambda j: float(gain[j] * (1 - max(cosine[0, j], cosine[second, j]))),
+    )
+    assert method.plan(scored(), 2).keep.tolist() == [sorted([0, second])]
+    assert method.plan(scored(), 3).keep.tolist() == [sorted([0, second, third])]
+    # the score decides here
+    assert second == 3
+    without = dataclasses.replace(method, weight=0.0)
+    assert without.plan(scored(), 2).keep.tolist() == [[0, 2]]
+
+
+def test_the_share_of_the_images_own_tokens_decides(monkeypatch):
+    calls = []
+
+    def stand_in(name):
+        def choose(x, *_, **__):
+            calls.append(name)
+            return torch.zeros(len(x), 0, dtype=torch.int64)
+
+        return choose
+
+    for name in ("dpp_select", "maxmin_select"):
+        monkeypatch.setattr(f"vispress.methods.relevance_dpp.{name}", stand_in(name))
+    for spread, num_keep in ((0.5, 1), (0.5, 2), (0.0, 1), (1.0, 3)):
+        RelevanceDPP(num_tokens=num_keep, spread=spread).plan(scored(), num_keep)
+    assert calls == ["dpp_select", "maxmin_select", "maxmin_select", "dpp_select"]
 
 
 def test_the_network_hears_the_question_and_its_order():
@@ -99,6 +141,26 @@ def test_visual_tokens_have_no_order_of_their_own():
     module, generator = drawn(), torch.Generator().manual_seed(0)
     x, text = torch.randn(1, 5, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
     assert torch.allclose(module(x.flip(1), text), module(x, text).flip(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_keep", [64, 288])
+def test_choosing_takes_little_of_a_prefill(num_keep):
+    """Of LLaVA-1.5-7B: 576 visual tokens of width 4096, 32 layers, and 64 words of a question."""
+    method = RelevanceDPP(num_tokens=num_keep)
+    tokens = dataclasses.replace(
+        make_tokens(batch=1, grid=(1, 24, 24)),
+        features=torch.randn(1, 576, 4096, generator=torch.Generator().manual_seed(0)),
+        text_embeddings=torch.ones(1, 64, 4096),
+        input_embeddings=None,
+        text_states=None,
+        text_after=64,
+        module=method.make_module(dataclasses.replace(SHAPE, width=4096)),
+    )
+    with FlopCounterMode(display=False) as counter:
+        method.plan(tokens, num_keep)
+    projected = 2 * (576 + 64) * 4096 * 64
+    prefill = flops([576] * 32, 4096, 11008, "flop3")
+    assert projected < counter.get_total_flops() < 0.001 * prefill
 
 
 def test_half_precision_is_widened():
@@ -146,7 +208,7 @@ def test_layers_are_those_of_torch():
     ("wrong", "says"),
     [
         ({"weight": -0.1}, "weight"),
-        ({"fade": 0.0}, "fade"),
+        ({"spread": 1.1}, "spread"),
         ({"width": 20, "heads": 4}, "multiple of twice the heads, got width=20 and heads=4"),
         ({"blocks": 0}, "blocks"),
     ],

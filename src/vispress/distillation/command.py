@@ -80,7 +80,7 @@ def train_compressor(
             shown = bar.add_task(what, total=total)
             return lambda by: bar.advance(shown, by)
 
-        drawn = draw(data, question or [], samples, seed, loaded)
+        drawn = draw(data, question or [], samples, seed, loaded, several=lesson.several)
         sizes: dict[str, Any] = {"samples": samples, "steps": steps, "lr": lr, "seed": seed}
         pupil = Pupil(
             loaded, made, drawn, batch_size=batch_size, start_from=start_from, begin=begin, **sizes
@@ -101,9 +101,23 @@ def train_compressor(
 
 
 def draw(
-    data: str | None, questions: list[str], samples: int, seed: int, loaded: "LoadedModel"
+    data: str | None,
+    questions: list[str],
+    samples: int,
+    seed: int,
+    loaded: "LoadedModel",
+    *,
+    several: bool = False,
 ) -> Iterator["Prompt"]:
     """Draw prompts to learn from, as the command describes them.
+
+    Args:
+        data: Pictures; the reference model's scenes if left out.
+        questions: About each of them.
+        samples: Prompts, at most.
+        seed: Of what is drawn.
+        loaded: The model.
+        several: Some scenes are shown together, to a reference that knows such prompts.
 
     Raises:
         ConfigError: The data cannot be read, or the default is asked for of another model.
@@ -119,4 +133,6 @@ def draw(
             f"give --data for {loaded.name}: scenes of the reference model are no pictures that "
             "it was made for"
         )
-    return training_prompts(samples, seed)
+    # the Qwen2.5-VL was trained on single pictures, the LLaVA on several, too
+    knows = loaded.model.config.model_type == "llava"
+    return training_prompts(samples, seed, episodes=several and knows)

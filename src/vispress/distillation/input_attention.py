@@ -21,4 +21,8 @@ def teach(pupil: Pupil) -> Curve:
     )
 
 
-LESSONS = (Lesson("relevance_dpp", "attention", teach, "divergence from the model's attention"),)
+LESSONS = (
+    Lesson(
+        "relevance_dpp", "attention", teach, "divergence from the model's attention", several=True
+    ),
+)

@@ -96,6 +96,7 @@ class Lesson:
         steps: Of the optimiser, by default.
         lr: Highest learning rate, by default.
         order: Place among the stages of a method, whose first one is the default.
+        several: Whether prompts may show several pictures where scenes are drawn.
     """
 
     method: str
@@ -106,6 +107,7 @@ class Lesson:
     steps: int = 400
     lr: float = 2e-3
     order: int = 0
+    several: bool = False
 
 
 _ADDED: list[Lesson] = []

@@ -4,13 +4,14 @@ Own; nothing was published. CDPruner's kernel (see `cdpruner`) with another rele
 own attention as a ranking keeps duplicates and loses to diversity alone, while as the relevance of
 a determinantal point process it beats both where few tokens stay.
 A network of two blocks reads projected tokens and the question's input embeddings and gives a score
-a token. Relevance is `exp(w (score - best))`, and the kernel `diag(r) cos(V, V) diag(r)` is
-maximised greedily, crop by crop and frame by frame. Questions that ask for everything of a kind
-(counting) need diversity more as the budget grows, so `w` falls from `weight` to 0 at the share
-`fade`.
+a token; relevance is `r = exp(w (score - best))`. Tokens are chosen one by one, crop by crop and
+frame by frame, each the one with the largest `r^2` times what is new about it. Up to the share
+`spread` that is what chosen tokens leave of it by projection (the greedy maximum of the kernel
+`diag(r) cos(V, V) diag(r)`); from there on its cosine distance to the nearest chosen one (DivPrune,
+weighted): where many stay, subspaces are full, and a picture is covered better than spanned.
 Trained by `vispress train-compressor` for any checkpoint, without labels: the target is the model's
-own attention from the question to the picture. Untrained, all tokens are as relevant, and it is the
-unconditional DPP.
+own attention from the question to the picture. Untrained, all tokens are as relevant, and only
+diversity counts.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vispress.precision import full_precision
 from vispress.registry import register_method
 from vispress.types import ModuleShape, Placement, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels.dpp_select import dpp_select
+from vispress_kernels.maxmin_select import maxmin_select
 
 LEAST = 1e-3
 """Relevance of the least relevant: the kernel stays regular."""
@@ -107,31 +109,32 @@ class Relevance(nn.Module):
 @register_method("relevance_dpp")
 @dataclass(frozen=True, kw_only=True)
 class RelevanceDPP(Compressor):
-    """Prune before the LLM, by diversity conditioned on a learned relevance.
+    """Prune before the LLM, by diversity weighted with a learned relevance.
 
     Args:
-        weight: How much the score counts where hardly any token stays; at least 0.
-        fade: Share of an image's tokens at which it counts for nothing, in `(0, 1]`.
+        weight: How much the score counts; at least 0.
+        spread: Share of an image's tokens from which on distance to the nearest chosen token
+            counts, in `[0, 1]`; below, the determinant.
         width: Of the network, even.
         heads: Of its attention, a divisor of the width.
         blocks: Of the network.
     """
 
-    summary: ClassVar[str] = "diverse and relevant by a trained network: greedy MAP of a DPP"
+    summary: ClassVar[str] = "diverse and relevant by a trained network: DPP, of many max-min"
     paper: ClassVar[str] = "own"
     evidence: ClassVar[Evidence] = "own"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.TEXT_EMBEDDINGS}
     trained: ClassVar[bool] = True
 
     weight: float = 0.1
-    fade: float = 0.4
+    spread: float = 0.1
     width: int = 64
     heads: int = 4
     blocks: int = 2
 
     def validate(self) -> None:
         check_number("weight", self.weight, low=0.0, high=100.0)
-        check_number("fade", self.fade, low=1e-6, high=1.0)
+        check_number("spread", self.spread, low=0.0, high=1.0)
         for name in ("width", "heads", "blocks"):
             check_integer(name, getattr(self, name), low=1)
         if self.width % (2 * self.heads):
@@ -146,10 +149,6 @@ class RelevanceDPP(Compressor):
     def make_module(self, shape: ModuleShape) -> Relevance:
         return Relevance(shape.width, width=self.width, heads=self.heads, blocks=self.blocks)
 
-    def weight_at(self, share: float) -> float:
-        """Give the weight of the score where this share of an image's tokens stays."""
-        return self.weight * max(0.0, 1.0 - share / self.fade)
-
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
         assert tokens.module is not None  # `trained`
@@ -157,10 +156,13 @@ class RelevanceDPP(Compressor):
         score: Tensor = tokens.module(x, question(tokens))
         counted = sent(tokens.segments(), x.device) >= 0
         best = torch.where(counted, score, float("-inf")).amax(dim=1, keepdim=True)
-        weight = self.weight_at(num_keep / tokens.num_original)
-        relevance = upcast(((score - best) * weight).clamp(max=0.0).exp().clamp(min=LEAST))
+        relevance = upcast(((score - best) * self.weight).clamp(max=0.0).exp().clamp(min=LEAST))
+        few = num_keep < self.spread * tokens.num_original
 
         def pick(part: Part) -> Tensor:
-            return dpp_select(part.of(x), part.of(relevance), part.share, backend=tokens.backend)
+            own, r = part.of(x), part.of(relevance)
+            if few:
+                return dpp_select(own, r, part.share, backend=tokens.backend)
+            return maxmin_select(own, part.share, weight=r.square(), backend=tokens.backend)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

@@ -1,6 +1,7 @@
 """The reference VLMs: a small, real LLaVA and a Qwen2.5-VL trained from nothing, shipped.
 
-`load()` gives model and processor offline; `heldout()` gives questions they were never trained on.
+`load()` gives model and processor offline; `heldout()` gives questions they were never trained on;
+`compressor()` is the folder of a trained compressor of each.
 
 Packages, each of which knows only those below it:
 
@@ -9,8 +10,8 @@ Packages, each of which knows only those below it:
 * `model`: two architectures, their processors and checkpoints
 * `world`: drawn scenes and clips, and questions about them
 
-The shipped checkpoints lie beside these. `vispress.reference.processor` is the public path of
-`model.processor`.
+The shipped checkpoints and compressors lie beside these. `vispress.reference.processor` is the
+public path of `model.processor`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from vispress.reference.world.words import KINDS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from PIL.Image import Image
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from vispress.reference.world.questions import Question
     from vispress.reference.world.words import QuestionKind
 
-__all__ = ["KINDS", "heldout", "load", "train_reference"]
+__all__ = ["KINDS", "compressor", "heldout", "load", "train_reference"]
 
 
 def load(
@@ -58,6 +61,28 @@ def load(
         check_choice("architecture with clips=True", architecture, ("qwen2_5_vl",))
     folder = SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture]
     return read(folder, dtype=dtype or torch.float32)
+
+
+def compressor(*, architecture: str = "llava") -> "Path":
+    """Find the shipped compressor of a reference model: relevance DPP with learned parameters.
+
+    `compress_model(model, config=compressor())` compresses the model that `load()` gives. Made by
+    `vispress train-compressor` on training-split scenes; its card says how.
+
+    Args:
+        architecture: As in `load`.
+
+    Returns:
+        A folder as `save_compression` writes it.
+
+    Raises:
+        ConfigError: `architecture` is unknown.
+    """
+    from vispress.checks import check_choice
+    from vispress.reference.model.checkpoint import COMPRESSORS
+
+    check_choice("architecture", architecture, COMPRESSORS)
+    return COMPRESSORS[architecture]
 
 
 def heldout(

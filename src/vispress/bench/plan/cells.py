@@ -7,10 +7,12 @@ from typing import Any, Final, Literal
 
 from vispress.bench.plan.downsample import Downsample
 from vispress.bench.plan.oracle import Oracle
+from vispress.bench.plan.saved import COMPRESSOR, read_entry
 from vispress.chain import Chain
 from vispress.config import from_mapping, to_mapping
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
+from vispress.weights import SavedCompressor
 
 BudgetMeaning = Literal["mean", "placement"]
 Entry = str | Mapping[str, Any]
@@ -36,6 +38,7 @@ class Cell:
         seed: Seed of a randomised method, when the plan lists several.
         optional: Whether a model or budget that it does not fit is noted in place of raised.
         refused: Why it cannot be run on any model, or None.
+        saved: Parameters of the chain's method, where the plan named a folder.
     """
 
     group: str
@@ -45,6 +48,7 @@ class Cell:
     seed: int | None = None
     optional: bool = False
     refused: str | None = None
+    saved: SavedCompressor | None = None
 
     @property
     def key(self) -> str:
@@ -65,7 +69,7 @@ class Cell:
             values = {f.name: getattr(self.picture, f.name) for f in fields(self.picture)}
             budgets = {name: value for name, value in values.items() if value is not None}
             methods = [{"method": self.picture.name, **budgets}]
-        return {
+        data = {
             "key": self.key,
             "group": self.group,
             "methods": methods,
@@ -73,6 +77,9 @@ class Cell:
             "keep_ratio": self.keep_ratio,
             "seed": self.seed,
         }
+        if self.saved is not None:  # results of other parameters are of another cell
+            data[COMPRESSOR] = {key: self.saved.card.get(key) for key in ("sha256", "positions")}
+        return data
 
 
 def cells_of(
@@ -106,8 +113,11 @@ def cells_of(
             )
         name = "+".join(method.name for method in chain)
         return [Cell(group=_label(label, name), chain=tuple(chain))]
-    made = _make(rest, f"method {entry!r}")
     ratios = _list("keep_ratios", data.get("keep_ratios", keep_ratios))
+    saved = None
+    if COMPRESSOR in rest:
+        rest, saved = read_entry(rest, f"method {entry!r}", budget=not ratios)
+    made = _make(rest, f"method {entry!r}")
     field = "mean_keep_ratio" if budget == "mean" and isinstance(made, Compressor) else "keep_ratio"
     group = _label(label, made.name)
     cells = []
@@ -115,7 +125,7 @@ def cells_of(
         for seed in _list("seeds", data.get("seeds", ())) or (None,):
             asked = {} if ratio is None else {field: ratio}
             drawn = {} if seed is None else {"seed": seed}
-            cell = Cell(group=group, keep_ratio=ratio, seed=seed, optional=optional)
+            cell = Cell(group=group, keep_ratio=ratio, seed=seed, optional=optional, saved=saved)
             try:
                 method = _make(rest | asked | drawn, f"method {entry!r}")
             except BudgetError as error:

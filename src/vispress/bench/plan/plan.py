@@ -42,10 +42,13 @@ class Plan:
     Args:
         tasks: Names of tasks. A YAML plan may also describe one in place, or name a YAML file that
             does (see `YamlTask`).
-        methods: A name, a mapping as in a method's YAML, or a `chain` of such mappings. A mapping
-            may add `label` (its name in tables), `seeds` (one cell each) and `keep_ratios` (in
-            place of the plan's; `[]` for the method's own budget). `"all"` is every registered
-            method that is no control; those that cannot reach a budget are listed as not run.
+        methods: A name, a mapping as in a method's YAML, a `chain` of such mappings, or a
+            `compressor`: a folder of `save_compression`, relative to the working directory, or
+            `"reference"` and `"reference-qwen"` for the shipped ones. Fields beside a `compressor`
+            replace those of the folder, `keep_ratios` its budget. A mapping may add `label` (its
+            name in tables), `seeds` (one cell each) and `keep_ratios` (in place of the plan's; `[]`
+            for the method's own budget). `"all"` is every registered method that is no control;
+            those that cannot reach a budget are listed as not run.
         keep_ratios: Each in `(0, 1]`.
         budget: What a keep ratio means: `"mean"` is the mean of visual tokens over decoder layers,
             equal cost for all; `"placement"` is what one placement keeps.

@@ -19,7 +19,7 @@ from vispress.bench.results.stats import (
 
 ORACLE: Final = "oracle"
 
-Against = Literal["random", "best control"]
+Against = Literal["random", "best control", "every other"]
 Cells = Sequence[Mapping[str, Any]]
 
 
@@ -31,8 +31,8 @@ class Comparison:
         group: The method.
         keep_ratio: Of both.
         against: Which comparison this is; methods are corrected for within one.
-        control: The control it is compared with. The best control is chosen on the same answers,
-            which favours the control.
+        control: What it is compared with: a control or, by `versus`, another method. The best
+            control is chosen on the same answers, which favours the control.
         difference: Accuracy of the method less that of the control, mean over tasks, in `[-1, 1]`.
         p: Two-sided, of a paired sign-flip test.
         p_holm: The same after Holm's correction over the methods at this keep ratio.
@@ -119,6 +119,40 @@ def compare(cells: Cells, *, seed: int = 0) -> tuple[Comparison, ...]:
             tests += _family(methods, scores, RANDOM, "random", keep_ratio, seed)
         if best != RANDOM:
             tests += _family(methods, scores, best, "best control", keep_ratio, seed)
+    return tuple(tests)
+
+
+def versus(cells: Cells, group: str, *, seed: int = 0) -> tuple[Comparison, ...]:
+    """Compare one method with every other method and control, the oracle aside, at each keep ratio.
+
+    Args:
+        cells: As in `compare`; those of some tasks alone compare these.
+        group: The method; corrected for is the number of others at a keep ratio.
+        seed: Of the tests.
+
+    Returns:
+        Differences of the method less the other one, in the order of the cells.
+    """
+    tests: list[Comparison] = []
+    for keep_ratio, by_group in at_equal_budget(cells).items():
+        if group not in by_group:
+            continue
+        scores = {name: list(per_question(seeds).values()) for name, seeds in by_group.items()}
+        others = [name for name in scores if name not in (group, ORACLE)]
+        gaps = [minus(scores[group], scores[other]) for other in others]
+        values = [sign_flip_test(gap, seed=seed) for gap in gaps]
+        tests += [
+            Comparison(
+                group=group,
+                keep_ratio=keep_ratio,
+                against="every other",
+                control=other,
+                difference=bootstrap_difference(gap, seed=seed),
+                p=p,
+                p_holm=corrected,
+            )
+            for other, gap, p, corrected in zip(others, gaps, values, holm(values), strict=True)
+        ]
     return tuple(tests)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final, get_args
 from vispress.bench.model.loaded_model import DTYPES
 from vispress.bench.plan.cells import BudgetMeaning
 from vispress.bench.plan.controls import Controls
+from vispress.bench.plan.saved import COMPRESSOR
 from vispress.bench.results.schema import (
     Shape,
     anything,
@@ -67,7 +68,15 @@ _ASKED = record(
         "control": flag(),
         "keep_ratio": nullable(number(above=0, high=1)),
         "seed": nullable(whole()),
-    }
+    },
+    {
+        COMPRESSOR: record(
+            {
+                "sha256": text("[0-9a-f]{64}", "a SHA-256"),
+                "positions": nullable(choice(*get_args(Positions))),
+            }
+        )
+    },
 )
 _TIMING = {"batch": 0, "rounds": 2, "repeats": 1, "decode_tokens": 0}
 _PLAN = record(

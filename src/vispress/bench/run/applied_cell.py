@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from vispress.adapters.base import find_adapter
-from vispress.api import compress_model, compression_report, remove_compression
+from vispress.api import compression_report
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.downsample import any_size, smaller
 from vispress.bench.plan.oracle import Oracle, with_evidence
+from vispress.bench.plan.saved import compressed_by
 from vispress.bench.run.budget_check import KeptTokens, check_budget
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import UnsupportedMethodError
@@ -66,11 +67,8 @@ def apply_cell(
         yield AppliedCell(inputs, (int(marks.sum()),) * 2)
         return
     chain = compressors(cell, loaded, prompts, inputs)
-    compress_model(loaded.model, chain, positions=positions)
-    try:
+    with compressed_by(loaded.model, chain, cell.saved, positions):
         yield AppliedCell(inputs)
-    finally:
-        remove_compression(loaded.model)
 
 
 def compressors(
@@ -109,7 +107,7 @@ def check_cell(
     Raises:
         UnsupportedMethodError: It cannot.
         BudgetError: A budget is missing or cannot be reached.
-        ConfigError: A hyper-parameter does not fit the model.
+        ConfigError: A hyper-parameter, or saved parameters, do not fit the model.
     """
     if cell.picture is not None:
         with any_size(loaded.model):
@@ -121,8 +119,8 @@ def check_cell(
                 f"show: {', '.join(pictures)}"
             )
     if cell.chain:
-        compress_model(loaded.model, list(cell.chain), positions=positions)
-        remove_compression(loaded.model)
+        with compressed_by(loaded.model, cell.chain, cell.saved, positions):
+            return
 
 
 def answer(

@@ -200,7 +200,9 @@ def run_cell(
     if timed := timed_batch(loaded, everything, plan.timing.batch):
         advance(f"{cell.key}, timing", 0)
         chain = compressors(cell, loaded, timed, loaded.encode(timed))
-        result["cost"] = measure_cost(loaded, chain, timed, plan, picture=cell.picture)
+        result["cost"] = measure_cost(
+            loaded, chain, timed, plan, picture=cell.picture, saved=cell.saved
+        )
     return result
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from vispress.api import compressed
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.plan.downsample import Downsample, any_size, smaller
 from vispress.bench.plan.plan import Plan, Timing
+from vispress.bench.plan.saved import compressed_by
 from vispress.bench.results.stats import quantiles
 from vispress.bench.tasks.task import Prompt
 from vispress.bench.timing.memory import peak_bytes
@@ -29,6 +29,7 @@ from vispress.bench.timing.timer import Sample, Timer, timed_generate
 from vispress.config import make_compressor
 from vispress.methods.base import Compressor
 from vispress.report import CompressionReport
+from vispress.weights import SavedCompressor
 
 Variants = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 Round = Mapping[str, Sequence[Sample]]
@@ -81,6 +82,7 @@ def measure_cost(
     plan: Plan,
     *,
     picture: Downsample | None = None,
+    saved: SavedCompressor | None = None,
     timer: Timer | None = None,
 ) -> dict[str, Any]:
     """Time one batch both ways, and size caches, peak memory and FLOPs.
@@ -92,6 +94,7 @@ def measure_cost(
         prompts: One batch of equal length.
         plan: Positions and timing.
         picture: Smaller pictures in place of a chain.
+        saved: Parameters of the chain.
         timer: In place of the one for the model's device.
 
     Returns:
@@ -103,7 +106,7 @@ def measure_cost(
         `uncompressed_peak_bytes` of a batch up to its first token, beyond weights and inputs;
         `flops` of a prompt's visual tokens by convention: `compressed`, `uncompressed`, `ratio`.
     """
-    setup = _set_up(loaded, chain, prompts, plan, picture)
+    setup = _set_up(loaded, chain, prompts, plan, picture, saved)
     timer = timer or Timer(loaded.device)
 
     def run(name: str) -> Sample:
@@ -137,6 +140,7 @@ def _set_up(
     prompts: Sequence[Prompt],
     plan: Plan,
     picture: Downsample | None,
+    saved: SavedCompressor | None,
 ) -> _Setup:
     model, positions, inputs = loaded.model, plan.positions, loaded.encode(prompts)
     everything = make_compressor("random", keep_ratio=1.0)  # a report of the untouched model
@@ -151,11 +155,11 @@ def _set_up(
         variants = {BASE: nullcontext, KEPT: nullcontext}
         return _Setup(variants, dict.fromkeys(variants, inputs), whole, whole)
     recording, logs = recorders(chain)
-    kept = _prefilled(model, inputs, recording, plan)
+    kept = _prefilled(model, inputs, recording, plan, saved)
     variants = {
         BASE: nullcontext,
-        KEPT: partial(compressed, model, list(chain), positions=positions),
-        REPLAY: lambda: compressed(model, replays(chain, logs), positions=positions),
+        KEPT: partial(compressed_by, model, chain, saved, positions),
+        REPLAY: lambda: compressed_by(model, replays(chain, logs), saved, positions),
     }
     return _Setup(variants, dict.fromkeys(variants, inputs), whole, kept)
 
@@ -179,10 +183,14 @@ def in_rounds(variants: Variants, run: Callable[[str], Sample], timing: Timing) 
 
 
 def _prefilled(
-    model: Any, inputs: Any, chain: Sequence[Compressor], plan: Plan
+    model: Any,
+    inputs: Any,
+    chain: Sequence[Compressor],
+    plan: Plan,
+    saved: SavedCompressor | None = None,
 ) -> CompressionReport:
     """Report one prefill."""
-    with compressed(model, list(chain), positions=plan.positions) as view:
+    with compressed_by(model, chain, saved, plan.positions) as view:
         _first_token(model, inputs)
         return view.report
 
