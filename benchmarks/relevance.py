@@ -3,8 +3,8 @@
     vispress train-compressor --out learned
     python benchmarks/relevance.py learned
 
-Weight and `spread` are chosen on these questions; no table of the benchmark is made of them. Printed are
-shares of right answers in percent, by tokens of 144.
+Weight and `spread` are chosen on these questions; no table of the benchmark is made of them.
+Printed are shares of right answers in percent, by tokens of 144.
 """
 
 import argparse
