@@ -56,6 +56,7 @@ FLOORS: dict[str, int] = {
     "vispress.saving": 5,
     "vispress.voco_cache": 5,
     "vispress.training": 6,
+    "vispress.trainer": 6,
     "vispress.listing": 5,
     "vispress.model_folders": 5,
     "vispress.picture_files": 5,

@@ -28,8 +28,9 @@ from vispress import (
 )
 from vispress.budget import Budget
 from vispress.errors import CompressionStateError, ConfigError
-from vispress.methods import DivPrune, PMoD
+from vispress.methods import DivPrune, GammaMoD, PMoD
 from vispress.methods.base import Compressor, top_indices
+from vispress.trainer import CompressionTrainer
 from vispress.types import ModuleShape, Placement, Stage, TokenPlan, VisualTokens
 
 
@@ -320,6 +321,61 @@ def test_the_best_checkpoint_brings_its_compressor(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in saved.items())
     card = json.loads((best / "compressor" / "vispress.json").read_text())
     assert card["methods"] == ["pmod"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainer_of_the_library_adds_losses_and_logs_what_was_kept(
+    tmp_path: Path, accumulation: int
+) -> None:
+    """As a loop by hand does: equal weights behind two updates."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "use_cpu": True,
+        "report_to": [], "logging_steps": 1, "remove_unused_columns": False, "save_strategy": "no",
+        "disable_tqdm": True, "optim": "sgd", "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0, "gradient_accumulation_steps": accumulation,
+    }  # fmt: skip
+    questions = Questions(4 * accumulation)
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
+    method = GammaMoD(loss_weight=30.0)
+    model = compress_model(build("llava", dtype=torch.float32), method)
+    run = CompressionTrainer(model, arguments, train_dataset=questions, modules_lr=0.1)
+    run.get_train_dataloader = lambda: in_order(questions, run.accelerator)  # type: ignore[method-assign]
+    run.train()
+    logs = [entry for entry in run.state.log_history if "loss/gamma_mod" in entry]
+    assert len(logs) == 2
+    assert all(0 < entry["mean_keep_ratio"] < 1 for entry in logs)
+    assert {group["lr"] for group in run.optimizer.param_groups} == {1e-3, 0.1}
+    again = compress_model(build("llava", dtype=torch.float32), method)
+    again.train()
+    sgd = torch.optim.SGD(parameter_groups(again, lr=1e-3, modules_lr=0.1))
+    batches = [torch.utils.data.default_collate([questions[i], questions[i + 1]])
+               for i in range(0, len(questions), 2)]  # fmt: skip
+    for start in range(0, len(batches), accumulation):
+        sgd.zero_grad()
+        for batch in batches[start : start + accumulation]:
+            with compression_loss(again) as extra:
+                loss = again(**batch, use_cache=False).loss
+                ((loss + extra()) / accumulation).backward()
+        sgd.step()
+    for name, value in drawn(again).items():
+        torch.testing.assert_close(drawn(model)[name], value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.lm_head.weight, again.lm_head.weight, rtol=1e-4, atol=1e-6)
+
+
+def in_order(questions: Questions, accelerator: Any) -> Any:
+    return accelerator.prepare(torch.utils.data.DataLoader(questions, batch_size=2))
+
+
+def test_the_trainer_of_the_library_wants_a_compressed_model(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(CompressionStateError, match="not compressed"):
+        CompressionTrainer(build("llava"), arguments)
+    with pytest.raises(ConfigError, match="modules_lr must be"):
+        CompressionTrainer(trained_model(), arguments, modules_lr=0.0)
+    own = CompressionCallback()
+    run = CompressionTrainer(trained_model(), arguments, callbacks=[own])
+    found = [c for c in run.callback_handler.callbacks if isinstance(c, CompressionCallback)]
+    assert found == [own]
 
 
 @pytest.mark.slow

@@ -42,7 +42,12 @@ class ExtraLoss:
     @property
     def by_name(self) -> Mapping[str, float]:
         """The same apart, for logs (waits for the device)."""
-        return {name: float(value.detach()) for name, value in self._collected.by_name.items()}
+        return {name: float(value) for name, value in self.tensors.items()}
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The same apart, as scalars on the device, without gradients."""
+        return {name: value.detach() for name, value in self._collected.by_name.items()}
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         module = self._module
