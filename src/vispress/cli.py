@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vispress.analysis.arank import probe
 from vispress.analysis.fit_debias import fit_debias
 from vispress.checks import check_choice, suggest
 from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command(name="fit-debias")(fit_debias)
 app.command(name="train-compressor")(train_compressor)
 app.command()(search)
+app.add_typer(probe, name="probe")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vispress.adapters.base import find_adapter
+from vispress.adapters.eager import eager_attention
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
 from vispress.distillation.distil import Curve, distil
@@ -123,16 +124,14 @@ def _explained(loaded: LoadedModel, batch: Sequence[Prompt]) -> Iterator[Relevan
 def _explainable(model: nn.Module) -> Iterator[None]:
     """Inside, attention maps are made, and have gradients even if the model is frozen."""
     adapter = find_adapter(model)
-    before: str = adapter.language_model.config._attn_implementation
     parameters = list(adapter.decoder_layers[0].parameters())
     frozen = [one for one in parameters if not one.requires_grad]
     for one in frozen:
         one.requires_grad_(True)
-    adapter.language_model.set_attn_implementation("eager")
     try:
-        yield
+        with eager_attention(adapter):
+            yield
     finally:
-        adapter.language_model.set_attn_implementation(before)
         for one in frozen:
             one.requires_grad_(False)
 
