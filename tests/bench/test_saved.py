@@ -28,7 +28,7 @@ from vispress.methods import DivPrune, RelevanceDPP
 from vispress.reference import compressor
 from vispress.runtime.modules import held
 
-SMALL = RelevanceDPP(keep_ratio=0.25, width=8, heads=2, blocks=1, weight=0.5, spread=1.0)
+SMALL = RelevanceDPP(keep_ratio=0.25, width=8, heads=2, blocks=1, weight=50.0, spread=1.0)
 
 
 def save(model, folder, *, seed=0, method=SMALL, **options):
@@ -63,7 +63,7 @@ def test_an_entry_is_the_folders_method_at_the_plans_budget(folder):
     (cell,) = cells({"compressor": folder, "label": "ours"})
     assert cell.key == "ours--0.1"
     (method,) = cell.chain
-    assert (method.keep_ratio, method.width, method.weight) == (0.1, 8, 0.5)
+    assert (method.keep_ratio, method.width, method.weight) == (0.1, 8, 50.0)
     (own,) = cells({"compressor": folder, "keep_ratios": []})
     assert (own.key, own.chain) == ("relevance_dpp", (SMALL,))
     (changed,) = cells({"compressor": folder, "num_tokens": 9, "weight": 0.0})

@@ -66,7 +66,7 @@ def cosines():
 def test_of_few_two_are_kept_whose_volume_is_largest():
     """det(L) of a pair is r_i^2 r_j^2 (1 - cos^2); the first of the greedy choice is the best r."""
     method, r, cosine = (
-        RelevanceDPP(num_tokens=2, weight=0.25, spread=0.6),
+        RelevanceDPP(num_tokens=2, weight=0.5, spread=0.6),
         (0.25 * SCORES[0]).exp(),
         cosines(),
     )
@@ -84,19 +84,31 @@ def test_of_few_two_are_kept_whose_volume_is_largest():
 
 def test_of_many_the_farthest_is_kept_by_relevance():
     """The second has the largest r^2 (1 - cos), the third the largest to the nearer of two."""
-    method, cosine = RelevanceDPP(num_tokens=3, weight=0.25, spread=0.5), cosines()
-    gain = (2 * 0.25 * SCORES[0]).exp()
+    method, cosine = RelevanceDPP(num_tokens=3, weight=0.75, spread=0.5), cosines()
+    gain = (2 * 0.75 / 3 * SCORES[0]).exp()
     second = max((1, 2, 3), key=lambda j: float(gain[j] * (1 - cosine[0, j])))
     third = max(
         {1, 2, 3} - {second},
         key=lambda j: float(gain[j] * (1 - max(cosine[0, j], cosine[second, j]))),
     )
-    assert method.plan(scored(), 2).keep.tolist() == [sorted([0, second])]
     assert method.plan(scored(), 3).keep.tolist() == [sorted([0, second, third])]
     # the score decides here
-    assert second == 3
-    without = dataclasses.replace(method, weight=0.0)
-    assert without.plan(scored(), 2).keep.tolist() == [[0, 2]]
+    assert dataclasses.replace(method, weight=0.5).plan(scored(), 2).keep.tolist() == [[0, 3]]
+    assert dataclasses.replace(method, weight=0.0).plan(scored(), 2).keep.tolist() == [[0, 2]]
+
+
+def test_the_score_counts_less_where_more_stay(monkeypatch):
+    seen = []
+
+    def choose(x, num_keep, *, weight, backend):
+        seen.append(weight)
+        return torch.zeros(len(x), 0, dtype=torch.int64)
+
+    monkeypatch.setattr("vispress.methods.relevance_dpp.maxmin_select", choose)
+    for num_keep in (1, 2, 4):
+        RelevanceDPP(num_tokens=num_keep, weight=0.5).plan(scored(), num_keep)
+    for weight, num_keep in zip(seen, (1, 2, 4), strict=True):
+        assert torch.allclose(weight, (2 * 0.5 / num_keep * SCORES).exp())
 
 
 def test_the_share_of_the_images_own_tokens_decides(monkeypatch):

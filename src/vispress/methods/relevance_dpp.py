@@ -4,11 +4,13 @@ Own; nothing was published. CDPruner's kernel (see `cdpruner`) with another rele
 own attention as a ranking keeps duplicates and loses to diversity alone, while as the relevance of
 a determinantal point process it beats both where few tokens stay.
 A network of two blocks reads projected tokens and the question's input embeddings and gives a score
-a token; relevance is `r = exp(w (score - best))`. Tokens are chosen one by one, crop by crop and
-frame by frame, each the one with the largest `r^2` times what is new about it. Up to the share
-`spread` that is what chosen tokens leave of it by projection (the greedy maximum of the kernel
-`diag(r) cos(V, V) diag(r)`); from there on its cosine distance to the nearest chosen one (DivPrune,
-weighted): where many stay, subspaces are full, and a picture is covered better than spanned.
+a token. Where K tokens of an image stay, relevance is `r = exp(w / K (score - best))`: the fewer
+stay, the more it counts which they are. Tokens are chosen one by one, crop by crop and frame by
+frame, each the one with the largest `r^2` times what is new about it. That is its cosine distance
+to the nearest chosen one (DivPrune, weighted); below the share `spread`, what the chosen ones leave
+of it by projection (the greedy maximum of the kernel `diag(r) cos(V, V) diag(r)`). Distance did as
+well as the determinant where few stay and better where many do, so the determinant is not the
+default.
 Trained by `vispress train-compressor` for any checkpoint, without labels: the target is the model's
 own attention from the question to the picture. Untrained, all tokens are as relevant, and only
 diversity counts.
@@ -112,7 +114,7 @@ class RelevanceDPP(Compressor):
     """Prune before the LLM, by diversity weighted with a learned relevance.
 
     Args:
-        weight: How much the score counts; at least 0.
+        weight: How much the score counts, divided by the tokens that stay; at least 0.
         spread: Share of an image's tokens from which on distance to the nearest chosen token
             counts, in `[0, 1]`; below, the determinant.
         width: Of the network, even.
@@ -120,14 +122,14 @@ class RelevanceDPP(Compressor):
         blocks: Of the network.
     """
 
-    summary: ClassVar[str] = "diverse and relevant by a trained network: DPP, of many max-min"
+    summary: ClassVar[str] = "diverse and relevant by a trained network: weighted max-min, or a DPP"
     paper: ClassVar[str] = "own"
     evidence: ClassVar[Evidence] = "own"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.TEXT_EMBEDDINGS}
     trained: ClassVar[bool] = True
 
-    weight: float = 0.1
-    spread: float = 0.1
+    weight: float = 2.0
+    spread: float = 0.0
     width: int = 64
     heads: int = 4
     blocks: int = 2
@@ -156,7 +158,8 @@ class RelevanceDPP(Compressor):
         score: Tensor = tokens.module(x, question(tokens))
         counted = sent(tokens.segments(), x.device) >= 0
         best = torch.where(counted, score, float("-inf")).amax(dim=1, keepdim=True)
-        relevance = upcast(((score - best) * self.weight).clamp(max=0.0).exp().clamp(min=LEAST))
+        weight = self.weight / max(1, num_keep)
+        relevance = upcast(((score - best) * weight).clamp(max=0.0).exp().clamp(min=LEAST))
         few = num_keep < self.spread * tokens.num_original
 
         def pick(part: Part) -> Tensor:
