@@ -68,6 +68,7 @@ INNER: dict[str, dict[str, int]] = {
     "vispress.methods": {
         "vispress.methods.cache_evictor": 0,
         "vispress.methods.cached_selector": 0,
+        "vispress.methods.compute_pruner": 0,
         "vispress.methods.encoder_merger": 0,
         "vispress.methods.gist_evictor": 0,
         "vispress.methods.pair_masker": 0,
@@ -125,7 +126,9 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.static_decode": 12,
         "vispress.runtime.forward.prefill_record": 12,
         "vispress.runtime.forward.measuring": 12,
-        "vispress.runtime.forward.gating": 12,
+        "vispress.runtime.forward.gating": 13,
+        "vispress.runtime.forward.handover": 12,
+        "vispress.runtime.forward.feed_forward": 13,
         "vispress.runtime.forward.turns": 13,
         "vispress.runtime.forward.base_model": 13,
         "vispress.runtime.forward.prefill": 13,

@@ -27,7 +27,12 @@ HIDING = ("pre_llm", "in_llm", "skip")
 
 
 def flops(
-    tokens_per_layer: Sequence[int], width: int, mlp_width: int, convention: str = "mac3"
+    tokens_per_layer: Sequence[int],
+    width: int,
+    mlp_width: int,
+    convention: str = "mac3",
+    *,
+    mlp_shares: Sequence[float] | None = None,
 ) -> float:
     """Sum over decoder layers.
 
@@ -36,19 +41,25 @@ def flops(
         width: LLM hidden size (d).
         mlp_width: LLM MLP size (m).
         convention: One of `CONVENTIONS`.
+        mlp_shares: Share of the MLP's neurons that they go through in each layer; None for all.
 
     Returns:
         FLOPs, or multiply-adds where the convention counts those.
 
     Raises:
-        ConfigError: Unknown convention, or a negative count.
+        ConfigError: Unknown convention, a negative count, or shares of another number of layers.
     """
     check_choice("convention", convention, CONVENTIONS)
     _check_counts(tokens_per_layer)
     products = 2 if convention == "fastv2" else 3
+    shares = [1.0] * len(tokens_per_layer) if mlp_shares is None else mlp_shares
+    if len(shares) != len(tokens_per_layer):
+        raise ConfigError(
+            f"mlp_shares must be one a layer, got {len(shares)} for {len(tokens_per_layer)} layers"
+        )
     total = sum(
-        4 * n * width**2 + 2 * n**2 * width + products * n * width * mlp_width
-        for n in tokens_per_layer
+        4 * n * width**2 + 2 * n**2 * width + share * products * n * width * mlp_width
+        for n, share in zip(tokens_per_layer, shares, strict=True)
     )
     return float(total * (2 if convention == "flop3" else 1))
 

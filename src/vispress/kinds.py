@@ -25,6 +25,7 @@ class Stage(StrEnum):
     MASK = "mask"
     SKIP = "skip"
     CACHE = "cache"
+    COMPUTE = "compute"
 
 
 class Signal(StrEnum):

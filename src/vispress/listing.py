@@ -131,6 +131,8 @@ def _prefill(placements: Sequence[Placement]) -> str:
         return f"around each of layers {_numbers([p.layer for p in placements])} of {_DEPTH}"
     if first.until is not None:
         parts.append(f"around layers {first.layer} to {first.until - 1}")
+    elif first.stage is Stage.COMPUTE:
+        parts.append(f"in layers from {first.layer} on")
     elif first.layer == 0:
         parts.append("before the LLM")
     if layers := [placement.layer for placement in placements[len(parts) :]]:

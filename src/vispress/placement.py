@@ -18,7 +18,8 @@ class Placement:
             MASK drops nothing and masks pairs in these layers (see `PairMasker`); SKIP lets rows
             bypass the layers from `layer` up to `until`; CACHE evicts visual tokens from the KV
             cache of `layer` and those behind it, behind their prefill (see `CacheEvictor`),
-            or behind tokens that stand for them (see `GistEvictor`).
+            or behind tokens that stand for them (see `GistEvictor`); COMPUTE drops nothing and lets
+            these layers compute less for visual tokens (see `ComputePruner`).
         budget: What is kept of the tokens that reached the compressor's first placement; in the
             encoder, of the tokens of an image.
         layer: Decoder layer (0-based) before which rows are dropped; 0 for ENCODER and PRE_LLM.

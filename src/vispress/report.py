@@ -230,13 +230,16 @@ def build_report(last: "Turn", record: "PrefillRecord") -> CompressionReport:
         )  # fmt: skip
     per_layer = _visual_per_layer(record, batch)
     totals = [sum(i.num_visual for i in images) for images in samples]
+    size = record.width, record.mlp_width
     costs = {
         name: Flops(
             sum(
-                flops([counts[b] for counts in per_layer], record.width, record.mlp_width, name)
+                flops(
+                    [counts[b] for counts in per_layer], *size, name, mlp_shares=record.mlp_shares
+                )
                 for b in range(batch)
             ),
-            sum(flops([n] * layers, record.width, record.mlp_width, name) for n in totals),
+            sum(flops([n] * layers, *size, name) for n in totals),
         )
         for name in CONVENTIONS
     }

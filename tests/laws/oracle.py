@@ -7,6 +7,7 @@ is no cache and no past: for a second turn, give the whole conversation and its 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -72,8 +73,10 @@ def oracle_forward(
     return logits  # type: ignore[no-any-return]
 
 
-def gating_of(gate: Float[Tensor, "B L"]) -> Any:
+def gating_of(gate: "Float[Tensor, 'B L'] | Sliced") -> Any:
     """A forward hook that scales what an MLP adds; behind the prompt it adds all of it."""
+    if isinstance(gate, Sliced):
+        return gate
 
     def hook(_: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
@@ -85,6 +88,30 @@ def gating_of(gate: Float[Tensor, "B L"]) -> Any:
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     return hook
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A forward hook by which an MLP maps some rows by its first neurons, masked here.
+
+    Args:
+        rows: `[B, L]` bool, of the prompt.
+        ratio: How many times fewer neurons.
+    """
+
+    rows: Tensor
+    ratio: int
+
+    def __call__(self, mlp: Any, args: Any, output: Tensor) -> Tensor | None:
+        """Replace what these rows got."""
+        (hidden,) = args
+        rows = self.rows.repeat_interleave(hidden.shape[0] // self.rows.shape[0], dim=0)
+        if hidden.shape[1] < rows.shape[1]:  # a later call
+            return None
+        rows = extend(rows, hidden.shape[1] - rows.shape[1], fill=False)
+        inner = mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+        stays = torch.arange(inner.shape[-1]) < inner.shape[-1] // self.ratio
+        return torch.where(rows[..., None], mlp.down_proj(inner * stays), output)
 
 
 def bypassing(alive: Sequence[Tensor], layer: int) -> Bool[Tensor, "B L"]:

@@ -9,11 +9,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+from tests.laws.oracle import Sliced
 from torch import Tensor
 
 from vispress import compress_model, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.methods.base import Compressor
+from vispress.methods.compute_pruner import ComputePruner
 from vispress.report import CompressionReport
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
 
@@ -27,10 +29,12 @@ class Spy:
         self.seen: list[tuple[VisualTokens, TokenPlan]] = []
         self.layers: list[int] = []
         self.softens: str | None = None
+        self.computes: ComputePruner | None = None
 
     def watch(self, method: Compressor) -> Compressor:
         """A compressor that behaves the same and tells."""
         seen, layers, self.softens = self.seen, self.layers, method.softens
+        self.computes = method.compute_pruner()
         places: list[int] = []
 
         class Watched(type(method)):  # type: ignore[misc]
@@ -221,14 +225,14 @@ def _repeated(output: Any, times: int) -> Any:
 
 
 class Values(dict[int, tuple[Tensor, Tensor]]):
-    """New values by layer, and `[B, L]`: gates of layers that have one, and what is added to the
-    logits of keys from a layer on.
+    """New values by layer, and `[B, L]`: gates of layers that have one (or what their MLPs leave
+    out), and what is added to the logits of keys from a layer on.
     """
 
     def __init__(
         self,
         values: Mapping[int, Any],
-        gates: Mapping[int, Tensor],
+        gates: Mapping[int, Tensor | Sliced],
         soft: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__(values)
@@ -245,7 +249,7 @@ def changed_rows(
     documents = torch.zeros(shape, dtype=torch.long) if documents is None else documents
     found: dict[int, dict[tuple[int, int], Tensor]] = {}
     seen: dict[int, set[tuple[int, int]]] = {}
-    gates: dict[int, Tensor] = {}
+    gates: dict[int, Any] = {}
     soft: dict[int, Tensor] = {}
     for (tokens, plan), layer in zip(spy.seen, spy.layers, strict=True):
         softens = spy.softens if tokens.training and plan.soft is not None else None
@@ -292,7 +296,21 @@ def changed_rows(
         for b, position in rows:
             mask[b, position] = True
         out[layer] = mask, torch.stack([rows[key] for key in sorted(rows)])
-    return Values(out, gates, soft)
+    return Values(out, gates | _sliced(report, spy, shape), soft)
+
+
+def _sliced(
+    report: CompressionReport, spy: Spy, shape: tuple[int, int]
+) -> dict[int, Tensor | Sliced]:
+    """What MLPs leave out for visual tokens, by layer."""
+    if spy.computes is None:
+        return {}
+    visual = torch.zeros(shape, dtype=torch.bool)
+    for b, sample in enumerate(report.samples):
+        for image in sample.images:
+            visual[b, list(image.positions)] = True
+    layers = enumerate(spy.computes.compute(report.num_layers))
+    return {n: Sliced(visual, own.ffn_ratio) for n, own in layers if own.ffn_ratio > 1}
 
 
 def _bucket_images(

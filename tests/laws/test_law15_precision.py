@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import StaticLayer
 
 from vispress import compressed
+from vispress.adapters import decoder
 from vispress.adapters.base import find_adapter
 from vispress.diffusion import LateSteps
 from vispress.methods.base import Compressor, upcast
@@ -180,6 +181,10 @@ class Replayed:
             self.count += 1
 
 
+SLICES = {decoder.run_neurons.__code__, decoder._first_rows.__code__}
+"""Code that runs part of the model's own MLP: as the whole of it, in the model's precision."""
+
+
 class HalfProducts(TorchDispatchMode):
     """Notes matrix products of half types that code of ours asked for."""
 
@@ -202,6 +207,8 @@ def _caller() -> str | None:
     frame = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
+        if frame.f_code in SLICES:
+            return None
         if "/vispress" in path:
             return f"{path}:{frame.f_lineno}"
         if "/transformers/" in path:

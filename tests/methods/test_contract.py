@@ -199,7 +199,7 @@ def count_for(method, tokens, count):
     return count if count > 0 else tokens.num_visual + count
 
 
-FROM_FIRST = (Stage.SKIP, Stage.CACHE)
+FROM_FIRST = (Stage.SKIP, Stage.CACHE, Stage.COMPUTE)
 
 
 def planned(method, tokens, count=7):

@@ -4,12 +4,17 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Final
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from vispress.errors import UnsupportedModelError
 
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 CHUNKED: Final = "chunked_attention"
 _PARTS = ("input_layernorm", "self_attn", "mlp")
+_GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _WORKS = (
     "Llama-like decoders (Llama, Mistral, Qwen) work, whose layers all have full, sliding-window "
     "or chunked attention over keys of their own"
@@ -88,3 +93,67 @@ def check_decoder(family: str, language_model: Any, layers: Sequence[Any]) -> No
             f"{name} with {setting}={getattr(config, setting)!r}: text must be causal, since what "
             "is kept must not depend on the answer"
         )
+
+
+def check_gated_mlp(family: str, number: int, layer: Any) -> int:
+    """Count the intermediate neurons of a decoder layer's MLP, if it is a gated one.
+
+    Args:
+        family: Of the model.
+        number: The layer.
+        layer: Its module.
+
+    Raises:
+        UnsupportedModelError: The MLP has not the three projections of `down(act(gate) * up)`.
+    """
+    lacks = [part for part in _GATED_MLP if not hasattr(layer.mlp, part)]
+    if lacks or not hasattr(layer.mlp.gate_proj, "out_features"):
+        raise UnsupportedModelError(
+            f"{family}: the MLP of decoder layer {number} ({type(layer.mlp).__name__}) has no "
+            f"{', '.join(lacks) or 'gate_proj.out_features'}, so its neurons cannot be told apart; "
+            "gated MLPs of three projections (Llama, Mistral, Qwen) work, or ffn_ratio=1"
+        )
+    return int(layer.mlp.gate_proj.out_features)
+
+
+def run_neurons(mlp: Any, hidden: Tensor, count: int) -> Tensor:
+    """Run a gated MLP on its first intermediate neurons alone.
+
+    Plain projections are run by slices of their weights. Others (adapters, quantised or offloaded
+    weights) run whole, and the other neurons are left out behind the activation.
+
+    Args:
+        mlp: The module.
+        hidden: `[..., D]`.
+        count: Neurons.
+
+    Raises:
+        UnsupportedModelError: The neurons are dealt out to several processes.
+    """
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    if all(_plain(each) for each in (gate, up, down)):
+        inner = mlp.act_fn(_first_rows(gate, hidden, count)) * _first_rows(up, hidden, count)
+        return F.linear(inner, down.weight[:, :count], down.bias)
+    inner = mlp.act_fn(gate(hidden)) * up(hidden)
+    if inner.shape[-1] != gate.out_features:
+        raise UnsupportedModelError(
+            f"this process has {inner.shape[-1]} of {gate.out_features} neurons of an MLP (tensor "
+            "parallelism), of which visual tokens go through the first ones; set ffn_ratio=1"
+        )
+    rest = inner.new_zeros(()).expand(*inner.shape[:-1], inner.shape[-1] - count)
+    return down(torch.cat([inner[..., :count], rest], dim=-1))  # type: ignore[no-any-return]
+
+
+def _plain(linear: Any) -> bool:
+    """Whether what a projection computes is its weight and bias, both here."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    weight = linear.weight
+    whole = weight.shape == (linear.out_features, linear.in_features)
+    return not hooked and type(weight) in (nn.Parameter, Tensor) and not weight.is_meta and whole
+
+
+def _first_rows(linear: nn.Linear, hidden: Tensor, count: int) -> Tensor:
+    bias = None if linear.bias is None else linear.bias[:count]
+    return F.linear(hidden, linear.weight[:count], bias)

@@ -54,4 +54,5 @@ from vispress.methods.vscan import VScan as VScan
 from vispress.methods.vtc_cls import VTCCLS as VTCCLS
 from vispress.methods.vtw import VTW as VTW
 from vispress.methods.xai_compress import XAICompress as XAICompress
+from vispress.methods.yopo import YOPO as YOPO
 from vispress.methods.zoo_prune import ZOOPrune as ZOOPrune

@@ -17,6 +17,7 @@ from vispress.kinds import Evidence as Evidence
 from vispress.kinds import Softens
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
+from vispress.methods.compute_pruner import ComputePruner
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
@@ -195,6 +196,10 @@ class Compressor(ABC):
     def gist_evictor(self) -> GistEvictor | None:
         """What has tokens that stand for images; None where the method has none."""
         return self if isinstance(self, GistEvictor) else None
+
+    def compute_pruner(self) -> ComputePruner | None:
+        """What lets layers compute less for visual tokens; None where the method does not."""
+        return self if isinstance(self, ComputePruner) else None
 
     def budget(self, num_layers: int, layer: int = 0) -> Budget:
         """Make the single budget of a method with one placement before `layer`.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.methods.cached_selector import CachedSelector
+from vispress.methods.compute_pruner import ComputePruner
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
 from vispress.types import Placement, Signal
@@ -97,3 +98,7 @@ class Wrapper(Compressor):
     def pair_masker(self) -> PairMasker | None:
         """Take the inner compressor's, likewise."""
         return self.acting.pair_masker()
+
+    def compute_pruner(self) -> ComputePruner | None:
+        """Take the inner compressor's, likewise."""
+        return self.acting.compute_pruner()

@@ -18,6 +18,7 @@ from vispress.runtime.footprint import Footprint
 from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
 from vispress.runtime.forward.expand import expand_step
+from vispress.runtime.forward.feed_forward import feed_layer
 from vispress.runtime.forward.gating import gate_layer
 from vispress.runtime.forward.measuring import measure_layer
 from vispress.runtime.forward.model_call import ModelCall
@@ -59,11 +60,7 @@ class Attachment:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        stages: Sequence[RuntimeStage],
-        owner: nn.Module | None,
-        request: Request,
+        self, plan: Plan, stages: Sequence[RuntimeStage], owner: nn.Module | None, request: Request
     ) -> None:
         self.owner, self.turns = owner, Turns()
         self._told: set[str] = set()
@@ -73,11 +70,7 @@ class Attachment:
         self._take(plan, stages, request, Footprint.of(plan, stages))
 
     def _take(
-        self,
-        plan: Plan,
-        stages: Sequence[RuntimeStage],
-        request: Request,
-        footprint: Footprint,
+        self, plan: Plan, stages: Sequence[RuntimeStage], request: Request, footprint: Footprint
     ) -> None:
         self.plan, self.stages, self.request = plan, tuple(stages), request
         self._footprint = footprint
@@ -143,6 +136,8 @@ class Attachment:
             undo += measure_layer(layers[number], number)
         for number in sorted(footprint.gated):
             undo += gate_layer(layers[number], number)
+        for number in sorted(footprint.fed):
+            undo += feed_layer(layers[number], number)
         attentions = adapter.encoder_attentions()
         for number in sorted(footprint.encoder):
             undo.append(watch(attentions[number]))

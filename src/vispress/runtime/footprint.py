@@ -16,6 +16,7 @@ class Footprint:
         watched: Decoder layers whose attention is handed the call that runs.
         left: Decoder layers whose output changes.
         gated: Decoder layers in which what the MLP adds may be scaled.
+        fed: Decoder layers whose MLP may be computed by a stage.
         measured: Decoder layers whose attention and MLP are measured.
         encoder: Encoder layers whose attention is watched.
         signals: What is read of the encoder elsewhere.
@@ -25,6 +26,7 @@ class Footprint:
     watched: frozenset[int]
     left: frozenset[int]
     gated: frozenset[int]
+    fed: frozenset[int]
     measured: frozenset[int]
     encoder: frozenset[int]
     signals: frozenset[Signal]
@@ -37,10 +39,12 @@ class Footprint:
         left = none.union(*(stage.left_layers for stage in stages))
         measured = none.union(*(bound.placement.transitions for bound in plan.placements))
         watched = none.union(*(stage.watched_layers for stage in stages))
+        fed = none.union(*(stage.mlp_layers for stage in stages))
         return cls(
-            watched=watched | measured | left,
+            watched=watched | measured | left | fed,
             left=left,
             gated=none.union(*(stage.gated_layers for stage in stages)),
+            fed=fed,
             measured=measured,
             encoder=frozenset(plan.all_encoder_layers) | plan.key_layers,
             signals=plan.encoder_signals & {Signal.VISION_FEATURES, Signal.PADDING},

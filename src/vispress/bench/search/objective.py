@@ -158,13 +158,18 @@ class ScheduleObjective:
 
     def share_of_flops(self, method: Compressor) -> float:
         """Compute a schedule's multiply-adds of visual tokens as a share of the uncompressed."""
-        return self.flops_of(self._left(method))
+        pruner = method.compute_pruner()
+        layers = () if pruner is None else pruner.compute(self.num_layers)
+        return self.flops_of(self._left(method), [own.ffn_share for own in layers] or None)
 
-    def flops_of(self, tokens_per_layer: Sequence[float]) -> float:
+    def flops_of(
+        self, tokens_per_layer: Sequence[float], mlp_shares: Sequence[float] | None = None
+    ) -> float:
         """Compute the multiply-adds of a count of visual tokens a layer, as a share likewise."""
         size = (self._text.hidden_size, self._text.intermediate_size)
         whole = flops([self.num_visual] * self.num_layers, *size)
-        return flops(tokens_per_layer, *size) / whole  # type: ignore[arg-type]
+        own = flops(tokens_per_layer, *size, mlp_shares=mlp_shares)  # type: ignore[arg-type]
+        return own / whole
 
     @property
     def num_visual(self) -> int:

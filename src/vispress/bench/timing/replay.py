@@ -10,6 +10,7 @@ from torch import nn
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
+from vispress.methods.compute_pruner import ComputePruner
 from vispress.methods.encoder_merger import EncoderMerger
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
@@ -60,6 +61,10 @@ class _StandIn(Compressor):
     def gist_evictor(self) -> GistEvictor | None:
         """Pass on the wrapped method's: what stands for an image is part of the prompt."""
         return self.method.gist_evictor()
+
+    def compute_pruner(self) -> ComputePruner | None:
+        """Pass on the wrapped method's: what layers compute is no choice of tokens."""
+        return self.method.compute_pruner()
 
     def cached_selector(self) -> CachedSelector | None:
         """Pass on the wrapped method's: a choice while decoding is none of the prefill."""

@@ -1,9 +1,4 @@
-"""Scale what a decoder layer's MLP adds to its rows by a gate: hooks of two modules.
-
-A layer's own hooks lie outside of its checkpoint, those of its modules inside. So the call rides on
-to the attention as a keyword of the layer, which a second run is given again, and the attention's
-hook notes it for the MLP, which is handed hidden states alone.
-"""
+"""Scale what a decoder layer's MLP adds to its rows by a gate: hooks of two modules."""
 
 import weakref
 from collections.abc import Callable
@@ -13,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vispress.adapters.decoder import mlp_branch
+from vispress.runtime.forward.handover import Handover
 from vispress.runtime.forward.running import RUNNING, Running, refuse_reentrant
 from vispress.runtime.forward.state import Span
 from vispress.runtime.tokens.live_tokens import scale_rows
@@ -20,8 +16,7 @@ from vispress.runtime.tokens.live_tokens import scale_rows
 GATED: ContextVar["tuple[int, weakref.ref[Running]] | None"] = ContextVar(
     "vispress_gated", default=None
 )
-"""The layer with a gate whose attention ran last in this context, and the call. What an interrupted
-call left here is replaced by the next attention, and kept alive by nothing."""
+"""The layer with a gate whose attention ran last in this context, and the call."""
 
 
 def gate_layer(layer: Any, number: int) -> list[Callable[[], None]]:
@@ -41,33 +36,21 @@ class _GateHooks:
     """
 
     def __init__(self, number: int) -> None:
-        self.number = number
-        self.waiting = 0
-        """Calls between attention and MLP, in all threads: without any, as in a compiled decode
-        step, the context, which would break its graph, is not looked at."""
+        self.number, self.handover = number, Handover(number)
 
     def attention_ran(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note the call for the MLP, if this layer has a gate in it."""
         running = kwargs.get(RUNNING)
         gated = isinstance(running, Running) and self._span(running) is not None
-        if not gated and not self.waiting:
-            return
-        noted = GATED.get()
-        if gated and (noted is None or noted[0] != self.number):  # else one was interrupted here
-            self.waiting += 1
-        GATED.set((self.number, weakref.ref(running)) if gated else None)
+        self.handover.note(GATED, running if gated else None)
 
     def branch_ran(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Scale what the MLP adds."""
-        if not self.waiting:
-            return None
-        noted = GATED.get()
-        running = None if noted is None or noted[0] != self.number else noted[1]()
+        running = self.handover.peek(GATED)
         span = None if running is None else self._span(running)
         if running is None or span is None or span.gate is None:
             return None
-        GATED.set(None)
-        self.waiting -= 1
+        self.handover.end(GATED)
         refuse_reentrant(running.state, "the gate")
         if isinstance(output, tuple):
             return (scale_rows(output[0], span.gate, span.rows), *output[1:])

@@ -15,6 +15,9 @@ from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.tokens.images import Image
 from vispress.runtime.tokens.live_tokens import LiveTokens
 
+_TELLING = (Stage.MASK, Stage.CACHE, Stage.COMPUTE)
+"""Stages that say themselves what they did in a call."""
+
 
 @dataclass(eq=False)
 class PrefillRecord:
@@ -35,6 +38,7 @@ class PrefillRecord:
         encoder: Name of the method that merges in the vision encoder, if one does.
         remarks: What stages say of the call, when a report is asked for.
         trains: Whether plans that can be soft were.
+        mlp_shares: Share of each layer's MLP that visual tokens went through; None for all.
     """
 
     placements: Sequence[BoundPlacement]
@@ -49,6 +53,7 @@ class PrefillRecord:
     encoder: str | None = None
     remarks: Sequence[Callable[[], Sequence[str]]] = ()
     trains: bool = False
+    mlp_shares: Sequence[float] | None = None
 
     @classmethod
     def of(
@@ -74,6 +79,7 @@ class PrefillRecord:
             next(merging, None),
             remarks,
             state.trains,
+            state.plan.mlp_shares,
         )
 
     def idle(self) -> list[str]:
@@ -81,7 +87,7 @@ class PrefillRecord:
         found = []
         for number in sorted({bound.compressor for bound in self.placements}):
             bounds = [bound for bound in self.placements if bound.compressor == number]
-            if bounds[0].placement.stage in (Stage.MASK, Stage.CACHE):  # they tell for themselves
+            if bounds[0].placement.stage in _TELLING:
                 continue
             acted = [bound for image in self.images for bound in self._dropping(image, number)]
             if not any(acted):

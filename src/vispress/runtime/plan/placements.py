@@ -12,6 +12,8 @@ from vispress.types import Placement, Positions, Queries, Signal, Stage
 _BY_ROW = frozenset({Signal.QUERY_ATTENTION, Signal.MEAN_ATTENTION, Signal.ROTARY_PRIOR})
 _MEANS = {Queries.AFTER: Signal.MEAN_ATTENTION, Queries.ALL: Signal.QUERY_ATTENTION}
 """Queries too many to hold a row of each, and the signal that has their mean."""
+_FROM_FIRST = (Stage.PRE_LLM, Stage.SKIP, Stage.CACHE, Stage.COMPUTE)
+"""Stages that may act in layer 0."""
 
 
 def bind_placements(
@@ -82,7 +84,7 @@ def _refuse_what_is_gone(
 
 
 def _check(method: Compressor, placement: Placement, layers: int) -> None:
-    low = 0 if placement.stage in (Stage.PRE_LLM, Stage.SKIP, Stage.CACHE) else 1
+    low = 0 if placement.stage in _FROM_FIRST else 1
     high = 1 if placement.stage is Stage.PRE_LLM else layers
     if not low <= placement.layer < high:
         raise ConfigError(

@@ -97,6 +97,14 @@ class Plan:
             return None if self._gist is None else self._gist.gist_token
         return vocabulary_of(self.adapter) - 1
 
+    @cached_property
+    def mlp_shares(self) -> tuple[float, ...] | None:
+        """Share of each decoder layer's MLP that visual tokens go through; None for all."""
+        for method in self.methods:
+            if (pruner := method.compute_pruner()) is not None:
+                return tuple(own.ffn_share for own in pruner.compute(self.num_layers))
+        return None
+
     def rotary(self, layer: int, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the rotary tables of a decoder layer.
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vispress.adapters.base import Modality, ModelAdapter
@@ -99,6 +99,8 @@ class StageCall:
         enter: Changes the hidden states that enter a layer, behind its placements.
         layer_kwargs: Changes the keyword arguments of a layer, cut to its rows.
         attend: Looks at a watched layer's attention, and gives the mask to use.
+        feed_forward: Computes the MLP of one of `RuntimeStage.mlp_layers`, of `[B, P, D]`, in place
+            of it; is handed the layer, the module and its own forward.
         leave: Changes the hidden states that leave one of `RuntimeStage.left_layers`.
         end: Finishes behind the last layer.
         remarks: Says for a report what happened in this call, when one is asked for.
@@ -110,6 +112,9 @@ class StageCall:
     enter: Callable[[int, Tensor], Tensor] | None = None
     layer_kwargs: Callable[[int, Tensor, dict[str, Any]], dict[str, Any]] | None = None
     attend: Callable[[int, Watched], Tensor | None] | None = None
+    feed_forward: Callable[[int, nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor] | None = (
+        None
+    )
     leave: Callable[[int, Tensor], Tensor] | None = None
     end: Callable[[], None] | None = None
     remarks: Callable[[], Sequence[str]] | None = None
@@ -133,6 +138,7 @@ class RuntimeStage:
         watched_layers: Decoder layers whose attention it must see.
         left_layers: Decoder layers whose output it changes.
         gated_layers: Decoder layers in which it may scale what the MLP adds.
+        mlp_layers: Decoder layers whose MLP it may compute in place of the module.
         install: Puts in hooks beside those of decoder layers, the same ones on one model whatever
             the hyper-parameters; gives what undoes them.
         encode: Acts in one call of the vision encoder; yields what a report is told of it.
@@ -147,6 +153,7 @@ class RuntimeStage:
     watched_layers: frozenset[int] = frozenset()
     left_layers: frozenset[int] = frozenset()
     gated_layers: frozenset[int] = frozenset()
+    mlp_layers: frozenset[int] = frozenset()
     install: Callable[[], Sequence[Callable[[], None]]] | None = None
     encode: Callable[[Modality, Mapping[str, Any]], AbstractContextManager[Any]] | None = None
     remembers: Compressor | None = None

@@ -1,0 +1,40 @@
+"""Say what a method is asked that lets decoder layers compute less for visual tokens."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCompute:
+    """What one decoder layer computes for visual tokens; by default all of it.
+
+    Args:
+        ffn_ratio: Of the m intermediate neurons of the layer's FFN, visual tokens go through the
+            first `m // ffn_ratio`.
+    """
+
+    ffn_ratio: int = 1
+
+    @property
+    def ffn_share(self) -> float:
+        """What part of the FFN's neurons visual tokens go through."""
+        return 1 / self.ffn_ratio
+
+
+class ComputePruner(ABC):
+    """A compressor's part inside decoder layers, for a placement with `Stage.COMPUTE`.
+
+    Nothing is dropped: all visual tokens enter these layers, which compute less for them. Text, and
+    whatever is decoded later, goes through whole layers.
+    """
+
+    @abstractmethod
+    def compute(self, num_layers: int) -> tuple[LayerCompute, ...]:
+        """Say what each layer of an LLM computes for visual tokens.
+
+        Args:
+            num_layers: Decoder layers of the LLM.
+
+        Raises:
+            ConfigError: A setting does not fit that many layers.
+        """

@@ -1,0 +1,62 @@
+"""YOPO's settings: what each layer computes for visual tokens, and where they end."""
+
+import pytest
+
+from vispress.errors import BudgetError, ConfigError
+from vispress.flops import flops, visual_per_layer
+from vispress.methods import YOPO
+from vispress.methods.compute_pruner import LayerCompute
+from vispress.types import Stage
+
+SIZE_7B = (4096, 11008, "flop3")
+
+
+def test_it_computes_half_in_the_first_half_of_the_layers_by_default() -> None:
+    inside, gone = YOPO().placements(32)
+    assert (inside.stage, inside.layer, inside.budget.resolve(576)) == (Stage.COMPUTE, 0, 576)
+    assert (gone.stage, gone.layer, gone.budget.resolve(576)) == (Stage.IN_LLM, 16, 0)
+    half, whole = LayerCompute(ffn_ratio=2), LayerCompute()
+    assert YOPO().compute(32) == (half,) * 16 + (whole,) * 16
+    assert YOPO(layer=24).placements(28)[1].layer == 24
+    assert YOPO().compute_pruner() == YOPO()
+
+
+def test_the_depth_of_the_llm_as_layer_keeps_all_tokens() -> None:
+    (inside,) = YOPO(layer=6).placements(6)
+    assert inside.stage is Stage.COMPUTE
+    assert YOPO(layer=6, ffn_ratio=4).compute(6) == (LayerCompute(ffn_ratio=4),) * 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"ffn_ratio": 0}, "ffn_ratio"),
+        ({"ffn_ratio": 1.5}, "ffn_ratio"),
+        ({"layer": 0}, "layer"),
+        ({"layer": True}, "layer"),
+    ],
+)
+def test_values_out_of_range_are_refused(wrong: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        YOPO(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_layer_behind_the_last_and_a_budget_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\[1, 6\] .* got 7"):
+        YOPO(layer=7).placements(6)
+    with pytest.raises(BudgetError, match="takes no keep_ratio"):
+        YOPO(keep_ratio=0.5)
+
+
+def test_the_ffn_is_counted_by_its_share() -> None:
+    """576 tokens, 16 layers of 32, half of each FFN; attention is whole."""
+    method = YOPO()
+    counts = visual_per_layer(576, 32, method.placements(32))
+    shares = [own.ffn_share for own in method.compute(32)]
+    attention = 4 * 576 * 4096**2 + 2 * 576**2 * 4096
+    by_hand = 2 * 16 * (attention + 3 * 576 * 4096 * 11008 // 2)
+    assert flops(counts, *SIZE_7B, mlp_shares=shares) == by_hand
+    assert by_hand / 1e12 == pytest.approx(2.570, abs=1e-3)
+    assert flops([576] * 32, *SIZE_7B) / 1e12 == pytest.approx(7.634, abs=1e-3)
+    with pytest.raises(ConfigError, match="one a layer, got 2 for 32"):
+        flops(counts, *SIZE_7B, mlp_shares=[1.0, 1.0])
