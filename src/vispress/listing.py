@@ -124,8 +124,8 @@ def _prefill(placements: Sequence[Placement]) -> str:
     if first.stage is Stage.CACHE:
         return f"in the KV cache, behind the prefill, from layer {first.layer}"
     if first.probe is not None:
-        layers = f"layers 0 to {first.probe}" if first.probe else "layer 0"
-        return f"before the LLM, after a probe of {layers}"
+        ran = f"layers 0 to {first.probe}" if first.probe else "layer 0"
+        return f"before the LLM, after a probe of {ran}"
     parts = []
     if len(placements) > 1 and all(p.until == p.layer + 1 for p in placements):
         return f"around each of layers {_numbers([p.layer for p in placements])} of {_DEPTH}"
