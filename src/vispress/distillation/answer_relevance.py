@@ -163,6 +163,7 @@ def teach(pupil: Pupil) -> Curve:
         lr=pupil.lr,
         seed=pupil.seed,
         advance=lambda _: moved(1),
+        unfinished=pupil.unfinished,
     )
 
 

@@ -48,11 +48,12 @@ def teach(pupil: Pupil) -> Curve:
     module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
     optimizer = torch.optim.AdamW(module.parameters(), lr=pupil.lr, weight_decay=0.01)
     curve, drawn = Curve(), _drawn(kept, size, pupil.seed)
-    curve.held_out.append(answer_loss(pupil.loaded, test, size))
+    if not (done := pupil.unfinished.restore(module, optimizer, curve)):
+        curve.held_out.append(answer_loss(pupil.loaded, test, size))
     with frozen(model, module):
         model.train()
         try:
-            for step, batch in enumerate(islice(drawn, pupil.steps)):
+            for step, batch in enumerate(islice(drawn, done, pupil.steps), done):
                 set_progress(model, step / pupil.steps)
                 for group in optimizer.param_groups:
                     group["lr"] = pupil.lr * rate(step, pupil.steps)
@@ -62,6 +63,7 @@ def teach(pupil: Pupil) -> Curve:
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 curve.loss.append(float(loss.detach()))
+                pupil.unfinished.note(module, optimizer, curve)
                 moved(1)
         finally:
             model.eval()

@@ -57,12 +57,14 @@ def train_compressor(
 ) -> None:
     """Train a method's parameters for a model, by its own attention or by answers, and save both.
 
-    `compress_model(model, config=FOLDER)` has them. The model's weights stay as they are.
+    `compress_model(model, config=FOLDER)` has them. The model's weights stay as they are. Stopped,
+    the same command goes on from its last 50 steps.
     """
     prepare()
     from vispress import save_compression
     from vispress.bench.model.loaded_model import DTYPES, load_named_model
     from vispress.distillation.lessons import Pupil, find_lesson
+    from vispress.distillation.unfinished import Unfinished
     from vispress.listing import make_budgeted, parse_options
 
     lesson = find_lesson(method, stage)
@@ -82,16 +84,20 @@ def train_compressor(
 
         drawn = draw(data, question or [], samples, seed, loaded, several=lesson.several)
         sizes: dict[str, Any] = {"samples": samples, "steps": steps, "lr": lr, "seed": seed}
+        told = sizes | {"data": data or "reference scenes", "stage": lesson.stage}
+        told |= {"model": loaded.name, "weights": loaded.weights}
+        whole = told | {"method": method, "options": made.hyperparameters(), "dtype": dtype}
+        whole |= {"question": question, "batch_size": batch_size, "start_from": start_from}
         pupil = Pupil(
-            loaded, made, drawn, batch_size=batch_size, start_from=start_from, begin=begin, **sizes
-        )
+            loaded, made, drawn, batch_size=batch_size, start_from=start_from, begin=begin, **sizes,
+            unfinished=Unfinished(out / "unfinished.safetensors", whole),
+        )  # fmt: skip
         curve = lesson.teach(pupil)
-    told = sizes | {"data": data or "reference scenes", "stage": lesson.stage}
-    told |= {"model": loaded.name, "weights": loaded.weights}
     told["held_out"] = [round(value, 4) for value in curve.held_out]
     save_compression(loaded.model, out, data=told)
     losses = {"loss": [round(loss, 5) for loss in curve.loss], "held_out": curve.held_out}
     (out / "curve.json").write_text(json.dumps(losses) + "\n", encoding="utf-8")
+    pupil.unfinished.clear()
     before, after = curve.held_out
     console.print(
         f"{lesson.measure}, on what was held out: {before:.3f} before, {after:.3f} behind\n"

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from vispress.distillation.curve import Curve as Curve
 from vispress.distillation.targets import Heard
+from vispress.distillation.unfinished import Unfinished
 from vispress.errors import ConfigError
 
 HELD_OUT = 10
@@ -16,19 +17,6 @@ HELD_OUT = 10
 WARM_UP = 20
 FINAL = 0.03
 """Share of the learning rate that is left at the end."""
-
-
-@dataclass(eq=False)
-class Curve:
-    """How training went.
-
-    Args:
-        loss: Of each step's batch.
-        held_out: On what was held out: before the first step and behind the last.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    held_out: list[float] = field(default_factory=list)
 
 
 class Example(Protocol):
@@ -52,6 +40,7 @@ def distil(
     lr: float = 2e-3,
     seed: int = 0,
     advance: Callable[[float], None] | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Curve:
     """Move a module's parameters down a loss on examples, by AdamW.
 
@@ -66,6 +55,7 @@ def distil(
         lr: Highest learning rate.
         seed: Of the order; equal ones give equal parameters on the same machine.
         advance: Told the loss of each step.
+        unfinished: Where a stopped training goes on from.
 
     Raises:
         ConfigError: There are too few examples, or a parameter is frozen.
@@ -81,10 +71,13 @@ def distil(
     kept = [one for number, one in enumerate(heard) if number % HELD_OUT]
     test = heard[::HELD_OUT]
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.01)
-    curve, drawn = Curve(), _Batches(kept, batch, seed)
-    curve.held_out.append(_mean(module, test, batch, loss))
+    curve, drawn, unfinished = Curve(), _Batches(kept, batch, seed), unfinished or Unfinished()
+    if not (done := unfinished.restore(module, optimizer, curve)):
+        curve.held_out.append(_mean(module, test, batch, loss))
+    for _ in range(done):
+        drawn.next()
     module.train()
-    for step in range(steps):
+    for step in range(done, steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * rate(step, steps)
         found = loss(module, drawn.next())
@@ -93,6 +86,7 @@ def distil(
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         curve.loss.append(float(found.detach()))
+        unfinished.note(module, optimizer, curve)
         if advance is not None:
             advance(curve.loss[-1])
     module.eval()

@@ -196,6 +196,7 @@ def teach(label: Label, pupil: Pupil) -> Curve:
         lr=pupil.lr,
         seed=pupil.seed,
         advance=lambda _: moved(1),
+        unfinished=pupil.unfinished,
     )
 
 

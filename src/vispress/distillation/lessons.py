@@ -18,6 +18,7 @@ from vispress import distillation
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
 from vispress.checks import check_choice
+from vispress.distillation.unfinished import Unfinished
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor
 from vispress.weights import read_saved
@@ -47,6 +48,7 @@ class Pupil:
         seed: Of the order.
         samples: Prompts, at most, for bars.
         start_from: A folder with the parameters that training begins with; None for fresh ones.
+        unfinished: Where a stopped training goes on from.
         begin: Begins a bar, from its name and length.
     """
 
@@ -59,6 +61,7 @@ class Pupil:
     seed: int = 0
     samples: int = 0
     start_from: Path | None = None
+    unfinished: Unfinished = field(default_factory=Unfinished)
     begin: Callable[[str, int], Advance] = field(default=_silent)
 
     def compress(self) -> nn.Module:
@@ -148,7 +151,7 @@ def find_lesson(method: str, stage: str | None = None) -> Lesson:
         ConfigError: The method is not trained by any lesson, or has no such stage.
     """
     known = all_lessons()
-    check_choice("method", method, tuple(dict.fromkeys(one.method for one in known)))
+    check_choice("method", method, sorted({one.method for one in known}))
     own = [one for one in known if one.method == method]
     if stage is None:
         return own[0]
