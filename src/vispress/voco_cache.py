@@ -160,11 +160,16 @@ class VoCoCache:
         Args:
             input_ids: `[R, Q]`, text behind the VoCo tokens: one or several questions.
             attention_mask: `[R, Q]`, 0 on padding, which stands on the left; None for no padding.
+
+        Raises:
+            ConfigError: `input_ids` is no such tensor, or empty.
         """
         from transformers import DynamicCache
 
         from vispress.runtime.kv_cache.hf_compat import CACHE
 
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+            raise ConfigError(f"input_ids must be a tensor [R, Q] of questions, got {input_ids!r}")
         rows, device = len(input_ids), input_ids.device
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ids = (mask.cumsum(-1) - 1).clamp(min=0) + self.next_position
@@ -242,14 +247,12 @@ class VoCoCache:
             )
         layers = range(len(adapter.decoder_layers))
         names = [f"{kind}.{i}" for kind in ("keys", "values") for i in layers]
-        count = card.get("tokens")
+        count, counts = card.get("tokens"), ("next_position", "voco_tokens")
         fits = tensors.keys() == {*names, "positions"} and all(
             str(x.shape[-1 if name == "positions" else -2]) == count for name, x in tensors.items()
         )
-        if not fits:
-            raise ConfigError(
-                f"{path} does not hold {count} tokens in each of {len(layers)} layers"
-            )
+        if not fits or not all(card.get(name, "").isdecimal() for name in counts):
+            raise ConfigError(f"{path} does not hold {count} tokens in {len(layers)} layers")
         weight = adapter.base.get_input_embeddings().weight
         found = cls(
             keys=tuple(tensors[f"keys.{i}"] for i in layers),
@@ -291,5 +294,7 @@ def _position_ids(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor:
         return torch.arange(ids.shape[1], device=ids.device)[None]
     base: Any = adapter.base
     names = inspect.signature(base.get_rope_index).parameters
+    if (types := "mm_token_type_ids") in names and types not in inputs:
+        raise ConfigError(f"{types} are missing, by which positions go; the processor gives them")
     found: Tensor = base.get_rope_index(**{k: v for k, v in inputs.items() if k in names})[0]
     return found

@@ -18,7 +18,7 @@ from vispress.adapters.base import find_adapter
 from vispress.errors import CompressionStateError, ConfigError
 from vispress.methods import DivPrune, VoCo
 from vispress.runtime.kv_cache.hf_compat import CACHE
-from vispress.voco_cache import VoCoCache
+from vispress.voco_cache import FORMAT, VoCoCache
 
 THREE = ("llava", "qwen2_5_vl", "qwen3_vl")
 
@@ -204,7 +204,7 @@ def test_what_is_no_picture_with_voco_tokens_is_refused() -> None:
 
 @pytest.mark.refusal
 def test_files_of_other_models_and_other_files_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     model, path = model_of("llava"), tmp_path / "picture.safetensors"
     with compressed(model, "voco"):
@@ -223,8 +223,25 @@ def test_files_of_other_models_and_other_files_are_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="cannot write"):
         cache.save(tmp_path / "nowhere" / "picture")
     replace(cache, positions=cache.positions[1:]).save(tmp_path / "damaged")
-    with pytest.raises(ConfigError, match="does not hold 5 tokens in each of 6 layers"):
+    with pytest.raises(ConfigError, match="does not hold 5 tokens in 6 layers"):
         VoCoCache.load(tmp_path / "damaged", model)
+    for change in ({"next_position": "far"}, {"voco_tokens": None}):
+        whole = {"format": FORMAT, "tokens": "5", "config_sha256": cache.config_hash}
+        whole |= {"next_position": "9", "voco_tokens": "2"} | change
+        card = {name: value for name, value in whole.items() if value is not None}
+        save_file(load_file(path), tmp_path / "counts", metadata=card)
+        with pytest.raises(ConfigError, match="does not hold 5 tokens"):
+            VoCoCache.load(tmp_path / "counts", model)
+    for ids in (torch.tensor([5, 6]), [[5, 6]], torch.zeros(1, 0, dtype=torch.long)):
+        with pytest.raises(ConfigError, match=r"must be a tensor \[R, Q\] of questions"):
+            cache.inputs_for(ids)
+    inputs = dict(picture_and_question("qwen2_5_vl")[0])
+    del inputs["mm_token_type_ids"]
+    with (
+        compressed(model_of("qwen2_5_vl"), "voco"),
+        pytest.raises(ConfigError, match="mm_token_type_ids are missing"),
+    ):
+        VoCoCache.compress(model_of("qwen2_5_vl"), **inputs)
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"format must be 'vispress.voco_cache.1', got None"):
         VoCoCache.load(tmp_path / "other", model)
