@@ -340,7 +340,8 @@ def test_half_precision_moves_no_ranking(method: str, autocast: bool, dtype: tor
 def lora(model: Any, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", **options))
+    options = {"target_modules": "all-linear"} | options
+    return get_peft_model(model, LoraConfig(r=2, **options))
 
 
 @pytest.mark.slow
@@ -389,6 +390,18 @@ def test_compressed_behind_peft_they_are_trained(tmp_path: Path) -> None:
     assert torch.equal(logits_of(again, inputs), expected)
     remove_compression(wrapped)
     assert not own(wrapped)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_usual_targets_of_lora_are_no_names_of_theirs(method: str) -> None:
+    """PEFT takes layers by the ends of their names, and refuses those of another kind."""
+    model = compress_model(build("llava", dtype=torch.float32), make("llava", method))
+    usual = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    usual += ["fc1", "fc2", "linear_1", "linear_2", "out_proj", "qkv", "proj", "lm_head"]
+    wrapped = lora(model, target_modules=usual)
+    names = [name for name, _ in wrapped.named_parameters() if "lora" in name]
+    assert names
+    assert not any(MODULES in name for name in names)
 
 
 # --- updates

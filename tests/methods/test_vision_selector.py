@@ -22,7 +22,7 @@ def drawn(width=6):
 
 def test_a_score_is_the_mean_over_keys():
     module, x = drawn(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
-    query, key = module.q_proj(x), module.k_proj(x)
+    query, key = module.query(x), module.key(x)
     pairs = query @ key.mT / 3**0.5
     assert torch.allclose(module(x), pairs.mean(dim=-1), atol=1e-5)
 

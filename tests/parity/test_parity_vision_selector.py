@@ -48,7 +48,7 @@ def test_scores_choices_masks_and_losses(case):
     assert torch.equal(hard, case["out/hard_target"])
     close(plan.losses["vision_selector"][0].detach(), torch.tensor(case["out/constraint_loss"]))
     (plan.soft[0] * case["in/upstream"]).sum().backward()
-    close(module.q_proj.bias.grad, case["out/grad_q_bias_of_upstream_dot_mask"], atol=1e-4)
+    close(module.query.bias.grad, case["out/grad_q_bias_of_upstream_dot_mask"], atol=1e-4)
 
 
 @each_case("vision_selector", having="out/weight_f64")

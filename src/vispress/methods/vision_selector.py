@@ -38,6 +38,7 @@ from vispress.types import ModuleShape, Placement, Positions, Stage, TokenPlan, 
 
 _DEVIATION = 0.01
 _OFFICIAL = "importance_scorer."
+_KINDS = ("weight", "bias")
 
 
 class ImportanceScorer(nn.Module):
@@ -50,14 +51,15 @@ class ImportanceScorer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         half = max(1, width // 2)
-        self.q_proj, self.k_proj = (Dense(width, half, zero=True) for _ in range(2))
-        for one in (self.q_proj, self.k_proj):
+        # not q_proj and k_proj, which lists of LoRA's targets name: PEFT would refuse them
+        self.query, self.key = (Dense(width, half, zero=True) for _ in range(2))
+        for one in (self.query, self.key):
             nn.init.normal_(one.weight, std=_DEVIATION)
 
     def forward(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
         """Score tokens, in at least fp32; any range."""
         with full_precision():
-            query, key = self.q_proj(features), self.k_proj(features).mean(dim=1, keepdim=True)
+            query, key = self.query(features), self.key(features).mean(dim=1, keepdim=True)
             score: Tensor = (query * key).sum(dim=-1) / query.shape[-1] ** 0.5
         return score
 
@@ -71,14 +73,15 @@ def official_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: One is missing.
     """
-    wanted = [f"{part}.{kind}" for part in ("q_proj", "k_proj") for kind in ("weight", "bias")]
+    parts = {"query": "q_proj", "key": "k_proj"}
+    wanted = {f"{own}.{kind}": f"{part}.{kind}" for own, part in parts.items() for kind in _KINDS}
     found = {
         name.rpartition(_OFFICIAL)[2]: value for name, value in tensors.items() if _OFFICIAL in name
     }
-    missing = [name for name in wanted if name not in found]
+    missing = [name for name in wanted.values() if name not in found]
     if missing:
         raise ConfigError(f"the checkpoint has no parameter that ends in {_OFFICIAL}{missing[0]}")
-    return {name: found[name] for name in wanted}
+    return {own: found[name] for own, name in wanted.items()}
 
 
 @final
