@@ -31,7 +31,7 @@ from vispress.errors import CompressionStateError, ConfigError
 from vispress.methods import DivPrune, GammaMoD, PMoD
 from vispress.methods.base import Compressor, top_indices
 from vispress.trainer import CompressionTrainer
-from vispress.types import ModuleShape, Placement, Stage, TokenPlan, VisualTokens
+from vispress.types import ModuleShape, Placement, Signal, Stage, TokenPlan, VisualTokens
 
 
 class Probe(nn.Module):
@@ -360,6 +360,38 @@ def test_the_trainer_of_the_library_adds_losses_and_logs_what_was_kept(
     for name, value in drawn(again).items():
         torch.testing.assert_close(drawn(model)[name], value, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model.lm_head.weight, again.lm_head.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("alone", ["compute_loss_func", "label_smoothing_factor"])
+def test_a_loss_outside_of_the_model_does_not_show_answers_to_methods(
+    tmp_path: Path, alone: str
+) -> None:
+    """The trainer takes labels off such batches, and a prompt would end behind its answer."""
+    seen: set[int] = set()
+
+    class Reading(Penalised):
+        reads: ClassVar[frozenset[Signal]] = frozenset({Signal.TEXT_STATES})
+
+        def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
+            assert tokens.text_states is not None
+            seen.add(tokens.text_states.shape[1])
+            return super().plan(tokens, num_keep)
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        flat = outputs.logits[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
+
+    settings: dict[str, Any] = {"max_steps": 1, "report_to": [], "use_cpu": True}
+    settings |= {"save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True}
+    named: dict[str, Any] = {"compute_loss_func": loss} if alone == "compute_loss_func" else {}
+    settings |= {} if named else {alone: 0.1}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
+    model = compress_model(build("llava", dtype=torch.float32), Reading())
+    questions = {"train_dataset": Questions(), "eval_dataset": Questions(2)}
+    run = CompressionTrainer(model, arguments, **questions, **named)
+    run.train()
+    run.evaluate()
+    assert seen == {5}, "of 7 tokens behind the image, 2 are the answer"
 
 
 def in_order(questions: Questions, accelerator: Any) -> Any:

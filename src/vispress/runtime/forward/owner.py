@@ -6,7 +6,8 @@ model is patched, not hooked: PEFT calls its `forward` directly, which passes ho
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,18 @@ class Generating:
 # `generate`) hands nothing on. Both are set back by `finally`, which every interrupt runs.
 OWNER_CALL: ContextVar[OwnerCall | None] = ContextVar("vispress_owner_call", default=None)
 GENERATING: ContextVar[Generating | None] = ContextVar("vispress_generating", default=None)
+_LABELS: ContextVar[Tensor | None] = ContextVar("vispress_labels", default=None)
+
+
+@contextmanager
+def telling_labels(labels: Tensor | None) -> Iterator[None]:
+    """Inside, models that are called without labels know these: a loss outside has them."""
+    before = _LABELS.get()
+    try:
+        _LABELS.set(labels)
+        yield
+    finally:
+        _LABELS.set(before)
 
 
 def find_owner(model: nn.Module, base: nn.Module) -> nn.Module | None:
@@ -111,6 +124,7 @@ def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -
     if labels is None and args:
         module = original.module
         labels = by_name(type(module).forward, (module, *args), kwargs).get("labels")
+    labels = _LABELS.get() if labels is None else labels
     given = None if lengths is None else as_lengths(lengths)
     before = OWNER_CALL.get()
     try:
