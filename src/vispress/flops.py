@@ -33,6 +33,7 @@ def flops(
     convention: str = "mac3",
     *,
     mlp_shares: Sequence[float] | None = None,
+    head_shares: Sequence[float] | None = None,
 ) -> float:
     """Sum over decoder layers.
 
@@ -42,6 +43,8 @@ def flops(
         mlp_width: LLM MLP size (m).
         convention: One of `CONVENTIONS`.
         mlp_shares: Share of the MLP's neurons that they go through in each layer; None for all.
+        head_shares: Share of the attention heads that they have a part in, likewise: counted as if
+            the others' projections and products were left out.
 
     Returns:
         FLOPs, or multiply-adds where the convention counts those.
@@ -52,14 +55,11 @@ def flops(
     check_choice("convention", convention, CONVENTIONS)
     _check_counts(tokens_per_layer)
     products = 2 if convention == "fastv2" else 3
-    shares = [1.0] * len(tokens_per_layer) if mlp_shares is None else mlp_shares
-    if len(shares) != len(tokens_per_layer):
-        raise ConfigError(
-            f"mlp_shares must be one a layer, got {len(shares)} for {len(tokens_per_layer)} layers"
-        )
+    mlps = _shares("mlp_shares", mlp_shares, len(tokens_per_layer))
+    heads = _shares("head_shares", head_shares, len(tokens_per_layer))
     total = sum(
-        4 * n * width**2 + 2 * n**2 * width + share * products * n * width * mlp_width
-        for n, share in zip(tokens_per_layer, shares, strict=True)
+        head * (4 * n * width**2 + 2 * n**2 * width) + mlp * products * n * width * mlp_width
+        for n, head, mlp in zip(tokens_per_layer, heads, mlps, strict=True)
     )
     return float(total * (2 if convention == "flop3" else 1))
 
@@ -129,6 +129,14 @@ def visual_per_layer(
                 left = count
     _check_counts(counts)
     return tuple(counts)
+
+
+def _shares(name: str, given: Sequence[float] | None, layers: int) -> Sequence[float]:
+    if given is None:
+        return [1.0] * layers
+    if len(given) != layers:
+        raise ConfigError(f"{name} must be one a layer, got {len(given)} for {layers} layers")
+    return given
 
 
 def _check_counts(tokens_per_layer: Sequence[int]) -> None:

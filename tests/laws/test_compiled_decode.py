@@ -55,6 +55,7 @@ def compiled_graphs(model: Any, family: str, video: bool) -> list[int]:
         ("llava", "divprune"),
         ("qwen2_5_vl", "fastv"),
         ("llava", "pmod"),
+        ("llava", "yopo"),
         ("llava_onevision", "dycoke"),
     ],
 )

@@ -11,9 +11,13 @@ class LayerCompute:
     Args:
         ffn_ratio: Of the m intermediate neurons of the layer's FFN, visual tokens go through the
             first `m // ffn_ratio`.
+        inactive_heads: Attention heads that visual tokens have no part in, ascending: their rows
+            get zeros from these heads, and the prompt's text takes nothing of them there. The
+            weights of other tokens stay what they were: nothing is renormalised.
     """
 
     ffn_ratio: int = 1
+    inactive_heads: tuple[int, ...] = ()
 
     @property
     def ffn_share(self) -> float:

@@ -51,6 +51,8 @@ class Running:
         self.enters = [call.enter for call in self.calls if call.enter is not None]
         self.kwargs = [call.layer_kwargs for call in self.calls if call.layer_kwargs is not None]
         self.attends = [call.attend for call in self.calls if call.attend is not None]
+        attentions = (call.attention for call in self.calls if call.attention is not None)
+        self.attention = next(attentions, None)
         feeds = (call.feed_forward for call in self.calls if call.feed_forward is not None)
         self.feed_forward = next(feeds, None)
         self.leaves = [call.leave for call in self.calls if call.leave is not None]

@@ -1,7 +1,7 @@
 """Run a decode step on a static cache: tensors only, so that a compiled model is traced once."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from vispress.runtime.tokens import masks
 
 class StaticDecodeCall:
     """What the layers need for one token; in place of a `Running`."""
+
+    attention: Final = None
+    """No stage computes the attention of a decode step."""
 
     def __init__(
         self,

@@ -156,7 +156,13 @@ def _watched_attention(
         run = sys.modules[_defining_module(module)].eager_attention_forward
     else:
         run = ALL_ATTENTION_FUNCTIONS[implementation]
-    return run(module, query, key, value, attention_mask, **kwargs)
+    if running is None or running.attention is None:
+        return run(module, query, key, value, attention_mask, **kwargs)
+    return running.attention(
+        module.layer_idx,
+        value,
+        lambda values: run(module, query, key, values, attention_mask, **kwargs),
+    )
 
 
 def _defining_module(module: nn.Module) -> str:

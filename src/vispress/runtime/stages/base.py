@@ -86,6 +86,10 @@ class Watched(NamedTuple):
     shards: HeadShards | None = None
 
 
+Attend = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""A layer's attention as a function of its values `[B, Hkv, S, D]`."""
+
+
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageCall:
@@ -99,6 +103,9 @@ class StageCall:
         enter: Changes the hidden states that enter a layer, behind its placements.
         layer_kwargs: Changes the keyword arguments of a layer, cut to its rows.
         attend: Looks at a watched layer's attention, and gives the mask to use.
+        attention: Computes the attention of one of `RuntimeStage.watched_layers`: is handed the
+            layer, the values, and what gives the output `[B, P, H, D]` and the weights (or None)
+            for any values.
         feed_forward: Computes the MLP of one of `RuntimeStage.mlp_layers`, of `[B, P, D]`, in place
             of it; is handed the layer, the module and its own forward.
         leave: Changes the hidden states that leave one of `RuntimeStage.left_layers`.
@@ -112,6 +119,7 @@ class StageCall:
     enter: Callable[[int, Tensor], Tensor] | None = None
     layer_kwargs: Callable[[int, Tensor, dict[str, Any]], dict[str, Any]] | None = None
     attend: Callable[[int, Watched], Tensor | None] | None = None
+    attention: Callable[[int, Tensor, Attend], tuple[Tensor, Tensor | None]] | None = None
     feed_forward: Callable[[int, nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor] | None = (
         None
     )
