@@ -95,7 +95,7 @@ def test_other_rankings_follow_the_same_schedule():
 @pytest.mark.refusal
 def test_what_a_search_cannot_use_is_refused():
     for name, options, unit, words in (
-        ("fastv", {}, None, "fastv has no layers and ratios to search; have: layerwise"),
+        ("fastv", {}, None, "fastv has no layers and ratios to search; have: covipal, layerwise"),
         ("layerwise", {"keep_ratio": 0.5}, None, "keep_ratio is what the search finds"),
         ("layerwise", {"floor": 0.5}, None, "floor is of a sigmoid"),
         ("layerwise", {"querys": "text"}, None, "did you mean 'queries'"),

@@ -267,7 +267,8 @@ def _plans(
     plan.check(tokens, num_keep, exact=method.exact and not placement.adaptive)
     if plan.losses:
         collect(state.plan.adapter.base, plan, len(state.images))
-    plan = softened(plan, tokens, method)
+    if plan.soft is not None:
+        plan = softened(plan, tokens, method)
     if isinstance(plan.keep, Tensor):
         yield bucket, plan
         return

@@ -20,15 +20,14 @@ def softened(plan: TokenPlan, tokens: VisualTokens, method: Compressor) -> Token
     """Give what a plan means in this call: all tokens in training, what it keeps otherwise.
 
     Args:
-        plan: From the method, checked.
+        plan: From the method, checked; soft.
         tokens: What it was made for.
         method: Says what is softened.
 
     Raises:
         ValueError: The method does not say so.
     """
-    if plan.soft is None:
-        return plan
+    assert plan.soft is not None
     if method.softens is None:
         raise ValueError(f"{method.name} gives a soft plan, and says of itself softens = None")
     if not tokens.training:
