@@ -8,6 +8,7 @@ import pytest
 from vispress.bench.plan.plan import load_plan, plan_from_mapping
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
+from vispress.listing import make_budgeted
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.reference.world.words import CLIP_KINDS, EPISODE_KINDS, KINDS
 from vispress.registry import get_method, list_methods
@@ -34,6 +35,14 @@ def test_uncompressed_always_comes_first():
 
 def test_methods_without_a_budget_run_once():
     assert keys(methods=["no_image"]) == ["none", "no_image"]
+
+
+@pytest.mark.parametrize("method", ["sd_rpn", "gamma_mod"])
+def test_a_threshold_stands_in_place_of_the_plans_ratios(method):
+    """Such a method takes no ratio, which is asked by trying one."""
+    (own,) = [key for key in keys(methods=[{"method": method, "threshold": 0.25}]) if key != "none"]
+    assert method in own
+    assert not make_budgeted(method, {"threshold": 0.25}, 0.5).given_budget()
 
 
 def test_own_budgets_replace_the_plans():
@@ -155,7 +164,10 @@ def test_the_sweep_over_videos_holds_every_method():
     methods = published()
     assert {cell.group for cell in plan.cells()} >= methods
     assert plan.keep_ratios == (0.5, 0.222, 0.111)
-    assert plan.overrides == load_plan("offline-qwen").overrides
+    # no compressor is shipped of the model that was trained on clips
+    own = {**load_plan("offline-qwen").overrides}
+    assert own.pop("relevance_dpp") == {"compressor": "reference-qwen"}
+    assert plan.overrides == own
 
 
 def test_missing_controls_are_added():

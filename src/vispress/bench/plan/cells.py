@@ -146,7 +146,7 @@ def takes_ratio(method: Made) -> bool:
         return False
     try:
         replace(method, keep_ratio=0.5)
-    except BudgetError:
+    except (BudgetError, ConfigError):  # a threshold of its own decides
         return False
     return True
 
