@@ -1,6 +1,7 @@
 """What the commands share: common options, the console, and checks before anything runs."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,17 @@ Settings = Annotated[
 Loaded = Annotated[str, typer.Option(help="As in `vispress bench`.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Prompts a batch.")]
 Precision = Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")]
+
+
+def check_file(out: Path) -> None:
+    """Refuse, ahead of all work, a file that could not be written behind it.
+
+    Raises:
+        ConfigError: It is a folder, or its folder does not exist.
+    """
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        why = "it is a folder" if out.is_dir() else "its folder does not exist"
+        raise ConfigError(f"cannot write {out}: {why}")
 
 
 def terminal() -> Console:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from tests.laws.cases import model_of
@@ -10,8 +11,9 @@ from tests.tiny import Image, Sample, Text, make_inputs
 
 from vispress import cli
 from vispress.analysis.attention_ranks import choose_layers, mean_ranks
+from vispress.bench.model import loaded_model
 from vispress.config import load_config
-from vispress.errors import ConfigError
+from vispress.errors import ConfigError, VispressError
 from vispress.methods import GammaMoD
 
 
@@ -65,3 +67,21 @@ def test_the_command_writes_a_method(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(method.layers or ()) == 2
     assert "written" in capsys.readouterr().out
     assert "probe arank on 2 prompts" in out.read_text()
+
+
+@pytest.mark.parametrize("options", [["--capacity", "2"], ["--out", "nowhere/own.yaml"]])
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded_model, "load_named_model", None)
+    with pytest.raises(VispressError, match=r"capacity must be|cannot write nowhere"):
+        cli.app(["probe", "arank", *options], standalone_mode=False)
+
+
+def test_it_tells_how_many_prompts_there_were(tmp_path: Path) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / "own.yaml"
+    pictures.mkdir()
+    PIL.Image.new("RGB", (64, 64)).save(pictures / "one.png")
+    words = ["probe", "arank", "--data", str(pictures), "--question", "what ?", "--out", str(out)]
+    assert cli.app(words, standalone_mode=False) in (None, 0)
+    assert "probe arank on 1 prompts" in out.read_text()

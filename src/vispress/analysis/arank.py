@@ -1,12 +1,23 @@
 """`vispress probe arank`: which layers of a user's model can spare tokens, as a configuration."""
 
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from vispress.checks import check_choice, check_number
-from vispress.cli_options import Asked, Data, Device, Loaded, Precision, prepare, terminal
+from vispress.cli_options import (
+    Asked,
+    Data,
+    Device,
+    Loaded,
+    Precision,
+    check_file,
+    prepare,
+    terminal,
+)
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,8 +58,11 @@ def arank(
 
     check_choice("dtype", dtype, DTYPES)
     check_number("share", share, low=0.0, high=1.0)
+    method = GammaMoD(capacity=capacity)
+    check_file(out)
     loaded = load_named_model(model, device, cast("Dtype", dtype))
-    prompts = draw_prompts(data, question or [], samples, seed, loaded)
+    drawn, asked = draw_prompts(data, question or [], samples, seed, loaded), count()
+    prompts = (prompt for prompt, _ in zip(drawn, asked, strict=False))  # how many, is told below
     console = terminal()
     with console.status("ranking attention maps"):
         ranks = mean_ranks(loaded, prompts).tolist()
@@ -58,11 +72,11 @@ def arank(
         table.add_row(str(layer), f"{rank:.1f}", "yes" if layer in layers else "")
     console.print(table)
     origin = (
-        f"Layers chosen by vispress probe arank on {samples} prompts of "
+        f"Layers chosen by vispress probe arank on {next(asked)} prompts of "
         f"{data or 'reference scenes'}\nwith {loaded.name}, weights {loaded.weights}."
     )
     try:
-        save_config(GammaMoD(layers=layers, capacity=capacity), out, origin=origin)
+        save_config(replace(method, layers=layers), out, origin=origin)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
     console.print(f"written: {out}", soft_wrap=True)

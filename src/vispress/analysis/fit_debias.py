@@ -17,6 +17,7 @@ from vispress.cli_options import (
     Loaded,
     Precision,
     Settings,
+    check_file,
     prepare,
     terminal,
 )
@@ -65,6 +66,7 @@ def fit_debias(
     asked = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
     values = {k: v for k, v in asked.items() if v is not None} | parse_options(option or [])
     inner = make_budgeted(method, values, DEFAULT_RATIO)
+    check_file(out)
     loaded = load_named_model(model, device, cast("Dtype", dtype))
     console = terminal()
     prompts = draw_prompts(data, question or [], samples, seed, loaded)
