@@ -7,6 +7,7 @@ vispress.json        the card: model, versions, hash of the parameters, what the
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,18 @@ def read_saved(folder: Path) -> SavedCompressor:
         state = "there is none" if known is not None else "it names none"
         raise ConfigError(f"{folder / CARD} and {MODULES} do not belong together: {state}")
     return SavedCompressor(folder, card, {} if known is None else _read_tensors(path, known))
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse, ahead of all work, a folder that `write_saved` would refuse behind it.
+
+    Raises:
+        ConfigError: It holds pickles, is no folder, or cannot be written.
+    """
+    _refuse_pickles(folder, "beside which nothing can be loaded; give a folder of its own")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"cannot write {folder}: {there} is no folder that can be written")
 
 
 def write_saved(

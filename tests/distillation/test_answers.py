@@ -100,6 +100,15 @@ def test_too_few_prompts_are_refused(loaded: LoadedModel) -> None:
         teach(pupil)
 
 
+def test_where_every_token_stays_there_is_nothing_to_learn(loaded: LoadedModel) -> None:
+    pupil = Pupil(loaded, VisionSelector(keep_ratio=1.0, weight=0.0), training_prompts(20), 2, 1e-3)
+    try:
+        with pytest.raises(ConfigError, match="no gradient reaches the parameters of vision_sel"):
+            teach(pupil)
+    finally:
+        remove_compression(loaded.model)
+
+
 def test_stages_follow_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By attention, then from there by answers; a folder of other sizes is refused by name."""
 

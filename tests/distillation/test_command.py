@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vispress import cli, compress_model, compression_report, remove_compression
+from vispress.bench.model import loaded_model
 from vispress.bench.model.loaded_model import load_named_model
 from vispress.reference import heldout
 from vispress.reference.evaluation.evaluate import generate_words
@@ -54,6 +55,10 @@ def test_a_folder_comes_out_that_compresses_the_model(
         (["--dtype", "int8"], "dtype must be one of"),
         (["--set", "width=7"], "width must be a multiple"),
         (["--keep-ratio", "1.5"], "keep_ratio"),
+        (["--lr", "-1"], "lr must be a number in"),
+        (["--lr", "nan"], "lr must be a number in"),
+        (["--out", __file__], "is no folder that can be written"),
+        (["--out", f"{__file__}/made"], "is no folder that can be written"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
@@ -62,7 +67,19 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(loaded_model, "load_named_model", None)
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, *options)
     assert ended.value.code == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_with_pickles_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind hours of training it would be too late."""
+    monkeypatch.setattr(loaded_model, "load_named_model", None)
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--out", str(tmp_path))
+    assert "is a pickle" in " ".join(capsys.readouterr().err.split())

@@ -38,7 +38,7 @@ def teach(pupil: Pupil) -> Curve:
     the method (`Compressor.at`) follow. What is held out is measured as in use: tokens dropped.
 
     Raises:
-        ConfigError: There are too few prompts, or one has no answer.
+        ConfigError: There are too few prompts, one has no answer, or there is nothing to learn.
     """
     prompts, model, size = list(pupil.prompts), pupil.loaded.model, pupil.batch_size
     if len(prompts) < 2 * HELD_OUT:
@@ -60,6 +60,8 @@ def teach(pupil: Pupil) -> Curve:
                 loss = _loss(pupil.loaded, batch)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
+                if not curve.loss and any(prompt.visuals for prompt in batch):
+                    _check_gradients(pupil.method.name, module)
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 curve.loss.append(float(loss.detach()))
@@ -87,6 +89,14 @@ def _loss(loaded: LoadedModel, batch: Sequence[Prompt]) -> Tensor:
     with compression_loss(loaded.model) as extra:
         loss: Tensor = loaded.model(**with_answers(loaded, batch), use_cache=False).loss
         return loss + extra().to(loss)
+
+
+def _check_gradients(name: str, module: nn.Module) -> None:
+    if not any(one.grad is not None and bool(one.grad.any()) for one in module.parameters()):
+        raise ConfigError(
+            f"no gradient reaches the parameters of {name}, as where every token stays; give a "
+            "keep_ratio below 1"
+        )
 
 
 def _drawn(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vispress.checks import check_choice
+from vispress.checks import check_choice, check_number
 from vispress.cli_options import (
     Asked,
     BatchSize,
@@ -66,6 +66,7 @@ def train_compressor(
     from vispress.distillation.lessons import Pupil, find_lesson
     from vispress.distillation.unfinished import Unfinished
     from vispress.listing import make_budgeted, parse_options
+    from vispress.weights import check_writable
 
     lesson = find_lesson(method, stage)
     check_choice("dtype", dtype, DTYPES)
@@ -73,6 +74,8 @@ def train_compressor(
     made = make_budgeted(method, given | parse_options(option or []), DEFAULT_RATIO)
     samples, steps = samples or lesson.samples, steps or lesson.steps
     lr = lesson.lr if lr is None else lr
+    check_number("lr", lr, low=1e-12, high=1e6)
+    check_writable(out)
     loaded = load_named_model(model, device, cast("Dtype", dtype))
     console = terminal()
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
