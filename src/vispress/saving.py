@@ -42,7 +42,7 @@ def save_compression(
         return
     config = adapter.base.config
     card = {
-        "base_model": getattr(config, "_name_or_path", ""),
+        "base_model": _name_of(config),
         "model_type": getattr(config, "model_type", ""),
         "family": adapter.family,
         "positions": request.positions,
@@ -56,3 +56,9 @@ def _whole(tensor: Tensor) -> Tensor:
     """A tensor of which every process may have a part."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
+
+
+def _name_of(config: Any) -> str:
+    """What the model was loaded as; of a folder its last part, as a card may be passed on."""
+    name = str(getattr(config, "_name_or_path", ""))
+    return Path(name).name if Path(name).is_absolute() else name

@@ -211,6 +211,15 @@ def test_what_does_not_fit_is_named_and_nothing_is_attached(case: str, tmp_path:
         remove_compression(model)
 
 
+@pytest.mark.parametrize("name", ["llava-hf/llava-1.5-7b-hf", "", "/home/somebody/models/own"])
+def test_a_card_names_the_model_and_no_ones_folders(name: str, tmp_path: Path) -> None:
+    model = compressed_anew("llava", PMoD())
+    model.model.config._name_or_path = name
+    save_compression(model, tmp_path)
+    card = json.loads((tmp_path / "vispress.json").read_text())
+    assert card["base_model"] == name.removeprefix("/home/somebody/models/")
+
+
 def test_saving_refuses_what_could_not_be_loaded(tmp_path: Path) -> None:
     model = compressed_anew("llava", PMoD())
     with pytest.raises(ConfigError, match="data must be plain values"):
