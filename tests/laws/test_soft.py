@@ -302,3 +302,18 @@ def test_a_plan_is_soft_or_changes_values() -> None:
         TokenPlan(keep=keep, soft=soft[:, :2]).check(bucket, 1, exact=True)
     with pytest.raises(ValueError, match=r"soft must be in \(0, 1\]"):
         TokenPlan(keep=keep, soft=soft * 3).check_values(bucket)
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("method", ["covipal", "vision_selector"])
+def test_parameters_in_train_mode_and_an_llm_in_eval_mode_are_refused(method: str) -> None:
+    """The habit with a frozen LLM: gradients would be zeros, and training go on in silence."""
+    model, inputs = model_of("llava"), inputs_of("llava")
+    with compressed(model, method, keep_ratio=0.5):
+        model.model.vispress_modules.train()
+        with pytest.raises(CompressionStateError, match="in eval mode, in which tokens are drop"):
+            model(**inputs, labels=labels_of(inputs))
+        with torch.no_grad():
+            model(**inputs)
+        model.model.vispress_modules.eval()
+        model(**inputs, labels=labels_of(inputs))

@@ -18,6 +18,7 @@ from vispress.runtime.forward.expand import expand_output
 from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
+from vispress.runtime.forward.softening import check_mode
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.cache_layers import (
     check_cache,
@@ -26,7 +27,7 @@ from vispress.runtime.kv_cache.cache_layers import (
     kv_bytes,
 )
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
-from vispress.runtime.modules import untrained
+from vispress.runtime.modules import held, untrained
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
 from vispress.runtime.tokens import masks
@@ -70,6 +71,8 @@ def begin(
         else (module.get_input_embeddings()(given["input_ids"]))
     )
     trains = module.training and torch.is_grad_enabled()
+    if captures and not module.training:
+        check_mode(plan.methods, held(plan.adapter.base))
     if trains and captures and cache is None and plan.softens_keys:
         given["use_cache"] = False  # later tokens would see whole what is soft here
     if cache is None and captures and _caches(module, given, trains):

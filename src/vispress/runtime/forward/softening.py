@@ -6,14 +6,34 @@ from dataclasses import replace
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vispress.errors import CompressionStateError
 from vispress.methods.base import Compressor, upcast
 from vispress.runtime.tokens.images import Bucket
 from vispress.types import TokenPlan, VisualTokens, full_index
 
 LEAST: Final = -10.0
 """Of what a placement adds to the logits of a key: a row that sees nothing else stays finite."""
+
+
+def check_mode(methods: Sequence[Compressor], parameters: nn.Module | None) -> None:
+    """Refuse gradients of parameters in train mode where the LLM, in eval mode, drops tokens.
+
+    Args:
+        methods: Of the model.
+        parameters: Of the methods.
+
+    Raises:
+        CompressionStateError: They would be zeros, and nothing be learned.
+    """
+    soft = [method.name for method in methods if method.softens]
+    if soft and parameters is not None and parameters.training and torch.is_grad_enabled():
+        raise CompressionStateError(
+            f"the parameters of {soft[0]} are in train mode, and the language model is in eval "
+            "mode, in which tokens are dropped and nothing is learned; call model.train() (and set "
+            "dropout to 0 to have none), model.eval(), or the model under torch.no_grad()"
+        )
 
 
 def softened(plan: TokenPlan, tokens: VisualTokens, method: Compressor) -> TokenPlan:
