@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.laws.cases import (
     FAMILIES,
+    GISTS,
     METHODS,
     fits,
     inputs_of,
@@ -14,7 +15,7 @@ from tests.laws.cases import (
     model_of,
     settings,
 )
-from tests.tiny import QWEN, VIDEO, Image, Sample, Text, build, make_inputs
+from tests.tiny import QWEN, VIDEO, Image, Sample, Text, build, gist_tokens, make_inputs
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import (
@@ -121,10 +122,12 @@ def test_a_cls_method_on_a_model_without_cls_names_the_substitute_and_what_works
 @pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_method_named_as_working_works(family: str) -> None:
-    model, inputs = model_of(family), inputs_of(family)
+    model = model_of(family)
     adapter = find_adapter(model)
     for name in METHODS:
         if get_method(name).reads <= adapter.signals() and fits(family, name):
+            with gist_tokens(2 if name in GISTS else 0):
+                inputs = inputs_of(family)
             with compressed(model, name, **settings(family, name)) as report:
                 logits_of(model, inputs)
                 assert len(report.samples) == 3
