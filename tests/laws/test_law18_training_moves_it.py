@@ -44,7 +44,7 @@ EARLY = {"layers": (1,), "num_tokens": 16}
 MINUTES = {
     "covipal attention": Minute(EARLY, 300, 80, 15.0),
     "covipal attention-shares": Minute(EARLY, 300, 80, 15.0),
-    "covipal answers": Minute(EARLY, 1200, 60, 1.0, behind="covipal attention", batch=16),
+    "covipal answers": Minute(EARLY, 1700, 60, 6.0, behind="covipal attention", batch=24),
     "hicom answers": Minute({"num_tokens": 18}, 640, 80, 20.0),
     "relevance_dpp attention": Minute({"num_tokens": 8}, 1000, 150, 6.0),
     "sd_rpn regions": Minute({"layer": 1, "num_tokens": 16}, 160, 60, 12.0),
