@@ -9,10 +9,10 @@ and LLaVA-OneVision videos have one size only and ignore them.
 import functools
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from tests.tiny_models import (
     build,
 )
 
+Made = TypeVar("Made")
+
 __all__ = [
     "FAMILIES",
     "GIST",
@@ -43,6 +45,7 @@ __all__ = [
     "Text",
     "Video",
     "build",
+    "cache_by_prompts",
     "features",
     "gist_tokens",
     "make_inputs",
@@ -112,6 +115,20 @@ def gist_tokens(count: int = 1) -> Iterator[None]:
 def num_gist_tokens() -> int:
     """How many prompts have behind each image now."""
     return _GISTS[-1]
+
+
+def cache_by_prompts(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what is made of arguments and of the prompts that are drawn now."""
+
+    @functools.cache
+    def kept(gists: int, *arguments: Any, **named: Any) -> Made:
+        return make(*arguments, **named)
+
+    @functools.wraps(make)
+    def made(*arguments: Any, **named: Any) -> Made:
+        return kept(num_gist_tokens(), *arguments, **named)
+
+    return made
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Law 2: what keeps every token is the untouched model, bit for bit."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from tests.laws.cases import (
     model_of,
     settings,
 )
+from tests.tiny import cache_by_prompts
 from torch import Tensor
 
 from vispress import compressed
@@ -23,7 +23,7 @@ from vispress.methods import DivPrune, FastV, PyramidDrop
 PLENTY = 10_000
 
 
-@cache
+@cache_by_prompts
 def untouched(family: str, padding: str = "left") -> tuple[Tensor, Tensor, Tensor]:
     """Logits, generated sequences and their logits without compression."""
     model, inputs = model_of(family), inputs_of(family, padding)

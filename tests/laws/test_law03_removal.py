@@ -1,7 +1,6 @@
 """Law 3: after removal nothing is left: same outputs, same hooks, same attributes."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from tests.laws.cases import (
     model_of,
     settings,
 )
+from tests.tiny import cache_by_prompts
 from torch import Tensor, nn
 
 from vispress import compress_model, compressed, compression_report, remove_compression
@@ -67,7 +67,7 @@ class Snapshot:
         assert self._configs() == self.configs
 
 
-@cache
+@cache_by_prompts
 def before(family: str) -> tuple[Snapshot, Tensor, Tensor, list[str]]:
     """A warmed-up model's snapshot (transformers leaves hooks of its own at the first forward)."""
     model, inputs = model_of(family), inputs_of(family)

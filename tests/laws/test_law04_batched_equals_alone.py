@@ -1,6 +1,5 @@
 """Law 4: each sample of a padded batch gives what it gives alone."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from tests.laws.cases import (
     real_positions,
     settings,
 )
-from tests.tiny import Image, Sample, Text, Video, make_inputs
+from tests.tiny import Image, Sample, Text, Video, cache_by_prompts, make_inputs
 from torch import Tensor
 
 from vispress import compressed, compression_report
@@ -28,7 +27,7 @@ from vispress.methods import DivPrune
 EXACT = 1e-9
 
 
-@cache
+@cache_by_prompts
 def alone(family: str, index: int) -> dict[str, Any]:
     """One sample of the common batch, by itself."""
     return make_inputs(family, SAMPLES, only=index)

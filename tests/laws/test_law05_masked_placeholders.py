@@ -5,7 +5,6 @@ Collators append a masked dummy image to text-only samples, so that every rank r
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, final
 
 import pytest
@@ -25,7 +24,7 @@ from tests.laws.cases import (
 )
 from tests.laws.packing import Packed, pack
 from tests.laws.test_law12_documents import EXACT, kept_of
-from tests.tiny import Image, Sample, Text, visual_positions
+from tests.tiny import Image, Sample, Text, cache_by_prompts, visual_positions
 from torch import Tensor
 
 from vispress import compressed
@@ -48,7 +47,7 @@ LIVE = (0, 3, 5)
 """Documents in the order of rows that are no dummies."""
 
 
-@cache
+@cache_by_prompts
 def with_dummies(family: str) -> Packed:
     """Every row has one sample, and dummies under the mask beside it or alone."""
     packed = pack(family, model_of(family), WITH_DUMMIES, ROWS)

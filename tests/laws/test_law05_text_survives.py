@@ -1,12 +1,11 @@
 """Law 5: no text token is ever dropped, and a prompt without images is untouched."""
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from tests.laws.cases import DROPPING, FAMILIES, cases, greedy, logits_of, model_of, settings
-from tests.tiny import QWEN, VIDEO, Image, Sample, Text, Video, make_inputs
+from tests.tiny import QWEN, VIDEO, Image, Sample, Text, Video, cache_by_prompts, make_inputs
 from tests.tiny_models import IMAGE_ID, VIDEO_ID
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -31,7 +30,7 @@ LAYOUTS = {
 }
 
 
-@cache
+@cache_by_prompts
 def prompts(family: str, padding: str, layout: str = "mixed") -> dict[str, Any]:
     return make_inputs(family, LAYOUTS[layout], padding=padding)
 

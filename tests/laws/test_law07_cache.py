@@ -1,12 +1,11 @@
 """Law 7: the cache is really short: its bytes are those of the rows that live in each layer."""
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from tests.laws.cases import DROPPING, FAMILIES, cases, inputs_of, make, model_of, settings
-from tests.tiny import Image, Sample, Text, make_inputs
+from tests.tiny import Image, Sample, Text, cache_by_prompts, make_inputs
 from transformers import DynamicCache, StaticCache
 
 from vispress import compressed
@@ -20,7 +19,7 @@ HEADS, DIM = 2, 16
 ROOM = 9
 
 
-@cache
+@cache_by_prompts
 def single(family: str) -> dict[str, Any]:
     return make_inputs(family, [Sample([Text(4), Image(4, 4), Text(3), Image(4, 6), Text(5)])])
 

@@ -5,7 +5,6 @@ change none.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from tests.laws.cases import (
     noting,
 )
 from tests.laws.oracle import oracle_loss
-from tests.tiny import build, make_inputs
+from tests.tiny import build, cache_by_prompts, make_inputs
 from tests.tiny_models import TEXT_IDS
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -161,7 +160,7 @@ def test_loss_and_gradients_are_those_of_the_masked_model(
     assert_equal(got, expected, 1e-6 if twice else EXACT)
 
 
-@cache
+@cache_by_prompts
 def trained(family: str) -> Any:
     """A model of its own, so that checkpointing leaves no trace on the shared one."""
     return build(family)
@@ -339,7 +338,7 @@ def test_two_forwards_then_one_backward_add_up(family: str, method: str) -> None
     assert_equal(together, expected)
 
 
-@cache
+@cache_by_prompts
 def make_inputs_again(family: str) -> dict[str, Any]:
     """Another batch: other content, other lengths."""
     return make_inputs(family, SAMPLES[::-1][:2], padding="right", seed=5)

@@ -1,6 +1,5 @@
 """Law 14: what is kept depends on the prompt; no answer, draft or supervised text changes it."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from tests.laws.cases import CASES, cases, logits_of, make, model_of, settings
 from tests.laws.packing import DOCUMENTS, QWEN, ROWS, pack
 from tests.laws.test_law12_documents import EXACT, kept_of
-from tests.tiny import Image, Sample, Text, build, make_inputs
+from tests.tiny import Image, Sample, Text, build, cache_by_prompts, make_inputs
 
 from vispress import compressed, prompt_lengths
 from vispress.errors import ConfigError
@@ -22,7 +21,7 @@ PROMPTS = (
 SIDES = ("left", "right")
 
 
-@cache
+@cache_by_prompts
 def with_answers(
     family: str, lengths: tuple[int, ...], padding: str, other: bool = False
 ) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def test_generation_without_a_cache_keeps_what_the_prompt_chose(family: str, met
         assert [image.kept for sample in report.samples for image in sample.images] == kept
 
 
-@cache
+@cache_by_prompts
 def assistant(family: str) -> Any:
     """Another model of the family: its drafts are wrong."""
     return build(family, seed=5)

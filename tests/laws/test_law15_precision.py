@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from tests.laws.cases import (
     model_of,
 )
 from tests.laws.test_law10_training import backward, both, checkpointing, loss_of, training
-from tests.tiny import build
+from tests.tiny import build, cache_by_prompts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import StaticLayer
@@ -266,7 +265,7 @@ def test_checkpointing_under_autocast_changes_no_gradient(family: str, method: s
                 torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-3)
 
 
-@cache
+@cache_by_prompts
 def static_layers_take_two_dtypes() -> bool:
     """Whether values keep their dtype beside wider keys, as rotary keys under autocast are.
 

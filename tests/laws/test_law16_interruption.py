@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from functools import cache
 from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
 from tests.laws.cases import logits_of, make, model_of
-from tests.tiny import Image, Sample, Text, build, make_inputs
+from tests.tiny import Image, Sample, Text, build, cache_by_prompts, make_inputs
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -40,7 +39,7 @@ ENDS = (KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit)
 PROMPT = (Sample([Text(5), Image(4, 4), Text(4)]), Sample([Text(2), Image(4, 4), Text(7)]))
 
 
-@cache
+@cache_by_prompts
 def inputs_of(family: str, images: bool = True) -> dict[str, Any]:
     samples = PROMPT if images else (Sample([Text(9)]),) * 2
     return make_inputs(family, samples, padding="left" if images else None)

@@ -3,7 +3,6 @@ method can read is compressed exactly, the rest refused; without, one warning sa
 """
 
 import warnings
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from tests.laws.cases import (
 from tests.laws.oracle import oracle_expand, oracle_forward
 from tests.laws.test_law09_generation_modes import ORDERED
 from tests.laws.test_law10_training import labels_of, training
-from tests.tiny import VIDEO, Image, Sample, Text, Video, build, make_inputs
+from tests.tiny import VIDEO, Image, Sample, Text, Video, build, cache_by_prompts, make_inputs
 from torch import Tensor
 
 from vispress import compress_model, compressed, remove_compression
@@ -58,7 +57,7 @@ def merged(family: str, inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@cache
+@cache_by_prompts
 def batch(family: str) -> dict[str, Any]:
     """The common batch, merged."""
     return merged(family, inputs_of(family))

@@ -1,12 +1,11 @@
 """Cache layers of sliding windows: what they hold, report, take back, and refuse."""
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from tests.laws.windows import MODELS, assert_same, batch, compressor_settings, generate, windowed
-from tests.tiny import Image, Sample, Text, make_inputs
+from tests.tiny import Image, Sample, Text, cache_by_prompts, make_inputs
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
@@ -24,7 +23,7 @@ def make(name: str, method: str) -> Any:
     return make_compressor(method, **compressor_settings(name, method))
 
 
-@cache
+@cache_by_prompts
 def single(name: str) -> dict[str, Any]:
     return make_inputs(MODELS[name][0], [Sample([Text(4), Image(), Text(6)])])
 

@@ -1,14 +1,13 @@
 """Scores of layers with sinks or soft caps: the rows that methods read are the model's own."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from tests.laws.cases import Spy
 from tests.laws.windows import windowed
-from tests.tiny import Image, Sample, Text, build, make_inputs
+from tests.tiny import Image, Sample, Text, build, cache_by_prompts, make_inputs
 from torch import Tensor
 
 from vispress import compressed
@@ -63,7 +62,7 @@ class Reader(Compressor):
 MEANS = frozenset({Signal.MEAN_ATTENTION})
 
 
-@cache
+@cache_by_prompts
 def model_of(name: str) -> Any:
     if name == "gpt_oss":
         return windowed(name, 20)

@@ -3,7 +3,6 @@
 Laws 1 and 4 take videos in their own files, law 11 holds the refusals.
 """
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from tests.laws.test_law07_cache import check
 from tests.laws.test_law08_deterministic import kept
 from tests.laws.test_law09_generation_modes import generate, oracle_of
 from tests.laws.test_law10_training import EXACT, assert_equal, assert_true_gradient, both
-from tests.tiny import VIDEO, make_inputs
+from tests.tiny import VIDEO, cache_by_prompts, make_inputs
 
 from vispress import compressed
 from vispress.registry import get_method
@@ -47,7 +46,7 @@ def inside(method: str) -> bool:
 MERGED_BEFORE = [c for c in CASES if get_method(c[1]).merges and not inside(c[1])]
 
 
-@cache
+@cache_by_prompts
 def inputs_of(family: str) -> dict[str, Any]:
     return make_inputs(family, VIDEO_SAMPLES, padding="left")
 

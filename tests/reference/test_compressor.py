@@ -1,4 +1,4 @@
-"""The shipped compressors: small, of the shipped models, and better than their own DPP alone."""
+"""The shipped compressors: small, of the shipped models, and better than diversity alone."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_what_was_learned_finds_a_dot_in_few_tokens(architecture):
     alone = right()
     remove_compression(model)
     assert learned >= 13
-    assert alone <= 8
+    assert alone <= learned - 3
 
 
 @pytest.mark.refusal

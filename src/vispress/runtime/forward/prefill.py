@@ -71,7 +71,7 @@ def begin(
         else (module.get_input_embeddings()(given["input_ids"]))
     )
     trains = module.training and torch.is_grad_enabled()
-    if captures and not module.training:
+    if captures and plan.trained and not module.training:
         check_mode(plan.methods, held(plan.adapter.base))
     if trains and captures and cache is None and plan.softens_keys:
         given["use_cache"] = False  # later tokens would see whole what is soft here
