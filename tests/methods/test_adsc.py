@@ -188,6 +188,7 @@ def test_a_reverse_curriculum_passes_harsher_presets_and_ends_at_the_target():
     assert mean_tokens(asked.at(0.0)) == pytest.approx(64, abs=1)
 
 
+@pytest.mark.refusal
 def test_a_curriculum_solves_its_own_layers():
     for fixed in ({"layers": (4, 10)}, {"num_tokens": 64}):
         with pytest.raises(ConfigError, match="curriculum='reverse' solves layers"):

@@ -127,6 +127,7 @@ def test_networks_see_each_other_the_text_and_what_is_left():
     assert torch.equal(module(8, x.half(), text.half()), module(8, x.half().float(), text.half()))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("bad", "says"),
     [

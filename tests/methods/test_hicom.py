@@ -365,6 +365,7 @@ def test_heads_are_of_about_128():
 # --- refusals
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
@@ -382,6 +383,7 @@ def test_bad_settings_are_refused(bad, says):
         HICom(**bad)
 
 
+@pytest.mark.refusal
 def test_images_that_were_pruned_before_are_refused():
     tokens = make_tokens(grid=(1, 3, 3))
     left = dataclasses.replace(tokens, features=tokens.features[:, :5], index=tokens.index[:, :5])

@@ -29,6 +29,7 @@ def test_the_depth_of_the_llm_as_layer_keeps_all_tokens() -> None:
     assert YOPO(layer=6, ffn_ratio=4).compute(6) == (LayerCompute(ffn_ratio=4),) * 6
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

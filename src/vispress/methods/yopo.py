@@ -164,7 +164,7 @@ def find_inactive_heads(
     Raises:
         ConfigError: There is no sample, or the threshold is out of range.
     """
-    check_number("threshold", threshold, low=0)
+    check_number("threshold", threshold, low=0.0)
     if not ratios:
         raise ConfigError("inactive heads are found on samples, got none")
     active = (torch.stack([*ratios]) > threshold).double().mean(0) > MAJORITY
