@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.laws.cases import (
     CASES,
     DROPPING,
@@ -188,10 +189,18 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, method: str) ->
 def test_a_checkpointing_model_generates_in_train_mode() -> None:
     """As reinforcement learning has it do: without gradients no layer is checkpointed."""
     model, inputs = trained("llava"), inputs_of("llava")
-    with compressed(model, make("llava", "fastv")):
+
+    def agrees() -> bool:
         expected, _ = greedy(model, inputs, 3)
         with training(model), checkpointing(model, reentrant=False), torch.no_grad():
-            assert torch.equal(greedy(model, inputs, 3)[0], expected)
+            return torch.equal(greedy(model, inputs, 3)[0], expected)
+
+    transformers_version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    # transformers 5.17 takes the cache from such layers, and warns: the untouched model is as wrong
+    untouched = agrees()
+    assert untouched or transformers_version < (5, 24)
+    with compressed(model, make("llava", "fastv")):
+        assert agrees() == untouched
 
 
 @pytest.mark.parametrize("method", ["fastv", "lvlm_csp"])

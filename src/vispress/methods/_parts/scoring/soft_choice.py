@@ -45,7 +45,7 @@ def past_threshold(
     return ((score - middle) / temperature).sigmoid()
 
 
-def with_sum(score: Float[Tensor, "B N"], total: int) -> Float[Tensor, "B N"]:
+def with_sum(score: Float[Tensor, "B N"], total: int | float) -> Float[Tensor, "B N"]:
     """Sigmoids of scores, moved by what lets each row sum up to a total.
 
     The shift is found by bisection; a step of Newton's from there has its gradient, `dt / ds_i =
