@@ -17,14 +17,14 @@ from vispress.adapters.base import find_adapter
 from vispress.api import compress_model, remove_compression
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
-from vispress.budget import Budget
-from vispress.distillation.distil import Curve, distil
+from vispress.distillation.distil import Curve, learn
 from vispress.distillation.lessons import Lesson, Pupil
 from vispress.distillation.own_answers import IGNORED, answered, with_answers
+from vispress.distillation.targets import listening
 from vispress.errors import ConfigError
 from vispress.methods._parts.geometry.coordinates import coordinates, geometry_of
 from vispress.methods.base import Compressor, upcast
-from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens, full_index
+from vispress.types import Placement, Signal, TokenPlan, VisualTokens, full_index
 
 FOREGROUND, BACKGROUND = 0.2, 0.1
 """Of the highest attention: above, and below outside of the box."""
@@ -98,17 +98,7 @@ class AnswerListener(Compressor):
     looked: Looked = field(default_factory=Looked)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        behind = {one + 1 for one in self.read}
-        return tuple(
-            Placement(
-                stage=Stage.IN_LLM,
-                budget=Budget(keep_ratio=1.0),
-                layer=layer,
-                queries=Queries.TEXT_AFTER if layer in behind else None,
-                adaptive=True,
-            )
-            for layer in sorted({self.layer, *behind})
-        )
+        return listening((self.layer,), self.read)
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
@@ -258,17 +248,7 @@ def teach(pupil: Pupil) -> Curve:
     own = list(answered(pupil.loaded, pupil.prompts, right=False, batch_size=size, advance=advance))
     heads = sharpest_heads(pupil.loaded, own[:SOME])
     heard = list(find_regions(pupil.loaded, own, layer, heads))
-    module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
-    return distil(
-        module,
-        heard,
-        loss=region_loss,
-        steps=pupil.steps,
-        lr=pupil.lr,
-        seed=pupil.seed,
-        advance=lambda _: moved(1),
-        unfinished=pupil.unfinished,
-    )
+    return learn(pupil, heard, region_loss)
 
 
 LESSONS = (

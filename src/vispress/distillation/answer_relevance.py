@@ -18,7 +18,7 @@ from vispress.adapters.base import find_adapter
 from vispress.adapters.eager import eager_attention
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
-from vispress.distillation.distil import Curve, distil
+from vispress.distillation.distil import Curve, learn
 from vispress.distillation.lessons import Lesson, Pupil
 from vispress.distillation.own_answers import IGNORED, answered, with_answers
 from vispress.methods.base import upcast
@@ -154,17 +154,7 @@ def teach(pupil: Pupil) -> Curve:
     advance, size = pupil.begin("answers", pupil.samples), pupil.batch_size
     own = answered(pupil.loaded, pupil.prompts, right=True, batch_size=size, advance=advance)
     heard = list(explain(pupil.loaded, own, batch_size=size))
-    module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
-    return distil(
-        module,
-        heard,
-        loss=relevance_loss,
-        steps=pupil.steps,
-        lr=pupil.lr,
-        seed=pupil.seed,
-        advance=lambda _: moved(1),
-        unfinished=pupil.unfinished,
-    )
+    return learn(pupil, heard, relevance_loss)
 
 
 LESSONS = (

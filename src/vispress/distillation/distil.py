@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.distillation.curve import Curve as Curve
+from vispress.distillation.lessons import Pupil
 from vispress.distillation.targets import Heard
 from vispress.distillation.unfinished import Unfinished
 from vispress.errors import ConfigError
@@ -92,6 +93,23 @@ def distil(
     module.eval()
     curve.held_out.append(_mean(module, test, batch, loss))
     return curve
+
+
+def learn(
+    pupil: Pupil, heard: Sequence[E], loss: Callable[[nn.Module, Sequence[E]], Tensor]
+) -> Curve:
+    """Compress a pupil's model, and move the method's parameters down a loss on what was heard."""
+    module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
+    return distil(
+        module,
+        heard,
+        loss=loss,
+        steps=pupil.steps,
+        lr=pupil.lr,
+        seed=pupil.seed,
+        advance=lambda _: moved(1),
+        unfinished=pupil.unfinished,
+    )
 
 
 def divergence(module: nn.Module, batch: Sequence[Heard]) -> Tensor:

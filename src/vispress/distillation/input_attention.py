@@ -1,6 +1,6 @@
 """Relevance DPP's lesson: what the model attends to, from the tokens at the LLM's input."""
 
-from vispress.distillation.distil import Curve, distil, divergence
+from vispress.distillation.distil import Curve, divergence, learn
 from vispress.distillation.lessons import Lesson, Pupil
 from vispress.distillation.targets import listen
 
@@ -9,17 +9,7 @@ def teach(pupil: Pupil) -> Curve:
     """Listen to the model, then move the method's softmax towards what was heard."""
     advance = pupil.begin("attention", pupil.samples)
     heard = list(listen(pupil.loaded, pupil.prompts, batch_size=pupil.batch_size, advance=advance))
-    module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
-    return distil(
-        module,
-        heard,
-        loss=divergence,
-        steps=pupil.steps,
-        lr=pupil.lr,
-        seed=pupil.seed,
-        advance=lambda _: moved(1),
-        unfinished=pupil.unfinished,
-    )
+    return learn(pupil, heard, divergence)
 
 
 LESSONS = (

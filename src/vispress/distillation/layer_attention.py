@@ -13,12 +13,12 @@ from vispress.adapters.base import find_adapter
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt
 from vispress.budget import Budget
-from vispress.distillation.distil import Curve, distil, padded
+from vispress.distillation.distil import Curve, learn, padded
 from vispress.distillation.lessons import Advance, Lesson, Pupil
-from vispress.distillation.targets import show
+from vispress.distillation.targets import listening, show
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor, top_indices, upcast
-from vispress.types import Placement, Queries, Signal, Stage, TokenPlan, VisualTokens, full_index
+from vispress.types import Placement, Signal, TokenPlan, VisualTokens, full_index
 
 Label = Literal["members", "shares"]
 
@@ -61,16 +61,7 @@ class StateListener(Compressor):
     notes: dict[int, list[Any]] = field(default_factory=dict)
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        return tuple(
-            Placement(
-                stage=Stage.IN_LLM,
-                budget=Budget(keep_ratio=1.0),
-                layer=layer,
-                queries=Queries.TEXT_AFTER if layer == self.read + 1 else None,
-                adaptive=True,
-            )
-            for layer in sorted({*self.before, self.read + 1})
-        )
+        return listening(self.before, (self.read,))
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
@@ -187,17 +178,7 @@ def teach(label: Label, pupil: Pupil) -> Curve:
     heard = list(
         listen_at(pupil.loaded, pupil.prompts, list(budgets), batch_size=size, advance=advance)
     )
-    module, moved = pupil.compress(), pupil.begin("training", pupil.steps)
-    return distil(
-        module,
-        heard,
-        loss=partial(layer_loss, budgets, label),
-        steps=pupil.steps,
-        lr=pupil.lr,
-        seed=pupil.seed,
-        advance=lambda _: moved(1),
-        unfinished=pupil.unfinished,
-    )
+    return learn(pupil, heard, partial(layer_loss, budgets, label))
 
 
 _SIZES: dict[str, Any] = {"samples": 1200, "steps": 200, "lr": 1e-3}

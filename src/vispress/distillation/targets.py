@@ -44,6 +44,26 @@ class Notes:
     """`[B, N]` by decoder layer."""
 
 
+def listening(before: Iterable[int], read: Iterable[int]) -> tuple[Placement, ...]:
+    """Place a method that keeps everything in front of layers, and behind those that it reads.
+
+    Args:
+        before: Decoder layers, from 1 on.
+        read: Decoder layers whose attention is read by the words behind an image; none is the last.
+    """
+    behind = {layer + 1 for layer in read}
+    return tuple(
+        Placement(
+            stage=Stage.IN_LLM,
+            budget=Budget(keep_ratio=1.0),
+            layer=layer,
+            queries=Queries.TEXT_AFTER if layer in behind else None,
+            adaptive=True,
+        )
+        for layer in sorted({*before, *behind})
+    )
+
+
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Listener(Compressor):
@@ -66,16 +86,7 @@ class Listener(Compressor):
     notes: Notes
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
-        return tuple(
-            Placement(
-                stage=Stage.IN_LLM,
-                budget=Budget(keep_ratio=1.0),
-                layer=layer + 1,
-                queries=Queries.TEXT_AFTER,
-                adaptive=True,
-            )
-            for layer in self.read
-        )
+        return listening((), self.read)
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:

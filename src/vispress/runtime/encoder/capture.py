@@ -153,7 +153,7 @@ class EncoderCapture:
     ) -> None:
         self.modality = modality
         self.asked: object = None
-        """What a plan asked of the call: features are of use to plans that ask the same."""
+        """Holds what a plan asked of the call: features are of use to plans that ask the same."""
         self.transient = False  # made inside the forward that uses it, and by nobody else
         self.counts = tuple(len(feature) for feature in features)
         self._first = features[0].detach() if features else None

@@ -146,7 +146,7 @@ class EncoderMerge:
 
     @property
     def merges_here(self) -> bool:
-        """Whether the layer that runs merges tokens."""
+        """Tell whether the layer that runs merges tokens."""
         return not self.done and self.counts[self.layer] != self.counts[self.layer + 1]
 
     # --- what the layer's parts see
@@ -205,7 +205,7 @@ class EncoderMerge:
         return self._spread(x, self.target)
 
     def leave(self, out: Tensor) -> Tensor:
-        """What a layer hands on: merged; behind the last one all places again."""
+        """Give what a layer hands on: merged; behind the last one all places again."""
         if self.done:
             return out
         if self.merges_here:

@@ -31,7 +31,7 @@ class Sequences:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """What the counts say of the merges to come."""
+        """Work out what the counts say of the merges to come."""
 
     @property
     def padded(self) -> bool:
