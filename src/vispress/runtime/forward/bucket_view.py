@@ -18,7 +18,7 @@ class BucketView:
     """What of a call's tensors belongs to a bucket."""
 
     bucket: Bucket
-    _local: dict[int, Tensor] = field(default_factory=dict)
+    _local: dict[int, tuple[LiveTokens, Tensor]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -36,9 +36,9 @@ class BucketView:
 
     def local(self, rows: LiveTokens) -> Tensor:
         """`[Bk, N]`: rows of the tokens that are still there; several signals ask for them."""
-        if id(rows) not in self._local:
-            self._local[id(rows)] = self.places(rows, self.bucket.positions)
-        return self._local[id(rows)]
+        if id(rows) not in self._local:  # rows are held beside: their id stays theirs
+            self._local[id(rows)] = rows, self.places(rows, self.bucket.positions)
+        return self._local[id(rows)][1]
 
     def behind(self, rows: LiveTokens) -> Tensor:
         """`[Bk, T]`: rows of the text behind each image."""

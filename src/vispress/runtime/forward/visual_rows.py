@@ -29,8 +29,8 @@ class VisualRows:
 
     def __init__(self, state: ForwardState) -> None:
         self.state = state
-        # keys hold ids of rows, which the state keeps alive meanwhile
-        self._splits: dict[tuple[int, torch.device], Split | None] = {}
+        # by the id of rows, which stand beside the value: so they live, and no other get it
+        self._splits: dict[tuple[int, torch.device], tuple[LiveTokens, Split | None]] = {}
 
     @cached_property
     def marks(self) -> Tensor:
@@ -70,5 +70,5 @@ class VisualRows:
             visual = sum(rows.counts) - text
             order = self.of(rows, device).flatten().logical_not().long().argsort(stable=True)
             split = Split(order[:visual], order[visual:], order.argsort())
-            self._splits[key] = split if visual else None
-        return self._splits[key]
+            self._splits[key] = rows, (split if visual else None)
+        return self._splits[key][1]

@@ -175,9 +175,9 @@ class _Hiding:
     state: ForwardState
     sight: Sight
     kind: str
-    # keys hold ids of masks, rows and slots, which the layers' inputs and the state keep alive
-    _masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    _cuts: dict[int, tuple[Tensor, tuple[Tensor, Slots]]] = field(default_factory=dict)
+    # keys are ids, of what stands beside the value: so it lives, and no other gets its id
+    _masks: dict[tuple[int, int, int], tuple[object, Tensor]] = field(default_factory=dict)
+    _cuts: dict[int, tuple[Slots, Tensor, tuple[Tensor, Slots]]] = field(default_factory=dict)
 
     def narrow(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take from a layer's mask what its rows do not see."""
@@ -200,8 +200,8 @@ class _Hiding:
                 new = mask & ~blocked[:, None]
             else:
                 new = mask.masked_fill(blocked[:, None], torch.finfo(mask.dtype).min)
-            self._masks[key] = new
-        return kwargs | {"attention_mask": self._masks[key]}
+            self._masks[key] = (mask, rows, after), new
+        return kwargs | {"attention_mask": self._masks[key][1]}
 
     def _until(self, columns: Tensor) -> Tensor:
         """How far tokens at positions `[B, S]` of the chunk are seen; earlier ones are always."""
@@ -223,8 +223,8 @@ class _Hiding:
             for bucket in state.buckets:
                 for image in bucket.images:
                     drops[image.sample] += bucket.num_visual
-            self._cuts[id(slots)] = gone, staying_slots(slots, gone, drops)
-        gone, stays = self._cuts[id(slots)]
+            self._cuts[id(slots)] = slots, gone, staying_slots(slots, gone, drops)
+        _, gone, stays = self._cuts[id(slots)]
         state.evicted[number] = slots, gone
         cut_layer(layer, *stays)
         return watched.mask
