@@ -1,10 +1,11 @@
 """Train the reference model's compressors for about a minute each, and ask before and behind.
 
-    python -m benchmarks.lessons [--out FILE] ["METHOD STAGE" ...]
+    python -m benchmarks.lessons [--out FILE] [--save FOLDER] ["METHOD STAGE" ...]
 
 Every lesson of `vispress train-compressor`, with small settings; law 18 holds each to a margin.
 Printed are percents of right answers on 90 training-split questions about other scenes than those
-that are trained on, and CPU seconds of training. No table is made of these questions.
+that are trained on, and CPU seconds of training. No table is made of these questions. Compressors
+are kept as FOLDER/METHOD-STAGE, where a lesson finds one that comes first.
 """
 
 import argparse
@@ -71,23 +72,28 @@ class Moved:
     seconds: float
 
 
-def move(loaded: Any, name: str) -> Moved:
+def move(loaded: Any, name: str, save: Path | None = None) -> Moved:
     """Train by one lesson, and ask before and behind; the model is left uncompressed.
 
     Args:
         loaded: The reference model.
         name: Method and stage.
+        save: A folder for what was trained, and for what has been.
     """
     from vispress import compress_model, remove_compression, save_compression
     from vispress.distillation.scenes import training_prompts
     from vispress.registry import get_method
 
     minute, asked = MINUTES[name], list(training_prompts(QUESTIONS, SEED))
-    with tempfile.TemporaryDirectory() as folder:
-        start_from = Path(folder) if minute.behind else None
-        if minute.behind:
-            teach(loaded, minute.behind, None)
-            save_compression(loaded.model, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save or Path(temporary)
+        start_from = folder / minute.behind.replace(" ", "-") if minute.behind else None
+        if minute.behind and start_from:
+            if start_from.exists():
+                compress_model(loaded.model, config=start_from)
+            else:
+                teach(loaded, minute.behind, None)
+                save_compression(loaded.model, start_from)
         else:
             compress_model(loaded.model, get_method(name.split()[0])(**minute.options))
         before = share_right(loaded, asked)
@@ -95,6 +101,7 @@ def move(loaded: Any, name: str) -> Moved:
         start = time.process_time()
         held_out = teach(loaded, name, start_from)
         seconds = time.process_time() - start
+        save_compression(loaded.model, folder / name.replace(" ", "-"))
     behind = share_right(loaded, asked)
     remove_compression(loaded.model)
     return Moved(before, behind, held_out, seconds)
@@ -120,12 +127,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lessons", nargs="*", metavar="LESSON", help="all by default")
     parser.add_argument("--out", type=Path, help="a file for the lines, too")
+    parser.add_argument("--save", type=Path, help="a folder for the compressors")
     args = parser.parse_args(words)
     from vispress.bench.model.loaded_model import load_named_model
 
     loaded, lines = load_named_model("reference", "cpu", "fp32"), []
     for name in args.lessons or MINUTES:
-        found = move(loaded, name)
+        found = move(loaded, name, args.save)
         before, behind = found.held_out
         lines.append(
             f"{name:26} {found.before:5.1f} -> {found.behind:5.1f}   held out {before:.3f} -> "

@@ -10,6 +10,7 @@ among frames stand apart from questions that one look answers.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -44,16 +45,35 @@ def of_tasks(cells: Sequence[Any], tasks: Sequence[str]) -> list[Any]:
     ]
 
 
-def table(cells: Sequence[Any], tasks: Sequence[str]) -> list[str]:
-    """Write a row for each keep ratio: ours, the best others, and what the tests say."""
+@dataclass(frozen=True)
+class Row:
+    """How a method stands at one keep ratio.
+
+    Args:
+        ratio: A mean over decoder layers.
+        accuracy: In percent.
+        others: The best ones with their accuracy, the method's less theirs, and p.
+    """
+
+    ratio: float
+    accuracy: float
+    others: str
+
+
+def rows(cells: Sequence[Any], tasks: Sequence[str], group: str = OURS) -> list[Row]:
+    """Test a method against each other one of its cells' keep ratios, and tell of the best ones.
+
+    Args:
+        cells: As stored.
+        tasks: Those that count.
+        group: The method.
+    """
     from vispress.bench.results.compare import at_equal_budget, per_question, versus
 
-    shown = of_tasks(cells, tasks)
-    tests = {(t.keep_ratio, t.control): t for t in versus(shown, OURS)}
-    head = "| keep ratio | ours | others: accuracy, ours less theirs (95 %), p by Holm |"
-    lines = [head, "|---|---|---|"]
+    shown, found = of_tasks(cells, tasks), []
+    tests = {(t.keep_ratio, t.control): t for t in versus(shown, group)}
     for ratio, groups in sorted(at_equal_budget(shown).items()):
-        if OURS not in groups:
+        if group not in groups:
             continue
         accuracy = {n: fmean(map(fmean, per_question(c).values())) for n, c in groups.items()}
         others = sorted((n for n in groups if (ratio, n) in tests), key=lambda n: -accuracy[n])
@@ -65,8 +85,15 @@ def table(cells: Sequence[Any], tasks: Sequence[str]) -> list[str]:
                 f"{name} {100 * accuracy[name]:.1f}: {100 * test.difference.mean:+.1f} "
                 f"({low:+.1f} to {high:+.1f}), p {test.p_holm:.2g}"
             )
-        lines.append(f"| {ratio:g} | {100 * accuracy[OURS]:.1f} | {'; '.join(words)} |")
-    return lines
+        found.append(Row(ratio, 100 * accuracy[group], "; ".join(words)))
+    return found
+
+
+def table(cells: Sequence[Any], tasks: Sequence[str]) -> list[str]:
+    """Write a row for each keep ratio: ours, the best others, and what the tests say."""
+    head = "| keep ratio | ours | others: accuracy, ours less theirs (95 %), p by Holm |"
+    lines = [f"| {r.ratio:g} | {r.accuracy:.1f} | {r.others} |" for r in rows(cells, tasks)]
+    return [head, "|---|---|---|", *lines]
 
 
 def main(words: Sequence[str] | None = None) -> None:
