@@ -70,6 +70,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.methods.cached_selector": 0,
         "vispress.methods.compute_pruner": 0,
         "vispress.methods.encoder_merger": 0,
+        "vispress.methods.encoder_pooler": 0,
         "vispress.methods.gist_evictor": 0,
         "vispress.methods.pair_masker": 0,
         "vispress.methods.ranking": 0,

@@ -14,6 +14,7 @@ from vispress.doctor import Family
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
+from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
@@ -72,6 +73,8 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
             return None
         if len(fitting) < len(families):
             return f"with {cls.needs} input: {', '.join(family.name for family in fitting)}"
+    if issubclass(cls, EncoderPooler):
+        return "where each patch is a token"
     if not cls.reads & CLS_SIGNALS or all(family.has_cls for family in families):
         return "all"
     if any(field.name == "scores" for field in fields(cls)):

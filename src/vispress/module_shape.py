@@ -13,6 +13,7 @@ class ModuleShape:
         num_layers: Decoder layers.
         num_heads: Query heads of a decoder layer.
         vision_layers: Layers of the vision encoder.
+        encoder_width: Of a patch inside of it; None where its layers are of an unknown kind.
     """
 
     width: int
@@ -20,3 +21,4 @@ class ModuleShape:
     num_layers: int
     num_heads: int
     vision_layers: int
+    encoder_width: int | None = None

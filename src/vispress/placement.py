@@ -12,14 +12,15 @@ class Placement:
     """Where a compressor acts, how much it keeps there, and what it must have seen.
 
     Args:
-        stage: ENCODER merges in the vision encoder (see `EncoderMerger`) and hides nothing from the
-            LLM; PRE_LLM acts on the LLM's input, IN_LLM before decoder layer `layer`; DECODE hides
-            cached tokens from `layer` and those behind it, step by step (see `CachedSelector`);
-            MASK drops nothing and masks pairs in these layers (see `PairMasker`); SKIP lets rows
-            bypass the layers from `layer` up to `until`; CACHE evicts visual tokens from the KV
-            cache of `layer` and those behind it, behind their prefill (see `CacheEvictor`),
-            or behind tokens that stand for them (see `GistEvictor`); COMPUTE drops nothing and lets
-            these layers compute less for visual tokens (see `ComputePruner`).
+        stage: ENCODER merges in the vision encoder (see `EncoderMerger`), or pools between its
+            layers (see `EncoderPooler`), and hides nothing from the LLM; PRE_LLM acts on the LLM's
+            input, IN_LLM before decoder layer `layer`; DECODE hides cached tokens from `layer` and
+            those behind it, step by step (see `CachedSelector`); MASK drops nothing and masks pairs
+            in these layers (see `PairMasker`); SKIP lets rows bypass the layers from `layer` up to
+            `until`; CACHE evicts visual tokens from the KV cache of `layer` and those behind it,
+            behind their prefill (see `CacheEvictor`), or behind tokens that stand for them (see
+            `GistEvictor`); COMPUTE drops nothing and lets these layers compute less for visual
+            tokens (see `ComputePruner`).
         budget: What is kept of the tokens that reached the compressor's first placement; in the
             encoder, of the tokens of an image.
         layer: Decoder layer (0-based) before which rows are dropped; 0 for ENCODER and PRE_LLM.

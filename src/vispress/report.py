@@ -38,7 +38,7 @@ class PlacementReport:
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """What was merged of one image inside the vision encoder.
+    """What was merged or pooled of one image inside the vision encoder.
 
     A token is what becomes one visual token: a patch, or the patches that the model's merger joins;
     tokens of all crops, tiles or frames are counted, padding included, [CLS] is not.
@@ -47,7 +47,8 @@ class EncoderReport:
         method: Name of the compressor.
         num_tokens: Tokens that entered the encoder.
         num_left: Groups they were merged into behind its last layer.
-        per_layer: Tokens that the MLP of each layer computed, and handed on.
+        per_layer: Tokens that each layer handed on; its MLP computed as many, unless windows were
+            pooled behind it.
     """
 
     method: str

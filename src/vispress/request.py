@@ -11,6 +11,7 @@ from vispress.config import changed_compressor, load_config, make_compressor
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.registry import get_method, list_methods
 from vispress.types import CLS_SIGNALS, Positions
 from vispress_kernels import Backend
@@ -160,4 +161,5 @@ def _working(adapter: ModelAdapter) -> list[str]:
         if (cls := get_method(name)).reads <= adapter.signals()
         and (cls.needs is None or cls.needs in adapter.kinds)
         and (not issubclass(cls, EncoderMerger) or adapter.encoder_blocks())
+        and (not issubclass(cls, EncoderPooler) or adapter.encoder_grid({}))
     ]

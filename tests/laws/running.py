@@ -176,7 +176,7 @@ def noting(model: Any, chain: Sequence[Compressor]) -> Iterator[dict[str, Any]]:
         return noted
 
     outermost = _outermost()
-    if any(method.encoder_merger() is not None for method in chain):
+    if any(method.changes_encoder() for method in chain):
         base.__dict__.update({name: outermost(each, note(name)) for name, each in before.items()})
     try:
         yield found

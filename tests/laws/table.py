@@ -25,6 +25,7 @@ from vispress.adapters.base import find_adapter
 from vispress.config import make_compressor
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
+from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
@@ -47,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     )
 }
 """What `compress_model` gets beside the name; others get a ratio."""
+SETTINGS["pvc"] = {"after": (1,)}  # 6 x 6 patches are halved once
 
 VIDEO_ONLY = frozenset(name for name in METHODS if get_method(name).needs == "video")
 """Methods that leave the images of the common batch whole; laws on videos run over them."""
@@ -71,9 +73,22 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"
 
 
 def fits(family: str, method: str) -> bool:
-    """Whether the family has the kind of input that the method is made for."""
-    needs = get_method(method).needs
-    return needs is None or needs in find_adapter(model_of(family)).kinds
+    """Whether the family has the kind of input, or of encoder, that the method is made for."""
+    needs, adapter = get_method(method).needs, find_adapter(model_of(family))
+    if issubclass(get_method(method), EncoderPooler):
+        return pools(family, method)
+    return needs is None or needs in adapter.kinds
+
+
+def pools(family: str, method: str) -> bool:
+    """Whether the encoder's grid can be halved as often as the method does in its case."""
+    pooler = make_compressor(method, **SETTINGS.get(method, {})).encoder_pooler()
+    adapter = find_adapter(model_of(family))
+    grid = adapter.encoder_grid({})
+    if pooler is None or grid is None:
+        return False
+    times = len(pooler.pooled_behind(len(adapter.encoder_blocks())))
+    return not any(side % 2**times for side in grid)
 
 
 def on_videos() -> list[tuple[str, str]]:

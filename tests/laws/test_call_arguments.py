@@ -28,7 +28,7 @@ def other_layer(model: Any) -> int:
 def reads_encoder(family: str, method: str) -> bool:
     compressor = make(family, method)
     reads = compressor.signals() & (ATTENTION_SIGNALS | {Signal.VISION_KEYS})
-    return bool(reads) or compressor.encoder_merger() is not None
+    return bool(reads) or compressor.changes_encoder()
 
 
 @pytest.mark.parametrize("family", TOWERS)

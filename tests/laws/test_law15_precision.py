@@ -86,16 +86,19 @@ def widened(value: Any) -> Any:
 
 
 class Noted:
-    """Every plan of a compressor, with what it was made from; encoder merges likewise."""
+    """Every plan of a compressor, with what it was made from; merges and pools of the encoder
+    likewise.
+    """
 
     def __init__(self, method: Compressor) -> None:
         self.method = method
         self.plans: list[tuple[VisualTokens, int, TokenPlan]] = []
         self.folds: list[tuple[EncoderTokens, Tensor]] = []
+        self.pools: list[tuple[tuple[Any, ...], Tensor]] = []
 
     def watched(self) -> Compressor:
         """A compressor that behaves the same and tells."""
-        plans, folds = self.plans, self.folds
+        plans, folds, pools = self.plans, self.folds, self.pools
 
         class Watched(type(self.method)):  # type: ignore[misc]
             def plan(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
@@ -107,6 +110,11 @@ class Noted:
                 into: Tensor = super().fold(tokens)
                 folds.append((tokens, into))
                 return into
+
+            def pool(self, *shown: Any) -> Tensor:
+                pooled: Tensor = super().pool(*shown)
+                pools.append((shown, pooled))
+                return pooled
 
         Watched.__name__ = type(self.method).__name__
         twin = object.__new__(Watched)
@@ -127,6 +135,10 @@ class Noted:
         for seen, into in self.folds:
             assert merger is not None
             assert torch.equal(into, merger.fold(widened(seen)))
+        pooler = self.method.encoder_pooler()
+        for shown, pooled in self.pools:
+            assert pooler is not None
+            assert torch.equal(pooled, pooler.pool(*widened(shown)))
 
 
 class Replayed:

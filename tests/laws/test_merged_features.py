@@ -72,7 +72,7 @@ def reads_the_encoder(family: str, method: str) -> bool:
     reads = compressor.signals() & (ENCODER_SIGNALS | {Signal.ENCODER_GROUPS})
     if family != "llava":  # elsewhere pictures have no padding
         reads -= {Signal.PADDING}
-    return bool(reads) or compressor.encoder_merger() is not None
+    return bool(reads) or compressor.changes_encoder()
 
 
 MASKED = {"cmai", *GISTS}

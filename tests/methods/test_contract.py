@@ -162,7 +162,12 @@ def with_module(method, tokens):
         return tokens
     width, vision_width = tokens.features.shape[-1], tokens.vision_features.shape[-1]
     shape = ModuleShape(
-        width=width, vision_width=vision_width, num_layers=8, num_heads=2, vision_layers=6
+        width=width,
+        vision_width=vision_width,
+        num_layers=8,
+        num_heads=2,
+        vision_layers=6,
+        encoder_width=vision_width,
     )
     module, generator = method.make_module(shape), torch.Generator().manual_seed(3)
     for parameter in module.parameters():
@@ -191,7 +196,7 @@ def count_for(method, tokens, count):
     if isinstance(method, PairMasker | CacheEvictor | GistEvictor):
         return tokens.num_visual
     if not method.takes_budget:
-        return 0
+        return method.placements(8)[-1].budget.resolve(tokens.num_visual)
     return count if count > 0 else tokens.num_visual + count
 
 
@@ -364,7 +369,7 @@ def test_a_second_compressor_sees_what_the_first_left(method, geometry):
     first = get_method("divprune")(num_tokens=20)
     left = take(tokens, first.plan(tokens, 20).keep)
     if (
-        method.name in ("fourier", "avg_pool", "hicom", "quadtree_merge", *VIDEO_ONLY)
+        method.name in ("fourier", "avg_pool", "hicom", "pvc", "quadtree_merge", *VIDEO_ONLY)
         or getattr(method, "dims", 1) == 2
     ):
         with pytest.raises(UnsupportedMethodError, match="whole images"):

@@ -17,6 +17,7 @@ from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods.base import Compressor
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.registry import get_method
 from vispress.types import Signal, Stage
 
@@ -42,7 +43,7 @@ def check_placements(cls, num_layers):
     except BudgetError:
         placements = cls(keep_ratio=0.5).placements(num_layers)
     inside = [p for p in placements if p.stage is Stage.ENCODER]
-    assert len(inside) == issubclass(cls, EncoderMerger)
+    assert len(inside) == issubclass(cls, EncoderMerger | EncoderPooler)
     assert placements[: len(inside)] == tuple(inside)
     placements = placements[len(inside) :]
     layers = [p.layer for p in placements]

@@ -15,6 +15,10 @@ class LlavaNextAdapter(AnyResAdapter):
 
     family = "llava_next"
 
+    def encoder_grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
+        """The raster of a crop."""
+        return self._side, self._side
+
     def _crops(self, call: Mapping[str, Any]) -> list[int]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 

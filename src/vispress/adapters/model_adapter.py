@@ -88,6 +88,17 @@ class ModelAdapter(ABC):
         """
         return ()
 
+    def encoder_grid(self, call: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Count rows and columns of each encoder sequence's patches, which stand in raster order.
+
+        None where windows of patches cannot be pooled: they stand otherwise, sequences differ, or
+        a token is made of several patches.
+
+        Args:
+            call: Arguments of `get_<modality>_features` by name; empty for the config's size.
+        """
+        return None
+
     def encoder_taps(self) -> Sequence[nn.Module]:
         """List modules that take an earlier layer's output as their first argument (DeepStack)."""
         return ()

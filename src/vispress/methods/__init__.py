@@ -32,6 +32,7 @@ from vispress.methods.per_image import PerImage as PerImage
 from vispress.methods.pmod import PMoD as PMoD
 from vispress.methods.prumerge import PruMerge as PruMerge
 from vispress.methods.prunevid import PruneVid as PruneVid
+from vispress.methods.pvc import PVC as PVC
 from vispress.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vispress.methods.quadtree_merge import QuadtreeMerge as QuadtreeMerge
 from vispress.methods.random_ import Random as Random

@@ -19,6 +19,7 @@ from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.compute_pruner import ComputePruner
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.methods.ranking import descending as descending
@@ -178,8 +179,16 @@ class Compressor(ABC):
         """
 
     def encoder_merger(self) -> EncoderMerger | None:
-        """What acts at a placement in the encoder; None where the method has no such placement."""
+        """What merges inside the encoder's layers; None where the method does not."""
         return self if isinstance(self, EncoderMerger) else None
+
+    def encoder_pooler(self) -> EncoderPooler | None:
+        """What pools windows between the encoder's layers; None where the method does not."""
+        return self if isinstance(self, EncoderPooler) else None
+
+    def changes_encoder(self) -> bool:
+        """Whether the vision encoder computes otherwise under this method."""
+        return self.encoder_merger() is not None or self.encoder_pooler() is not None
 
     def cached_selector(self) -> CachedSelector | None:
         """What chooses among cached tokens while decoding; None where the method does not."""

@@ -48,12 +48,15 @@ def shape_of(adapter: ModelAdapter) -> ModuleShape:
     linears = (m for m in adapter.projector.modules() if hasattr(m, "in_features"))
     first: Any = next(linears, None)
     matrices = (p for p in adapter.projector.parameters() if p.ndim == 2)
+    norms = (p for block in adapter.encoder_blocks() for p in block.norm.parameters())
+    norm = next(norms, None)
     return ModuleShape(
         width=config.hidden_size,
         vision_width=next(matrices).shape[0] if first is None else first.in_features,
         num_layers=len(adapter.decoder_layers),
         num_heads=config.num_attention_heads,
         vision_layers=len(adapter.encoder_attentions()),
+        encoder_width=None if norm is None else norm.shape[0],
     )
 
 

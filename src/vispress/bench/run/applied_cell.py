@@ -89,7 +89,7 @@ def compressors(
 
 def changes_encoder(cell: Cell) -> bool:
     """Tell whether the vision encoder computes something else than uncompressed."""
-    inside = any(method.encoder_merger() is not None for method in cell.chain)
+    inside = any(method.changes_encoder() for method in cell.chain)
     return cell.picture is not None or inside
 
 

@@ -12,6 +12,7 @@ from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.cached_selector import CachedSelector
 from vispress.methods.compute_pruner import ComputePruner
 from vispress.methods.encoder_merger import EncoderMerger
+from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.types import ModuleShape, Placement, Signal, TokenPlan, VisualTokens
@@ -49,6 +50,10 @@ class _StandIn(Compressor):
     def encoder_merger(self) -> EncoderMerger | None:
         """Pass on the wrapped method's: what merges in the encoder is no choice for the LLM."""
         return self.method.encoder_merger()
+
+    def encoder_pooler(self) -> EncoderPooler | None:
+        """Pass on the wrapped method's, likewise."""
+        return self.method.encoder_pooler()
 
     def pair_masker(self) -> PairMasker | None:
         """Pass on the wrapped method's: what is masked is no choice of tokens."""

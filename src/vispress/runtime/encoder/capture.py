@@ -10,6 +10,7 @@ from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import upcast
 from vispress.precision import full_precision
 from vispress.runtime.encoder.merging import EncoderMerge
+from vispress.runtime.encoder.pooling import EncoderPool
 from vispress.runtime.hooks.attention import Softmax, attention_rows, current_sink
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
@@ -139,7 +140,7 @@ class EncoderCapture:
         features: What the model will scatter into the sequence, `[N_i, D]` for each.
         call: Arguments of the call by name.
         sink: What the encoder showed.
-        merge: What was merged in the encoder, or None.
+        merge: What was merged or pooled in the encoder, or None.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class EncoderCapture:
         features: Sequence[Tensor],
         call: Mapping[str, Any],
         sink: EncoderSink,
-        merge: EncoderMerge | None = None,
+        merge: EncoderMerge | EncoderPool | None = None,
     ) -> None:
         self.modality = modality
         self.asked: object = None
@@ -170,7 +171,7 @@ class EncoderCapture:
         adapter: ModelAdapter,
         call: Mapping[str, Any],
         sink: EncoderSink,
-        merge: EncoderMerge | None,
+        merge: EncoderMerge | EncoderPool | None,
     ) -> None:
         """Carry what the encoder showed to visual tokens."""
         modality = self.modality

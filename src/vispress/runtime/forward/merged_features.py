@@ -105,7 +105,7 @@ def _refuse_readers(plan: Plan) -> None:
         if Signal.PADDING in missing and plan.adapter.square_encoder() is None:
             missing -= {Signal.PADDING}
         reads = " and ".join(sorted(signal.value for signal in missing))
-        if method.encoder_merger() is not None:
+        if method.changes_encoder():
             reads = "tokens inside"
         if reads:
             raise UnsupportedMethodError(

@@ -63,7 +63,7 @@ class PrefillRecord:
         remarks: Sequence[Callable[[], Sequence[str]]],
     ) -> "PrefillRecord":
         """Make the record of a finished call."""
-        merging = (one.name for one in state.plan.methods if one.encoder_merger() is not None)
+        merging = (one.name for one in state.plan.methods if one.changes_encoder())
         config: Any = state.plan.adapter.language_model.config
         layers = _alive_layers(state)
         return cls(

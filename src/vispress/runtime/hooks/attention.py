@@ -60,10 +60,10 @@ def current_sink() -> EncoderObserver | None:
 
 
 class Merge(Protocol):
-    """What is merged in the vision encoder (`merging.EncoderMerge`)."""
+    """What is merged or pooled in the vision encoder (`EncoderMerge`, `EncoderPool`)."""
 
-    def attend(self, key: Tensor, mask: Tensor | None, implementation: str) -> Tensor | None:
-        """The mask for these keys, with the sizes of merged tokens on top."""
+    def leave(self, out: Tensor) -> Tensor:
+        """What a layer hands on, of what it gave."""
 
 
 _MERGE: ContextVar[Any] = ContextVar("vispress_merge", default=None)

@@ -38,7 +38,7 @@ def bind_placements(
             for p in every
             if p.stage is not Stage.ENCODER
         ]
-        if not placements and every and method.encoder_merger() is None:
+        if not placements and every and not method.changes_encoder():
             continue  # the encoder's stage says what is missing
         if not placements:
             raise ConfigError(

@@ -67,7 +67,7 @@ class Plan:
         self.encoder_signals = signals & ENCODER_SIGNALS
         reads = ATTENTION_SIGNALS | {Signal.VISION_KEYS}
         self.encoder_readers = tuple(
-            m.name for m in methods if m.signals() & reads or m.encoder_merger() is not None
+            m.name for m in methods if m.signals() & reads or m.changes_encoder()
         )
         self.reads_encoder_late = any(
             bound.placement.layer > 0 and bound.method.signals() & self.encoder_signals
@@ -144,7 +144,7 @@ class Plan:
     @cached_property
     def asked_of_encoder(self) -> tuple[object, ...]:
         """What calls of the vision encoder show and merge: of use to plans that ask the same."""
-        merging = tuple(one for one in self.methods if one.encoder_merger() is not None)
+        merging = tuple(one for one in self.methods if one.changes_encoder())
         return self.encoder_signals, self.all_encoder_layers, self.key_layers, merging
 
     @cached_property

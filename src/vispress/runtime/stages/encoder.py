@@ -143,25 +143,22 @@ def find_encoder_step(methods: Sequence[Compressor], adapter: ModelAdapter) -> E
             chain reads there.
     """
     layers, found = len(adapter.decoder_layers), None
-    for number, method in enumerate(methods):
+    for method in methods:
         inside = [p for p in method.placements(layers) if p.stage is Stage.ENCODER]
         if not inside:
             continue
         merger = method.encoder_merger()
-        if merger is None or len(inside) > 1:
+        if not method.changes_encoder() or len(inside) > 1:
             raise UnsupportedMethodError(
-                f"{method.name}: a placement inside the encoder needs an EncoderMerger, and there "
-                "can be one"
+                f"{method.name}: a placement inside the encoder needs an EncoderMerger or an "
+                "EncoderPooler, and there can be one"
             )
-        if number:
-            raise ConfigError(
-                f"{method.name} merges inside the encoder, but {methods[0].name} before it in the "
-                "chain acts behind it; order the chain by layer"
-            )
+        if merger is None:
+            continue
+        check_alone(method, methods)
         found = EncoderStep(method, merger, inside[0].budget)
     if found is not None:
         _check_model(found.method, adapter)
-        _check_readers(found.method, methods)
     return found
 
 
@@ -176,7 +173,22 @@ def _check_model(method: Compressor, adapter: ModelAdapter) -> None:
     check_attention(implementation_of(blocks[0].attention))
 
 
-def _check_readers(method: Compressor, methods: Sequence[Compressor]) -> None:
+def check_alone(method: Compressor, methods: Sequence[Compressor]) -> None:
+    """Check that what changes the encoder comes first, and that nothing else looks into it.
+
+    Args:
+        method: What changes it.
+        methods: Its chain.
+
+    Raises:
+        ConfigError: It is not the first of the chain.
+        UnsupportedMethodError: Another method reads there.
+    """
+    if method is not methods[0]:
+        raise ConfigError(
+            f"{method.name} merges inside the encoder, but {methods[0].name} before it in the "
+            "chain acts behind it; order the chain by layer"
+        )
     for other in methods:
         reads = other.signals() & (ATTENTION_SIGNALS | {Signal.VISION_KEYS})
         if reads:
