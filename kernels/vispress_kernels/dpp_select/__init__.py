@@ -15,9 +15,10 @@ def dpp_select(x: Tensor, relevance: Tensor, num_keep: int, *, backend: Backend 
 
     The kernel is `L = diag(r) cos(x, x) diag(r)`. Ties go to the lowest index; no token is chosen
     twice. Once nothing is left to gain (the largest gain is within rounding of 0, as when K exceeds
-    the rank), the rest is chosen by relevance. `L` is not stored: memory is O(N (D + min(K, D))).
-    Bound by memory or cache; the kernel takes one launch, or one a step, without a host sync. Not
-    differentiable.
+    the rank), the rest is chosen by relevance. Memory is O(N (D + min(K, D))): each step computes a
+    row of `L`. The reference holds all of `L` up to 4,096 tokens, or as many as they are wide,
+    unless few are chosen. Bound by memory or cache; the kernel takes one launch, or one a step,
+    without a host sync. Not differentiable.
 
     Args:
         x: Tokens `[B, N, D]`, fp16, bf16, fp32 or fp64, any strides; the factor is in fp32.

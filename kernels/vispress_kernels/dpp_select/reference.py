@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vispress_kernels.assign_nearest.reference import first_equal, unit_rows
-from vispress_kernels.maxmin_select.reference import first_of_best
+from vispress_kernels._gram import Products, samples_together
+from vispress_kernels.assign_nearest.reference import unit_rows
 
 
 def dpp_start(x: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,27 +22,36 @@ def dpp_start(x: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dpp_select_reference(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
     """Greedy MAP of `L = diag(r) cos(x, x) diag(r)`, in the order chosen; no device sync."""
     B, N, D = x.shape
+    if (together := samples_together(x)) < B:
+        parts = zip(torch.split(x, together), torch.split(relevance, together), strict=True)
+        return torch.cat([dpp_select_reference(own, r, num_keep) for own, r in parts])
     relevance, gain, floor = dpp_start(x, relevance)
-    rows = unit_rows(x) * relevance[..., None]  # L = rows rows^T
-    twin = first_equal(rows)
-    batch = torch.arange(B, device=x.device)
-    chosen = torch.zeros(B, N, dtype=torch.bool, device=x.device)
-    order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
     # columns of the factor; L has no rank beyond D
-    factor = rows.new_zeros(B, min(num_keep, D), N)
-    for step in range(num_keep):
-        pick = first_of_best(gain, chosen)
-        found = (gain[batch, pick] > floor) & (step < D)
-        pick = torch.where(found, pick, first_of_best(relevance, chosen))
-        order[:, step] = pick
-        chosen[batch, pick] = True
-        if step >= factor.shape[1]:
-            continue
-        row = (rows @ rows[batch, pick][..., None])[..., 0]
-        known = factor[:, :step]
-        row = (row - (known[batch, :, pick][:, None] @ known)[:, 0]).gather(1, twin)
-        root = gain[batch, pick].clamp(min=floor).sqrt()
-        column = torch.where(found[:, None], row / root.clamp(min=1e-30)[:, None], 0.0)
-        factor[:, step] = column
-        gain = (gain - column.square()).clamp(min=0.0)
-    return order
+    rank = min(num_keep, D)
+    products = Products(unit_rows(x).mul_(relevance[..., None]), rank)  # L, row by row
+    batch, none = torch.arange(B, device=x.device), gain.new_zeros(1)
+    factor = gain.new_empty(B, rank, N)
+    picks = [torch.empty(B, 0, dtype=torch.int64, device=x.device)]
+    most = [gain[:, :0]]  # what each pick gained
+    for step in range(rank):
+        one = gain.argmax(1, keepdim=True)
+        picks.append(one)
+        most.append(gain.gather(1, one))
+        pick, known = one[:, 0], factor[:, :step]
+        row = products.row(pick) - (known[batch, :, pick][:, None] @ known)[:, 0]
+        column = torch.div(row, most[-1].sqrt(), out=factor[:, step])
+        # a NaN gains nothing
+        gain = torch.fmax(gain.addcmul(column, column, value=-1), none).scatter_(1, one, 0.0)
+    found = torch.cat(most, 1) > floor[:, None]
+    return _ended_by_relevance(torch.cat(picks, 1), found, relevance, num_keep)
+
+
+def _ended_by_relevance(order: Tensor, found: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
+    """Put the most relevant of other tokens in the place of picks from the first not found on."""
+    found = found.cummin(1).values
+    taken = torch.zeros_like(relevance, dtype=torch.bool).scatter_reduce_(1, order, found, "amax")
+    rest = relevance.masked_fill(taken, float("-inf")).sort(dim=1, descending=True, stable=True)
+    place = torch.arange(num_keep, device=order.device) - found.sum(1, keepdim=True)
+    by_relevance = rest.indices.gather(1, place.clamp_(min=0))
+    missing = (0, num_keep - order.shape[1])
+    return torch.where(pad(found, missing), pad(order, missing), by_relevance)

@@ -14,7 +14,11 @@ from vispress_kernels._checks import (
     check_shape,
 )
 from vispress_kernels.assign_nearest import assign_nearest
-from vispress_kernels.maxmin_select.reference import first_of_best, maxmin_select_reference
+from vispress_kernels.maxmin_select.reference import (
+    first_of_best,
+    maxmin_select_reference,
+    most_isolated,
+)
 
 __all__ = ["maxmin_select", "maxmin_select_reference"]
 
@@ -31,9 +35,11 @@ def maxmin_select(
 
     The next token has the largest `weight * min over chosen of (1 - cosine)`, where distances
     within 8 units of rounding are 0 (copies of chosen tokens). Ties go to the lowest index, equal
-    tokens tie, a NaN comes after all numbers, no token is chosen twice. Nothing of size
-    `N x N` is stored: memory is O(N D). Bound by memory or cache: each of K steps reads the tokens
-    once; the kernel takes one launch, or one a step, without a host sync. Not differentiable.
+    tokens tie, a NaN comes after all numbers, no token is chosen twice. Memory is O(N D): each step
+    computes the cosines with one token. The reference holds all of them (N^2) up to 4,096 tokens,
+    or as many as they are wide, unless few are read. Bound by memory or cache: each of K steps
+    reads the tokens once; the kernel takes one launch, or one a step, without a host sync. Not
+    differentiable.
 
     Args:
         x: Tokens `[B, N, D]`, fp16, bf16, fp32 or fp64, any strides; distances are in fp32.
@@ -73,22 +79,13 @@ def maxmin_select(
         raise ValueError("first='weight' needs a weight, got None")
     if B == 0 or num_keep == 0:
         return torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
-    if not isinstance(first, Tensor):
-        first = _first(x, weight if first == "weight" else None, chosen)
+    if first == "weight" and weight is not None:
+        first = first_of_best(weight)
+    given = first if isinstance(first, Tensor) else None
     if chosen == "torch":
-        return maxmin_select_reference(x, num_keep, first, weight)
+        return maxmin_select_reference(x, num_keep, given, weight)
     from vispress_kernels.maxmin_select.kernel import maxmin_select_triton
 
-    return maxmin_select_triton(x, num_keep, first, weight)
-
-
-def _first(x: Tensor, weight: Tensor | None, backend: Backend) -> Tensor:
-    """The token with the largest weight, or without one the most isolated token."""
-    if weight is not None:
-        return first_of_best(weight)
-    _, nearest = assign_nearest(x, x, exclude_self=True, backend=backend)
-    # mutual neighbours tie, and which of them rounds lower depends on the order of a sum; a token
-    # without a comparable neighbour (NaN) is not isolated but unusable
-    distance = (1 - nearest).masked_fill(nearest.isinf(), -1.0)
-    slack = 8 * torch.finfo(distance.dtype).eps
-    return (distance >= distance.amax(1, keepdim=True) - slack).to(torch.int8).argmax(1)
+    if given is None:
+        given = most_isolated(assign_nearest(x, x, exclude_self=True, backend="triton")[1])
+    return maxmin_select_triton(x, num_keep, given, weight)

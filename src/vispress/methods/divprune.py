@@ -6,7 +6,8 @@ Source: https://github.com/vbdi/divprune at 799e2d9 (CC-BY-NC 4.0: read, not cop
 Follows the code: the first pick is the token farthest from its nearest neighbour, then always the
 one farthest from all picked; all tokens of an image, newlines included, are one pool.
 Differs: picked tokens are never picked again (the code repeats indices when tokens are identical);
-memory is O(N D) instead of N x N; at least fp32.
+memory is O(N D) instead of N x N beyond a few thousand tokens; at least fp32. The first pick
+compares all pairs, whose number grows with N^2.
 """
 
 from dataclasses import dataclass
