@@ -230,6 +230,18 @@ def _num_keep(size: Size) -> int:
     return max(2, min(512, size.N // 9))
 
 
+def _greedy_floor(x: Tensor, K: int, columns: int = 0) -> tuple[int, int]:
+    """Bytes and FLOPs of a greedy selection: one product of all tokens, then a row of it a step.
+
+    Args:
+        x: Tokens.
+        K: Steps.
+        columns: Of a factor, `[N]` each, that the steps read beside.
+    """
+    B, N, D = x.shape
+    return x.numel() * x.element_size() + 4 * B * N * (K + columns), 2 * B * N * N * D
+
+
 def maxmin_case(size: Size, device: torch.device) -> Case | None:
     """Weighted farthest points (the first by weight: `assign_nearest` is measured by itself)."""
     if size.N > 20_000:
@@ -240,8 +252,8 @@ def maxmin_case(size: Size, device: torch.device) -> Case | None:
         "maxmin_select",
         lambda: maxmin_select(x, K, weight=weight, backend="triton"),
         lambda: maxmin_select(x, K, weight=weight, backend="torch"),
-        "bytes",
-        K * size.N * size.D * x.element_size(),
+        "flops",
+        *_greedy_floor(x, K),
         compiled=lambda backend: compiled.maxmin_select(x, weight, K, backend),
     )
 
@@ -256,8 +268,8 @@ def dpp_case(size: Size, device: torch.device) -> Case | None:
         "dpp_select",
         lambda: dpp_select(x, relevance, K, backend="triton"),
         lambda: dpp_select(x, relevance, K, backend="torch"),
-        "bytes",
-        K * size.N * size.D * x.element_size() + 4 * size.N * K * K // 2,
+        "flops",
+        *_greedy_floor(x, K, columns=K * K // 2),
         compiled=lambda backend: compiled.dpp_select(x, relevance, K, backend),
     )
 

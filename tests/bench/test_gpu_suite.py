@@ -12,6 +12,7 @@ import torch
 from benchmarks import gpu_suite
 from benchmarks.gpu import shapes
 from benchmarks.gpu.budgets import IMPORTANT, by_importance, fitting, published
+from benchmarks.gpu.cases import SIZES, dpp_case, maxmin_case
 from benchmarks.gpu.forwards import Bench
 from benchmarks.gpu.kernel_tests import _finishes, count
 from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
@@ -355,6 +356,15 @@ def test_a_dry_run_writes_every_part_and_a_second_measures_nothing(
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert gpu_suite.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == written
+
+
+def test_a_greedy_selection_need_not_read_more_than_one_product_and_its_rows() -> None:
+    size, meta = SIZES["llava_next"], torch.device("meta")
+    cases = [make(size, meta) for make in (maxmin_case, dpp_case)]
+    tokens, row, product = 2 * 2880 * 4096, 4 * 2880, 2 * 2880**2 * 4096
+    assert [case.flops for case in cases if case] == [product, product]
+    rows, columns = 320, 320**2 // 2
+    assert [case.bytes - tokens for case in cases if case] == [row * rows, row * (rows + columns)]
 
 
 def check_shapes(parts: dict[str, Any]) -> None:

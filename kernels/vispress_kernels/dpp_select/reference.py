@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vispress_kernels._gram import Products, samples_together
 from vispress_kernels.assign_nearest.reference import unit_rows
+from vispress_kernels.products import Products, samples_together
 
 
 def dpp_start(x: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

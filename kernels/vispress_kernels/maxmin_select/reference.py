@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from vispress_kernels._gram import Products, fits, samples_together
 from vispress_kernels.assign_nearest.reference import assign_nearest_reference, unit_rows
+from vispress_kernels.products import Products, fits, samples_together
 
 
 def zero_distance(dtype: torch.dtype) -> float:

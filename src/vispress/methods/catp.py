@@ -30,6 +30,7 @@ from vispress.methods.base import Compressor, Evidence, check_layer, top_indices
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels.assign_nearest.reference import first_equal
+from vispress_kernels.products import gram
 
 PUBLISHED_LAYER = 6
 
@@ -64,7 +65,7 @@ def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tenso
     fit = weight * ((tokens * unit(text)[:, None]).sum(dim=2) + 1) / 2
     # [b, x, y]: similarity of x to y or to the closest taken token, whichever is higher. A product
     # may round equal tokens differently: later ones cover nothing, and wait until the first is in
-    reach = (tokens @ tokens.mT).add_(1).div_(2).mul_(first[:, None]).clamp_(min=0)
+    reach = gram(tokens).add_(1).div_(2).mul_(first[:, None]).clamp_(min=0)
     best, apart = torch.zeros_like(reach[..., :1]), torch.empty_like(reach)
     order = torch.empty(len(x), num_keep, dtype=torch.int64, device=x.device)
     gains = reach.new_empty(len(x), num_keep)

@@ -5,9 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.methods._parts.scoring.cosines import largest_cosine
+from vispress_kernels.products import MOST_HELD, gram
 
-MOST_HELD = 1 << 24
-"""Cosines of one list that are held: those of 4,096 tokens. Longer lists compute each round's."""
 ON_HOST, ON_DEVICE = 1 << 16, MOST_HELD
 """Cosines of the lists that are worked on together, where these are several."""
 
@@ -41,7 +40,7 @@ def _remove_duplicates(ranked: Tensor, x: Tensor, num_keep: int, step: int) -> T
     """Work on places in `ranked`; a round is a few calls, which is its cost on a device."""
     length = ranked.shape[1]
     own = x.gather(1, ranked[..., None].expand(-1, -1, x.shape[2]))
-    held = _bounded(own @ -own.mT) if length**2 <= MOST_HELD else None
+    held = _bounded(gram(own).neg_()) if length**2 <= MOST_HELD else None
     left = torch.arange(length, device=x.device).expand(len(x), -1)
     while length > num_keep:
         even, odd = left[:, 0::2], left[:, 1::2]

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.methods._parts.scoring.cosines import unit
+from vispress_kernels.products import Products
 
 ROUNDS = 10
 
@@ -41,12 +42,12 @@ def _starts(tokens: Tensor, count: int, seed: int) -> Tensor:
     drawn = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     n = tokens.shape[1]
     first = min(n - 1, int(drawn[0] * n))
+    products = Products(tokens, count)
     picks = [torch.full_like(tokens[:, :1, 0], first, dtype=torch.int64)]
     zero = torch.zeros_like(tokens[..., 0])
     distance = torch.full_like(zero, float("inf"))
     for part in drawn[1:]:
-        near = (tokens * take(tokens, picks[-1])).sum(dim=2)
-        distance = torch.clamp(1 - near, zero, distance)
+        distance = torch.clamp(1 - products.row(picks[-1][:, 0]), zero, distance)
         mass = distance.square().cumsum(dim=1)
         up_to_last = mass[:, :-1].contiguous()  # what is behind them falls to the last token
         picks.append(torch.searchsorted(up_to_last, mass[:, -1:] * part, right=True))

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from vispress.bench.timing.memory import peak_bytes
-from vispress_kernels import _gram
-from vispress_kernels._gram import Products, gram, samples_together
+from vispress_kernels import products as held_products
 from vispress_kernels.dpp_select import dpp_select
 from vispress_kernels.maxmin_select import maxmin_select
+from vispress_kernels.products import Products, gram, samples_together
 
 OPS = {
     "isolated": lambda x, weight: maxmin_select(x, 40, backend="torch"),
@@ -47,10 +47,10 @@ def test_without_room_for_all_products_the_same_is_chosen(randn, monkeypatch, op
     x, weight = randn(3, 60, 8), randn(3, 120).abs()
     x = torch.cat([x, x], dim=1)
     held = OPS[op](x, weight)
-    monkeypatch.setattr(_gram, "MOST_HELD", 120**2)  # of one sample
+    monkeypatch.setattr(held_products, "MOST_HELD", 120**2)  # of one sample
     assert samples_together(x) == 1
     assert torch.equal(OPS[op](x, weight), held)
-    monkeypatch.setattr(_gram, "MOST_HELD", 0)
+    monkeypatch.setattr(held_products, "MOST_HELD", 0)
     assert samples_together(x) == 3
     assert torch.equal(OPS[op](x, weight), held)
 
@@ -58,6 +58,6 @@ def test_without_room_for_all_products_the_same_is_chosen(randn, monkeypatch, op
 @pytest.mark.parametrize("op", OPS)
 def test_samples_that_are_held_apart_take_the_memory_of_one(randn, monkeypatch, op):
     x, weight = randn(6, 500, 8), randn(6, 500).abs()
-    monkeypatch.setattr(_gram, "MOST_HELD", 500**2)
+    monkeypatch.setattr(held_products, "MOST_HELD", 500**2)
     # a matrix, its twin with equal columns, what is computed of it
     assert peak_bytes(x.device, lambda: OPS[op](x, weight)) < 3 * 4 * 500**2
