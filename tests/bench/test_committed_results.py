@@ -6,13 +6,17 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from benchmarks import trained_table
 from tests.bench.stored import change
 
+from vispress import compress_model, compression_report
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.bench.page.results import read as read_page
 from vispress.bench.results.files import ResultsError
 from vispress.bench.results.merge_runs import merge_runs
 from vispress.bench.results.store import MANIFEST, read_results
 from vispress.bench.results.stored import cell_fault
+from vispress.distillation.scenes import training_prompts
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FOLDERS = sorted(path.parent.name for path in RESULTS.glob(f"*/{MANIFEST}"))
@@ -96,3 +100,25 @@ def test_every_folder_can_be_joined(unpacked, tmp_path, name):
     assert [cell["key"] for cell in cells] == keys
     # joined once, it can be joined again
     assert merge_runs([out, halves[0]], tmp_path / "again") == len(keys) - len(keys[1::2])
+
+
+TRAINED = sorted(path.parent for path in RESULTS.glob("trained/*/modules.safetensors"))
+
+
+@pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: folder.name)
+def test_trained_compressors_fit_the_reference_model(folder):
+    loaded = load_named_model("reference", "cpu", "fp32")
+    compress_model(loaded.model, config=folder)
+    loaded.answer(list(training_prompts(1)), 1)
+    assert not any("untrained" in note for note in compression_report(loaded.model).notes)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 1e6
+
+
+def test_tables_of_trained_compressors_are_the_scripts(tmp_path, capsys):
+    for name in ("relevance", "trained"):
+        extract(RESULTS / name / "runs.tar.xz", tmp_path)
+    beside = [str(tmp_path / f"run_{name}_llava") for name in ("others", "high", "ours")]
+    trained_table.main(["--run", str(tmp_path / "run_trained"), "--beside", *beside])
+    told = (RESULTS / "trained" / "README.md").read_text(encoding="utf-8")
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in told
