@@ -280,5 +280,5 @@ def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple
     remembering = Remembering(tuple(s.remembers for s in stages if s.remembers is not None))
     plan = Plan(adapter, methods, placements, request.backend, notes, shards, remembering)
     refuse_sharded_encoder(model, plan)
-    refuse_partitioned(adapter.base)
+    refuse_partitioned(adapter.base.parameters())
     return plan, stages

@@ -291,18 +291,20 @@ def test_a_plain_model_does_not_take_what_was_expected_of_a_dead_call() -> None:
 def test_an_interrupted_compress_model_attaches_nothing() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     plain = logits_of(model, inputs)
-    layer = model.model.language_model.layers[3]
+    language_model = model.model.language_model
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    layer.register_forward_pre_hook = stop
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            compress_model(model, "fastv", keep_ratio=0.5)
-    finally:
-        del layer.register_forward_pre_hook
+    for name in ("register_forward_pre_hook", "register_forward_hook"):
+        setattr(language_model, name, stop)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                compress_model(model, "fastv", keep_ratio=0.5)
+        finally:
+            delattr(language_model, name)
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(logits_of(model, inputs), plain)
     with compressed(model, "fastv", keep_ratio=0.5):
         assert not torch.equal(logits_of(model, inputs), plain)

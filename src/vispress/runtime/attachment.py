@@ -17,9 +17,11 @@ from vispress.runtime.encoder.capture import EncoderSink, watch_pixels
 from vispress.runtime.footprint import Footprint
 from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
+from vispress.runtime.forward.dynamic_decode import DynamicDecodeCall, decode_step
 from vispress.runtime.forward.expand import expand_step
 from vispress.runtime.forward.feed_forward import feed_layer
 from vispress.runtime.forward.gating import gate_layer
+from vispress.runtime.forward.layer_patch import patch_layer
 from vispress.runtime.forward.measuring import measure_layer
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.owner import check_replica, generates, owner_runs, refuses_batching
@@ -106,8 +108,7 @@ class Attachment:
         self._hook(language_model.register_forward_pre_hook(pre, with_kwargs=True))
         self._hook(language_model.register_forward_hook(post, with_kwargs=True))
         for number, layer in enumerate(adapter.decoder_layers):
-            starts = partial(self._layer_starts, number)
-            self._hook(layer.register_forward_pre_hook(starts, with_kwargs=True))
+            self._undo.append(patch_layer(layer, number, partial(self._enter_layer, number)))
         if hasattr(language_model, "_deepstack_process"):
             self._wrap(language_model, "_deepstack_process", add_deepstack)
 
@@ -222,7 +223,7 @@ class Attachment:
         check_replica(module, self.plan.adapter.base)
         if torch.compiler.is_compiling():
             return
-        refuse_partitioned(self.plan.adapter.language_model.norm)
+        refuse_partitioned(self.plan.adapter.language_model.norm._parameters.values())
         refuse_replaced(module, self.owner)
 
     def _owner_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -245,7 +246,12 @@ class Attachment:
     # --- hooks of the language model
 
     def _language_model_starts(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not args:
+        embeds = kwargs.get("inputs_embeds")
+        if not args and embeds is not None and embeds.shape[1] == 1:
+            if not torch.compiler.is_compiling():  # which can read no context
+                more = decode_step(self.plan, current_call(self.plan), module, kwargs)
+                if more is not None:
+                    return args, kwargs | more
             step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
             if step is not None:
                 return args, kwargs | {RUNNING: step}
@@ -260,6 +266,8 @@ class Attachment:
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         running = kwargs.get(RUNNING)
+        if isinstance(running, DynamicDecodeCall):
+            return None
         if isinstance(running, StaticDecodeCall):
             return expand_step(running.cache, output)
         if not isinstance(running, Running) or running.hooks is not self._footprint:
@@ -271,10 +279,7 @@ class Attachment:
         running.state.release()
         return output
 
-    def _layer_starts(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if RUNNING not in kwargs:
-            return None
-        kwargs = dict(kwargs)
+    def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         running: Running | StaticDecodeCall = kwargs[RUNNING]
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(running, StaticDecodeCall):
@@ -282,7 +287,7 @@ class Attachment:
         else:
             hidden, kwargs = prefill.enter_layer(running, number, module, hidden, kwargs)
         if number not in self._footprint.watched:  # its attention would hand the keyword on
-            del kwargs[RUNNING]
+            kwargs = {name: value for name, value in kwargs.items() if name != RUNNING}
         return (hidden, *args[1:]), kwargs
 
     def _layer_ends(self, number: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

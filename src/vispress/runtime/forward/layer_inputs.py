@@ -76,7 +76,7 @@ class LayerInputs:
         held = self.state.cache_layer(layer)
         if not rows.whole or isinstance(held, CompressedLayerMixin):
             slots = self._joined(self._before(layer, hidden.device), rows)
-            buffer = slots.positions.shape[1]
+            buffer = slots.size
             mask = self._mask(layer, rows, slots, buffer - rows.size, buffer, kwargs, hidden)
             rotary = self._position_embeddings(layer, rows, kwargs, hidden)
         return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}

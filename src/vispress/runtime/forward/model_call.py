@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
@@ -45,8 +45,9 @@ class ModelCall:
     @property
     def rows(self) -> int:
         """Rows of the batch; 0 where nothing says."""
-        given = (self.arguments.get(name) for name in ("input_ids", "inputs_embeds"))
-        return next((len(tensor) for tensor in given if tensor is not None), 0)
+        shown = self.arguments.get("input_ids")
+        shown = self.arguments.get("inputs_embeds") if shown is None else shown
+        return 0 if shown is None else int(shown.shape[0])
 
     def fetch(self) -> None:
         """Copy what is read here to the host, before the encoder is launched: no wait for work."""
@@ -91,9 +92,10 @@ MODEL_CALLS: ContextVar[tuple[ModelCall, ...]] = ContextVar("vispress_calls", de
 
 def brings_images(kwargs: Mapping[str, Any]) -> bool:
     """Whether a base model is called with something to look at."""
-    names = ("pixel_values", "pixel_values_videos")
+    if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
+        return True
     encoded = kwargs.get("mm_encoder_outputs") or {}  # `generate` hands on an empty one, too
-    return any(given is not None for given in (*map(kwargs.get, names), *encoded.values()))
+    return any(given is not None for given in encoded.values())
 
 
 def remember(plan: Plan, capture: EncoderCapture) -> None:
@@ -138,6 +140,8 @@ def by_name(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of a call by name, those of its `**kwargs` among them (defaults left out)."""
+    if len(args) == 1 and isinstance(args[0], nn.Module):  # by keywords alone, as in every step
+        return {"self": args[0], **kwargs}
     # a bound method would keep its model alive in the cache
     plain = isinstance(function, FunctionType)
     signature = _signature(function) if plain else inspect.signature(function)

@@ -222,6 +222,12 @@ def begins_turn(base: nn.Module, length: int, *, fresh: bool) -> bool:
     return begins
 
 
+def amid_turn(base: nn.Module) -> bool:
+    """Tell whether a single token behind others would go on with a turn, not begin one."""
+    generating = GENERATING.get()
+    return generating is None or generating.base is not base or generating.begun
+
+
 def prompt_ends(
     base: nn.Module, given: Tensor | None, rows: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

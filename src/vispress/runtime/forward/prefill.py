@@ -25,6 +25,7 @@ from vispress.runtime.kv_cache.cache_layers import (
     holds_padding,
     is_compressed,
     kv_bytes,
+    refuse_shown_padding,
 )
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
 from vispress.runtime.modules import held, untrained
@@ -159,12 +160,8 @@ def _make_state(
         valid = None
         if past == 0 or bool(read.all()):  # type: ignore[union-attr]
             mask_2d = None
-    if past and mask_2d is None and holds_padding(cache):
-        raise ConfigError(
-            "the KV cache was filled under an attention_mask with padding, which is not stored and "
-            "cannot be shown later, as this call does (by ones, or without a mask); give the mask "
-            "of the whole conversation"
-        )
+    if past and mask_2d is None:
+        refuse_shown_padding(holds_padding(cache))
     counts = (Q,) * B if valid is None else tuple(valid.sum(1).tolist())
     mask_2d, chunk = None if mask_2d is None else mask_2d.bool(), None
     if valid is not None:

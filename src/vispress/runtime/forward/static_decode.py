@@ -39,9 +39,9 @@ class StaticDecodeCall:
     def of(
         cls, plan: Plan, stages: Sequence[RuntimeStage], kwargs: Mapping[str, Any]
     ) -> "StaticDecodeCall | None":
-        """Recognise a single token on a static cache that was compressed; None for other calls."""
-        cache, embeds = cache_of(kwargs), kwargs.get("inputs_embeds")
-        if cache is None or embeds is None or embeds.shape[1] != 1:
+        """Recognise a call of one token on a static cache that was compressed; None for others."""
+        cache = cache_of(kwargs)
+        if cache is None:
             return None
         layers = getattr(cache, "layers", ())
         if not all(isinstance(layer, StaticLayer) and layer.is_initialized for layer in layers):

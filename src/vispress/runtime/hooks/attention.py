@@ -100,7 +100,8 @@ class ConfigView:
 
     @property
     def _attn_implementation(self) -> str:
-        return _register(self._vispress_config._attn_implementation or "eager")
+        name = self._vispress_config._attn_implementation or "eager"
+        return _REGISTERED[name] if name in _REGISTERED else _register(name)
 
 
 def watch(module: nn.Module) -> Callable[[], None]:
@@ -119,6 +120,10 @@ def implementation_of(module: nn.Module) -> str:
     return getattr(config, "_attn_implementation", None) or "eager"
 
 
+_REGISTERED: dict[str, str] = {}
+"""Watching twins of implementations: every layer asks, at every step."""
+
+
 def _register(implementation: str) -> str:
     """Make sure the watching twin of an implementation exists; returns its name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -128,6 +133,7 @@ def _register(implementation: str) -> str:
     name = _PREFIX + implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(name, partial(_watched_attention, implementation))
+    _REGISTERED[implementation] = name
     return name
 
 
@@ -142,16 +148,20 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    with full_precision():
-        if (running := kwargs.pop(OBSERVER, None)) is not None:
+    running = kwargs.pop(OBSERVER, None)
+    if running is not None:
+        with full_precision():
             attention_mask = running.attend(
                 module, query, key, value, attention_mask, implementation, kwargs
             )
-        else:
-            if (sink := current_sink()) is not None:
-                sink.observe(module, query, key, attention_mask, kwargs)
-            if (merge := current_merge()) is not None:
-                attention_mask = merge.attend(key, attention_mask, implementation)
+    elif not torch.compiler.is_compiling():  # reading a context would break a graph
+        sink, merge = _SINK.get(), _MERGE.get()
+        if sink is not None or merge is not None:
+            with full_precision():
+                if sink is not None:
+                    sink.observe(module, query, key, attention_mask, kwargs)
+                if merge is not None:
+                    attention_mask = merge.attend(key, attention_mask, implementation)
     if implementation == "eager":  # not in the registry: each modeling file has its own
         run = sys.modules[_defining_module(module)].eager_attention_forward
     else:

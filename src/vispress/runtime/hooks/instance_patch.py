@@ -77,7 +77,7 @@ def patch_instance(
     original = Original(module, name, module.__dict__.get(name))
     patch = InstancePatch(wrapper, original, keyword)
     module.__dict__[name] = patch
-    return partial(_restore, patch)
+    return partial(restore, patch)
 
 
 def _is_patched(module: nn.Module, name: str) -> bool:
@@ -117,9 +117,10 @@ def undo_all(hooks: list[Callable[[], None]]) -> None:
         hooks.pop()
 
 
-def _restore(patch: InstancePatch) -> None:
+def restore(patch: InstancePatch) -> None:
+    """Take a patch off; whoever wrapped it since reaches the original through it."""
     module, name = patch.original.module, patch.original.name
-    patch.wrapper = None  # whoever wrapped it since keeps calling it, and reaches the original
+    patch.wrapper = None
     if module.__dict__.get(name) is not patch:
         return
     if patch.original.previous is None:

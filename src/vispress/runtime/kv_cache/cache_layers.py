@@ -13,7 +13,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from vispress.errors import CompressionStateError, UnsupportedModelError
+from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
 from vispress.methods.base import Compressor
 from vispress.runtime.kv_cache.dynamic import (
     CompressedDynamicLayer,
@@ -93,6 +93,20 @@ def holds_padding(cache: Cache | None) -> bool:
     )
 
 
+def refuse_shown_padding(padded: bool) -> None:
+    """Refuse a call whose mask shows all tokens, if some were hidden when the cache was filled.
+
+    Raises:
+        ConfigError: Says which mask is right.
+    """
+    if padded:
+        raise ConfigError(
+            "the KV cache was filled under an attention_mask with padding, which is not stored and "
+            "cannot be shown later, as this call does (by ones, or without a mask); give the mask "
+            "of the whole conversation"
+        )
+
+
 def expect_nothing(cache: Cache | None) -> None:
     """Take back what layers of a cache expect of a call that was interrupted."""
     for layer in [] if cache is None else getattr(cache, "layers", ()):
@@ -145,7 +159,11 @@ def check_cache(cache: Cache, windows: Sequence[int | None]) -> None:
 
 
 def _check_whole(cache: Cache, num_layers: int) -> None:
-    """Refuse a growing cache that a forward has filled in part: its layers disagree from there."""
+    """Refuse a growing cache that a forward has filled in part: its layers disagree from there.
+
+    Raises:
+        CompressionStateError: Names both lengths.
+    """
     layers = cache.layers
     if not layers or isinstance(layers[0], StaticLayer):  # whose lengths would wait for the device
         return

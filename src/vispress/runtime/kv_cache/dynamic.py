@@ -43,8 +43,13 @@ class CompressedDynamicLayer(CompressedLayerMixin, ForgettingLayer):
             self._take_pending()  # says what is wrong
         else:
             self.slots, self.pending = self.pending, None
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys, values
+        if self.keys is None or self.values is None or not self.is_initialized:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        # each step of each layer comes here: not one call more than the plain layer's
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
 
     def reset(self) -> None:
         """Forget all tokens; the layer stays usable with a compressed model."""

@@ -110,7 +110,7 @@ def staying_slots(slots: Slots, gone: Tensor, drops: Sequence[int]) -> tuple[Ten
         gone: As in `evict_slots`.
         drops: As in `evict_slots`.
     """
-    S, valid = slots.positions.shape[1], slots.valid
+    S, valid = slots.size, slots.valid
     stays = ~gone if valid is None else ~gone & valid[:, None].to(gone.device)
     counts = [S - drop for drop in drops]
     if valid is not None:

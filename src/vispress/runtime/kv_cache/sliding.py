@@ -37,7 +37,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         new = cls(sliding_window=layer.sliding_window)
         new.__dict__.update(layer.__dict__)
         new.slots, new.pending = slots, None
-        count = slots.positions.shape[1]
+        count = slots.size
         if new.keys is not None and new.values is not None:  # more, if it records its past
             start = new.keys.shape[2] - count
             new.keys, new.values = new.keys[:, :, start:], new.values[:, :, start:]

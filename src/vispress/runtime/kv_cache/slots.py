@@ -1,7 +1,7 @@
 """What the physical slots of a short cache layer hold, and what all short layers share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -9,9 +9,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from vispress.errors import CompressionStateError
 from vispress.methods.cached_selector import Selection
+from vispress.runtime.kv_cache.pair_memory import PairMemory
+
+_AHEAD = 64
+"""Decode steps that places are made for at once."""
 
 
-@dataclass
 class Slots:
     """What the physical slots of one cache layer hold; shared by layers with the same rows.
 
@@ -25,20 +28,59 @@ class Slots:
             shown; not known any more once rows were selected.
     """
 
-    positions: Tensor
-    valid: Tensor | None
-    shift: Tensor | None
-    logical: int
-    padded: bool = False
-    _selected: list[tuple[Tensor, "Slots"]] = field(default_factory=list)
-    _later: dict[int, "Slots"] = field(default_factory=dict)
-    _newest: list[int] | None = None
+    def __init__(
+        self,
+        positions: Tensor,
+        valid: Tensor | None,
+        shift: Tensor | None,
+        logical: int,
+        padded: bool = False,
+    ) -> None:
+        self.shift, self.logical, self.padded = shift, logical, padded
+        self.size, self.all_valid = positions.shape[1], valid is None
+        # places of later tokens may stand behind them, and those of the last ones may not be made
+        self._positions, self._valid = positions, valid
+        self._selected: list[tuple[Tensor, Slots]] = []
+        self._later: dict[int, Slots] = {}
+        self._newest: list[int] | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """`[B, P]` int64, logical position of each slot."""
+        if self._positions.shape[1] < self.size:
+            self._make_places()
+        held = self._positions
+        return held if held.shape[1] == self.size else held[:, : self.size]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """`[B, P]` bool, slots that hold real tokens; None for all."""
+        if self._valid is not None and self._valid.shape[1] < self.size:
+            self._make_places()
+        held = self._valid
+        return held if held is None or held.shape[1] == self.size else held[:, : self.size]
+
+    def _make_places(self) -> None:
+        """Make the places of tokens that came since, and of some that will: seldom."""
+        first = self.logical - (self.size - self._positions.shape[1])
+        later = torch.arange(first, self.logical + _AHEAD, device=self._positions.device)
+        later = later.expand(len(self._positions), -1)
+        self._positions = torch.cat([self._positions, later], dim=1)
+        if self._valid is not None:
+            true = torch.ones_like(later, dtype=torch.bool)
+            self._valid = torch.cat([self._valid, true], dim=1)
+
+    def with_step(self) -> "Slots":
+        """These slots, and behind them one more token of each sample, which is no padding."""
+        later = Slots(self._positions, self._valid, self.shift, self.logical + 1, self.padded)
+        later.size = self.size + 1
+        return later
 
     def newest(self) -> list[int]:
         """For each slot, the latest position that a sample has there, or -1: waits, but once."""
         if self._newest is None:
-            held = self.positions
-            held = held if self.valid is None else held.masked_fill(~self.valid, -1)
+            held, valid = self.positions, self.valid
+            held = held if valid is None else held.masked_fill(~valid, -1)
             self._newest = held.amax(dim=0).tolist()
         return self._newest
 
@@ -56,7 +98,7 @@ class Slots:
         if before is None:
             return self
         positions, valid, shift = self.positions, self.valid, self.shift
-        if before.positions.shape[1]:
+        if before.size:
             old = before.valid
             if old is not None or valid is not None:
                 old = torch.ones_like(before.positions, dtype=torch.bool) if old is None else old
@@ -71,29 +113,17 @@ class Slots:
     def select(self, index: Tensor) -> "Slots":
         """Rows of the batch by index; one object for layers that share this one."""
         if not self._selected or self._selected[0][0] is not index:
-            rows = index.to(self.positions.device)
-            valid, shift = (None if x is None else x[rows] for x in (self.valid, self.shift))
-            self._selected[:] = [(index, Slots(self.positions[rows], valid, shift, self.logical))]
+            rows = index.to(self._positions.device)
+            valid, shift = (None if x is None else x[rows] for x in (self._valid, self.shift))
+            new = Slots(self._positions[rows], valid, shift, self.logical)
+            new.size = self.size
+            self._selected[:] = [(index, new)]
         return self._selected[0][1]
 
     def repeat(self, repeats: int) -> "Slots":
         """Each row of the batch `repeats` times."""
-        rows = torch.arange(self.positions.shape[0], device=self.positions.device)
+        rows = torch.arange(len(self._positions), device=self._positions.device)
         return self.select(rows.repeat_interleave(repeats))
-
-
-def _joined(
-    before: tuple[Tensor, Tensor | None], here: tuple[Tensor, Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Slots and which are valid (None: all), `[B, P]` and `[B, Q]`, one behind the other."""
-    slots = torch.cat([before[0], here[0]], dim=1)
-    if before[1] is None and here[1] is None:
-        return slots, None
-    marks = [
-        torch.ones_like(places, dtype=torch.bool) if valid is None else valid
-        for places, valid in (before, here)
-    ]
-    return slots, torch.cat(marks, dim=1)
 
 
 def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:
@@ -106,79 +136,6 @@ def each(selection: Selection, change: Callable[[Tensor], Tensor]) -> Selection:
 def rows_of(selection: Selection, index: Tensor) -> Selection:
     """Rows of the batch by index."""
     return each(selection, lambda tensor: tensor[index])
-
-
-@dataclass(frozen=True, eq=False)
-class PairSlots:
-    """Slots of text rows and of visual tokens; one object for layers that hold the same.
-
-    Args:
-        text: `[B, T]` int64.
-        text_valid: `[B, T]` bool, False on padding; None for no padding.
-        image: `[B, N]` int64.
-        image_valid: `[B, N]` bool, likewise.
-    """
-
-    text: Tensor
-    text_valid: Tensor | None
-    image: Tensor
-    image_valid: Tensor | None
-    _selected: list[tuple[Tensor, "PairSlots"]] = field(default_factory=list)
-
-    def behind(self, before: "PairSlots | None", offset: int) -> "PairSlots":
-        """These places in a chunk, whose first row is slot `offset`, and what stood before."""
-        text, image = (
-            (self.text + offset, self.image + offset) if offset else (self.text, self.image)
-        )
-        if before is None:
-            return PairSlots(text, self.text_valid, image, self.image_valid)
-        return PairSlots(
-            *_joined((before.text, before.text_valid), (text, self.text_valid)),
-            *_joined((before.image, before.image_valid), (image, self.image_valid)),
-        )
-
-    def select(self, index: Tensor) -> "PairSlots":
-        """Rows of the batch by index; one object for layers that share this one."""
-        if not self._selected or self._selected[0][0] is not index:
-            rows = index.to(self.text.device)
-            texts, images = (
-                None if x is None else x[rows] for x in (self.text_valid, self.image_valid)
-            )
-            new = PairSlots(self.text[rows], texts, self.image[rows], images)
-            self._selected[:] = [(index, new)]
-        return self._selected[0][1]
-
-
-@dataclass(frozen=True, eq=False)
-class PairMemory:
-    """How the text rows of a cache layer attended to its visual tokens, before any mask of pairs.
-
-    Args:
-        slots: Where both stand.
-        attention: `[B, T, N]` in at least fp32, mean over heads; 0 on padding.
-    """
-
-    slots: PairSlots
-    attention: Tensor
-
-    def select(self, index: Tensor) -> "PairMemory":
-        """Rows of the batch by index."""
-        return PairMemory(self.slots.select(index), self.attention[index.to(self.attention.device)])
-
-    def crop(self, slots: int) -> "PairMemory":
-        """Without what is stored behind the first `slots`."""
-        held = self.slots
-        text, image = held.text < slots, held.image < slots
-        text = text if held.text_valid is None else text & held.text_valid
-        image = image if held.image_valid is None else image & held.image_valid
-        rows, columns = text.any(0), image.any(0)
-        seen = self.attention * text[:, :, None] * image[:, None]
-        # padding may stand anywhere, but not on slots that are gone
-        left = PairSlots(
-            (held.text * text)[:, rows], text[:, rows],
-            (held.image * image)[:, columns], image[:, columns],
-        )  # fmt: skip
-        return PairMemory(left, seen[:, rows][:, :, columns])
 
 
 class CompressedLayerMixin(CacheLayerMixin):
@@ -210,7 +167,7 @@ class CompressedLayerMixin(CacheLayerMixin):
     @property
     def physical(self) -> int:
         """Slots in use."""
-        return self.slots.positions.shape[1]
+        return self.slots.size
 
     def expect(self, slots: Slots) -> None:
         """Say what the layer holds once the coming chunk is stored."""
@@ -243,7 +200,7 @@ class CompressedLayerMixin(CacheLayerMixin):
 
     def buffer(self, slots: Slots, new_rows: int) -> int:
         """Length of the key tensor that `update` will return once `slots` are stored."""
-        return slots.positions.shape[1]
+        return slots.size
 
     def _take_pending(self) -> Slots:
         if self.pending is None:

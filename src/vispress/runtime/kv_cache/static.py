@@ -150,7 +150,7 @@ class CompressedStaticLayer(CompressedLayerMixin, StaticLayer):
                 torch._dynamo.mark_static_address(tensor)
 
     def _write(self, slots: Slots) -> None:
-        used = slots.positions.shape[1]
+        used = slots.size
         self.slot_positions[:, :used] = slots.positions
         self.slot_valid.zero_()
         self.slot_valid[:, :used] = True if slots.valid is None else slots.valid

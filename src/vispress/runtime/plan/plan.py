@@ -58,6 +58,11 @@ class Plan:
         config = adapter.language_model.config
         self.windows = tuple(window_of(config, kind) for kind in self.layer_types)
         """Positions that each decoder layer sees; None for all."""
+        self.uniform = len({*self.layer_types}) == 1 and not any(self.windows)
+        """Whether all decoder layers have the same attention, without a window."""
+        rotary = getattr(adapter.language_model.rotary_emb, "rope_type", None)
+        self.fixed_rotary = rotary in ("default", "linear", "llama3", "yarn")
+        """Whether rotary tables of a position do not depend on how many there are."""
         self._rotary_by_type = has_rotary_by_type(adapter.language_model)
         at: dict[int, tuple[BoundPlacement, ...]] = {}
         for bound in placements:

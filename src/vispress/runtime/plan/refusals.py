@@ -1,6 +1,7 @@
 """Refuse, when a model is compressed, what can be known then not to work."""
 
 import sys
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -9,18 +10,19 @@ from vispress.runtime.hooks.head_shards import find_shards
 from vispress.runtime.plan.plan import Plan
 
 
-def refuse_partitioned(module: nn.Module) -> None:
+def refuse_partitioned(weights: Iterable[object]) -> None:
     """Refuse weights that DeepSpeed's ZeRO-3 has partitioned: they are empty where they are read.
 
     Raises:
         UnsupportedModelError: Says what would work.
     """
-    if any(hasattr(weight, "ds_id") for weight in module.parameters()):
-        raise UnsupportedModelError(
-            "DeepSpeed ZeRO-3 has partitioned the model's weights, and brings them together for "
-            "calls of whole modules only, where compression also runs parts of them; use ZeRO-2, "
-            "FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel"
-        )
+    for weight in weights:
+        if hasattr(weight, "ds_id"):
+            raise UnsupportedModelError(
+                "DeepSpeed ZeRO-3 has partitioned the model's weights, and brings them together "
+                "for calls of whole modules only, where compression also runs parts of them; use "
+                "ZeRO-2, FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel"
+            )
 
 
 _WRAPPERS = {

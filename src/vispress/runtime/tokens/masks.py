@@ -93,14 +93,14 @@ def make_mask(
     """
     if kind == "flash":
         return slots.valid
-    plain = slots.valid is None and buffer == slots.positions.shape[1]
+    plain = slots.valid is None and buffer == slots.size
     if kind == "sdpa" and plain and (rows.size == 1 or offset == 0):
         return None
     allow = slots.positions.unsqueeze(1) <= (rows.index + past).unsqueeze(2)
     if slots.valid is not None:
         allow = allow & slots.valid.unsqueeze(1)
-    if buffer > slots.positions.shape[1]:  # a static buffer is longer than what is used
-        allow = torch.nn.functional.pad(allow, (0, buffer - slots.positions.shape[1]))
+    if buffer > slots.size:  # a static buffer is longer than what is used
+        allow = torch.nn.functional.pad(allow, (0, buffer - slots.size))
     if slots.valid is not None:
         allow = torch.where(_queries(slots, rows, offset), allow, _own(rows, offset, buffer))
     return as_kind(allow, kind, hidden.dtype)

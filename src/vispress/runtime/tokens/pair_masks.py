@@ -17,7 +17,8 @@ from vispress.devices import sent
 from vispress.methods.pair_masker import PairMasker
 from vispress.runtime.hooks.attention import Softmax, attention_rows
 from vispress.runtime.hooks.head_shards import HeadShards
-from vispress.runtime.kv_cache.slots import CompressedLayerMixin, PairMemory, PairSlots
+from vispress.runtime.kv_cache.pair_memory import PairMemory, PairSlots
+from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.tokens.live_tokens import LiveTokens
 from vispress.runtime.tokens.masks import BLOCKED
 

@@ -1,0 +1,91 @@
+"""A decode step on a growing cache costs what the untouched model's does, within a few calls.
+
+Counted at the depth of a 7B model, where a call a layer is what makes a step slow; most of a step
+at batch 1 is the host's.
+"""
+
+import cProfile
+import pstats
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.test_calls import Calls
+from tests.tiny import Image, Sample, Text, build, make_inputs
+from transformers.cache_utils import DynamicCache
+
+from vispress import compressed
+from vispress.runtime.kv_cache.hf_compat import CACHE
+
+DEPTH = 32
+METHODS: dict[str, dict[str, Any]] = {
+    "divprune": {"keep_ratio": 0.5},  # closes the gaps in position ids
+    "visionzip": {"keep_ratio": 0.5},
+    "fastv": {"keep_ratio": 0.5},
+    "pyramiddrop": {},
+    "sparsevlm": {"keep_ratio": 0.5},
+    "random": {"keep_ratio": 0.5},
+}
+PYTHON, OPERATIONS = 0.05, 2
+"""What a step may cost more: a share of the untouched step's Python calls, and operations."""
+
+
+@cache
+def deep() -> Any:
+    """A LLaVA of 32 decoder layers."""
+    return build("llava", layers=DEPTH, dtype=torch.float32)
+
+
+def steps(model: Any, pad: int) -> Iterator[Callable[[], Any]]:
+    """Decode steps behind one prefill, each a call to make."""
+    samples = [Sample([Text(5), Image(4, 4), Text(7 + pad)])]
+    samples += [Sample([Text(5), Image(4, 4), Text(7)])] if pad else []
+    inputs = make_inputs("llava", samples, dtype=torch.float32, padding="left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    held = DynamicCache(config=model.config.text_config)
+    model(**inputs, **{CACHE: held}, logits_to_keep=1)
+    while True:
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        told = {"attention_mask": mask, "position_ids": mask.cumsum(1)[:, -1:] - 1}
+        step = {"input_ids": ids[:, -1:], CACHE: held, "logits_to_keep": 1, **told}
+        yield lambda step=step: model(**step)  # type: ignore[misc]
+
+
+def python_calls(run: Callable[[], Any]) -> int:
+    """Calls of functions, built-in ones included."""
+    profile = cProfile.Profile()
+    profile.enable()
+    run()
+    profile.disable()
+    return sum(entry[0] for entry in pstats.Stats(profile).stats.values())  # type: ignore[attr-defined]
+
+
+def cost(pad: int) -> tuple[int, int]:
+    """Operations and Python calls of a step, once places for it are made."""
+    with torch.inference_mode():
+        series = steps(deep(), pad)
+        next(series)()
+        with Calls() as seen:
+            next(series)()
+        return seen.count, python_calls(next(series))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_costs_what_an_untouched_one_does(method: str) -> None:
+    operations, python = cost(0)
+    with compressed(deep(), method, **METHODS[method]):
+        more, slower = cost(0)
+    assert more - operations <= OPERATIONS
+    assert slower - python <= PYTHON * python
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "pyramiddrop"])
+def test_a_step_of_a_padded_batch_cuts_a_mask_for_each_group(method: str) -> None:
+    operations, python = cost(2)
+    with compressed(deep(), method, **METHODS[method]):
+        more, slower = cost(2)
+        groups = 3 if method == "pyramiddrop" else 1
+    assert more - operations <= 2 * groups + OPERATIONS
+    assert slower - python <= 1.2 * PYTHON * python
