@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.methods.helpers import make_tokens, only
 
+from vispress.bench.timing.memory import peak_bytes
 from vispress.context import Context
 from vispress.errors import BudgetError, ConfigError
 from vispress.methods import CATP
@@ -54,12 +55,40 @@ def test_gains_add_up_to_the_objective_and_meet_its_bound():
         assert reached >= (1 - 1 / torch.e) * best
 
 
-def test_images_that_are_worked_on_apart_get_what_they_get_together(monkeypatch):
+# cosines of one image held at a time, or of none
+@pytest.mark.parametrize("most", [400, 0])
+def test_images_that_are_worked_on_apart_get_what_they_get_together(monkeypatch, most):
     g = torch.Generator().manual_seed(3)
     x, text = torch.randn(4, 20, 6, generator=g), torch.randn(4, 6, generator=g)
-    together = cover(x, text, 0.7, 9)[0]
-    monkeypatch.setattr("vispress.methods.catp.MOST_PRODUCTS", 1)
-    assert torch.equal(cover(x, text, 0.7, 9)[0], together)
+    together, gained = cover(x, text, 0.7, 9)
+    monkeypatch.setattr("vispress_kernels.products.MOST_HELD", most)
+    order, gains = cover(x, text, 0.7, 9)
+    assert torch.equal(order, together)
+    torch.testing.assert_close(gains, gained)
+
+
+@pytest.mark.parametrize("num_keep", [1, 60, 150])
+@pytest.mark.parametrize("weight", [0.0, 0.7, 30.0])
+@pytest.mark.parametrize("most", [1 << 24, 0])
+def test_bounds_of_before_choose_as_all_gains_do(monkeypatch, num_keep, weight, most):
+    g = torch.Generator().manual_seed(7)
+    x, text = torch.randn(1, 100, 12, generator=g), torch.randn(1, 12, generator=g)
+    x = torch.cat([x, x[:, :50]], dim=1)  # with copies
+    order, gains = cover(x, text, weight, num_keep)
+    monkeypatch.setattr("vispress_kernels.products.MOST_HELD", most)
+    monkeypatch.setattr("vispress.methods.catp.FEW", 0)
+    monkeypatch.setattr("vispress.methods.catp.AT_A_TIME", 7)
+    own, gained = cover(x, text, weight, num_keep)
+    torch.testing.assert_close(gained, gains, rtol=1e-5, atol=1e-4)
+    assert torch.equal(own[:, :100], order[:, :100])  # then nothing is gained but by rounding
+    assert own[0].unique().numel() == num_keep
+
+
+def test_bounds_take_memory_of_the_tokens(monkeypatch):
+    g = torch.Generator().manual_seed(7)
+    x, text = torch.randn(1, 2000, 4, generator=g), torch.randn(1, 4, generator=g)
+    monkeypatch.setattr("vispress_kernels.products.MOST_HELD", 0)
+    assert peak_bytes(x.device, lambda: cover(x, text, 0.7, 3)) < 4 * 2000 * (64 + 40)
 
 
 def test_equal_tokens_tie_wherever_they_stand():
@@ -68,7 +97,9 @@ def test_equal_tokens_tie_wherever_they_stand():
     assert order.sort().values.tolist() == [list(range(5))]
 
 
-def test_a_nan_is_in_all_gains_of_its_image_and_in_no_other():
+@pytest.mark.parametrize("few", [1024, 0])
+def test_a_nan_is_in_all_gains_of_its_image_and_in_no_other(monkeypatch, few):
+    monkeypatch.setattr("vispress.methods.catp.FEW", few)
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(6))
     x[:, 2] = x[:, 0]  # equal tokens wait for the first, and count as NaN no less
     x[0, 4, 0] = float("nan")

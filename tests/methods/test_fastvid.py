@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.methods.helpers import make_tokens, only
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress.methods import FastVID
 from vispress.methods._parts.video.scenes import dynamic_scenes
@@ -98,6 +99,20 @@ def test_salient_tokens_keep_their_values_and_centres_hold_the_scene():
         w = max(1 / (len(own) + 1), 0.6)
         new = w * flat[place] + (1 - w) * own.mean(dim=0)
         torch.testing.assert_close(values.flatten(0, 1)[place], new)
+
+
+def test_values_are_put_in_once_however_many_anchors_there_are():
+    copies = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies.extend([func] * (func is torch.ops.aten.index_copy.default))
+            return func(*args, **(kwargs or {}))
+
+    x, scenes = torch.randn(40, 4, 3), [(i, i + 1) for i in range(40)]
+    with Count():
+        FastVID(context=1.0).fold(x, torch.rand(40, 4), scenes, 80)
+    assert len(copies) == 1
 
 
 def test_videos_of_a_bucket_are_cut_on_their_own():

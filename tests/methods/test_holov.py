@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.methods.helpers import anyres, make_tokens, only
 
+from vispress.bench.timing.memory import peak_bytes
 from vispress.errors import ConfigError
 from vispress.methods import HoloV
 from vispress.methods._parts.scoring import cosines
@@ -22,6 +23,15 @@ def test_golden_vector():
     # paper: gamma = mean a / mean variance = .02 / .20833
     paper = holistic_score(A, X, "paper", 0.09)
     torch.testing.assert_close(paper, A + 0.096 * variance, rtol=0, atol=1e-6)
+
+
+def test_a_long_run_is_compared_in_blocks(monkeypatch):
+    x = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
+    whole = cosine_variance(x)
+    monkeypatch.setattr("vispress.methods.holov.MOST_PAIRS", 7 * 50)
+    torch.testing.assert_close(cosine_variance(x), whole)
+    x = torch.randn(1, 3000, 4, generator=torch.Generator().manual_seed(0))
+    assert peak_bytes(x.device, lambda: cosine_variance(x)) < 4 * 3000 * 100
 
 
 def test_worked_example_of_quotas():

@@ -34,6 +34,18 @@ def test_a_kept_token_gains_the_weighted_sum_of_its_nearest():
     torch.testing.assert_close(rest[0], torch.tensor([0, 0.7]))
 
 
+def test_many_kept_tokens_are_compared_in_blocks(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    a, keys, x = (torch.randn(2, 60, *shape, generator=g) for shape in ((), (5,), (4,)))
+    order = torch.stack([torch.randperm(60, generator=g)[:23] for _ in range(2)])
+    kept, rest = add_neighbours(order, a, keys, x, 8)
+    monkeypatch.setattr("vispress.methods.prumerge.MOST_PAIRS", 7 * 60)
+    in_blocks, same_rest = add_neighbours(order, a, keys, x, 8)
+    torch.testing.assert_close(in_blocks, kept)
+    assert torch.equal(same_rest, rest)
+    assert add_neighbours(order[:, :0], a, keys, x, 8)[0].shape == (2, 0, 4)
+
+
 def test_each_image_decides_its_own_count():
     a = torch.ones(2, 20) / 40 + torch.arange(20) / 1e4
     a[0, [3, 8]], a[1, 5] = 0.5, 0.4

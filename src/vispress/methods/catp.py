@@ -12,6 +12,7 @@ Differs: each image has its own budget, where the paper ranks the tokens of all 
 together; hidden states are those that leave the layers named.
 Reconstructed: order and positions; the text of an image is what follows it; a prompt with one image
 takes the mean of the text behind it; other budgets keep the two halves equal.
+Coverage is of all pairs of an image's tokens, by definition: time grows with N^2 at least.
 """
 
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ from vispress.methods.base import Compressor, Evidence, check_layer, top_indices
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, TokenPlan, VisualTokens
 from vispress_kernels.assign_nearest.reference import first_equal
-from vispress_kernels.products import gram
+from vispress_kernels.products import fits, gram, samples_together
 
 PUBLISHED_LAYER = 6
 
-
-MOST_PRODUCTS = 1 << 24
-"""Cosines that exist at a time: those of one image, or of as many small ones."""
+AT_A_TIME = 64
+"""Tokens whose gains are computed together where not all are."""
+FEW = 1024
+"""Tokens of an image up to which a host computes all gains in each step."""
 
 
 def cover(
@@ -45,14 +47,22 @@ def cover(
     """Maximise `sum_x max_y sim(x, y) + weight * sum_y sim(y, text)` greedily, one token a step.
 
     The similarity is `(cos + 1) / 2`. Of equal gains the earlier token is taken. A gain changes
-    with every pick and for every token, so the cosines of an image are held while it is worked on.
+    with every pick and for every token, so the cosines of an image are held while it is worked on
+    (N^2, all of which each step looks at). Beyond 4,096 tokens, or as many as they are wide, memory
+    is O(N D): a gain never grows, so those of before are bounds, and only tokens that may still be
+    the best are looked at again. That waits for the device; without one it is the faster way beyond
+    some hundred tokens, too.
 
     Returns:
         The tokens in the order taken, and the gain of each.
     """
-    at_a_time = max(1, MOST_PRODUCTS // x.shape[1] ** 2)
+    N, D = x.shape[1:]
+    if not fits(N, D) or (N > FEW and not x.is_cuda):
+        at_a_time, choose = 1, _cover_by_bounds
+    else:
+        at_a_time, choose = samples_together(x), _cover
     found = [
-        _cover(own, one, weight, num_keep)
+        choose(own, one, weight, num_keep)
         for own, one in zip(torch.split(x, at_a_time), torch.split(text, at_a_time), strict=True)
     ]
     order, gains = zip(*found, strict=True)
@@ -77,6 +87,45 @@ def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tenso
         pick = order[:, k : k + 1, None].expand(-1, x.shape[1], -1)
         torch.maximum(reach, torch.gather(reach, 2, pick, out=best), out=reach)
     return order, gains
+
+
+def _cover_by_bounds(
+    x: Tensor, text: Tensor, weight: float, num_keep: int
+) -> tuple[Tensor, Tensor]:
+    """The same for one image, by gains of before as bounds."""
+    tokens, N = unit(x)[0], x.shape[1]
+    held = gram(tokens[None])[0] if fits(*tokens.shape) else None
+    place = torch.arange(N, device=x.device)
+    first = first_equal(tokens[None])[0] == place
+    fit = weight * ((tokens * unit(text)).sum(dim=1) + 1) / 2
+    best = torch.zeros_like(fit)  # similarity of each token to the closest taken one
+
+    def similar(some: Tensor) -> Tensor:
+        cosine = tokens[some] @ tokens.mT if held is None else held[some]
+        return cosine.add_(1).div_(2).mul_(first[some, None]).clamp_(min=0)
+
+    def gains_of(some: Tensor) -> Tensor:
+        return similar(some).sub_(best).clamp_(min=0).sum(dim=1) + fit[some]
+
+    gain = torch.cat([gains_of(some) for some in torch.split(place, AT_A_TIME)])
+    if bool(gain.isnan().any()):  # it is in all gains
+        return place[None, :num_keep], gain[None, :num_keep]
+    order: list[Tensor] = []
+    gains: list[Tensor] = []
+    none = float("-inf")
+    while len(order) < num_keep:
+        bound, fresh = gain.clone(), torch.full_like(gain, none)
+        while float(top := bound.max()) > none and float(top) >= float(fresh.max()):
+            some = bound.topk(min(AT_A_TIME, N)).indices
+            some = some[bound[some] > none]
+            fresh[some] = gain[some] = gains_of(some)
+            bound[some] = none
+        pick = fresh.argmax()  # of equals the first
+        order.append(pick)
+        gains.append(fresh[pick])
+        best = torch.maximum(best, similar(pick[None])[0])
+        gain[pick] = none
+    return torch.stack(order)[None], torch.stack(gains)[None]
 
 
 @final

@@ -10,6 +10,7 @@ Differs: the code takes r from CLIP's two towers and negates it; checkpoints in 
 text tower, hence `relevance="llm"`: cosine to the question's input embeddings, not negated (a
 reconstruction; `negate` gives the code's sign). `relevance="none"` is the unconditional DPP. Picks
 beyond the kernel's rank go by relevance (the code gets NaN and repeats picks).
+Time grows with K N (the width and K): each pick is compared with all tokens.
 """
 
 from dataclasses import dataclass

@@ -156,13 +156,14 @@ class FastVID(Compressor):
         standing = top_indices(attention, salient)
         rest = top_indices(torch.zeros_like(attention).scatter(1, standing, -1.0), size - salient)
         first = size * torch.arange(number, device=x.device)[:, None]
-        kept, values = [(standing + first).flatten()], x.flatten(0, 1)
+        kept, values, flat = [(standing + first).flatten()], [], x.flatten(0, 1)
         for start, end in scenes:
             left = sum(shares[start:end]) - salient * (end - start)
             own = (rest + first)[start:end]
             for frame, share in anchor_frames(end - start, left, own.shape[1], self.anchor_step):
-                peaks = own[frame, centres(x.flatten(0, 1)[own[frame]], share)]
-                merged = fold_into(x.flatten(0, 1), peaks, own.flatten(), self.alpha, backend)
+                peaks = own[frame, centres(flat[own[frame]], share)]
                 kept.append(peaks)
-                values = values.index_copy(0, peaks, merged)
-        return values.view_as(x), torch.cat(kept)
+                values.append(fold_into(flat, peaks, own.flatten(), self.alpha, backend))
+        if values:
+            flat = flat.index_copy(0, torch.cat(kept[1:]), torch.cat(values))
+        return flat.view_as(x), torch.cat(kept)

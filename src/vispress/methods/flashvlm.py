@@ -11,6 +11,7 @@ Differs: scales are those of one image; `gating=True` weighs words by the length
 embeddings, as meant (in the code's LLaVA file the weight is always 1). Crops and frames have shares
 in proportion (the released AnyRes path does not run); newlines are kept within the budget.
 `scores="column_mean"` for encoders without [CLS] follows the code's Qwen port.
+Removal of duplicates takes time of N^3 for a share of the tokens, as in VisPruner.
 """
 
 from dataclasses import dataclass

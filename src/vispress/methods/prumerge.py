@@ -11,6 +11,7 @@ Differs: a budget (ours) has top tokens alone, or half of them and half at equal
 order, the extra token at the last free place; no outliers, small images and B > 1 work; newlines
 stay. The training branch with fixed shares is not offered.
 `scores="column_mean"` is a reconstruction.
+Each kept token is compared with all others: time grows with K N.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from torch import Tensor
 from vispress.checks import check_choice, check_flag, check_integer
 from vispress.methods._parts.clustering.owners import ragged
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, split
-from vispress.methods._parts.scoring.cosines import unit
+from vispress.methods._parts.scoring.cosines import MOST_PAIRS, unit
 from vispress.methods._parts.scoring.encoder_attention import Scores, attention_signals
 from vispress.methods.base import Compressor, Evidence, descending, upcast
 from vispress.registry import register_method
@@ -47,11 +48,14 @@ def add_neighbours(
 ) -> tuple[Float[Tensor, "b k d"], Float[Tensor, "b d"]]:
     """Add what is near to the kept tokens, in their order, and sum up all others."""
     rows = torch.arange(len(x), device=x.device)[:, None]
-    similar = (unit(keys)[rows, order] @ unit(keys).mT).scatter(2, order[..., None], float("-inf"))
-    near = similar.topk(min(neighbours, x.shape[1] - 1), dim=2).indices
-    weighted = a.to(x)[..., None] * x
+    keys, weighted = unit(keys), a.to(x)[..., None] * x
+    parts = []
+    for own in torch.split(order, max(1, MOST_PAIRS // x.shape[1]), dim=1):
+        similar = (keys[rows, own] @ keys.mT).scatter(2, own[..., None], float("-inf"))
+        near = similar.topk(min(neighbours, x.shape[1] - 1), dim=2).indices
+        parts.append(weighted[rows[..., None], near].sum(dim=2))
     left = torch.ones_like(a, dtype=torch.bool).scatter(1, order, False)
-    kept = x[rows, order] + weighted[rows[..., None], near].sum(dim=2)
+    kept = x[rows, order] + (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
     return kept, (weighted * left[..., None]).sum(dim=1)
 
 

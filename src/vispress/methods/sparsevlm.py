@@ -9,6 +9,7 @@ embeddings); after layers 2, 6 and 15 their attention ranks the tokens; of the d
 Differs: a stage's budget holds its clusters (192: 309, 204, 113); a cluster stands at its centre
 (the code appends it); index order in place of noise; words are those behind the image, and without
 any the earlier tokens stay. Schedules other than the published ones are ours.
+Clusters compare all pairs of the recycled tokens, by definition: time grows with N^2.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,8 @@ Differs: any count works (the code crashes when the rest is odd, or when less th
 survives): a round drops at most the even places; cosines within rounding of 1 are equal. AnyRes
 crops that were unpadded have shares in proportion, newlines are kept within the budget.
 `scores="column_mean"` for encoders without [CLS] is a reconstruction.
+Each of (N - K) / `step` rounds compares half of a list with the other half, by definition:
+time grows with N^3 for a share, cosines are held up to 4,096 tokens.
 """
 
 from dataclasses import dataclass

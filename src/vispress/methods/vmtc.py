@@ -10,6 +10,7 @@ and frames are compressed on their own, newlines stay.
 Reconstructed: all numbers (144 primary tokens and 72 clusters of 576, ten rounds from seeded
 k-means++), and the place of a cluster: that of its member nearest to their mean raster position.
 `scores="column_mean"` is for encoders without [CLS].
+Each round compares all tokens with all clusters: time grows with N^2 for a share of the tokens.
 """
 
 from dataclasses import dataclass
