@@ -74,7 +74,7 @@ def _works(cls: type[Compressor], families: Sequence[Family]) -> str | None:
         if len(fitting) < len(families):
             return f"with {cls.needs} input: {', '.join(family.name for family in fitting)}"
     if issubclass(cls, EncoderPooler):
-        return "where each patch is a token"
+        return "where the encoder sees whole rasters"
     if not cls.reads & CLS_SIGNALS or all(family.has_cls for family in families):
         return "all"
     if any(field.name == "scores" for field in fields(cls)):

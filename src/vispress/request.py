@@ -161,5 +161,5 @@ def _working(adapter: ModelAdapter) -> list[str]:
         if (cls := get_method(name)).reads <= adapter.signals()
         and (cls.needs is None or cls.needs in adapter.kinds)
         and (not issubclass(cls, EncoderMerger) or adapter.encoder_blocks())
-        and (not issubclass(cls, EncoderPooler) or adapter.encoder_grid({}))
+        and (not issubclass(cls, EncoderPooler) or adapter.encoder_grids("image", {}) is not None)
     ]

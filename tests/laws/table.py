@@ -84,11 +84,11 @@ def pools(family: str, method: str) -> bool:
     """Whether the encoder's grid can be halved as often as the method does in its case."""
     pooler = make_compressor(method, **SETTINGS.get(method, {})).encoder_pooler()
     adapter = find_adapter(model_of(family))
-    grid = adapter.encoder_grid({})
-    if pooler is None or grid is None:
+    grids = adapter.encoder_grids("image", {})
+    if pooler is None or grids is None:
         return False
     times = len(pooler.pooled_behind(len(adapter.encoder_blocks())))
-    return not any(side % 2**times for side in grid)
+    return not any(side % 2**times for grid in grids for side in grid)
 
 
 def on_videos() -> list[tuple[str, str]]:

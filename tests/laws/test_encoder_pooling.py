@@ -6,13 +6,15 @@ import pytest
 import torch
 from tests.laws.cases import FAMILIES, fits, inputs_of, logits_of, make, model_of
 from tests.laws.slow_pvc import SlowPVC
+from tests.laws.slow_pvc_joined import SlowJoined, at
+from tests.laws.test_law10_training import checkpointing, loss_of, training
 from tests.laws.test_law17_parameters import compressed_anew
-from tests.tiny import Image, Sample, Text, build, make_inputs
+from tests.tiny import Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor
 
 from vispress import compress_model, compressed, compression_report, remove_compression
 from vispress.adapters.base import find_adapter
-from vispress.errors import ConfigError, UnsupportedMethodError
+from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
 from vispress.methods import PVC, DivPrune, FasterVLM, FastV, ToMe
 from vispress.runtime.modules import MODULES
 
@@ -90,6 +92,55 @@ def test_gradients_are_those_of_the_encoder_written_out(
         assert bool(found[name].abs().max() > 1e-3) != name.endswith("logits.bias"), name
 
 
+JOINED = [("internvl", (2,)), ("internvl", (1, 3)), ("qwen2_vl", (3,)), ("qwen3_vl", (2,))]
+# deepest layer 3 is behind both taps of DeepStack
+JOINED += [("qwen2_vl", (1, 4)), ("qwen3_vl", (1, 2))]
+TILES = (Sample([Text(4), Image(4, 8), Text(3)]), Sample([Text(2), Image(8, 4), Image(4, 4)]))
+
+
+@pytest.mark.parametrize(("family", "after"), JOINED)
+def test_where_four_patches_make_a_token_they_are_a_window(
+    family: str, after: tuple[int, ...]
+) -> None:
+    """Features, DeepStack's too, and gradients; four windows make a token again."""
+    model, of_plain, _ = case(family, after)
+    slow = SlowJoined(family, of_plain.model, of_plain.pools, after)
+    inputs = make_inputs(family, TILES, padding="left")
+    pixels = inputs["pixel_values"].requires_grad_()
+    names = ("pixel_values", "image_grid_thw")
+    output = model.model.get_image_features(**{n: inputs[n] for n in names if n in inputs})
+    frames = slow.frames(inputs)
+    grids = find_adapter(model).picture_grids("image", inputs) or [(1, 4, 4)] * len(frames)
+    places = [slow.kept(h, w) for _, h, w in grids]
+    found, expected = at(output.pooler_output, places), [x for x, _ in frames]
+    for number, deep in enumerate(getattr(output, "deepstack_features", None) or ()):
+        sizes = [h * w for _, h, w in grids]
+        found += at(deep.split(sizes) if isinstance(deep, Tensor) else deep, places)
+        expected += [taps[number] for _, taps in frames]
+    assert len(found) == len(frames) * (3 if family == "qwen3_vl" else 1)
+    own = dict(model.get_submodule(f"model.{MODULES}.0").named_parameters())
+    theirs, ours = dict(slow.model.named_parameters()), dict(model.named_parameters())
+    of_slow = {"pixels": pixels} | own | theirs
+    of_model = {"pixels": pixels} | own | {name: ours[name] for name in theirs}
+    tolerance = EXACT if family == "internvl" else 1e-7  # rotations are fp32
+    gradients = assert_same_gradients(found, expected, of_model, of_slow, tolerance)
+    assert all(gradients[n].any() for n in ("pixels", *own) if not n.endswith("logits.bias"))
+
+
+def test_videos_are_pooled_frame_by_frame() -> None:
+    model, inputs = (
+        model_of("qwen2_vl"),
+        make_inputs("qwen2_vl", [Sample([Text(3), Video(2, 4, 6)])]),
+    )
+    with compressed(model, make("qwen2_vl", "pvc")) as report:
+        logits_of(model, inputs)
+        (video,) = report.samples[0].images
+    frame = [0, 2, 4, 12, 14, 16]
+    assert list(video.kept) == [*frame, *(24 + place for place in frame)]
+    assert video.encoder is not None
+    assert (video.encoder.num_tokens, video.encoder.num_left) == (48, 12)
+
+
 def assert_same_gradients(
     found: list[Tensor],
     expected: list[Tensor],
@@ -147,6 +198,32 @@ def test_any_attention_of_the_encoder_will_do(attn: str) -> None:
     assert (found - expected)[inputs["attention_mask"].bool()].abs().max() < CLOSE
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_pool_are_not_checkpointed_and_checkpointed_again_afterwards(
+    reentrant: bool,
+) -> None:
+    model, inputs = build("llava"), inputs_of("llava")
+    layer, flags = find_adapter(model).encoder_blocks()[0].layer, []
+    hook = layer.register_forward_pre_hook(lambda own, _: flags.append(own.gradient_checkpointing))
+    with training(model), checkpointing(model, reentrant=reentrant):
+        with compressed(model, make("llava", "pvc")):
+            loss_of(model, inputs).backward()
+        loss_of(model, inputs).backward()
+    hook.remove()
+    # older transformers run hooks again with the layer in the backward pass
+    assert flags[:2] == [False, True]
+    assert all(flags[1:])
+
+
+def test_layers_whose_hooks_do_not_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vispress.runtime.stages.pool.current_merge", lambda: None)
+    with (
+        compressed(model_of("llava"), make("llava", "pvc")),
+        pytest.raises(CompressionStateError, match=r"compiled.*leave pvc out"),
+    ):
+        logits_of(model_of("llava"), inputs_of("llava"))
+
+
 def test_a_chain_behind_it_sees_one_token_a_window() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     chain = [make("llava", "pvc"), DivPrune(num_tokens=5), FastV(num_tokens=2, layer=2)]
@@ -163,39 +240,35 @@ def test_a_chain_behind_it_sees_one_token_a_window() -> None:
 # --- what is refused
 
 
+FITTING = ["llava", "llava_next", "internvl", "qwen2_vl", "qwen3_vl"]
 REFUSED = {
-    "llava_onevision": "joins patches into tokens, or resizes",
-    "qwen2_vl": "qwen2_vl joins patches into tokens",
-    "qwen2_5_vl": "qwen2_5_vl joins patches into tokens",
-    "qwen3_vl": "qwen3_vl joins patches into tokens",
-    "internvl": "internvl joins patches into tokens",
+    "llava_onevision": "what it gives is resized",
+    "qwen2_5_vl": "encoder of qwen2_5_vl attends in windows",
 }
 
 
 @pytest.mark.refusal
 @pytest.mark.parametrize("family", REFUSED)
-def test_families_whose_patches_are_no_tokens_are_refused(family: str) -> None:
+def test_encoders_without_whole_rasters_are_refused(family: str) -> None:
     model = model_of(family)
     with pytest.raises(UnsupportedMethodError, match=REFUSED[family]) as told:
         compress_model(model, PVC(after=(1,)))
-    assert "(llava, llava_next)" in str(told.value)
+    assert f"({', '.join(FITTING)})" in str(told.value)
     assert not any(MODULES in name for name, _ in model.named_modules())
-    other = "evs" if family == "internvl" else "fastervlm"
     with pytest.raises(UnsupportedMethodError, match="Methods that work") as told:
-        compress_model(model, other, keep_ratio=0.5)
+        compress_model(model, "fastervlm", keep_ratio=0.5)
     assert "tome" in str(told.value)
     assert "pvc" not in str(told.value)
 
 
 def test_laws_meet_the_families_that_are_left() -> None:
-    assert [f for f in FAMILIES if fits(f, "pvc")] == ["llava", "llava_next"]
-    assert {*REFUSED, "llava", "llava_next"} == set(FAMILIES)
+    assert {f for f in FAMILIES if fits(f, "pvc")} == set(FITTING) == {*FAMILIES} - {*REFUSED}
 
 
 @pytest.mark.refusal
 def test_a_grid_that_cannot_be_halved_is_refused_when_compressed() -> None:
     model = model_of("llava")
-    match = "2 x 2 patches 2 times, so rows and columns must be multiples of 4; .* 6 x 6 patches"
+    match = "2 x 2 patches 2 times, so rows and columns of tokens must be multiples of 4; 6 x 6"
     with pytest.raises(UnsupportedMethodError, match=match):
         compress_model(model, PVC(after=(1, 2)))
     with pytest.raises(ConfigError, match=r"after=\(4,\) .* the 3 of the vision encoder"):
@@ -208,7 +281,7 @@ def test_a_picture_that_cannot_be_halved_is_refused_and_leaves_nothing_behind() 
     model = build("llava")
     compress_model(model, PVC(after=(1,)))
     pixels = torch.randn(1, 3, 24, 20, dtype=torch.float64)
-    with pytest.raises(UnsupportedMethodError, match="6 x 5 patches"):
+    with pytest.raises(UnsupportedMethodError, match="6 x 5 of this llava model"):
         model.model.get_image_features(pixels, interpolate_pos_encoding=True)
     found = model.model.get_image_features(
         torch.cat([pixels, pixels], dim=3)[..., :32], interpolate_pos_encoding=True
@@ -220,6 +293,16 @@ def test_a_picture_that_cannot_be_halved_is_refused_and_leaves_nothing_behind() 
     assert logits_of(model, inputs_of("llava")).equal(
         logits_of(model_of("llava"), inputs_of("llava"))
     )
+
+
+@pytest.mark.refusal
+def test_a_picture_of_odd_rows_among_others_is_refused_by_its_size() -> None:
+    model, samples = model_of("qwen2_vl"), [Sample([Text(2), Image(4, 4), Text(1), Image(4, 5)])]
+    with (
+        compressed(model, make("qwen2_vl", "pvc")),
+        pytest.raises(UnsupportedMethodError, match="of 2; 4 x 5 of this qwen2_vl model are not"),
+    ):
+        logits_of(model, make_inputs("qwen2_vl", samples))
 
 
 @pytest.mark.refusal

@@ -60,6 +60,17 @@ class InternVLAdapter(TowerAdapter):
         shuffled: Tensor = self.base.pixel_shuffle(raster, self.base.config.downsample_ratio)
         return shuffled.flatten()
 
+    def encoder_grids(
+        self, modality: Modality, call: Mapping[str, Any]
+    ) -> Sequence[tuple[int, int]] | None:
+        """The raster of a tile's tokens."""
+        if self.patches_per_token() != 4:
+            return None
+        vision = self.base.config.vision_config
+        sides = zip(vision.image_size, vision.patch_size, strict=True)
+        rows, columns = self._patches(call) if call else (size // patch for size, patch in sides)
+        return [(rows // 2, columns // 2)]
+
     def sequences(
         self, modality: Modality, call: Mapping[str, Any], length: int
     ) -> Sequence[Sequence[int]]:

@@ -31,9 +31,11 @@ class LlavaAdapter(TowerAdapter):
         """One an image."""
         return [[length]] * len(call["pixel_values"])
 
-    def encoder_grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
+    def encoder_grids(
+        self, modality: Modality, call: Mapping[str, Any]
+    ) -> Sequence[tuple[int, int]]:
         """The raster of pixels of any size."""
-        return self._grid(call["pixel_values"]) if call else (self._side, self._side)
+        return [self._grid(call["pixel_values"]) if call else (self._side, self._side)]
 
     def layouts(
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]

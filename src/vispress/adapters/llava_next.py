@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from vispress.adapters.anyres import AnyResAdapter
-from vispress.adapters.base import register_adapter
+from vispress.adapters.base import Modality, register_adapter
 
 
 @register_adapter("LlavaNextModel")
@@ -15,9 +15,11 @@ class LlavaNextAdapter(AnyResAdapter):
 
     family = "llava_next"
 
-    def encoder_grid(self, call: Mapping[str, Any]) -> tuple[int, int]:
+    def encoder_grids(
+        self, modality: Modality, call: Mapping[str, Any]
+    ) -> Sequence[tuple[int, int]]:
         """The raster of a crop."""
-        return self._side, self._side
+        return [(self._side, self._side)]
 
     def _crops(self, call: Mapping[str, Any]) -> list[int]:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches

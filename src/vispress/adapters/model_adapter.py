@@ -88,13 +88,13 @@ class ModelAdapter(ABC):
         """
         return ()
 
-    def encoder_grid(self, call: Mapping[str, Any]) -> tuple[int, int] | None:
-        """Count rows and columns of each encoder sequence's patches, which stand in raster order.
-
-        None where windows of patches cannot be pooled: they stand otherwise, sequences differ, or
-        a token is made of several patches.
+    def encoder_grids(
+        self, modality: Modality, call: Mapping[str, Any]
+    ) -> Sequence[tuple[int, int]] | None:
+        """Count rows and columns of tokens of each sequence (one, unless `packed`); None: no grid.
 
         Args:
+            modality: Image or video.
             call: Arguments of `get_<modality>_features` by name; empty for the config's size.
         """
         return None

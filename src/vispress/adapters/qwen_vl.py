@@ -72,6 +72,15 @@ class Qwen2VLAdapter(ModelAdapter):
         grids = _grid(modality, call).tolist()
         return [[h * w // self._merge**2] * t for t, h, w in grids]
 
+    def encoder_grids(
+        self, modality: Modality, call: Mapping[str, Any]
+    ) -> Sequence[tuple[int, int]] | None:
+        """One a frame; every size is taken."""
+        if self._merge != 2:
+            return None
+        grids = _grid(modality, call).tolist() if call else ()
+        return [(h // 2, w // 2) for t, h, w in grids for _ in range(t)]
+
     @property
     def projector(self) -> nn.Module:
         """The merger."""
@@ -200,6 +209,12 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
             tokens = torch.as_tensor(bounds).cpu() // self._merge**2
             windows.append(tokens.diff().tolist())
         return windows
+
+    def encoder_grids(
+        self, modality: Modality, call: Mapping[str, Any]
+    ) -> Sequence[tuple[int, int]] | None:
+        """None: windows of attention would have to be laid anew."""
+        return None
 
     def _in_order(self, values: Tensor, grid: Tensor) -> Tensor:
         index, _ = self._windows(grid)

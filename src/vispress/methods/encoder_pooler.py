@@ -34,7 +34,7 @@ class EncoderPooler(ABC):
         """Make one patch of each window; differentiable, in at least fp32.
 
         Args:
-            windows: Of all sequences, row by row, and the patches of each row by row.
+            windows: Of all sequences; packed ones stand in one row.
             number: Which pooling it is, from 0.
             module: Calls what `Compressor.make_module` made, wherever it is by now.
         """

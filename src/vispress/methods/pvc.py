@@ -9,14 +9,16 @@ MLP([x_i ; mean x]) of two layers around a GELU: a sixteenth of the tokens reach
 the last layer make it begin as average pooling. Finer patches, the other half of the paper's
 method, are `vispress.patch_embedding.resize_patch_embed`.
 Differs: the last layer alone begins with zeros (the code's loader sets both to zero, which stops
-every gradient of the MLP). Encoders are those that models have, CLIP or SigLIP, in place of
-MoonViT: [CLS] is in no window, positions are in the patches since the first layer, and there are no
-rotations of a halved grid. Refused are models that join patches into tokens (Qwen-VL, InternVL) or
-resize behind the encoder (LLaVA-OneVision), and grids that cannot be halved. Behind the encoder
-every place has its window's value, and before the LLM one token a window is kept, at its first
-place: `compact` positions number the halved grid, as the paper has them. The projector still runs
-on all places. AnyRes crops are pooled one by one; where unpadding cuts a window, what is left of it
-stays, and of the newlines the first one of each row of windows.
+every gradient of the MLP). Encoders are those that models have, in place of MoonViT: rotations
+are those of the halved grid (Qwen2-VL, Qwen3-VL; the code keeps the first grid's), learned
+positions are in the patches since the first layer, and [CLS] is in no window. Where four patches
+make a token (Qwen-VL, InternVL) they are a window, and four windows make a token again. Refused are
+encoders that attend in windows (Qwen2.5-VL), models that resize behind the encoder
+(LLaVA-OneVision), and grids that cannot be halved. Behind the encoder every place has its window's
+value, and before the LLM one token a window is kept, at its first place: `compact` positions number
+the halved grid, as the paper has them, and M-RoPE keeps those of the whole one. The projector still
+runs on all places. AnyRes crops are pooled one by one; where unpadding cuts a window, what is left
+of it stays, and of the newlines the first one of each row of windows.
 Reconstructed: the layers of an encoder of another depth, at the same share of it.
 Untrained it is average pooling inside of the encoder, which the encoder never saw. The authors
 train encoder and projector first, then all, by the answer's loss alone (encoder 1e-5, all else 2e-4

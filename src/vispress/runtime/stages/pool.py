@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.errors import CompressionStateError, UnsupportedMethodError
-from vispress.runtime.encoder.pooling import EncoderPool, PoolingStep, check_grid
+from vispress.runtime.encoder.pooling import EncoderPool, PoolingStep, check_grids
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.attention import current_merge, merging
 from vispress.runtime.hooks.no_checkpointing import NoCheckpointing
@@ -45,7 +45,7 @@ def bind(binding: Binding) -> RuntimeStage | None:
             f"{adapter.family} model are of an unknown kind; CLIP's and SigLIP's can be pooled"
         )
     step = PoolingStep(found, pooler, pooler.pooled_behind(len(blocks)))
-    check_grid(step, adapter.family, adapter.encoder_grid({}))
+    check_grids(step, adapter.family, adapter.encoder_grids("image", {}))
     pooling = Pooling(adapter, step)
     return RuntimeStage(
         carries=CARRIES, open=pooling.open, order=1, install=pooling.install, encode=pooling.call
@@ -77,6 +77,8 @@ class Pooling:
             undo.append(block.layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
             # ahead of transformers' hooks that keep hidden states
             undo.append(block.layer.register_forward_hook(_layer_ran, prepend=True).remove)
+        for tap in self._adapter.encoder_taps():
+            undo.append(tap.register_forward_pre_hook(_tap_starts).remove)
         return undo
 
     @contextmanager
@@ -98,12 +100,16 @@ class Pooling:
             )
 
 
-def _layer_starts(number: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+def _layer_starts(number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
     pool = current_merge()
-    if pool is not None:
-        pool.enter(number, args, kwargs)
+    return None if pool is None else pool.enter(number, args, kwargs)
 
 
 def _layer_ran(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     pool = current_merge()
     return None if pool is None else pool.leave(output)
+
+
+def _tap_starts(module: nn.Module, args: Any) -> Any:
+    pool = current_merge()
+    return None if pool is None or pool.done else (pool.restore(args[0]), *args[1:])
