@@ -114,11 +114,23 @@ def test_trained_compressors_fit_the_reference_model(folder):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 1e6
 
 
+TUNED = {"pmod": "0.5", "gamma_mod": "0.5"}
+
+
 def test_tables_of_trained_compressors_are_the_scripts(tmp_path, capsys):
     for name in ("relevance", "trained"):
         extract(RESULTS / name / "runs.tar.xz", tmp_path)
-    beside = [str(tmp_path / f"run_{name}_llava") for name in ("others", "high", "ours")]
-    trained_table.main(["--run", str(tmp_path / "run_trained"), "--beside", *beside])
+    others, *beside = [str(tmp_path / f"run_{name}_llava") for name in ("others", "high", "ours")]
+    trained_table.main(["--run", str(tmp_path / "run_trained"), "--beside", others, *beside])
+    tuned = [
+        word
+        for name, ratio in TUNED.items()
+        for word in ("--tuned", str(RESULTS / "trained" / name), ratio)
+    ]
+    written = capsys.readouterr().out
+    trained_table.main([*tuned, "--beside", *beside])
+    written += f"\n{capsys.readouterr().out}"
     told = (RESULTS / "trained" / "README.md").read_text(encoding="utf-8")
-    for table in capsys.readouterr().out.strip().split("\n\n"):
-        assert table in told
+    tables = written.strip().split("\n\n")
+    assert len(tables) == 4
+    assert all(table in told for table in tables)
