@@ -31,16 +31,20 @@ GRIDS: dict[str, list[Rule]] = {
     "assign_nearest": _grid(BLOCK_N=(64, 128), BLOCK_M=(64, 128), num_warps=(4, 8)),
     "query_attention": _grid(BLOCK_N=(32, 64, 128), num_warps=(2, 4, 8)),
     "transition_scores": _grid(BLOCK_N=(1, 2), BLOCK_D=(512, 1024, 2048), num_warps=(1, 2, 4)),
-    "maxmin_select": _grid(BLOCK_N=(1, 2, 4), BLOCK_D=(1024, 2048, 4096), num_warps=(4, 8)),
+    "maxmin_select": _grid(num_warps=(2, 4, 8, 16)),
+    "dpp_select": _grid(BLOCK_N=(1, 2, 4), BLOCK_D=(1024, 2048, 4096), num_warps=(4, 8)),
     "gather_tokens": _grid(TILE=(512, 1024, 2048, 4096)),
 }
 """What is tried for each op; keys that are left out stay as the rule has them. What has most to
 gain comes first.
 """
-RULES = {"maxmin_select": ("_greedy", "whole_rule")}
+RULES = {
+    "maxmin_select": ("maxmin_select.kernel", "held_rule"),
+    "dpp_select": ("_greedy", "whole_rule"),
+}
 """Rules that are not the `launch_rule` of the op's own kernel."""
 LIKELY: dict[str, tuple[str, ...]] = dict.fromkeys(GRIDS, ("llava_next", "video"))
-LIKELY |= {"assign_nearest": ("llava_next",), "maxmin_select": ("llava_next",)}
+LIKELY |= dict.fromkeys(("assign_nearest", "maxmin_select", "dpp_select"), ("llava_next",))
 
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:

@@ -35,6 +35,11 @@ def fits(N: int, D: int) -> bool:
     return N <= D or N * N <= MOST_HELD
 
 
+def holds(N: int, D: int, reads: int) -> bool:
+    """Whether products of N tokens of width D are held where so many rows of them are read."""
+    return fits(N, D) and FEW * reads >= N
+
+
 def samples_together(x: Tensor) -> int:
     """How many samples of tokens `[B, N, D]` may hold their products at a time; at least 1."""
     B, N, D = x.shape
@@ -55,7 +60,7 @@ class Products:
         self._tokens, self._twin = tokens, first_equal(tokens)
         self._batch = torch.arange(B, device=tokens.device)
         self.held: Tensor | None = None
-        if fits(N, D) and (whole or FEW * reads >= N):
+        if holds(N, D, N if whole else reads):
             self.held = gram(tokens).gather(2, self._twin[:, None].expand(-1, N, -1))
 
     def row(self, pick: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def test_a_swept_rule_is_the_one_that_launches(monkeypatch: pytest.MonkeyPatch) 
             pass
     x = torch.zeros(1, 9, 300)
     monkeypatch.setattr(_greedy, "together", lambda *_: 3)
-    with replaced("maxmin_select", {"BLOCK_N": 2}):
+    with replaced("dpp_select", {"BLOCK_N": 2}):
         assert _greedy.arrange(x)[1:] == ({"BLOCK_N": 2, "BLOCK_D": 512, "num_warps": 8}, 3, 2)
     assert _greedy.arrange(x)[1]["BLOCK_N"] == 8
 

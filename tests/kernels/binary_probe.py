@@ -20,7 +20,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import vispress_kernels
-from vispress_kernels import _greedy
+from vispress_kernels import _greedy, _products
 
 PROMPTS = 100
 WIDTH, HEAD = 4096, 128
@@ -48,7 +48,7 @@ def main() -> None:
         for found in pkgutil.iter_modules(vispress_kernels.__path__)
         if found.ispkg
     ]
-    for module in (*modules, _greedy):
+    for module in (*modules, _greedy, _products):
         module.launch = note  # type: ignore[attr-defined]
     os.environ["TRITON_INTERPRET"] = "1"  # from here on: tensors on the CPU are taken
     drawn = random.Random(0)

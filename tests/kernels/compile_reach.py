@@ -10,6 +10,7 @@ from typing import Any
 from compile_variants import Variant, variants
 
 from vispress_kernels import _greedy as greedy
+from vispress_kernels import _products as products
 from vispress_kernels.assign_nearest import kernel as assign
 from vispress_kernels.column_attention import kernel as column
 from vispress_kernels.dct_lowpass import kernel as dct
@@ -60,6 +61,9 @@ def chosen() -> Iterator[Choice]:
         yield dct.dct_lowpass_kernel, size, dct.launch_rule(H, P, Q, size)
     for size, N, M in product((2, 4), range(1, 4000, 31), range(1, 4000, 31)):
         yield assign.assign_nearest_kernel, size, assign.launch_rule(N, M, size)
+        yield products.products_kernel, size, products.products_rule(N, M, size)
+    for N in range(1, maxmin.MOST + 1):
+        yield maxmin.maxmin_held_kernel, 0, maxmin.held_rule(N)
     for splits in (2, 1024):
         yield assign.best_split_kernel, 0, assign.split_rule(splits)
     for size in (2, 4):

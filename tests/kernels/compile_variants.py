@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from vispress_kernels import _greedy as greedy
+from vispress_kernels import _products as products
 from vispress_kernels.assign_nearest import kernel as assign
 from vispress_kernels.column_attention import kernel as column
 from vispress_kernels.dct_lowpass import kernel as dct
@@ -192,6 +193,28 @@ def _selections() -> list[Variant]:
         more = {"first_ptr": "*i64", "given_ptr": "*fp32", "count_ptr": "*i32"}
         kernels = maxmin.maxmin_kernel, dpp.dpp_kernel
         found += _greedy(*kernels, dtype, rule, more, default, weighted)
+    return found + _held()
+
+
+def _held() -> list[Variant]:
+    """All products, and selections that read a row of them a step."""
+    found = []
+    for dtype, even in product(DTYPES, FLAGS):
+        size = DTYPES[dtype]
+        rules = {tuple(products.products_rule(N, N, size).items()) for N in (1, 700, 1000, 4096)}
+        types = {"x_ptr": f"*{dtype}"} | _fp32("inv_ptr", "out_ptr")
+        for rule in sorted(rules):
+            default = dtype != "fp16" and even
+            constants = {"EVEN": even, **dict(rule)}
+            found.append(
+                Variant(products.products_kernel, types, constants, ("stride_d",), default)
+            )
+    types = _fp32("cosine_ptr", "weight_ptr") | {"first_ptr": "*i64", "order_ptr": "*i64"}
+    shared = {"ZERO": maxmin.ZERO, "LOWEST": maxmin.LOWEST}
+    for exponent, weighted in product(range(9, 13), FLAGS):
+        constants = shared | {"HAS_WEIGHT": weighted, **maxmin.held_rule(1 << exponent)}
+        default = exponent in (10, 12)
+        found.append(Variant(maxmin.maxmin_held_kernel, types, constants, (), default))
     return found
 
 

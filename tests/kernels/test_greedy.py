@@ -35,7 +35,18 @@ def agree(request, randn):
     return check
 
 
+@pytest.fixture
+def streamed(monkeypatch):
+    """As beyond 4,096 tokens: products are not held."""
+    monkeypatch.setattr("vispress_kernels.maxmin_select.kernel.MOST", 0)
+
+
+def test_held_products(agree):
+    agree()
+
+
 # interpreted programs run one after the other: there, one that meets nobody
+@pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("most", [1, 3] if torch.cuda.is_available() else [1])
 def test_programs_of_several_blocks(agree, monkeypatch, most):
     rule = {"BLOCK_N": 8, "BLOCK_D": 64, "num_warps": 4}
@@ -44,6 +55,7 @@ def test_programs_of_several_blocks(agree, monkeypatch, most):
     agree()
 
 
+@pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("blocks", [4, 1024])
 def test_a_launch_a_step_chooses_the_same(agree, monkeypatch, blocks):
     # as for more samples than fit on the device; four bests: more than 8 x 1024 tokens

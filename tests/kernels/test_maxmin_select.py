@@ -17,6 +17,18 @@ TOKENS = [
 SHAPES = [(1, 1, 1, 1), (2, 19, 4, 20), (1, 9, 9, 130), (1, 70, 3, 8), (0, 4, 2, 8), (2, 4, 0, 8)]
 
 
+@pytest.fixture(autouse=True, params=["held", "streamed"])
+def way(request, monkeypatch):
+    """Cosines of all tokens with each other held, or a row of them computed in each step."""
+    if request.param == "streamed":
+        monkeypatch.setattr("vispress_kernels.maxmin_select.kernel.MOST", 0)
+        for module in ("products", "maxmin_select.reference"):
+            monkeypatch.setattr(f"vispress_kernels.{module}.fits", lambda *_: False)
+    else:
+        monkeypatch.setattr("vispress_kernels.products.FEW", 1 << 20)
+    return request.param
+
+
 @pytest.mark.some(cases=15)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -25,7 +25,7 @@ pytestmark = [
 # what a method launches beside the gathers of the runtime
 OWN = {
     "cdpruner": {"dpp_kernel"},
-    "divprune": {"assign_nearest_kernel", "maxmin_kernel"},
+    "divprune": {"assign_nearest_kernel", "maxmin_held_kernel"},
     "fastervlm": {"logits_kernel"},
     "fastv": {"logits_kernel"},
     "fourier": {"dct_lowpass_kernel"},
@@ -34,7 +34,7 @@ OWN = {
     "transprune": {"logits_kernel", "transition_scores_kernel"},
     "visionzip": {"assign_nearest_kernel", "logits_kernel", "merge_tokens_kernel"},
     "vtc_cls": {"logits_kernel"},
-    "zoo_prune": {"maxmin_kernel", "perturbation_scores_kernel"},
+    "zoo_prune": {"maxmin_held_kernel", "perturbation_scores_kernel"},
 }
 
 

@@ -35,11 +35,11 @@ def maxmin_select(
 
     The next token has the largest `weight * min over chosen of (1 - cosine)`, where distances
     within 8 units of rounding are 0 (copies of chosen tokens). Ties go to the lowest index, equal
-    tokens tie, a NaN comes after all numbers, no token is chosen twice. Memory is O(N D): each step
-    computes the cosines with one token. The reference holds all of them (N^2) up to 4,096 tokens,
-    or as many as they are wide, unless few are read. Bound by memory or cache: each of K steps
-    reads the tokens once; the kernel takes one launch, or one a step, without a host sync. Not
-    differentiable.
+    tokens tie, a NaN comes after all numbers, no token is chosen twice. Up to 4,096 tokens, unless
+    few are chosen, their cosines are held: one product of all tokens (N^2 of them), and each of K
+    steps reads a row, in one program a sample. Beyond, memory is O(N D), and each step reads the
+    tokens once: bound by memory or cache, in one launch, or one a step. The reference holds cosines
+    also of as many tokens as they are wide. Without a host sync; not differentiable.
 
     Args:
         x: Tokens `[B, N, D]`, fp16, bf16, fp32 or fp64, any strides; distances are in fp32.

@@ -1,6 +1,8 @@
-"""`maxmin_select` in Triton: one launch, or one a step, without a host sync or a distance matrix.
+"""`maxmin_select` in Triton, without a host sync.
 
-Bound by memory or cache: each step reads the tokens once, in their own dtype.
+Up to 4,096 tokens: one product of all tokens, and a program a sample that reads a row of it a step.
+Beyond, or where few are chosen: one launch, or one a step, without a distance matrix; bound by
+memory or cache, as each step reads the tokens once, in their own dtype.
 """
 
 import torch
@@ -17,12 +19,16 @@ from vispress_kernels._greedy import (
     meet,
     read_best,
 )
-from vispress_kernels._launch import launch, next_power_of_2
+from vispress_kernels._launch import Rule, launch, next_power_of_2
+from vispress_kernels._products import products_triton
 from vispress_kernels.assign_nearest.reference import EPS, inverse_norms
 from vispress_kernels.maxmin_select.reference import zero_distance
+from vispress_kernels.products import holds
 
 ZERO = zero_distance(torch.float32)
 LOWEST = torch.finfo(torch.float32).min
+MOST = 4096
+"""Tokens whose state one program keeps in its registers."""
 
 
 @triton.jit
@@ -175,16 +181,69 @@ def maxmin_kernel(
         meet(count_ptr + i_b, (step + 2) * P)
 
 
+@triton.jit(do_not_specialize=["N", "K"])
+def maxmin_held_kernel(
+    cosine_ptr,  # [B, N, N] fp32
+    weight_ptr,  # [B, N] fp32, or unused
+    first_ptr,  # [B] int64
+    order_ptr,  # [B, K] int64
+    N,
+    K,
+    ZERO: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # at least N
+):
+    # one program takes all steps of a sample; a step reads one row, which is in the cache
+    i_b = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    cosine_ptr += i_b * N * N
+    # distance to the closest chosen token, -inf where chosen
+    nearest = tl.where(m_n, float("inf"), float("-inf"))
+    weight = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + i_b * N + o_n, mask=m_n, other=0.0)
+    pick = tl.load(first_ptr + i_b)
+    for step in range(K):
+        tl.store(order_ptr + i_b * K + step, pick)
+        distance = 1.0 - tl.load(cosine_ptr + pick * N + o_n, mask=m_n, other=0.0)
+        distance = tl.where(distance <= ZERO, 0.0, distance)
+        taken = (nearest == float("-inf")) | (o_n == pick)
+        # a NaN stays one: such tokens come after all others
+        known = (distance == distance) & (nearest == nearest)
+        nearest = tl.where(known, tl.minimum(nearest, distance), float("nan"))
+        nearest = tl.where(taken, float("-inf"), nearest)
+        score = tl.where(taken, 0.0, nearest) * weight
+        score = tl.where(score == score, score, LOWEST)
+        score = tl.where(taken, float("-inf"), score)
+        _, best = fold_best(score, o_n, float("-inf"), 0)
+        pick = best.to(tl.int64)
+
+
+def held_rule(N: int) -> Rule:
+    """All tokens in one block, at most eight a thread."""
+    block = max(512, next_power_of_2(N))
+    return {"BLOCK_N": block, "num_warps": max(4, min(16, block // 256))}
+
+
 def maxmin_select_triton(x: Tensor, num_keep: int, first: Tensor, weight: Tensor | None) -> Tensor:
     """Launch a kernel; arguments as in `maxmin_select_reference`."""
     B, N, D = x.shape
     order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
+    weight = None if weight is None else weight.float().contiguous()
+    if N <= MOST and holds(N, D, num_keep):
+        cosines, first = products_triton(x), first.contiguous()
+        launch(
+            maxmin_held_kernel, B, cosines, weight, first, order, N, num_keep,
+            ZERO=ZERO, LOWEST=LOWEST, HAS_WEIGHT=weight is not None, **held_rule(N), on=x,
+        )  # fmt: skip
+        return order
     whole, rule, P, tiles = arrange(x)
     value = torch.empty(2, B, P, dtype=torch.float32, device=x.device)
     index = torch.empty(2, B, P, dtype=torch.int32, device=x.device)
     nearest = torch.empty(B, N, dtype=torch.float32, device=x.device)
     inverse = torch.empty_like(nearest) if whole else inverse_norms(x)
-    weight = None if weight is None else weight.float().contiguous()
     tensors = (x, inverse, weight, nearest, value, index, order)
     sizes = (B, N, D, num_keep, P, tiles)
     constants = {"ZERO": ZERO, "LOWEST": LOWEST, "HAS_WEIGHT": weight is not None, **rule}
