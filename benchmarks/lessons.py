@@ -48,6 +48,7 @@ MINUTES = {
     "covipal attention-shares": Minute(EARLY, 300, 80, 15.0),
     "covipal answers": Minute(EARLY, 1700, 60, 6.0, behind="covipal attention", batch=24),
     "hicom answers": Minute({"num_tokens": 18}, 640, 80, 20.0),
+    "pvc answers": Minute({"after": (3, 4)}, 640, 160, 14.0),
     "relevance_dpp attention": Minute({"num_tokens": 8}, 1000, 150, 6.0),
     "sd_rpn regions": Minute({"layer": 1, "num_tokens": 16}, 160, 60, 12.0),
     "vision_selector answers": Minute({"num_tokens": 16}, 640, 80, 30.0),

@@ -50,7 +50,7 @@ def test_a_folder_comes_out_that_compresses_the_model(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--method", "fastv"], "method must be one of 'covipal', 'hicom', 'relevance_dpp'"),
+        (["--method", "fastv"], "method must be one of 'covipal', 'hicom', 'pvc', 'rel"),
         (["--stage", "answers"], "stage must be one of 'attention', got 'answers'"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--set", "width=7"], "width must be a multiple"),

@@ -111,5 +111,5 @@ def _drawn(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Pro
 _SIZES: dict[str, Any] = {"samples": 1600, "steps": 100, "lr": 5e-4, "order": 1}
 LESSONS = tuple(
     Lesson(method, "answers", teach, "loss of answers, tokens dropped", **_SIZES)
-    for method in ("covipal", "hicom", "vision_selector")
+    for method in ("covipal", "hicom", "pvc", "vision_selector")
 )
