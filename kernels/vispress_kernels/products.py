@@ -18,9 +18,12 @@ FEW = 16
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Products of rows `[B, N, D]` with each other, `[B, N, N]`; of each pair of blocks, once."""
+    """Products of rows `[B, N, D]` with each other, `[B, N, N]`; of each pair of blocks, once.
+
+    On a GPU all of them at once: half of the product is worth less there than a launch a block.
+    """
     B, N, _ = rows.shape
-    if N <= BLOCK:
+    if N <= BLOCK or rows.is_cuda:
         return rows @ rows.mT
     found = rows.new_empty(B, N, N)
     for i in range(0, N, BLOCK):

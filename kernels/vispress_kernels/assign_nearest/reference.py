@@ -27,10 +27,11 @@ def first_equal(rows: Tensor, block: int | None = None) -> Tensor:
 
     Args:
         rows: Any values, N at least 1; a NaN or an infinity equals nothing.
-        block: Rows compared at a time; left out, what a CPU's cache holds.
+        block: Rows compared at a time; left out, what a CPU's cache holds, or 1,024 on a GPU.
     """
     B, N, D = rows.shape
-    block = max(16, (1 << 18) // max(1, D)) if block is None else block
+    if block is None:
+        block = 1024 if rows.is_cuda else max(16, (1 << 18) // max(1, D))
     # summed token by token, so that equal rows have equal sums and stand side by side once sorted;
     # sines of whole numbers have no whole combination that is 0, so that rows of few values differ
     mix = torch.arange(1, D + 1, device=rows.device).sin().to(rows.dtype)
