@@ -134,3 +134,15 @@ def test_tables_of_trained_compressors_are_the_scripts(tmp_path, capsys):
     tables = written.strip().split("\n\n")
     assert len(tables) == 4
     assert all(table in told for table in tables)
+
+
+def test_tables_of_ablations_are_the_scripts(tmp_path, capsys):
+    for name in ("runs", "ablation"):
+        extract(RESULTS / "relevance" / f"{name}.tar.xz", tmp_path)
+    beside = [str(tmp_path / f"run_{name}_llava") for name in ("others", "high", "ours")]
+    run = ["--run", str(tmp_path / "run_ablation"), "--only", "relevance_dpp", "divprune"]
+    trained_table.main([*run, "--beside", *beside])
+    told = (RESULTS / "relevance" / "README.md").read_text(encoding="utf-8")
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 2
+    assert all(table in told for table in tables)
