@@ -113,6 +113,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.state": 6,
         "vispress.runtime.forward.prompt_context": 7,
         "vispress.runtime.forward.documents": 7,
+        "vispress.runtime.forward.survey": 7,
         "vispress.runtime.forward.gist_runs": 7,
         "vispress.runtime.forward.visual_rows": 7,
         "vispress.runtime.forward.check_reads": 6,

@@ -29,6 +29,7 @@ def compress_model(
     config: str | Path | None = None,
     positions: Positions | None = None,
     backend: Backend = "auto",
+    cache_layouts: bool = True,
     **hyperparameters: Any,
 ) -> M:
     """Compress the visual tokens of a Hugging Face multimodal LLM, in place.
@@ -50,6 +51,9 @@ def compress_model(
         positions: `"original"` keeps position ids of survivors (gaps remain), `"compact"`
             renumbers them. By default each method follows its official code.
         backend: Kernels: `"triton"`, plain `"torch"`, or what fits the device (`"auto"`).
+        cache_layouts: Whether what the last prompts had in common with others of their layout
+            (places of images, sizes, masks) is kept, so that it need not be made again. Results
+            are the same, bit for bit.
         **hyperparameters: Fields of the method's class, `layer=2` for example. Of a list only
             `mean_keep_ratio`: see `vispress.chain`.
 
@@ -69,7 +73,7 @@ def compress_model(
     saved = read_saved(Path(config)) if config is not None and Path(config).is_dir() else None
     if saved is not None and positions is None:
         positions = saved.card.get("positions")
-    request = Request(tuple(methods), mean, positions, backend)
+    request = Request(tuple(methods), mean, positions, backend, cache_layouts=cache_layouts)
     check_versions()
     adapter = find_adapter(model)
 
@@ -278,7 +282,11 @@ def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple
     layer: Any = adapter.decoder_layers[0]
     shards = find_shards(model, layer.self_attn)
     remembering = Remembering(tuple(s.remembers for s in stages if s.remembers is not None))
-    plan = Plan(adapter, methods, placements, request.backend, notes, shards, remembering)
+    cached = request.cache_layouts
+    plan = Plan(
+        adapter, methods, placements, request.backend, notes, shards, remembering,
+        caches_layouts=cached,
+    )  # fmt: skip
     refuse_sharded_encoder(model, plan)
     refuse_partitioned(adapter.base.parameters())
     return plan, stages

@@ -24,3 +24,8 @@ class CropLayout:
     row: Int[Tensor, "N0"]
     col: Int[Tensor, "N0"]
     thumbnail: bool = False
+
+    def key(self) -> tuple[bytes, bool]:
+        """Give all of it as a value that can be compared."""
+        parts = (self.segment, self.row, self.col)
+        return b"".join(part.numpy().tobytes() for part in parts), self.thumbnail

@@ -29,6 +29,7 @@ class Request:
         positions: As given.
         backend: As given.
         progress: How far training is, if that was said: methods may follow a schedule.
+        cache_layouts: Whether what prompts of one layout have in common is kept.
 
     Raises:
         ConfigError: There are no such positions or kernels.
@@ -39,6 +40,7 @@ class Request:
     positions: Positions | None = None
     backend: Backend = "auto"
     progress: float | None = None
+    cache_layouts: bool = True
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "original", "compact"):

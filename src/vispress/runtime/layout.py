@@ -6,9 +6,12 @@ masks, labels and sizes alone, never from values that a model computes; so equal
 by equal steps, and a layout can be a key.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from vispress.adapters.base import Modality
 from vispress.errors import ConfigError
 
+T = TypeVar("T")
 Runs = tuple[tuple[int, int], ...]
 """Half-open ranges of positions, ascending."""
 
@@ -249,3 +253,37 @@ def check_sizes(
                 f"prompt_lengths[{number}] is {length}, but document {number} has {most} tokens; "
                 "count each document's own, without padding, one for each visual token"
             )
+
+
+class Bounded(Generic[T]):
+    """A mapping, by layouts, that forgets what was used longest ago; threads may share it.
+
+    Args:
+        size: Entries that are kept.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._lock = size, Lock()
+        self._held: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._size,)  # a copy of a model begins its own
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, key: Hashable) -> T | None:
+        """Give what is held under a key."""
+        with self._lock:
+            found = self._held.get(key)
+            if found is not None:
+                self._held.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, value: T) -> None:
+        """Hold a value under a key."""
+        with self._lock:
+            self._held[key] = value
+            self._held.move_to_end(key)
+            while len(self._held) > self._size:
+                self._held.popitem(last=False)

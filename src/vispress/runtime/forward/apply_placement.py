@@ -76,10 +76,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                 kept = part.kept(plan.keep)
                 if plan.memory:
                     kept.memory = kept.memory | {step.compressor: plan.memory}
-                gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(
-                    1, plan.keep, False
-                )
-                drop[part.sample.unsqueeze(1), part.positions] = gone
+                _mark(drop, part, kept, plan.keep)
                 if plan.features is not None or plan.assign is not None:
                     changes.append(Change(part, kept, plan))
                 if plan.gate is not None:
@@ -96,6 +93,15 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
             after.append(kept)
     drops = tuple(drop_counts), tuple(document_drops)
     return Choice(drop, *drops, changes, gates, soft, entered, after)
+
+
+def _mark(drop: Tensor, part: Bucket, kept: Bucket, keep: Tensor) -> None:
+    """Note in `drop` `[B, Q]`, in place, which tokens of a bucket go."""
+    if [image.sample for image in part.images] == list(range(len(drop))):  # a row a sample
+        drop.scatter_(1, part.positions, True).scatter_(1, kept.positions, False)
+        return
+    gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(1, keep, False)
+    drop[part.sample.unsqueeze(1), part.positions] = gone
 
 
 def note_all_kept(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> None:

@@ -111,7 +111,8 @@ class LayerInputs:
         """What a layer holds once the chunk's rows are behind what it held."""
         past, valid = self.state.past, self.state.valid_rows(rows)
         padded = self.state.host_valid is not None
-        slots = Slots(rows.index + past, valid, rows.total_shift, past + rows.length, padded)
+        positions = rows.index + past if past else rows.index
+        slots = Slots(positions, valid, rows.total_shift, past + rows.length, padded)
         return slots.behind(before)
 
     def _mask(

@@ -20,6 +20,7 @@ from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.softening import check_mode
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.forward.survey import is_true_throughout
 from vispress.runtime.kv_cache.cache_layers import (
     check_cache,
     holds_padding,
@@ -155,11 +156,10 @@ def _make_state(
     read = mask_2d if mask_2d is None or not call.captures else call.on_host(mask_2d)
     if mask_2d is None and mask_4d:
         read = mask_2d = _mask_2d(mask, past, B)
-    valid = None if read is None else read[:, past : past + Q].bool()
-    if valid is not None and (Q == 1 or bool(valid.all())):
-        valid = None
-        if past == 0 or bool(read.all()):  # type: ignore[union-attr]
-            mask_2d = None
+    shown = None if read is None else read[:, past : past + Q]
+    valid = None if shown is None or Q == 1 or is_true_throughout(shown) else shown.bool()
+    if read is not None and valid is None and (past == 0 or is_true_throughout(read)):
+        mask_2d = None
     if past and mask_2d is None:
         refuse_shown_padding(holds_padding(cache))
     counts = (Q,) * B if valid is None else tuple(valid.sum(1).tolist())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,41 @@ _TELLING = (Stage.MASK, Stage.CACHE, Stage.COMPUTE)
 """Stages that say themselves what they did in a call."""
 
 
+@dataclass(frozen=True, eq=False)
+class Alive:
+    """Tokens that are alive in some layers; read off when a report is asked for.
+
+    Args:
+        rows: Live tokens of the chunk.
+        slots: What the layers' cache held behind the prefill; None where it is not short.
+        past: Logical length before it.
+        before: `[B, past]` bool, what was real of that; None for all.
+        valid: `[B, Q]` bool, real tokens of the chunk where all of it runs; None for all.
+    """
+
+    rows: LiveTokens
+    slots: Slots | None
+    past: int
+    before: Tensor | None
+    valid: Tensor | None
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """`[B, past + Q]` bool."""
+        rows, slots = self.rows, self.slots
+        batch, full = rows.index.shape[0], self.past + rows.length
+        if slots is not None:
+            alive = torch.zeros(batch, full + 1, dtype=torch.bool, device=slots.positions.device)
+            target = slots.positions
+            target = target if slots.valid is None else target.masked_fill(~slots.valid, full)
+            return alive.scatter(1, target, True)[:, :-1]
+        chunk = rows.alive if self.valid is None else self.valid
+        before = torch.ones(batch, self.past, dtype=torch.bool, device=chunk.device)
+        if self.before is not None:
+            before = self.before.to(chunk.device)
+        return torch.cat([before, chunk], dim=1)
+
+
 @dataclass(eq=False)
 class PrefillRecord:
     """The facts of one prefill; tensors stay on their device.
@@ -27,8 +63,7 @@ class PrefillRecord:
         placements: In the order they acted.
         notes: Remarks made when the model was compressed.
         images: With their traces.
-        layer_alive: `[B, past + Q]` bool a decoder layer; layers with the same rows share one
-            tensor.
+        alive: What is alive in each decoder layer; layers with the same rows share one object.
         layer_cached: `[B, Hkv or 1, past + Q]` bool of decoder layers whose cache was cut behind
             their prefill: what each KV head holds.
         kv_bytes: Keys and values in the cache after the prefill.
@@ -44,7 +79,7 @@ class PrefillRecord:
     placements: Sequence[BoundPlacement]
     notes: Sequence[str]
     images: Sequence[Image]
-    layer_alive: Sequence[Tensor]
+    alive: Sequence["Alive"]
     layer_cached: Mapping[int, Tensor]
     kv_bytes: int
     width: int
@@ -54,6 +89,11 @@ class PrefillRecord:
     remarks: Sequence[Callable[[], Sequence[str]]] = ()
     trains: bool = False
     mlp_shares: Sequence[float] | None = None
+
+    @property
+    def layer_alive(self) -> Sequence[Tensor]:
+        """`[B, past + Q]` bool a decoder layer."""
+        return [alive.tokens for alive in self.alive]
 
     @classmethod
     def of(
@@ -125,40 +165,27 @@ class PrefillRecord:
         return "its budget holds all visual tokens"
 
 
-def _alive_layers(state: ForwardState) -> list[Tensor]:
-    """`[B, past + Q]` bool a layer; layers that hold the same share one tensor."""
-    seen: dict[int, tuple[object, Tensor]] = {}
+def _alive_layers(state: ForwardState) -> list[Alive]:
+    """What is alive in each layer; layers that hold the same share one object."""
+    seen: dict[int, tuple[object, Alive]] = {}
     held_layers = () if state.cache is None else state.cache.layers
+    mask = state.mask_2d
+    before = None if mask is None else mask[:, : state.past]
     found = []
     for layer in range(state.plan.num_layers):
         rows = state.rows_at(layer)
         held = held_layers[layer] if layer < len(held_layers) else None
         slots = None
         if isinstance(held, CompressedLayerMixin):
-            slots = held.slots if held.attended is None else held.attended
+            slots = held.last_stored if held.attended is None else held.attended
         slots = state.evicted[layer][0] if layer in state.evicted else slots
         slots = None if slots is None or not slots.logical else slots
         same = rows if slots is None else slots  # held in `seen`, so that its id stays its own
         if id(same) not in seen:
-            seen[id(same)] = same, _alive(state, rows, slots)
+            valid = state.valid_rows(rows) if rows.whole else None
+            seen[id(same)] = same, Alive(rows, slots, state.past, before, valid)
         found.append(seen[id(same)][1])
     return found
-
-
-def _alive(state: ForwardState, rows: LiveTokens, slots: Slots | None) -> Tensor:
-    batch, full = rows.index.shape[0], state.past + rows.length
-    if slots is not None:
-        alive = torch.zeros(batch, full + 1, dtype=torch.bool, device=slots.positions.device)
-        target = slots.positions
-        target = target if slots.valid is None else target.masked_fill(~slots.valid, full)
-        alive = alive.scatter(1, target, True)[:, :-1]
-    else:
-        chunk = state.row_validity(rows) if rows.whole else rows.alive
-        before = torch.ones(batch, state.past, dtype=torch.bool, device=chunk.device)
-        if state.mask_2d is not None:
-            before = state.mask_2d[:, : state.past].to(chunk.device)
-        alive = torch.cat([before, chunk], dim=1)
-    return alive
 
 
 def _cached(state: ForwardState, layer: int) -> Tensor:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from vispress.adapters.base import Modality
 from vispress.devices import sent
+from vispress.runtime.encoder.capture import EncoderCapture
 from vispress.runtime.forward.attention_reads import AttentionRead, attention_layers, mode_of
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.prompt_context import note_prompt_context
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.forward.survey import Survey, layout_key
 from vispress.runtime.layout import (
     Document,
     ImageLayout,
@@ -39,38 +41,69 @@ def find(
     ends: PromptEnds,
 ) -> None:
     """Locate the images and set up what must be read from attention."""
-    placeholders, captures = plan.placeholders, call.captures
+    if (gist := plan.gist_token) is not None:
+        state.gist = _placeholder_mask(plan, call, gist)
+    captures = [call.captures[one] for one in plan.placeholders if one in call.captures]
+    key = layout_key(plan, state, call, captures, embeds, documents, ends)
+    survey = None if key is None else plan.surveys.get(key)
+    if survey is not None:
+        survey.begin(state, call.captures)
+        _read_prompts(plan, state, embeds, survey.texts)
+        return
+    _survey(plan, state, call, captures, embeds, documents, ends)
+    texts = _texts(state, embeds.device) if plan.reads_text else {}
+    _read_prompts(plan, state, embeds, texts)
+    state.buckets = make_buckets(
+        state.shown_images, embeds.device, by_text=plan.by_text, by_ends=plan.reads_ends
+    )
+    assert state.layout is not None
+    assert state.asking is not None
+    state.reads = _reads(plan, state.shown_images, state.layout, state.asking)
+    if key is not None:
+        plan.surveys.put(key, Survey.of(state, texts))
+
+
+def _read_prompts(
+    plan: Plan, state: ForwardState, embeds: Tensor, texts: Mapping[Prompt, Tensor]
+) -> None:
+    """Note what methods read of the embeddings of a prompt."""
+    if plan.reads_context:
+        note_prompt_context(state.shown_images, embeds)
+    if plan.reads_input:
+        state.input_embeddings = embeds.detach()
+    for prompt, places in texts.items():
+        state.text_embeddings[prompt] = embeds[prompt.row][places].detach()
+
+
+def _texts(state: ForwardState, device: torch.device) -> dict[Prompt, Tensor]:
+    """`[T]` positions of the text of each prompt with images."""
+    texts = {image.prompt: image.text for image in state.shown_images}
+    return {prompt: sent(text, device) for prompt, text in texts.items()}
+
+
+def _survey(
+    plan: Plan,
+    state: ForwardState,
+    call: ModelCall,
+    captures: Sequence[EncoderCapture],
+    embeds: Tensor,
+    documents: Sequence[Document],
+    ends: PromptEnds,
+) -> None:
+    """Locate the images of a call."""
     marks = torch.zeros(embeds.shape[:2], dtype=torch.long)
-    for modality, token in placeholders.items():
+    for modality, token in plan.placeholders.items():
         here = _placeholder_mask(plan, call, token)
         marks = marks.masked_fill(here, _CODES[modality])
     valid = state.host_valid
-    if (gist := plan.gist_token) is not None:
-        state.gist = _placeholder_mask(plan, call, gist)
-    ordered = [captures[modality] for modality in placeholders if modality in captures]
-    located = locate_images(marks, ordered, _CODES)
+    located = locate_images(marks, captures, _CODES)
     asking = valid
     if ends.supervised is not None:
         asking = ~ends.supervised if valid is None else valid & ~ends.supervised
     state.layout = _layout(located, documents, marks.shape, valid, asking, ends)
     text = marks == 0 if asking is None else asking & (marks == 0)
-    images = _images(located, state.layout, text, valid)
-    asking = torch.ones_like(text) if asking is None else asking
-    state.images, state.asking = images, asking
-    images = state.shown_images
-    if plan.reads_context:
-        note_prompt_context(images, embeds)
-    if plan.reads_input:
-        state.input_embeddings = embeds.detach()
-    if plan.reads_text:
-        for image in images:
-            if image.prompt not in state.text_embeddings:
-                row, places = embeds[image.sample], sent(image.text, embeds.device)
-                state.text_embeddings[image.prompt] = row[places].detach()
-    state.buckets = make_buckets(
-        images, embeds.device, by_text=plan.by_text, by_ends=plan.reads_ends
-    )
-    state.reads = _reads(plan, images, state.layout, asking)
+    state.images = _images(located, state.layout, text, valid)
+    state.asking = torch.ones_like(text) if asking is None else asking
 
 
 def _layout(

@@ -160,6 +160,11 @@ class CompressedLayerMixin(CacheLayerMixin):
     """What the physical slots hold; a preallocated layer reads it off its buffers."""
 
     @property
+    def last_stored(self) -> Slots:
+        """The slots behind the last call of several tokens; waits for nothing."""
+        return self.slots
+
+    @property
     def padded(self) -> bool:
         """Whether a mask hid tokens that came, as the slots say; waits for nothing."""
         return self.slots.padded

@@ -69,6 +69,10 @@ class CompressedStaticLayer(CompressedLayerMixin, StaticLayer):
             self._write(slots)
 
     @property
+    def last_stored(self) -> Slots:
+        return self._slots
+
+    @property
     def padded(self) -> bool:
         return self._slots.padded
 

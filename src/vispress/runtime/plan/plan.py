@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any, Final
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,10 +14,13 @@ from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
 from vispress.runtime.hooks.head_shards import HeadShards
 from vispress.runtime.kv_cache.cache_layers import Remembering
+from vispress.runtime.layout import Bounded
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress_kernels import Backend
 
 _NONE = Remembering()
+SURVEYS: Final = 64
+"""Layouts of prompts that are remembered."""
 
 
 class Plan:
@@ -41,7 +45,10 @@ class Plan:
         notes: Sequence[str] = (),
         shards: HeadShards | None = None,
         remembering: Remembering = _NONE,
+        *,
+        caches_layouts: bool = True,
     ) -> None:
+        self.caches_layouts, self.surveys = caches_layouts, Bounded[Any](SURVEYS)
         self.adapter, self.backend, self.remembering = adapter, backend, remembering
         self.methods, self.placements = tuple(methods), tuple(placements)
         self.notes, self._shards = tuple(notes), shards

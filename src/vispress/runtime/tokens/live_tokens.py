@@ -40,6 +40,8 @@ class LiveTokens:
     whole: bool = False
     starts: Tensor | None = None
     document_counts: tuple[int, ...] = ()
+    gone: Tensor | None = None
+    """`[B, Q]` bool, logical positions without a row, where that is at hand."""
     _twins: dict[torch.device, "LiveTokens"] = field(default_factory=dict)
 
     @property
@@ -52,6 +54,8 @@ class LiveTokens:
         """`[B, Q]` bool: which logical positions have a row."""
         if self.whole:
             return torch.ones_like(self.index, dtype=torch.bool)
+        if self.gone is not None:
+            return ~self.gone
         alive = torch.zeros(
             self.index.shape[0], self.length + 1, dtype=torch.bool, device=self.index.device
         )
@@ -68,11 +72,10 @@ class LiveTokens:
         """
         if self.whole:
             return self.index
-        alive = self.alive.long()
-        count = alive.cumsum(1)
+        count = self.alive.cumsum(1)
         number = (count - 1).clamp(min=0)
         if self.starts is not None:
-            number = number.maximum((count - alive).gather(1, self.starts))
+            number = number.maximum((count - self.alive.long()).gather(1, self.starts))
         if self.valid is not None:  # else rows of all samples begin at the left
             empty = torch.tensor([self.size - count for count in self.counts])
             number = sent(empty, self.index.device).unsqueeze(1) + number
@@ -162,23 +165,25 @@ def narrow(
     """
     counts = tuple(have - gone for have, gone in zip(rows.counts, drop_counts, strict=True))
     size = max(counts)
-    keep = ~drop.gather(1, rows.index)
+    gone = drop if rows.whole else drop.gather(1, rows.index)
     if valid is not None:
-        keep = keep & valid
+        gone = gone | ~valid
     # stable: survivors keep their order and end up at the right, whatever fills the left is invalid
-    local = keep.long().argsort(dim=1, stable=True)[:, rows.size - size :]
+    order = gone.long().argsort(dim=1, stable=True, descending=True)
+    local = order[:, rows.size - size :]
     new_valid = None
     if min(counts) < size:
-        pad = sent(torch.tensor([size - count for count in counts]), keep.device)
-        new_valid = torch.arange(size, device=keep.device) >= pad.unsqueeze(1)
+        pad = sent(torch.tensor([size - count for count in counts]), gone.device)
+        new_valid = torch.arange(size, device=gone.device) >= pad.unsqueeze(1)
     dropped = rows.dropped
     if compact:
         dropped = drop if dropped is None else dropped | drop
-    index, pairs = rows.index.gather(1, local), (rows.document_counts, document_drops)
-    left = tuple(have - gone for have, gone in zip(*pairs, strict=True))
+    index = local if rows.whole else rows.index.gather(1, local)
+    left = tuple(a - b for a, b in zip(rows.document_counts, document_drops, strict=True))
     new = LiveTokens(
         index, new_valid, rows.length, counts, dropped, starts=rows.starts, document_counts=left
     )
+    new.gone = gone if rows.whole else None
     return new, local
 
 
