@@ -55,7 +55,7 @@ def variants() -> list[dict[str, Any]]:
     first = make_inputs("llava", FIRST)
     masked, labelled, supervised = (dict(first) for _ in range(3))
     masked["attention_mask"] = first["attention_mask"].clone()
-    masked["attention_mask"][:, :2] = 0
+    masked["attention_mask"][:, -5:-3] = 0
     for inputs, start in ((labelled, -3), (supervised, -2)):
         labels = torch.full_like(first["input_ids"], -100)
         labels[:, start:] = first["input_ids"][:, start:]
