@@ -49,6 +49,7 @@ from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
 
 ATTRIBUTE = "_vispress_attachment"
+_ENTER_OUTSIDE = torch.compiler.disable(prefill.enter_layer)
 
 
 class Attachment:
@@ -95,7 +96,8 @@ class Attachment:
 
     def _attach(self) -> None:
         adapter, base = self.plan.adapter, self.plan.adapter.base
-        self._set(base, ATTRIBUTE, self)
+        base.__dict__[ATTRIBUTE] = self
+        self._undo.append(partial(forget, base, ATTRIBUTE))
         self._undo += put_modules(adapter, self.owner, self.methods)
         self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
         self._undo.append(patch_instance(base, "forward", self._base_runs, keyword=PROMPT_LENGTHS))
@@ -208,10 +210,6 @@ class Attachment:
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
 
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        module.__dict__[name] = value
-        self._undo.append(partial(forget, module, name))
-
     def _wrap(self, module: Any, name: str, wrapper: Callable[..., Any], *args: Any) -> None:
         """Shadow a bound method on the instance (never on the class)."""
         if hasattr(module, name):
@@ -285,7 +283,9 @@ class Attachment:
         if isinstance(running, StaticDecodeCall):
             kwargs = running.layer_kwargs(number, hidden, kwargs)
         else:
-            hidden, kwargs = prefill.enter_layer(running, number, module, hidden, kwargs)
+            # in a layer that is compiled by itself, rows are chosen outside of its graph
+            enter = _ENTER_OUTSIDE if torch.compiler.is_compiling() else prefill.enter_layer
+            hidden, kwargs = enter(running, number, module, hidden, kwargs)
         if number not in self._footprint.watched:  # its attention would hand the keyword on
             kwargs = {name: value for name, value in kwargs.items() if name != RUNNING}
         return (hidden, *args[1:]), kwargs
