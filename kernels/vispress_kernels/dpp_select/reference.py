@@ -48,8 +48,10 @@ def dpp_select_reference(x: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
 
 def _ended_by_relevance(order: Tensor, found: Tensor, relevance: Tensor, num_keep: int) -> Tensor:
     """Put the most relevant of other tokens in the place of picks from the first not found on."""
-    found = found.cummin(1).values
-    taken = torch.zeros_like(relevance, dtype=torch.bool).scatter_reduce_(1, order, found, "amax")
+    B, N = relevance.shape
+    found = (~found).cumsum(1) == 0
+    taken = torch.zeros(B, N + 1, dtype=torch.bool, device=order.device)
+    taken = taken.scatter_(1, torch.where(found, order, N), True)[:, :N]  # others go nowhere
     rest = relevance.masked_fill(taken, float("-inf")).sort(dim=1, descending=True, stable=True)
     place = torch.arange(num_keep, device=order.device) - found.sum(1, keepdim=True)
     by_relevance = rest.indices.gather(1, place.clamp_(min=0))
