@@ -284,7 +284,7 @@ def narrow(name: str, layers: int) -> shapes.Shape:
         text["rope_parameters"] = shape.text["rope_parameters"] | {"mrope_section": [2, 3, 3]}
         vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
     else:
-        vision |= {"num_attention_heads": 2, "num_hidden_layers": 2}
+        vision |= {"num_attention_heads": 2, "num_hidden_layers": 3}
     return replace(shape, text=text, vision=vision)
 
 

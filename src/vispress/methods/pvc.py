@@ -130,11 +130,12 @@ class PVC(Compressor, EncoderPooler):
     def pooled_behind(self, num_layers: int) -> tuple[int, ...]:
         after = self.after
         if after is None:
-            after = tuple(max(1, round(layer * num_layers / DEPTH)) for layer in PUBLISHED)
+            first, second = (round(layer * num_layers / DEPTH) for layer in PUBLISHED)
+            after = (max(1, first), max(2, first + 1, second))  # in order in a shallow one, too
         if after[-1] > num_layers or len(set(after)) < len(after):
             raise ConfigError(
-                f"after={self.after!r} names more layers than the {num_layers} of the vision "
-                f"encoder up to its features; give ascending numbers in [1, {num_layers}]"
+                f"after={self.after!r} stands for layers {list(after)}, and the vision encoder has "
+                f"{num_layers} up to its features; give ascending numbers in [1, {num_layers}]"
             )
         return tuple(layer - 1 for layer in after)
 
