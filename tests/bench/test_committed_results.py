@@ -121,7 +121,8 @@ def test_tables_of_trained_compressors_are_the_scripts(tmp_path, capsys):
     for name in ("relevance", "trained"):
         extract(RESULTS / name / "runs.tar.xz", tmp_path)
     beside = [str(tmp_path / f"run_{name}_llava") for name in ("others", "high", "ours")]
-    trained_table.main(["--run", str(tmp_path / "run_trained"), "--beside", *beside])
+    own, early = str(tmp_path / "run_trained"), str(tmp_path / "run_inllm")
+    trained_table.main(["--run", own, "--beside", *beside, early])
     tuned = [
         word
         for name, ratio in TUNED.items()
