@@ -81,6 +81,18 @@ def test_layouts_are_not_taken_for_each_other(method: str) -> None:
         assert torch.equal(cached, made)
 
 
+@pytest.mark.parametrize("method", ["fastv", "cdpruner", "visionzip"])
+def test_a_layout_seen_in_inference_mode_is_made_anew_to_train(method: str) -> None:
+    model, inputs = build("llava"), make_inputs("llava", FIRST)
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][:, :-3] = -100
+    with compressed(model, make("llava", method)):
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.lm_head.parameters())
+
+
 def test_so_many_layouts_are_kept_and_no_more() -> None:
     model = build("llava", layers=2)
     compress_model(model, "divprune", keep_ratio=0.5)

@@ -128,6 +128,7 @@ def layout_key(
         return None
     host = call.on_host(ids).numpy()  # NumPy's: not a tensor operation each
     return (
+        torch.is_inference_mode_enabled(),  # whose tensors are of no use to a backward
         embeds.shape[:2],
         embeds.device,
         tuple((host == token).tobytes() for token in plan.placeholders.values()),
