@@ -49,7 +49,7 @@ from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
 
 ATTRIBUTE = "_vispress_attachment"
-_ENTER_OUTSIDE = torch.compiler.disable(prefill.enter_layer)
+_ENTER_OUTSIDE = torch.compiler.disable(prefill.enter_layer)  # type: ignore[no-untyped-call]
 
 
 class Attachment:
