@@ -87,6 +87,25 @@ def test_padding_that_a_later_call_shows_is_refused(method: str, static: bool) -
         model(input_ids=step[:1], **{CACHE: alone})  # no padding, no mask
 
 
+@pytest.mark.parametrize(("attn", "rank"), [("eager", 2), ("eager", 4), ("sdpa", 2), ("sdpa", 4)])
+def test_a_step_that_shows_padding_is_refused(attn: str, rank: int) -> None:
+    samples = [Sample([Text(5), Image(), Text(7)]), Sample([Text(2), Image(), Text(3)])]
+    model, inputs = model_of("llava", attn=attn), make_inputs("llava", samples, padding="left")
+    step = torch.full((2, 1), 9)
+    kept = torch.cat([inputs["attention_mask"], torch.ones_like(step)], dim=1)
+
+    def decoded(mask: Tensor) -> Tensor:
+        model(**inputs, **{CACHE: (cache := DynamicCache())})
+        mask = mask if rank == 2 else mask.bool()[:, None, None]
+        logits: Tensor = model(input_ids=step, attention_mask=mask, **{CACHE: cache}).logits
+        return logits
+
+    with compressed(model, make("llava", "fastv")), torch.no_grad():
+        decoded(kept)
+        with pytest.raises(ConfigError, match="give the mask of the whole conversation"):
+            decoded(torch.ones_like(kept))
+
+
 def test_padding_of_a_turn_before_the_first_image_is_not_shown_either() -> None:
     model, words = model_of("llava"), torch.full((2, 4), 9)
     pad = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])

@@ -69,6 +69,7 @@ def decode_step(
     step = DynamicDecodeCall(plan, cache, ids)
     if step.shifts and (ids is None or ids.ndim != 2 or not plan.fixed_rotary):
         return None
+    step.given_whole = mask is not None and mask.ndim > 2
     step.expect(cache)
     return {OBSERVER: step, **step.model_kwargs(cache)}
 
@@ -106,6 +107,10 @@ class DynamicDecodeCall:
                     self.slots += [before.with_step()]
                 self._group[number] = group
         self.shifts = [slots.shift for slots in self.slots if slots.shift is not None]
+        self.given_whole = False
+        """Whether the mask of all layers is the user's own."""
+        self.padded = bool([slots for slots in self.slots if slots.padded])
+        """Whether the cache lacks tokens that a mask hid."""
         self.by_layer: list[dict[str, Any]] | None = None
         """What differs from the keyword arguments that transformers made, once it is known."""
 
@@ -129,8 +134,11 @@ class DynamicDecodeCall:
             ConfigError: The mask shows padding that is not stored.
         """
         given = kwargs.get("attention_mask")
+        kind = "" if given is None else masks.check_implementation(self.plan.implementation)
         if given is None:  # transformers leaves a mask out where all tokens are shown
-            refuse_shown_padding(bool([slots for slots in self.slots if slots.padded]))
+            refuse_shown_padding(self.padded)
+        elif self.padded and (self.given_whole or kind == "eager"):  # but for eager attention
+            refuse_shown_padding(bool(masks.allowed(given).all()))
         tables = self._tables(kwargs["position_embeddings"])
         plain: dict[str, Any] = {}
         if self.shifts:
@@ -142,7 +150,7 @@ class DynamicDecodeCall:
             if self.shifts:
                 changed["position_embeddings"] = tables[0 if slots.shift is None else place]
             if given is not None or not slots.all_valid:
-                kind = masks.check_implementation(self.plan.implementation)
+                kind = kind or masks.check_implementation(self.plan.implementation)
                 changed["attention_mask"] = _mask(given, slots, kind)
             changes[number] = changed
         self.by_layer = [changes[group] for group in self._group]
