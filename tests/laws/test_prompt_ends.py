@@ -311,16 +311,38 @@ def test_what_wrapped_the_forward_since_is_left_alone() -> None:
         assert torch.equal(model(**inputs).logits, small)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_forward_replaced_since_is_noticed(inside: bool) -> None:
+@pytest.mark.parametrize("inside", ["", "model", "model.language_model.layers.1"])
+def test_a_forward_replaced_since_is_noticed(inside: str) -> None:
     model, inputs = build("llava"), prompts()
     compress_model(model, "fastv", keep_ratio=0.5)
-    replaced: Any = model.model if inside else model
+    replaced: Any = model.get_submodule(inside)
     replaced.forward = type(replaced).forward.__get__(replaced)
     message = f"{type(replaced).__name__}.forward was replaced after compress_model"
     with torch.no_grad(), pytest.raises(CompressionStateError, match=message):
         model(**inputs)
     remove_compression(model)
+
+
+def test_accelerates_hooks_on_layers_may_come_and_not_go() -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, inputs = build("llava"), prompts()
+    layers = model.model.language_model.layers
+    with torch.no_grad():
+        with compressed(model, "fastv", keep_ratio=0.5):
+            small = model(**inputs).logits
+            for layer in layers:
+                add_hook_to_module(layer, ModelHook())
+            assert torch.equal(model(**inputs).logits, small)
+        compress_model(model, "fastv", keep_ratio=0.5)
+        for layer in layers:  # puts back what was there before it: no patch of ours
+            remove_hook_from_module(layer)
+        message = r"LlamaDecoderLayer.forward was replaced.*remove_compression"
+        with pytest.raises(CompressionStateError, match=message):
+            model(**inputs)
+        remove_compression(model)
+        compress_model(model, "fastv", keep_ratio=0.5)
+        assert torch.equal(model(**inputs).logits, small)
 
 
 @pytest.mark.parametrize("inside", [False, True])

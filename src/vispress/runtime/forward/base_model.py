@@ -11,6 +11,7 @@ from vispress.errors import CompressionStateError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture, EncoderSink
 from vispress.runtime.encoder.feature_choice import check_choice_of_features
+from vispress.runtime.forward.layer_patch import refuse_passed_by
 from vispress.runtime.forward.merged_features import note_merged, takes_embeds
 from vispress.runtime.forward.model_call import (
     MODEL_CALLS,
@@ -55,7 +56,7 @@ def run_base(
         told: What the model's user was warned of; grows.
 
     Raises:
-        CompressionStateError: The decoder's layers are others now.
+        CompressionStateError: The decoder's layers are others now, or have another forward.
         ConfigError: The prompt lengths do not fit.
     """
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
@@ -68,6 +69,7 @@ def run_base(
             "decoder layers were exchanged after compress_model: nothing would be compressed; "
             "call remove_compression(model) and compress again"
         )
+    refuse_passed_by(decoder[1:])
     base = adapter.base
     call = ModelCall(plan, by_name(type(base).forward, (base, *args), kwargs))
     given = None if lengths is None else as_lengths(lengths)

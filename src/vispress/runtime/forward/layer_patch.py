@@ -1,6 +1,6 @@
 """Stand in front of a decoder layer's forward: where rows go, and what its keywords become."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,12 @@ from torch import nn
 
 from vispress.runtime.forward.dynamic_decode import DynamicDecodeCall
 from vispress.runtime.hooks.attention import OBSERVER
-from vispress.runtime.hooks.instance_patch import InstancePatch, Original, restore
+from vispress.runtime.hooks.instance_patch import (
+    InstancePatch,
+    Original,
+    refuse_replaced,
+    restore,
+)
 
 Enter = Callable[
     [nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,6 +50,21 @@ class LayerPatch(InstancePatch):
         if original.previous is not None:
             return original.previous(*args, **kwargs)
         return type(original.module).forward(original.module, *args, **kwargs)
+
+
+def refuse_passed_by(layers: Sequence[nn.Module]) -> None:
+    """Refuse decoder layers that are no longer entered through their patch; cheap in each call.
+
+    Raises:
+        CompressionStateError: Says what would work.
+    """
+    for layer in layers:
+        own = layer.__dict__
+        if "forward" in own:  # no calls: a decode step comes here
+            patch = own["forward"]
+            if patch.__class__ is LayerPatch and patch.wrapper is not None:
+                continue
+        refuse_replaced(layer)
 
 
 def patch_layer(module: nn.Module, number: int, enter: Enter) -> Callable[[], None]:
