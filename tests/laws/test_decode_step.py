@@ -1,5 +1,6 @@
 """Steps of one token, which have a way of their own, give what a chunk of them does."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -145,3 +146,32 @@ def test_beams_take_their_shifts_along() -> None:
     with compressed(model, make("llava", "divprune"), positions="compact"):
         cached = model.generate(**inputs, **options)
         assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_on_another_device_gets_its_tables_there(method: str) -> None:
+    """As under accelerate's hooks that were put on behind `compress_model`: these run outside."""
+    model = build("llava")
+    inputs, last = make_inputs("llava", ONE), model.model.language_model.layers[-1]
+    own, seen = last.forward, list[str]()
+
+    def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden.device.type != "meta":
+            return own(hidden, *args, **kwargs)
+        seen.extend(table.device.type for table in kwargs["position_embeddings"])
+        return torch.zeros(hidden.shape, dtype=hidden.dtype)
+
+    last.forward = stub
+    ids, cache = words(1, 1), DynamicCache(config=model.config.text_config)
+    with compressed(model, make("llava", method), positions="compact"), torch.no_grad():
+        patched = last.forward
+
+        @functools.wraps(patched)
+        def elsewhere(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return patched(hidden.to("meta") if hidden.shape[1] == 1 else hidden, *args, **kwargs)
+
+        model(**inputs, **{CACHE: cache})
+        last.forward = elsewhere
+        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1).long()
+        model(input_ids=ids, attention_mask=mask, **places(mask, ids, cache))
+    assert seen == ["meta", "meta"]

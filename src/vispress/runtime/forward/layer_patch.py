@@ -45,6 +45,12 @@ class LayerPatch(InstancePatch):
                 del kwargs[OBSERVER]
                 changes = call.by_layer or call.make(kwargs)
                 kwargs |= changes[self.number]
+                if call.shifts:  # tables of its own, made where the first layer is
+                    hidden = args[0] if args else kwargs["hidden_states"]
+                    cos, sin = kwargs["position_embeddings"]
+                    if cos.device != hidden.device:
+                        moved = cos.to(hidden.device), sin.to(hidden.device)
+                        kwargs["position_embeddings"] = moved
             else:
                 args, kwargs = self.wrapper(original.module, args, kwargs)
         if original.previous is not None:
