@@ -27,7 +27,7 @@ quick: install  ## one case of each test, without the slow ones
 full: install  ## everything: laws on every method and every family
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m full
 
-integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models
+integrations: $(INTEGRATIONS)/.installed  ## tests of the lmms-eval plug-in, of datasets, of int8 models, of TRL
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations \
 		-n 2 -o addopts="-q -p no:logging --strict-markers --strict-config"
 

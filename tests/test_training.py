@@ -362,12 +362,8 @@ def test_the_trainer_of_the_library_adds_losses_and_logs_what_was_kept(
     torch.testing.assert_close(model.lm_head.weight, again.lm_head.weight, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("alone", ["compute_loss_func", "label_smoothing_factor"])
-def test_a_loss_outside_of_the_model_does_not_show_answers_to_methods(
-    tmp_path: Path, alone: str
-) -> None:
-    """The trainer takes labels off such batches, and a prompt would end behind its answer."""
-    seen: set[int] = set()
+def reading(seen: set[int]) -> Penalised:
+    """Notes how much text it was shown."""
 
     class Reading(Penalised):
         reads: ClassVar[frozenset[Signal]] = frozenset({Signal.TEXT_STATES})
@@ -376,6 +372,16 @@ def test_a_loss_outside_of_the_model_does_not_show_answers_to_methods(
             assert tokens.text_states is not None
             seen.add(tokens.text_states.shape[1])
             return super().plan(tokens, num_keep)
+
+    return Reading()
+
+
+@pytest.mark.parametrize("alone", ["compute_loss_func", "label_smoothing_factor"])
+def test_a_loss_outside_of_the_model_does_not_show_answers_to_methods(
+    tmp_path: Path, alone: str
+) -> None:
+    """The trainer takes labels off such batches, and a prompt would end behind its answer."""
+    seen: set[int] = set()
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         flat = outputs.logits[:, :-1].flatten(0, 1)
@@ -386,12 +392,68 @@ def test_a_loss_outside_of_the_model_does_not_show_answers_to_methods(
     named: dict[str, Any] = {"compute_loss_func": loss} if alone == "compute_loss_func" else {}
     settings |= {} if named else {alone: 0.1}
     arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
-    model = compress_model(build("llava", dtype=torch.float32), Reading())
+    model = compress_model(build("llava", dtype=torch.float32), reading(seen))
     questions = {"train_dataset": Questions(), "eval_dataset": Questions(2)}
     run = CompressionTrainer(model, arguments, **questions, **named)
     run.train()
     run.evaluate()
     assert seen == {5}, "of 7 tokens behind the image, 2 are the answer"
+
+
+class Fusing(Trainer):
+    """Gives the model a forward that hands its base no labels, as TRL's trainers do."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        before = self.model.forward
+
+        def fused(*_: Any, labels: Tensor | None = None, **given: Any) -> Any:
+            if labels is None:
+                return before(**given)
+            hidden = self.model.model(**given).last_hidden_state[:, :-1]
+            logits = self.model.lm_head(hidden).flatten(0, 1)
+            return {"loss": nn.functional.cross_entropy(logits, labels[:, 1:].flatten())}
+
+        self.model.forward = fused
+
+
+class FusingBoth(CompressionTrainer, Fusing):
+    """Both."""
+
+
+@pytest.mark.parametrize("by", ["callback", "trainer", "neither"])
+def test_a_forward_that_a_trainer_puts_in_place_hides_no_labels(tmp_path: Path, by: str) -> None:
+    seen: set[int] = set()
+    settings: dict[str, Any] = {"max_steps": 1, "report_to": [], "use_cpu": True}
+    settings |= {"save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
+    model = compress_model(build("llava", dtype=torch.float32), reading(seen))
+    row = {name: value[None] for name, value in Questions(1)[0].items()}
+    questions = {"train_dataset": Questions(), "eval_dataset": Questions(2)}
+    if by == "trainer":
+        run: Any = FusingBoth(model, arguments, **questions)
+        run.evaluate()
+    else:
+        callbacks = [CompressionCallback()] if by == "callback" else []
+        run = Fusing(model, arguments, callbacks=callbacks, **questions)
+    if by == "neither":
+        with pytest.raises(CompressionStateError, match=r"replaced after.*CompressionCallback"):
+            run.train()
+        return
+    run.train()
+    model(**row)
+    assert seen == {5}, "of 7 tokens behind the image, 2 are the answer"
+    seen.clear()
+    del row["labels"]
+    model(**row, prompt_lengths=[row["input_ids"].shape[1] - 3])  # once, not by a patch beneath too
+    assert seen == {4}
+    remove_compression(model)
+    assert model.forward.__name__ == "fused"
+    model(**row)
+    assert seen == {4}
+    compress_model(model, reading(seen))
+    model(**row)
+    assert seen == {4, 7}
 
 
 def in_order(questions: Questions, accelerator: Any) -> Any:

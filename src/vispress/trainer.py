@@ -39,6 +39,7 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
         self.modules_lr = modules_lr
         self._losses: dict[str, list[Tensor]] = {}
         super().__init__(model, *given, **named)
+        attachment_of(self.model).hear_owner()  # TRL's give the model a forward of their own
         if not any(isinstance(c, CompressionCallback) for c in self.callback_handler.callbacks):
             self.add_callback(CompressionCallback())
 
@@ -76,7 +77,8 @@ class CompressionTrainer(Trainer):  # type: ignore[misc]
             with told:
                 return super().compute_loss(model, inputs, return_outputs, count)
         with told, compression_loss(model) as extra:
-            loss, outputs = super().compute_loss(model, inputs, True, count)
+            found = super().compute_loss(model, inputs, return_outputs, count)
+            loss, outputs = found if return_outputs else (found, None)
             added, parts = extra(), extra.tensors
         for name, value in parts.items():
             self._losses.setdefault(name, []).append(value.detach())

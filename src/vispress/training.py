@@ -164,7 +164,8 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         save_compression(given["model"], self._checkpoint(args, state) / FOLDER)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Restore it where training goes on from a checkpoint."""
+        """Restore it where training goes on from a checkpoint; hear what the model is told."""
+        attachment_of(given["model"]).hear_owner()  # TRL's give it a forward of their own
         if state.global_step > 0:
             folder = self._resume_from or self._checkpoint(args, state)
             restore(given["model"], Path(folder) / FOLDER)

@@ -1,4 +1,4 @@
-"""What `make integrations` has (lmms-eval, datasets, torchvision, torchao); tiny checkpoints."""
+"""What `make integrations` has (lmms-eval, datasets, torchvision, torchao, TRL), tiny models."""
 
 import json
 

@@ -1,5 +1,6 @@
 """Law 14: what is kept depends on the prompt; no answer, draft or supervised text changes it."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -220,3 +221,23 @@ def test_an_image_that_nothing_asks_about_passes_whole(family: str, method: str)
     assert all(set(few) <= set(more) for few, more in zip(kept[2], others[0], strict=True))
     assert bool(notes) == any(asks)
     assert len(asked) == 1
+
+
+def test_labels_on_visual_tokens_are_warned_of() -> None:
+    model, inputs = model_of("llava"), make_inputs("llava", PROMPTS, padding="right")
+    every = inputs["input_ids"].masked_fill(~inputs["attention_mask"].bool(), -100)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    answer = torch.full_like(every, -100)
+    answer[:, -1] = every[:, -1]
+    with compressed(model, make("llava", "fastv")) as report, torch.no_grad():
+        with pytest.warns(UserWarning, match=r"labels are on visual tokens.*assistant_only_loss"):
+            model(**inputs, labels=every)
+        assert all(i.num_kept == i.num_visual for s in report.samples for i in s.images)
+        one = torch.full_like(every, -100)
+        one.view(-1)[visual.view(-1).nonzero()[-1]] = 3
+        with pytest.warns(UserWarning, match="labels are on visual tokens"):
+            model(**inputs, labels=one)
+        for labels in (answer, every.masked_fill(visual, -100), None):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model(**inputs, labels=labels)

@@ -24,7 +24,7 @@ from vispress.runtime.forward.gating import gate_layer
 from vispress.runtime.forward.layer_patch import patch_layer
 from vispress.runtime.forward.measuring import measure_layer
 from vispress.runtime.forward.model_call import ModelCall
-from vispress.runtime.forward.owner import check_replica, generates, owner_runs, refuses_batching
+from vispress.runtime.forward.owner import check_replica, patch_forward, patch_generation
 from vispress.runtime.forward.running import (
     MEASURED,
     RUNNING,
@@ -39,6 +39,7 @@ from vispress.runtime.hooks.attention import current_sink, watch
 from vispress.runtime.hooks.instance_patch import (
     Original,
     forget,
+    is_patched,
     patch_instance,
     refuse_replaced,
     undo_all,
@@ -69,6 +70,7 @@ class Attachment:
         self._told: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         self._undo_moving: list[Callable[[], None]] = []
+        self._heard: list[Callable[[], None]] = []
         self._decoder = (plan.adapter.language_model, *plan.adapter.decoder_layers)
         self._take(plan, stages, request, Footprint.of(plan, stages))
 
@@ -102,7 +104,9 @@ class Attachment:
         self._hook(base.register_forward_pre_hook(self._base_starts, with_kwargs=True))
         self._undo.append(patch_instance(base, "forward", self._base_runs, keyword=PROMPT_LENGTHS))
         if self.owner is not None:
-            self._attach_owner(self.owner)
+            self._hook(self.owner.register_forward_pre_hook(self._owner_starts, with_kwargs=True))
+            self._undo += patch_generation(self.owner, base)
+        self.hear_owner()
         for modality in adapter.placeholders():
             self._wrap(base, f"get_{modality}_features", self._get_features, modality)
         language_model: Any = adapter.language_model
@@ -114,15 +118,11 @@ class Attachment:
         if hasattr(language_model, "_deepstack_process"):
             self._wrap(language_model, "_deepstack_process", add_deepstack)
 
-    def _attach_owner(self, owner: nn.Module) -> None:
-        base = self.plan.adapter.base
-        self._hook(owner.register_forward_pre_hook(self._owner_starts, with_kwargs=True))
-        for name, wrapper in (("forward", owner_runs), ("generate", generates)):
-            if hasattr(owner, name):
-                wrapped = partial(wrapper, base)
-                self._undo.append(patch_instance(owner, name, wrapped, keyword=PROMPT_LENGTHS))
-        for name in ("generate_batch", "init_continuous_batching"):
-            self._wrap(owner, name, refuses_batching)
+    def hear_owner(self) -> None:
+        """Stand in front of what has replaced the owner's `forward` since, if something has."""
+        if self.owner is not None and not is_patched(self.owner, "forward"):
+            undo_all(self._heard)  # underneath, it would hear what is left of the same call
+            self._heard.append(patch_forward(self.owner, self.plan.adapter.base))
 
     def _attach_moving(self) -> None:
         """Install the hooks that a plan's footprint names."""
@@ -204,8 +204,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Take everything off again, in reverse order; what is interrupted can be done again."""
-        undo_all(self._undo_moving)
-        undo_all(self._undo)
+        for undo in (self._undo_moving, self._heard, self._undo):
+            undo_all(undo)
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)

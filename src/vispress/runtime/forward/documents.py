@@ -1,5 +1,6 @@
 """Read from a call which documents its rows hold and where their prompts end."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.layout import (
     Document,
     PromptEnds,
+    PromptLayout,
     check_lengths,
     check_sizes,
     split_documents,
@@ -148,3 +150,19 @@ def find_ends(call: ModelCall, documents: Sequence[Document], state: ForwardStat
     elif isinstance(call.labels, Tensor) and call.labels.shape == (batch, length):
         supervised = call.labels.cpu() != IGNORED
     return PromptEnds(supervised)
+
+
+def warn_of_taught_images(ends: PromptEnds, layout: PromptLayout | None) -> None:
+    """Warn of labels on visual tokens: nothing then says where the prompt ends behind an image."""
+    taught = ends.supervised
+    if taught is None or layout is None:
+        return
+    runs = ((image.row, *run) for image in layout.images for run in image.runs)
+    if any(bool(taught[row, start:stop].any()) for row, start, stop in runs):
+        warnings.warn(
+            "labels are on visual tokens: those that are dropped predict nothing, and an image "
+            "passes whole where a method asks the prompt, as the prompt is told from the answer "
+            "by its labels of -100. Set them on placeholders and questions (TRL: data of prompt "
+            "and completion, or assistant_only_loss=True)",
+            stacklevel=2,
+        )

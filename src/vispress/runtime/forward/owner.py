@@ -6,10 +6,11 @@ model is patched, not hooked: PEFT calls its `forward` directly, which passes ho
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths, current_lengths
 from vispress.runtime.forward.model_call import brings_images, by_name
-from vispress.runtime.hooks.instance_patch import Original
+from vispress.runtime.hooks.instance_patch import Original, patch_instance
 from vispress.runtime.kv_cache.hf_compat import cache_of
 
 
@@ -92,6 +93,22 @@ def find_owner(model: nn.Module, base: nn.Module) -> nn.Module | None:
         if "labels" in inspect.signature(type(module).forward).parameters:
             return module
     return next((module for module in around if hasattr(module, "generate")), None)
+
+
+def patch_forward(owner: nn.Module, base: nn.Module) -> Callable[[], None]:
+    """Let `owner_runs` answer the owner's `forward`; returns the undo."""
+    return patch_instance(owner, "forward", partial(owner_runs, base), keyword=PROMPT_LENGTHS)
+
+
+def patch_generation(owner: nn.Module, base: nn.Module) -> list[Callable[[], None]]:
+    """Let `generates` answer `generate`, and refuse continuous batching; returns how to undo it."""
+    undo = []
+    if hasattr(owner, "generate"):
+        wrapper = partial(generates, base)
+        undo.append(patch_instance(owner, "generate", wrapper, keyword=PROMPT_LENGTHS))
+    names = ("generate_batch", "init_continuous_batching")
+    undo += [patch_instance(owner, n, refuses_batching) for n in names if hasattr(owner, n)]
+    return undo
 
 
 def check_replica(module: nn.Module, attached: nn.Module) -> None:

@@ -13,7 +13,11 @@ from vispress.precision import full_precision
 from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward import setup
 from vispress.runtime.forward.apply_placement import apply, write_values
-from vispress.runtime.forward.documents import find_documents, find_ends
+from vispress.runtime.forward.documents import (
+    find_documents,
+    find_ends,
+    warn_of_taught_images,
+)
 from vispress.runtime.forward.expand import expand_output
 from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
@@ -91,6 +95,7 @@ def begin(
         ends = find_ends(call, documents, state)
         with full_precision():
             setup.find(plan, state, call, embeds, documents, ends)
+        warn_of_taught_images(ends, state.layout)
     running = given[RUNNING] = Running(state, _open(stages, state))
     if captures:
         given["inputs_embeds"] = _before_llm(running, module, given, embeds)

@@ -80,7 +80,7 @@ def patch_instance(
     return partial(restore, patch)
 
 
-def _is_patched(module: nn.Module, name: str) -> bool:
+def is_patched(module: nn.Module, name: str) -> bool:
     """Whether a patch still answers calls of `module.name`, wrapped or not."""
     found = module.__dict__.get(name)
     while found is not None:
@@ -97,11 +97,12 @@ def refuse_replaced(*modules: nn.Module | None) -> None:
         CompressionStateError: Says what would work.
     """
     for module in modules:
-        if module is not None and not _is_patched(module, "forward"):
+        if module is not None and not is_patched(module, "forward"):
             raise CompressionStateError(
                 f"{type(module).__name__}.forward was replaced after compress_model, which no "
                 "longer sees what it is called with; call remove_compression(model), then "
-                "compress_model behind whatever replaces it"
+                "compress_model behind whatever replaces it (TRL's trainers do: compress their "
+                ".model, or give them a CompressionCallback, which sees to it as training begins)"
             )
 
 
