@@ -139,3 +139,14 @@ def test_a_bias_in_a_mask_blocks_nothing(method: str) -> None:
     for logits, alive in found[1:]:
         assert torch.equal(alive, found[0][1])
         assert (logits - found[0][0])[alive].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_a_report_does_not_follow_a_mask_that_is_written_on(dtype: torch.dtype) -> None:
+    samples = [Sample([Text(5), Image(), Text(7)]), Sample([Text(2), Image(), Text(3)])]
+    inputs = make_inputs("llava", samples, padding="left")
+    mask = inputs["attention_mask"].to(dtype, copy=True)
+    with compressed(model_of("llava"), make("llava", "fastv")) as report:
+        logits_of(model_of("llava"), inputs | {"attention_mask": mask, "use_cache": False})
+        mask[:] = 1
+        assert torch.equal(report.alive(0), inputs["attention_mask"].bool())

@@ -168,7 +168,9 @@ def _make_state(
     if past and mask_2d is None:
         refuse_shown_padding(holds_padding(cache))
     counts = (Q,) * B if valid is None else tuple(valid.sum(1).tolist())
-    mask_2d, chunk = None if mask_2d is None else mask_2d.bool(), None
+    # a copy: records outlive the call, and a mask that is kept for all steps is written on
+    mask_2d = None if mask_2d is None else mask_2d.to(torch.bool, copy=True)
+    chunk = None
     if valid is not None:
         assert mask_2d is not None
         chunk = mask_2d[:, past : past + Q]
