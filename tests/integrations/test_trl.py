@@ -128,10 +128,13 @@ def own(model):
     return {name: p.detach().clone() for name, p in found if p.requires_grad}
 
 
-@pytest.mark.parametrize("order", ["callback", "behind", "trainer"])
-def test_steps_are_those_of_a_loop_by_hand(folders, tmp_path, order):
+@pytest.mark.parametrize(
+    ("order", "family"),
+    [("callback", "llava"), ("behind", "llava"), ("trainer", "llava"), ("trainer", "qwen2_5_vl")],
+)
+def test_steps_are_those_of_a_loop_by_hand(folders, tmp_path, order, family):
     """FastV ranks by the prompt's last token: an answer that it saw would rank in its place."""
-    folder, model = folders["llava"], load(folders["llava"])
+    folder, model = folders[family], load(folders[family])
     fastv = {"method": "fastv", "keep_ratio": 0.5, "layer": 1}
     if order != "behind":
         compress_model(model, **fastv)
