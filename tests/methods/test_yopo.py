@@ -29,6 +29,13 @@ def test_the_depth_of_the_llm_as_layer_keeps_all_tokens() -> None:
     assert YOPO(layer=6, ffn_ratio=4).compute(6) == (LayerCompute(ffn_ratio=4),) * 6
 
 
+def test_windows_end_with_the_visual_tokens() -> None:
+    method = YOPO(layer=2, window=5, causal=True)
+    assert [own.window for own in method.compute(4)] == [5, 5, None, None]
+    assert [own.causal for own in method.compute(4)] == [True, True, False, False]
+    assert {own.window for own in YOPO().compute(4)} == {None}
+
+
 @pytest.mark.refusal
 @pytest.mark.parametrize(
     ("wrong", "says"),
@@ -37,6 +44,10 @@ def test_the_depth_of_the_llm_as_layer_keeps_all_tokens() -> None:
         ({"ffn_ratio": 1.5}, "ffn_ratio"),
         ({"layer": 0}, "layer"),
         ({"layer": True}, "layer"),
+        ({"window": 0}, "window"),
+        ({"window": 4}, "window must be odd"),
+        ({"window": 3, "causal": 1}, "causal"),
+        ({"causal": True}, r"window is None.*set window"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, object], says: str) -> None:

@@ -14,10 +14,16 @@ class LayerCompute:
         inactive_heads: Attention heads that visual tokens have no part in, ascending: their rows
             get zeros from these heads, and the prompt's text takes nothing of them there. The
             weights of other tokens stay what they were: nothing is renormalised.
+        window: Of visual tokens, a visual token attends to those at most `window // 2` rows and
+            columns away in its own picture (image, crop or frame), itself included; odd. None for
+            all before it. What has no cell in a picture (newlines) counts as text.
+        causal: Whether it attends only to those in its window that stand before it.
     """
 
     ffn_ratio: int = 1
     inactive_heads: tuple[int, ...] = ()
+    window: int | None = None
+    causal: bool = False
 
     @property
     def ffn_share(self) -> float:

@@ -6,15 +6,21 @@ Source: the official code (ZhangAIPI/YOPO_MLLM_Pruning, MIT), read through a spe
 Follows the code: in layers that have visual tokens, these go through the first `m / ffn_ratio` of
 the FFN's m intermediate neurons, down(act(gate) * up); `inactive_heads` give them zeros, and the
 prompt's text nothing of them, by weights that are set to zero behind the softmax and not
-renormalised; from `layer` on they are neither computed nor attended to. Else text goes through
-whole layers, as does what is decoded. Positions stay. Inactive heads are found on samples
-(`visual_ratio`, `find_inactive_heads`); layers 0 and 1 keep all.
-Differs: three of the four parts are here; windows of visual attention are left out. The rows of an
-answer attend to visual tokens by all heads, taught as decoded. Visual tokens are removed from
-`layer` on, so attention is renormalised there, as in the code for Qwen2-VL; that for LLaVA sets
-weights to zero behind the softmax. What the code simulates by masks is saved where it can be:
-slices of the FFN's weights are run. Heads are not: weights need the keys of all tokens.
-Reconstructed: `layer` of a 7B model, half of the depth as for 13B (24 of 28 for Qwen2-VL).
+renormalised; of visual tokens they attend to a `window` around them in the grid, later ones too
+(the block of visual tokens overwrites the causal mask), and to text as ever; from `layer` on they
+are neither computed nor attended to. Else text goes through whole layers, as does what is decoded.
+Positions stay. Inactive heads are found on samples (`visual_ratio`, `find_inactive_heads`); layers
+0 and 1 keep all.
+Differs: windows are off by default (published: 5 on LLaVA's 24 x 24, and 1 in the code for
+Qwen2-VL), because FlashAttention takes no such mask. The rows of an answer attend to visual tokens
+by all heads, taught as decoded. Visual tokens are removed from `layer` on, so attention is
+renormalised there, as in the code for Qwen2-VL; that for LLaVA sets weights to zero behind the
+softmax. What the code simulates by masks is saved where it can be: slices of the FFN's weights are
+run. Heads are not, weights need the keys of all tokens; nor are windows, which are a dense mask
+here as well, and are not counted as savings.
+Reconstructed: `layer` of a 7B model, half of the depth as for 13B (24 of 28 for Qwen2-VL); windows
+of what is no single square: each image, AnyRes crop and video frame is a grid of its own, whose
+tokens do not attend to those of another, and newlines count as text.
 The neurons are the first ones, not chosen: a model that was not trained so loses half of its FFN at
 random. Published (LLaVA-1.5-7B, 7.63 to 1.91 TFLOPs: GQA 61.6 of 62.3, TextVQA 56.3 of 58.1, POPE
 86.8 of 87.3) are models that were fine-tuned with all four parts on. The authors train the language
@@ -31,7 +37,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vispress.budget import PUBLISHED_DEPTH, Budget, scaled_layer
-from vispress.checks import check_ascending, check_integer, check_number
+from vispress.checks import check_ascending, check_flag, check_integer, check_number
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor, Evidence, keep_none, upcast
 from vispress.methods.compute_pruner import ComputePruner, LayerCompute
@@ -61,11 +67,17 @@ class YOPO(Compressor, ComputePruner):
         inactive_heads: For each decoder layer, the heads that visual tokens have no part in,
             ascending (see `find_inactive_heads`); None for no head. They save no time here, and
             images must come in the first call on a KV cache.
+        window: Side, in tokens, of the square around a visual token in which it attends to visual
+            tokens, odd; published 5. None for all before it. It saves no time here, needs SDPA or
+            eager attention, and images must come in the first call on a KV cache.
+        causal: Whether a visual token attends only to those in its window that stand before it, as
+            a model that was not trained with windows does; else to later ones too, as published.
 
     Raises:
         BudgetError: A budget is given.
-        ConfigError: A value is out of range, or there are fewer layers.
-        UnsupportedModelError: The FFNs are not gated ones of three projections (experts, say).
+        ConfigError: A value is out of range, there are fewer layers, or `causal` has no `window`.
+        UnsupportedModelError: The FFNs are not gated ones of three projections (experts, say), or
+            FlashAttention is to run windows.
     """
 
     summary: ClassVar[str] = "all at a part of each FFN, then none from half of the LLM's depth"
@@ -77,9 +89,23 @@ class YOPO(Compressor, ComputePruner):
     ffn_ratio: int = 2
     layer: int | None = None
     inactive_heads: tuple[tuple[int, ...], ...] | None = None
+    window: int | None = None
+    causal: bool = False
 
     def validate(self) -> None:
         check_integer("ffn_ratio", self.ffn_ratio, low=1)
+        check_flag("causal", self.causal)
+        if self.window is not None:
+            check_integer("window", self.window, low=1)
+            if self.window % 2 == 0:
+                raise ConfigError(
+                    f"window must be odd, a square with the token in its middle, got {self.window}"
+                )
+        elif self.causal:
+            raise ConfigError(
+                "causal=True says what is seen of a window, and window is None, which is causal "
+                "already; set window (5 as published), or leave causal out"
+            )
         if self.layer is not None:
             check_integer("layer", self.layer, low=1)
         layers = () if self.inactive_heads is None else self.inactive_heads
@@ -113,7 +139,10 @@ class YOPO(Compressor, ComputePruner):
         """Give what is computed in the layers that have visual tokens; others are whole."""
         self._check_heads(num_layers)
         heads = ((),) * num_layers if self.inactive_heads is None else self.inactive_heads
-        part, end = partial(LayerCompute, ffn_ratio=self.ffn_ratio), self._end(num_layers)
+        part = partial(
+            LayerCompute, ffn_ratio=self.ffn_ratio, window=self.window, causal=self.causal
+        )
+        end = self._end(num_layers)
         computed = tuple(part(inactive_heads=own) for own in heads[:end])
         return computed + (LayerCompute(),) * (num_layers - end)
 
