@@ -271,7 +271,7 @@ def test_a_grid_that_cannot_be_halved_is_refused_when_compressed() -> None:
     match = "2 x 2 patches 2 times, so rows and columns of tokens must be multiples of 4; 6 x 6"
     with pytest.raises(UnsupportedMethodError, match=match):
         compress_model(model, PVC(after=(1, 2)))
-    with pytest.raises(ConfigError, match=r"after=\(4,\) .* the 3 of the vision encoder"):
+    with pytest.raises(ConfigError, match=r"after=\(4,\) .* the vision encoder has 3"):
         compress_model(model, PVC(after=(4,)))
     assert not any(MODULES in name for name, _ in model.named_modules())
 
