@@ -1,11 +1,14 @@
 """A decode step on a growing cache costs what the untouched model's does, within a few calls.
 
 Counted at the depth of a 7B model, where a call a layer is what makes a step slow; most of a step
-at batch 1 is the host's.
+at batch 1 is the host's. `benchmarks/results/decode_cost.txt` keeps what this prints:
+
+    python -m tests.laws.test_decode_cost
 """
 
 import cProfile
 import pstats
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -89,3 +92,21 @@ def test_a_step_of_a_padded_batch_cuts_a_mask_for_each_group(method: str) -> Non
         groups = 3 if method == "pyramiddrop" else 1
     assert more - operations <= 2 * groups + OPERATIONS
     assert slower - python <= 1.2 * PYTHON * python
+
+
+def main() -> None:
+    """Print what a step of each method costs more than an untouched one."""
+    out = []
+    for pad, name in ((0, "one sample"), (2, "two samples, one padded")):
+        operations, python = cost(pad)
+        out.append(f"{name}: untouched {operations} operations, {python} Python calls a step")
+        for method, options in METHODS.items():
+            with compressed(deep(), method, **options):
+                more, slower = cost(pad)
+            share = f"{slower - python:+5} calls ({(slower - python) / python:+.1%})"
+            out.append(f"  {method:12} {more - operations:+4} operations, {share}")
+    sys.stdout.write("\n".join(out) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -216,7 +216,7 @@ def test_layers_that_pool_are_not_checkpointed_and_checkpointed_again_afterwards
 
 
 def test_layers_whose_hooks_do_not_run_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vispress.runtime.stages.pool.current_merge", lambda: None)
+    monkeypatch.setattr("vispress.runtime.stages.encoder.current_merge", lambda: None)
     with (
         compressed(model_of("llava"), make("llava", "pvc")),
         pytest.raises(CompressionStateError, match=r"compiled.*leave pvc out"),

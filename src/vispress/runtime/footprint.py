@@ -10,7 +10,7 @@ from vispress.runtime.stages.base import RuntimeStage
 
 @dataclass(frozen=True)
 class Footprint:
-    """What is hooked for some plans and not for others; equal by value.
+    """Name what is hooked for some plans and not for others; equal by value.
 
     Args:
         watched: Decoder layers whose attention is handed the call that runs.

@@ -35,7 +35,7 @@ class Sequences:
 
     @property
     def padded(self) -> bool:
-        """Whether some places of the rows have no token."""
+        """Tell whether some places of the rows have no token."""
         return len(set(self.counts[self.merged])) > 1
 
     @property
@@ -60,7 +60,7 @@ class Sequences:
         self.merged += 1
 
     def arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer must be handed in place of what fits the whole sequences."""
+        """Give what a layer must be handed in place of what fits the whole sequences."""
         return {}
 
 

@@ -22,7 +22,7 @@ from vispress_kernels.merge_tokens import merge_tokens
 
 @dataclass(eq=False)
 class Choice:
-    """What the compressors of a placement chose, before any row moves.
+    """Hold what the compressors of a placement chose, before any row moves.
 
     Args:
         drop: `[B, Q]` bool, visual tokens that are not kept.

@@ -17,6 +17,7 @@ from vispress.adapters.base import Modality, ModelAdapter
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.runtime.encoder.merging import EncoderMerge, EncoderStep, check_attention
+from vispress.runtime.encoder.pooling import EncoderPool
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.attention import current_merge, implementation_of, merging, watch
 from vispress.runtime.hooks.no_checkpointing import NoCheckpointing
@@ -49,20 +50,54 @@ def bind(binding: Binding) -> RuntimeStage | None:
 
 
 def install(adapter: ModelAdapter) -> list[Callable[[], None]]:
-    """Hooks on the encoder's layers; returns what undoes them."""
+    """Put hooks on the encoder for what merges in its layers; returns what undoes them."""
+    undo = hook_layers(adapter)
+    for block in adapter.encoder_blocks():
+        undo.append(watch(block.attention))
+        undo.append(block.norm.register_forward_pre_hook(_norm_starts).remove)
+        undo.append(block.mlp.register_forward_hook(_mlp_ran).remove)
+    return undo
+
+
+def hook_layers(adapter: ModelAdapter) -> list[Callable[[], None]]:
+    """Let the state of an encoder call see what enters and leaves layers; returns the undo."""
     undo: list[Callable[[], None]] = []
     for number, block in enumerate(adapter.encoder_blocks()):
-        undo.append(watch(block.attention))
-        layer, norm, mlp = block.layer, block.norm, block.mlp
         enter = partial(_layer_starts, number)
-        undo.append(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        undo.append(norm.register_forward_pre_hook(_norm_starts).remove)
-        undo.append(mlp.register_forward_hook(_mlp_ran).remove)
+        undo.append(block.layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
         # ahead of transformers' hooks that keep hidden states
-        undo.append(layer.register_forward_hook(_layer_ran, prepend=True).remove)
+        undo.append(block.layer.register_forward_hook(_layer_ran, prepend=True).remove)
     for tap in adapter.encoder_taps():
         undo.append(tap.register_forward_pre_hook(_tap_starts).remove)
     return undo
+
+
+@contextmanager
+def held(
+    state: EncoderMerge | EncoderPool,
+    adapter: ModelAdapter,
+    no_checkpointing: NoCheckpointing,
+    method: str,
+) -> Iterator[None]:
+    """Hold the state of one encoder call, which the hooks see inside the block.
+
+    Args:
+        state: Of the call.
+        adapter: The family.
+        no_checkpointing: Of the stage.
+        method: Its name.
+
+    Raises:
+        CompressionStateError: The hooks did not run.
+    """
+    with merging(state), no_checkpointing([block.layer for block in adapter.encoder_blocks()]):
+        yield
+    if state.layer < 0:
+        raise CompressionStateError(
+            "the vision encoder's layers ran without their hooks (it is compiled), so nothing was "
+            "merged or pooled in it: compile model.model.language_model alone, or leave "
+            f"{method} out"
+        )
 
 
 @final
@@ -89,21 +124,10 @@ class Merging:
 
     @contextmanager
     def call(self, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[EncoderMerge]:
-        """Hold the state of one encoder call, which the hooks see inside the block.
-
-        Raises:
-            CompressionStateError: The hooks did not run.
-        """
-        layers = [block.layer for block in self._adapter.encoder_blocks()]
+        """Hold the state of one encoder call (see `held`)."""
         merge = EncoderMerge(self._adapter, self._step, modality, arguments, self._backend)
-        with merging(merge), self._no_checkpointing(layers):
+        with held(merge, self._adapter, self._no_checkpointing, self._step.method.name):
             yield merge
-        if merge.layer < 0:
-            raise CompressionStateError(
-                "the vision encoder's layers ran without their hooks (it is compiled), so nothing "
-                "was merged in it: compile model.model.language_model alone, or leave the method "
-                "that merges in the encoder out"
-            )
 
 
 def _layer_starts(number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -6,19 +6,15 @@ works.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, final
 
-from torch import Tensor, nn
-
 from vispress.adapters.base import Modality, ModelAdapter
-from vispress.errors import CompressionStateError, UnsupportedMethodError
+from vispress.errors import UnsupportedMethodError
 from vispress.runtime.encoder.pooling import EncoderPool, PoolingStep, check_grids
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import current_merge, merging
 from vispress.runtime.hooks.no_checkpointing import NoCheckpointing
 from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall
-from vispress.runtime.stages.encoder import check_alone
+from vispress.runtime.stages.encoder import check_alone, held, hook_layers
 from vispress.types import Stage
 
 CARRIES = frozenset({Stage.ENCODER})
@@ -71,45 +67,11 @@ class Pooling:
 
     def install(self) -> Sequence[Callable[[], None]]:
         """Put hooks on the encoder; gives what undoes them."""
-        undo: list[Callable[[], None]] = []
-        for number, block in enumerate(self._adapter.encoder_blocks()):
-            enter = partial(_layer_starts, number)
-            undo.append(block.layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            # ahead of transformers' hooks that keep hidden states
-            undo.append(block.layer.register_forward_hook(_layer_ran, prepend=True).remove)
-        for tap in self._adapter.encoder_taps():
-            undo.append(tap.register_forward_pre_hook(_tap_starts).remove)
-        return undo
+        return hook_layers(self._adapter)
 
     @contextmanager
     def call(self, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[EncoderPool]:
-        """Hold the state of one encoder call, which the hooks see inside the block.
-
-        Raises:
-            CompressionStateError: The hooks did not run.
-        """
-        layers = [block.layer for block in self._adapter.encoder_blocks()]
+        """Hold the state of one encoder call (see `held`)."""
         pool = EncoderPool(self._adapter, self._step, modality, arguments)
-        with merging(pool), self._no_checkpointing(layers):
+        with held(pool, self._adapter, self._no_checkpointing, self._step.method.name):
             yield pool
-        if pool.layer < 0:
-            raise CompressionStateError(
-                "the vision encoder's layers ran without their hooks (it is compiled), so nothing "
-                "was pooled in it: compile model.model.language_model alone, or leave "
-                f"{self._step.method.name} out"
-            )
-
-
-def _layer_starts(number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    pool = current_merge()
-    return None if pool is None else pool.enter(number, args, kwargs)
-
-
-def _layer_ran(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-    pool = current_merge()
-    return None if pool is None else pool.leave(output)
-
-
-def _tap_starts(module: nn.Module, args: Any) -> Any:
-    pool = current_merge()
-    return None if pool is None or pool.done else (pool.restore(args[0]), *args[1:])
