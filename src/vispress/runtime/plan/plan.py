@@ -24,7 +24,7 @@ SURVEYS: Final = 64
 
 
 class Plan:
-    """What is asked of one model; every call reads it and none writes it.
+    """Hold what is asked of one model; every call reads it, and writes to `surveys` alone.
 
     Args:
         adapter: Knows the model.
