@@ -138,7 +138,8 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.prefill": 13,
         "vispress.runtime.footprint": 12,
         "vispress.runtime.attachment": 14,
-        "vispress.runtime": 15,
+        "vispress.runtime.graphs": 15,
+        "vispress.runtime": 16,
     },
 }
 """Floors inside a part of the house; there imports for type checkers count, too."""

@@ -131,6 +131,14 @@ class Compressor(ABC):
         """List compressors inside that are each shown `VisualTokens.views` of their own."""
         return ()
 
+    def uncapturable(self) -> str | None:
+        """Say why a prefill is no fixed sequence of operations, as CUDA graphs are; None if it is.
+
+        It is where all that comes next follows from the prompt's layout, and the host reads nothing
+        of pictures, texts or parameters. Decoding is captured in any case.
+        """
+        return next((why for one in self.members() if (why := one.uncapturable())), None)
+
     def whole_only(self) -> bool:
         """Whether this instance, or one inside it, acts on whole images only."""
         return self.whole or any(member.whole_only() for member in self.members())

@@ -93,6 +93,11 @@ class Debias(Wrapper):
     def signals(self) -> frozenset[Signal]:
         return self.wrapped.signals() | ({Signal.PADDING} if self.suppress_padding else set())
 
+    def uncapturable(self) -> str | None:
+        return (
+            "padding of an image is counted on the host" if self.shrink else super().uncapturable()
+        )
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         first, *later = super().placements(num_layers)
         if first.queries is None:

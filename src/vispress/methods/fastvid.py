@@ -119,6 +119,9 @@ class FastVID(Compressor):
         check_integer("anchor_step", self.anchor_step, low=1)
         check_number("alpha", self.alpha, low=0.0, high=1.0)
 
+    def uncapturable(self) -> str:
+        return "the host cuts a video into scenes"
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)
 

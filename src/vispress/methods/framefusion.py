@@ -115,6 +115,9 @@ class FrameFusion(Compressor):
         given = self.mean_keep_ratio if self.keep_ratio is None else self.keep_ratio
         return PUBLISHED_MEAN if given is None else given
 
+    def uncapturable(self) -> str:
+        return "a video decides how many of its tokens are merged"
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         first = Placement(stage=Stage.PRE_LLM, budget=Budget(keep_ratio=1.0), adaptive=True)
         if self.mean == 1.0:

@@ -129,6 +129,9 @@ class GammaMoD(Compressor):
                 f"threshold={self.threshold} decides how many run; leave out a budget"
             )
 
+    def uncapturable(self) -> str | None:
+        return None if self.threshold is None else "images decide how many tokens run a layer"
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         layers = self.layers
         if layers is None:

@@ -109,6 +109,9 @@ class HoliTom(Compressor):
     def signals(self) -> frozenset[Signal]:
         return self.reads | {Signal.QUERY_ATTENTION} if self.inner else self.reads
 
+    def uncapturable(self) -> str:
+        return "the host finds a video's segments and its static places"
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         if not self.inner:
             return (Placement(stage=Stage.PRE_LLM, budget=self.budget(num_layers)),)

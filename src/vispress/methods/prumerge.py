@@ -126,6 +126,9 @@ class PruMerge(Compressor):
         """Whether the image decides the count: no budget is set."""
         return self.unbudgeted
 
+    def uncapturable(self) -> str | None:
+        return "the image decides how many tokens stay; give a budget" if self.adaptive else None
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return self.before_llm(num_layers)
 

@@ -80,6 +80,9 @@ class PruneVid(Compressor):
         """Whether no budget is set."""
         return self.unbudgeted
 
+    def uncapturable(self) -> str:
+        return "the host finds a video's segments and its static places"
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         layer = scaled_layer(PUBLISHED_LAYER, num_layers) if self.layer is None else self.layer
         check_layer("layer", layer, num_layers)

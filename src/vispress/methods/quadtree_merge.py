@@ -55,6 +55,9 @@ class QuadtreeMerge(Compressor):
         check_number("theta", self.theta, low=0.0, high=2.0)
         check_integer("max_depth", self.max_depth, low=1)
 
+    def uncapturable(self) -> str:
+        return "images decide how many cells are left"
+
     def placements(self, num_layers: int) -> tuple[Placement, ...]:
         return self.before_llm(num_layers)
 

@@ -2,7 +2,8 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -53,11 +54,13 @@ class ModelCall:
         """Copy what is read here to the host, before the encoder is launched: no wait for work."""
         found = (self.arguments.get(name) for name in ("input_ids", "attention_mask"))
         given = [t for t in found if isinstance(t, Tensor) and t.ndim == 2]
+        known = [pair for pair in _COPIES.get() if any(pair[0] is one for one in given)]
+        given = [one for one in given if not any(one is pair[0] for pair in known)]
         if len({(t.shape, t.device) for t in given}) == 1:  # one copy for both
             copies = torch.stack([t.long() for t in given]).cpu().unbind()
         else:
             copies = tuple(t.cpu() for t in given)
-        self._fetched = list(zip(given, copies, strict=True))
+        self._fetched = [*known, *zip(given, copies, strict=True)]
         if isinstance(sizes := self.arguments.get(SIZES), Tensor):
             self._fetched.append((sizes, sizes.cpu()))
         self._check_lengths()
@@ -80,6 +83,24 @@ class ModelCall:
         """Its copy on the host (int64 where it was fetched ahead; else work is waited for)."""
         known = next((copy for given, copy in self._fetched if given is tensor), None)
         return tensor.cpu() if known is None else known
+
+
+_COPIES: ContextVar[Sequence[tuple[Tensor, Tensor]]] = ContextVar("vispress_copies", default=())
+
+
+@contextmanager
+def knowing(copies: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, these tensors are not fetched: their copies on the host are made already.
+
+    Args:
+        copies: A tensor that base models are called with, and its int64 copy on the host.
+    """
+    before = _COPIES.get()
+    try:
+        _COPIES.set(copies)
+        yield
+    finally:
+        _COPIES.set(before)
 
 
 SIZES = "image_sizes"

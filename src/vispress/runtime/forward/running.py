@@ -193,7 +193,6 @@ def add_deepstack(original: Original, hidden: Tensor, visual: Tensor, embeds: An
     if isinstance(embeds, CarriedEmbeds):
         state, embeds = embeds.state, embeds.embeds
         if not state.untouched:
-            given = state.last, hidden.device, visual, embeds, state.plan.backend
-            visual, embeds = live_deepstack(*given)
+            return live_deepstack(state.last, hidden, visual, embeds, state.plan.backend)
     result: Tensor = original(hidden, visual, embeds)
     return result

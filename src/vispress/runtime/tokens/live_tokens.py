@@ -232,19 +232,22 @@ def gather_rotary(
 
 
 def live_deepstack(
-    rows: LiveTokens, device: torch.device, visual: Tensor, embeds: Tensor, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Marks of visual places and their values (one a mark), for the rows that still live.
+    rows: LiveTokens, hidden: Tensor, visual: Tensor, embeds: Tensor, backend: Backend
+) -> Tensor:
+    """Add values to visual places (one a mark) where they still live; no mark is counted.
 
     Args:
-        rows: Which those are.
-        device: Where the layer runs.
+        rows: Live tokens.
+        hidden: `[B, P, D]`, theirs.
         visual: `[B, Q]` bool.
         embeds: `[marks, D]`.
         backend: Kernels to use.
     """
-    rows, visual = rows.to(device), visual.to(device)
+    rows, visual = rows.to(hidden.device), visual.to(hidden.device)
     number = (visual.flatten().long().cumsum(0) - 1).view_as(visual)  # row of embeds
     here, number = gather_tokens_many((visual, number), rows.index, backend=backend)
     here = here if rows.valid is None else here & rows.valid
-    return here, embeds.to(device)[number[here]]
+    if not len(embeds):
+        return hidden
+    own = embeds.to(hidden)[number.clamp(min=0)]
+    return torch.where(here[..., None], hidden + own, hidden)
