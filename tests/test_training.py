@@ -1,6 +1,7 @@
 """What training loops ask: losses of methods, groups, progress; transformers' Trainer as it is."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ from vispress.errors import CompressionStateError, ConfigError
 from vispress.methods import DivPrune, GammaMoD, PMoD
 from vispress.methods.base import Compressor, top_indices
 from vispress.trainer import CompressionTrainer
+from vispress.training import answer_divergence
 from vispress.types import ModuleShape, Placement, Signal, Stage, TokenPlan, VisualTokens
 
 
@@ -222,6 +224,88 @@ def test_progress_of_methods_without_a_schedule_changes_nothing() -> None:
     assert attachment_of(model).plan is plan
     update_compression(model, scale=0.1)
     assert attachment_of(model).plan is not plan
+
+
+# --- a teacher
+
+
+def test_the_divergence_of_answers_by_hand() -> None:
+    """Two answer tokens, behind prompts of one and of three; the teacher knows a word less."""
+    labels = torch.tensor([[-100, 1, 0, -100]])
+    shown = torch.tensor([[-100, -100, -100, 1, 0]])
+    own, theirs = torch.zeros(1, 4, 3), torch.zeros(1, 5, 2)
+    own[0, 0, :2] = torch.tensor([0.75, 0.25]).log()
+    own[0, :, 2] = 5.0  # the word that the teacher lacks
+    theirs[0, 3] = torch.tensor([0.9, 0.1]).log()
+    own.requires_grad_()
+    theirs.requires_grad_()
+    found = answer_divergence(own, labels, theirs, shown)
+    first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    second = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert float(found.detach()) == pytest.approx((first + second) / 2, rel=1e-5)
+    found.backward()
+    assert theirs.grad is None
+    assert own.grad is not None
+    assert own.grad[0, :, 0].ne(0).tolist() == [True, True, False, False]
+    softer = answer_divergence(own, labels, theirs, shown, temperature=2.0)
+    a, b = (math.sqrt(x) for x in (0.75, 0.25))
+    c, d = (math.sqrt(x) / (math.sqrt(0.9) + math.sqrt(0.1)) for x in (0.9, 0.1))
+    first = 0.5 * math.log(0.5 * (a + b) / a) + 0.5 * math.log(0.5 * (a + b) / b)
+    second = c * math.log(2 * c) + d * math.log(2 * d)
+    assert float(softer.detach()) == pytest.approx(4 * (first + second) / 2, rel=1e-5)
+
+
+def test_a_teacher_of_other_answers_is_refused() -> None:
+    logits, labels = torch.zeros(1, 3, 4), torch.tensor([[-100, 2, 3]])
+    for others in ([[-100, 2, -100]], [[-100, 2, 1]]):
+        with pytest.raises(ConfigError, match=r"must see the same answers, got 2 answer tokens"):
+            answer_divergence(logits, labels, logits, torch.tensor(others))
+    with pytest.raises(ConfigError, match="no label is an answer's"):
+        answer_divergence(logits, torch.full((1, 3), -100), logits)
+    with pytest.raises(ConfigError, match="temperature"):
+        answer_divergence(logits, labels, logits, temperature=0.0)
+
+
+def test_a_trainer_adds_the_divergence_from_its_teacher(tmp_path: Path) -> None:
+    """As a loop by hand; the teacher does not hear VoCo tokens, which mean nothing to it."""
+    model, teacher = (build("llava", dtype=torch.float32) for _ in range(2))
+    voco = model.get_input_embeddings().num_embeddings - 1
+    questions = Questions(4)
+    for row in questions.rows:
+        row["input_ids"][0, -6:-4] = voco
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-3, "use_cpu": True,
+        "report_to": [], "logging_steps": 1, "remove_unused_columns": False, "save_strategy": "no",
+        "disable_tqdm": True, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+    }  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
+    compress_model(model, method="voco")
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[voco] += 100.0
+    given = {"train_dataset": questions, "teacher": teacher, "teacher_weight": 3.0}
+    run = CompressionTrainer(model, arguments, **given)
+    run.get_train_dataloader = lambda: in_order(questions, run.accelerator)  # type: ignore[method-assign]
+    run.train()
+    logged = [e["loss/divergence"] for e in run.state.log_history if "loss/divergence" in e]
+    again, plain = (build("llava", dtype=torch.float32) for _ in range(2))
+    compress_model(again, method="voco").train()
+    sgd, apart = torch.optim.SGD(again.parameters(), lr=1e-3), []
+    for start in (0, 2):
+        batch = torch.utils.data.default_collate([questions[start], questions[start + 1]])
+        heard = batch | {"attention_mask": (batch["input_ids"] != voco).long()}
+        with torch.no_grad():
+            told = plain(**heard).logits
+        out = again(**batch, use_cache=False)
+        apart.append(answer_divergence(out.logits, batch["labels"], told))
+        sgd.zero_grad()
+        (out.loss + 3.0 * apart[-1]).backward()
+        sgd.step()
+    assert logged == pytest.approx([float(one.detach()) for one in apart], rel=1e-4)
+    torch.testing.assert_close(model.lm_head.weight, again.lm_head.weight, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ConfigError, match="teacher must be uncompressed"):
+        CompressionTrainer(model, arguments, teacher=again)
+    with pytest.raises(ConfigError, match="teacher_weight"):
+        CompressionTrainer(model, arguments, teacher=plain, teacher_weight=-1.0)
 
 
 # --- transformers' Trainer

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from vispress.api import attachment_of, change_request
+from vispress.checks import check_number
 from vispress.errors import ConfigError
 from vispress.saving import save_compression
 from vispress.weights import read_saved
@@ -17,6 +18,8 @@ from vispress.weights import read_saved
 if TYPE_CHECKING:
     from vispress.runtime.forward.losses import Collected
 
+IGNORED = -100
+"""Label of what is no answer."""
 FOLDER = "compressor"
 """Of a trainer's checkpoint, where the compressor is saved."""
 
@@ -81,6 +84,50 @@ def compression_loss(model: nn.Module) -> Iterator[ExtraLoss]:
     base = attachment_of(model).plan.adapter.base
     with collecting(base) as collected:
         yield ExtraLoss(collected, held(base))
+
+
+def answer_divergence(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    teacher_labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Measure how far answers of a compressed model are from the uncompressed one's.
+
+    The mean over answer tokens of the Kullback-Leibler divergence of the teacher's distribution and
+    the compressed model's, in nats; with a temperature T, of both at T, times T^2. Add it to the
+    loss of a loop: what VoCo-LLaMA is derived from, though its authors train on answers alone.
+
+    Args:
+        logits: `[B, L, V]` of the compressed model.
+        labels: `[B, L]`, -100 on all but answers; not shifted.
+        teacher_logits: `[B, M, W]` of the teacher, which saw the same answers; it gets no gradient.
+            Words that one of the two lacks (a VoCo token) are left out of both.
+        teacher_labels: `[B, M]`, where the teacher's prompts are others; None for `labels`.
+        temperature: T, above 0.
+
+    Raises:
+        ConfigError: The two have other answers, there is none, or the temperature is out of range.
+    """
+    check_number("temperature", temperature, low=1e-3, high=1e3)
+    seen = labels if teacher_labels is None else teacher_labels
+    here, there = labels[:, 1:] != IGNORED, seen[:, 1:] != IGNORED
+    if not torch.equal(labels[:, 1:][here], seen.to(labels)[:, 1:][there.to(labels.device)]):
+        raise ConfigError(
+            f"a teacher must see the same answers, got {int(here.sum())} answer tokens and "
+            f"{int(there.sum())} of the teacher, or others; give its labels as teacher_labels"
+        )
+    if not bool(here.any()):
+        raise ConfigError("no label is an answer's: all are -100 behind the first row")
+    words = min(logits.shape[-1], teacher_logits.shape[-1])
+    own = logits[:, :-1, :words][here].float() / temperature
+    theirs = teacher_logits[:, :-1, :words][there].detach().to(own) / temperature
+    found = nn.functional.kl_div(
+        own.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    return found * temperature**2
 
 
 def parameter_groups(model: nn.Module, *, lr: float, modules_lr: float) -> list[dict[str, Any]]:

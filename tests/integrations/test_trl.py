@@ -1,5 +1,6 @@
 """TRL's `SFTTrainer`: equal to a loop by hand, labels are heard, compressors saved and resumed."""
 
+import math
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from vispress import (
     compression_report,
     parameter_groups,
     remove_compression,
+    set_progress,
 )
 from vispress.errors import CompressionStateError
 from vispress.trainer import CompressionTrainer
@@ -223,6 +225,71 @@ def test_methods_losses_and_rates_are_those_of_a_loop_by_hand(folders, tmp_path,
     logs = [entry for entry in run.state.log_history if "loss/gamma_mod" in entry]
     assert len(logs) == 2
     assert all(0 < entry["mean_keep_ratio"] < 1 for entry in logs)
+
+
+def soft_by_hand(model, batches, *, modules_lr, moves=True):
+    """The published recipe: a frozen model, a cosine, a weight that grows; what methods added."""
+    model.train()
+    sgd = torch.optim.SGD(own_parameters(model), lr=modules_lr)
+    added, masks = [], []
+    for step, batch in enumerate(batches):
+        if moves:
+            set_progress(model, step / len(batches))
+        sgd.param_groups[0]["lr"] = modules_lr * (1 + math.cos(math.pi * step / len(batches))) / 2
+        with compression_loss(model) as extra:
+            items = int((batch["labels"][:, 1:] != -100).sum())
+            loss = model(**batch, use_cache=False, num_items_in_batch=items).loss + extra()
+        added.append(extra.by_name["vision_selector"])
+        masks.append(kept_of(model))
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    return added, masks
+
+
+def own_parameters(model):
+    return [p for name, p in model.named_parameters() if "vispress_modules" in name]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_vision_selector_is_trained_as_published(folders, tmp_path, family):
+    """Soft in training, hard behind it; its own loss is added, at a weight that grows."""
+    folder, selector = folders[family], {"method": "vision_selector", "keep_ratio": 0.2}
+
+    def start():
+        torch.manual_seed(0)  # for the scorer
+        return compress_model(load(folder, frozen=True), **selector)
+
+    model = start()
+    before = own(model)
+    run = trainer(
+        folder, model, tmp_path, kind=CompressedSFT, own={"modules_lr": 0.3}, max_steps=4,
+        lr_scheduler_type="cosine",
+    )  # fmt: skip
+    run.train()
+    assert len(batches_of(run)) == 4
+    again, still = start(), start()
+    added, masks = soft_by_hand(again, batches_of(run), modules_lr=0.3)
+    unmoved, _ = soft_by_hand(still, batches_of(run), modules_lr=0.3, moves=False)
+    logged = [entry["loss/vision_selector"] for entry in run.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(added, abs=1e-5)
+    # the first update is the same, and a quarter of the way from 0.1 to 2 is 0.575
+    assert added[1] / unmoved[1] == pytest.approx(5.75, rel=1e-3)
+    for name, value in own(again).items():
+        torch.testing.assert_close(own(model)[name], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(value, before[name]) for name, value in own(model).items())
+    distance = [(own(model)[name] - value).abs().max() for name, value in own(still).items()]
+    assert max(distance) > 1e-4, "the comparison cannot fail"
+    weights = dict(load(folder).named_parameters())
+    trained = dict(model.named_parameters())
+    assert all(torch.equal(trained[name], value) for name, value in weights.items())
+    size = [[len(image) for image in images] for images in masks[0]]
+    model.eval()
+    with torch.no_grad():
+        model(**batches_of(run)[0])
+    assert kept_of(model) != masks[0]
+    for hard, whole in zip(kept_of(model), size, strict=True):
+        assert [len(image) for image in hard] == [int(0.2 * number) for number in whole]
 
 
 def test_a_checkpoint_brings_the_compressor_back(folders, tmp_path):

@@ -67,6 +67,7 @@ def test_a_method_is_untrained_until_its_parameters_move(method: str) -> None:
         logits_of(model, inputs)
         (note,) = (note for note in report.notes if "untrained" in note)
         assert note.startswith(f"{method}: untrained")
+        assert note.endswith(f" with, and {acting.untrained}")
         moved = next(p for n, p in model.named_parameters() if "vispress_modules" in n)
         with torch.no_grad():
             moved[0] += 1.0
@@ -74,6 +75,14 @@ def test_a_method_is_untrained_until_its_parameters_move(method: str) -> None:
     with compressed(model, "divprune", keep_ratio=0.5) as report:
         logits_of(model, inputs)
         assert not any("untrained" in note for note in report.notes)
+
+
+def test_a_pool_that_is_untrained_averages_and_says_so() -> None:
+    model, inputs = model_of("llava"), inputs_of("llava")
+    with compressed(model, make("llava", "pvc")) as report:
+        logits_of(model, inputs)
+        (note,) = (note for note in report.notes if "untrained" in note)
+        assert note.endswith(", and it averages each window")
 
 
 def test_each_method_of_a_chain_is_named_for_itself() -> None:

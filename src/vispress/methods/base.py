@@ -75,7 +75,9 @@ class Compressor(ABC):
     whole: ClassVar[bool] = False
     """True: acts on images of which no token is gone, so nothing may drop any before it."""
     trained: ClassVar[bool] = False
-    """True: has parameters, which `make_module` makes; before training its choice means nothing."""
+    """True: has parameters, which `make_module` makes."""
+    untrained: ClassVar[str] = "its choice means nothing"
+    """What it does with the parameters that it begins with, for reports; where it is trained."""
     gates: ClassVar[bool] = False
     """True: plans of SKIP placements may have a `TokenPlan.gate`."""
     softens: ClassVar[Softens | None] = None

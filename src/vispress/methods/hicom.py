@@ -222,6 +222,7 @@ class HICom(Compressor):
     exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
     trained: ClassVar[bool] = True
+    untrained: ClassVar[str] = "it mixes windows at random"
 
     local_injection: Local = "direct"
     global_injection: Global = "coarse"

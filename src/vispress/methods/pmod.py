@@ -115,6 +115,7 @@ class PMoD(Compressor):
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.DEPTH})
     rounding: ClassVar[Rounding] = "floor"
     trained: ClassVar[bool] = True
+    untrained: ClassVar[str] = "the first tokens of an image run"
     gates: ClassVar[bool] = True
     default_positions: ClassVar[Positions] = "original"
 

@@ -115,6 +115,7 @@ class PVC(Compressor, EncoderPooler):
     exact: ClassVar[bool] = False
     merges: ClassVar[bool] = True
     trained: ClassVar[bool] = True
+    untrained: ClassVar[str] = "it averages each window"
 
     after: tuple[int, ...] | None = None
 

@@ -127,6 +127,7 @@ class RelevanceDPP(Compressor):
     evidence: ClassVar[Evidence] = "own"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.TEXT_EMBEDDINGS}
     trained: ClassVar[bool] = True
+    untrained: ClassVar[str] = "it chooses by diversity alone"
 
     weight: float = 2.0
     spread: float = 0.0

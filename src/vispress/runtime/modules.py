@@ -143,7 +143,7 @@ def untrained(adapter: ModelAdapter, methods: Sequence[Compressor]) -> list[str]
         if pairs and all(_same(*pair) for pair in pairs):
             found.append(
                 f"{methods[int(place)].name}: untrained, its parameters are those that it began "
-                "with, and its choice means nothing"
+                f"with, and {methods[int(place)].untrained}"
             )
     return found
 
