@@ -25,6 +25,9 @@ OPS = (
     "assign_nearest",
     "maxmin_select",
     "dpp_select",
+    "cover_select",
+    "distinct_select",
+    "kmeans_starts",
 )
 FILES = (*OPS, "greedy", "backend")
 """Test files that run; `compile` needs no GPU and runs in CI."""

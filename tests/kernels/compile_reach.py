@@ -13,9 +13,12 @@ from vispress_kernels import _greedy as greedy
 from vispress_kernels import _products as products
 from vispress_kernels.assign_nearest import kernel as assign
 from vispress_kernels.column_attention import kernel as column
+from vispress_kernels.cover_select import kernel as cover
 from vispress_kernels.dct_lowpass import kernel as dct
+from vispress_kernels.distinct_select import kernel as distinct
 from vispress_kernels.dpp_select import kernel as dpp
 from vispress_kernels.gather_tokens import kernel as gather
+from vispress_kernels.kmeans_starts import kernel as starts
 from vispress_kernels.maxmin_select import kernel as maxmin
 from vispress_kernels.merge_tokens import kernel as merge
 from vispress_kernels.perturbation_scores import kernel as perturbation
@@ -64,6 +67,9 @@ def chosen() -> Iterator[Choice]:
         yield products.products_kernel, size, products.products_rule(N, M, size)
     for N in range(1, maxmin.MOST + 1):
         yield maxmin.maxmin_held_kernel, 0, maxmin.held_rule(N)
+        yield starts.kmeans_starts_kernel, 0, maxmin.held_rule(N)
+        yield cover.cover_kernel, 0, cover.cover_rule(N)
+    yield distinct.distinct_kernel, 0, distinct.distinct_rule()
     for splits in (2, 1024):
         yield assign.best_split_kernel, 0, assign.split_rule(splits)
     for size in (2, 4):

@@ -9,9 +9,12 @@ from vispress_kernels import _greedy as greedy
 from vispress_kernels import _products as products
 from vispress_kernels.assign_nearest import kernel as assign
 from vispress_kernels.column_attention import kernel as column
+from vispress_kernels.cover_select import kernel as cover
 from vispress_kernels.dct_lowpass import kernel as dct
+from vispress_kernels.distinct_select import kernel as distinct
 from vispress_kernels.dpp_select import kernel as dpp
 from vispress_kernels.gather_tokens import kernel as gather
+from vispress_kernels.kmeans_starts import kernel as starts
 from vispress_kernels.maxmin_select import kernel as maxmin
 from vispress_kernels.merge_tokens import kernel as merge
 from vispress_kernels.perturbation_scores import kernel as perturbation
@@ -215,7 +218,23 @@ def _held() -> list[Variant]:
         constants = shared | {"HAS_WEIGHT": weighted, **maxmin.held_rule(1 << exponent)}
         default = exponent in (10, 12)
         found.append(Variant(maxmin.maxmin_held_kernel, types, constants, (), default))
-    return found
+    return found + _loops()
+
+
+def _loops() -> list[Variant]:
+    """Loops over held products that take all steps in one launch."""
+    found = []
+    types = _fp32("cosine_ptr", "fit_ptr", "first_ptr", "value_ptr", "gain_ptr")
+    types |= {"index_ptr": "*i32", "count_ptr": "*i32", "order_ptr": "*i64"}
+    drawn = _fp32("cosine_ptr") | {"drawn_ptr": "*fp64", "order_ptr": "*i64"}
+    for exponent in range(9, 13):
+        N, default = 1 << exponent, exponent in (10, 12)
+        found.append(Variant(cover.cover_kernel, types, cover.cover_rule(N), (), default))
+        rule = maxmin.held_rule(N)
+        found.append(Variant(starts.kmeans_starts_kernel, drawn, rule, (), default))
+    types = _fp32("cosine_ptr", "distance_ptr") | {"left_ptr": "*i32", "out_ptr": "*i64"}
+    constants = {"LEAST": distinct.LEAST, **distinct.distinct_rule()}
+    return [*found, Variant(distinct.distinct_kernel, types, constants)]
 
 
 def _greedy(

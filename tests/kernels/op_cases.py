@@ -9,9 +9,12 @@ from torch import Tensor
 
 from vispress_kernels.assign_nearest import assign_nearest
 from vispress_kernels.column_attention import column_attention
+from vispress_kernels.cover_select import cover_select
 from vispress_kernels.dct_lowpass import dct_lowpass
+from vispress_kernels.distinct_select import distinct_select
 from vispress_kernels.dpp_select import dpp_select
 from vispress_kernels.gather_tokens import gather_tokens
+from vispress_kernels.kmeans_starts import kmeans_starts
 from vispress_kernels.maxmin_select import maxmin_select
 from vispress_kernels.merge_tokens import merge_tokens
 from vispress_kernels.perturbation_scores import perturbation_scores
@@ -147,6 +150,22 @@ def _dpp(randn, B, N, K, D, dtype):
     return Case(tensors, lambda t, b: dpp_select(t["x"], t["relevance"], K, backend=b))
 
 
+def _cover(randn, B, N, K, D, dtype):
+    tensors = {"x": randn(B, N, D, dtype=dtype), "fit": randn(B, N).abs()}
+    return Case(tensors, lambda t, b: cover_select(t["x"], t["fit"], K, backend=b))
+
+
+def _distinct(randn, B, N, K, D, dtype):
+    tensors = {"x": randn(B, N, D, dtype=dtype)}
+    return Case(tensors, lambda t, b: distinct_select(t["x"], K, max(1, N // 4), backend=b))
+
+
+def _starts(randn, B, N, K, D, dtype):
+    drawn = randn(K).sigmoid().double() * 0.999
+    tensors = {"x": randn(B, N, D, dtype=dtype), "drawn": drawn}
+    return Case(tensors, lambda t, b: kmeans_starts(t["x"], t["drawn"], backend=b))
+
+
 MAKERS: dict[str, Callable[..., Case]] = {
     "gather_tokens": _gather,
     "merge_tokens": _merge,
@@ -158,6 +177,9 @@ MAKERS: dict[str, Callable[..., Case]] = {
     "assign_nearest": _assign,
     "maxmin_select": _maxmin,
     "dpp_select": _dpp,
+    "cover_select": _cover,
+    "distinct_select": _distinct,
+    "kmeans_starts": _starts,
 }
 OPS = tuple(MAKERS)
 

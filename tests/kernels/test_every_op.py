@@ -19,6 +19,7 @@ ANY = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 CHOOSES = ("assign_nearest", "maxmin_select", "dpp_select")
+CHOOSES += ("cover_select", "distinct_select", "kmeans_starts")
 
 
 # slow by the interpreter's fault
@@ -120,10 +121,16 @@ def check_choice(op, tensors, chosen, K):
         assert (picked >= cosine.amax(2) - 1e-5).all()
         return
     assert chosen.shape[1] == K
+    if op == "kmeans_starts":
+        for row, vectors in zip(chosen.tolist(), unit, strict=True):
+            check_starts(row, vectors, tensors["drawn"])
+        return
+    if op == "distinct_select":  # what falls in which round depends on near ties of all before
+        assert all(len(set(row)) == K and max(row) < unit.shape[1] for row in chosen.tolist())
+        return
     for row, vectors, weight in zip(chosen.tolist(), unit, list(tensors.values())[1], strict=True):
         assert len(set(row)) == K
-        greedy = check_greedy_maxmin if op == "maxmin_select" else check_greedy_dpp
-        greedy(row, vectors, weight.double())
+        GREEDY[op](row, vectors, weight.double())
 
 
 def check_greedy_maxmin(row, unit, weight):
@@ -144,3 +151,33 @@ def check_greedy_dpp(row, unit, relevance):
             gain -= torch.einsum("ns,st,nt->n", kernel[:, seen], inner, kernel[:, seen])
         gain[seen] = -1
         assert gain[row[step]] >= gain.max() - 1e-4 * kernel.diagonal().max()
+
+
+def check_greedy_cover(row, unit, fit):
+    similar = ((unit @ unit.T + 1) / 2).clamp(min=0)
+    best = torch.zeros(len(unit), dtype=unit.dtype, device=unit.device)
+    for step, pick in enumerate(row):
+        gain = (similar - best).clamp(min=0).sum(1) + fit
+        gain[row[:step]] = -1
+        assert gain[pick] >= gain.max() - 1e-4
+        best = torch.maximum(best, similar[pick])
+
+
+def check_starts(row, unit, drawn):
+    """Each number falls into the token's share of the squared distances, to rounding."""
+    N = len(unit)
+    assert row[0] == min(N - 1, int(drawn[0] * N))
+    distance = torch.full((N,), float("inf"), dtype=unit.dtype, device=unit.device)
+    for step in range(1, len(row)):
+        distance = torch.minimum(distance, (1 - unit @ unit[row[step - 1]]).clamp(min=0))
+        mass = distance.square().cumsum(0)
+        reached, slack = mass[-1] * drawn[step], 1e-3 * mass[-1] + 1e-6
+        assert mass[row[step]] >= reached - slack
+        assert row[step] == 0 or mass[row[step] - 1] <= reached + slack
+
+
+GREEDY = {
+    "maxmin_select": check_greedy_maxmin,
+    "dpp_select": check_greedy_dpp,
+    "cover_select": check_greedy_cover,
+}

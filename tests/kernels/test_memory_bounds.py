@@ -46,6 +46,12 @@ def bounds() -> dict[str, int]:
         "maxmin_select": 3 * TOKENS + 20 * ROW,
         # scaled rows, the factor's min(K, D) columns; gains
         "dpp_select": 5 * TOKENS + 20 * ROW,
+        # unit rows, their pairs compared in blocks; similarities of 64 tokens, twice; gains
+        "cover_select": 3 * TOKENS + 150 * ROW,
+        # unit rows, both halves of the list, blocks of cosines no larger; the list
+        "distinct_select": 4 * TOKENS + 10 * ROW,
+        # unit rows, their pairs compared in blocks; distances and their sums
+        "kmeans_starts": 3 * TOKENS + 20 * ROW,
     }
 
 

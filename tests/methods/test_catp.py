@@ -76,8 +76,8 @@ def test_bounds_of_before_choose_as_all_gains_do(monkeypatch, num_keep, weight, 
     x = torch.cat([x, x[:, :50]], dim=1)  # with copies
     order, gains = cover(x, text, weight, num_keep)
     monkeypatch.setattr("vispress_kernels.products.MOST_HELD", most)
-    monkeypatch.setattr("vispress.methods.catp.FEW", 0)
-    monkeypatch.setattr("vispress.methods.catp.AT_A_TIME", 7)
+    monkeypatch.setattr("vispress_kernels.cover_select.reference.FEW", 0)
+    monkeypatch.setattr("vispress_kernels.cover_select.reference.AT_A_TIME", 7)
     own, gained = cover(x, text, weight, num_keep)
     torch.testing.assert_close(gained, gains, rtol=1e-5, atol=1e-4)
     assert torch.equal(own[:, :100], order[:, :100])  # then nothing is gained but by rounding
@@ -99,7 +99,7 @@ def test_equal_tokens_tie_wherever_they_stand():
 
 @pytest.mark.parametrize("few", [1024, 0])
 def test_a_nan_is_in_all_gains_of_its_image_and_in_no_other(monkeypatch, few):
-    monkeypatch.setattr("vispress.methods.catp.FEW", few)
+    monkeypatch.setattr("vispress_kernels.cover_select.reference.FEW", few)
     x = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(6))
     x[:, 2] = x[:, 0]  # equal tokens wait for the first, and count as NaN no less
     x[0, 4, 0] = float("nan")

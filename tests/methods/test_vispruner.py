@@ -86,7 +86,7 @@ WAYS = pytest.mark.parametrize(
 
 def go(monkeypatch, way):
     for name, value in way.items():
-        monkeypatch.setattr(f"vispress.methods._parts.clustering.duplicate_removal.{name}", value)
+        monkeypatch.setattr(f"vispress_kernels.distinct_select.reference.{name}", value)
 
 
 @WAYS

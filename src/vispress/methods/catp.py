@@ -30,15 +30,9 @@ from vispress.methods._parts.scoring.question import mean_cosine
 from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
 from vispress.registry import register_method
 from vispress.types import Placement, Positions, Queries, Signal, Stage, TokenPlan, VisualTokens
-from vispress_kernels.assign_nearest.reference import first_equal
-from vispress_kernels.products import fits, gram, samples_together
+from vispress_kernels.cover_select import cover_select
 
 PUBLISHED_LAYER = 6
-
-AT_A_TIME = 64
-"""Tokens whose gains are computed together where not all are."""
-FEW = 1024
-"""Tokens of an image up to which a host computes all gains in each step."""
 
 
 def cover(
@@ -46,86 +40,14 @@ def cover(
 ) -> tuple[Int[Tensor, "B K"], Float[Tensor, "B K"]]:
     """Maximise `sum_x max_y sim(x, y) + weight * sum_y sim(y, text)` greedily, one token a step.
 
-    The similarity is `(cos + 1) / 2`. Of equal gains the earlier token is taken. A gain changes
-    with every pick and for every token, so the cosines of an image are held while it is worked on
-    (N^2, all of which each step looks at). Beyond 4,096 tokens, or as many as they are wide, memory
-    is O(N D): a gain never grows, so those of before are bounds, and only tokens that may still be
-    the best are looked at again. That waits for the device; without one it is the faster way beyond
-    some hundred tokens, too.
+    The similarity is `(cos + 1) / 2`. Of equal gains the earlier token is taken; what a step costs
+    is said by `cover_select` of the kernels.
 
     Returns:
         The tokens in the order taken, and the gain of each.
     """
-    N, D = x.shape[1:]
-    if not fits(N, D) or (N > FEW and not x.is_cuda):
-        at_a_time, choose = 1, _cover_by_bounds
-    else:
-        at_a_time, choose = samples_together(x), _cover
-    found = [
-        choose(own, one, weight, num_keep)
-        for own, one in zip(torch.split(x, at_a_time), torch.split(text, at_a_time), strict=True)
-    ]
-    order, gains = zip(*found, strict=True)
-    return torch.cat(order), torch.cat(gains)
-
-
-def _cover(x: Tensor, text: Tensor, weight: float, num_keep: int) -> tuple[Tensor, Tensor]:
-    tokens = unit(x)
-    first = first_equal(tokens) == torch.arange(x.shape[1], device=x.device)
-    fit = weight * ((tokens * unit(text)[:, None]).sum(dim=2) + 1) / 2
-    # [b, x, y]: similarity of x to y or to the closest taken token, whichever is higher. A product
-    # may round equal tokens differently: later ones cover nothing, and wait until the first is in
-    reach = gram(tokens).add_(1).div_(2).mul_(first[:, None]).clamp_(min=0)
-    best, apart = torch.zeros_like(reach[..., :1]), torch.empty_like(reach)
-    order = torch.empty(len(x), num_keep, dtype=torch.int64, device=x.device)
-    gains = reach.new_empty(len(x), num_keep)
-    for k in range(num_keep):
-        gain = torch.sub(reach, best, out=apart).sum(dim=1).add_(fit)
-        gain.scatter_(1, order[:, :k], float("-inf"))
-        # of equals the first; a NaN, which counts as the highest, is in all gains of its image
-        torch.max(gain, dim=1, keepdim=True, out=(gains[:, k : k + 1], order[:, k : k + 1]))
-        pick = order[:, k : k + 1, None].expand(-1, x.shape[1], -1)
-        torch.maximum(reach, torch.gather(reach, 2, pick, out=best), out=reach)
-    return order, gains
-
-
-def _cover_by_bounds(
-    x: Tensor, text: Tensor, weight: float, num_keep: int
-) -> tuple[Tensor, Tensor]:
-    """The same for one image, by gains of before as bounds."""
-    tokens, N = unit(x)[0], x.shape[1]
-    held = gram(tokens[None])[0] if fits(*tokens.shape) else None
-    place = torch.arange(N, device=x.device)
-    first = first_equal(tokens[None])[0] == place
-    fit = weight * ((tokens * unit(text)).sum(dim=1) + 1) / 2
-    best = torch.zeros_like(fit)  # similarity of each token to the closest taken one
-
-    def similar(some: Tensor) -> Tensor:
-        cosine = tokens[some] @ tokens.mT if held is None else held[some]
-        return cosine.add_(1).div_(2).mul_(first[some, None]).clamp_(min=0)
-
-    def gains_of(some: Tensor) -> Tensor:
-        return similar(some).sub_(best).clamp_(min=0).sum(dim=1) + fit[some]
-
-    gain = torch.cat([gains_of(some) for some in torch.split(place, AT_A_TIME)])
-    if bool(gain.isnan().any()):  # it is in all gains
-        return place[None, :num_keep], gain[None, :num_keep]
-    order: list[Tensor] = []
-    gains: list[Tensor] = []
-    none = float("-inf")
-    while len(order) < num_keep:
-        bound, fresh = gain.clone(), torch.full_like(gain, none)
-        while float(top := bound.max()) > none and float(top) >= float(fresh.max()):
-            some = bound.topk(min(AT_A_TIME, N)).indices
-            some = some[bound[some] > none]
-            fresh[some] = gain[some] = gains_of(some)
-            bound[some] = none
-        pick = fresh.argmax()  # of equals the first
-        order.append(pick)
-        gains.append(fresh[pick])
-        best = torch.maximum(best, similar(pick[None])[0])
-        gain[pick] = none
-    return torch.stack(order)[None], torch.stack(gains)[None]
+    fit = weight * ((unit(x) * unit(text)[:, None]).sum(dim=2) + 1) / 2
+    return cover_select(x, fit, num_keep)
 
 
 @final

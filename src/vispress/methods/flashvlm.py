@@ -111,7 +111,7 @@ class FlashVLM(Compressor):
         assert tokens.text_embeddings is not None
         attention = encoder_attention(tokens, self.scores)
         match = word_match(tokens.features, tokens.text_embeddings, gating=self.gating)
-        x = unit(tokens.vision_features)
+        x = tokens.vision_features
 
         def pick(part: Part) -> Tensor:
             ranked = descending(self.fused(part.of(attention), part.of(match)))

@@ -25,7 +25,6 @@ from torch import Tensor
 from vispress.checks import check_choice, check_integer, check_number
 from vispress.methods._parts.clustering.duplicate_removal import remove_duplicates
 from vispress.methods._parts.geometry.segments import GEOMETRY, Part, keep_by_segment
-from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.scoring.encoder_attention import (
     Scores,
     attention_signals,
@@ -77,9 +76,7 @@ class VisPruner(Compressor):
         """Take important tokens by descending score, then diverse ones in the last order."""
         important = int(num_keep * self.important_ratio)
         ranked = descending(score)
-        rest = remove_duplicates(
-            ranked[:, important:], unit(features), num_keep - important, self.step
-        )
+        rest = remove_duplicates(ranked[:, important:], features, num_keep - important, self.step)
         return torch.cat([ranked[:, :important], rest], dim=1)
 
     @torch.no_grad()

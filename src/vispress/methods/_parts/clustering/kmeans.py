@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vispress.devices import sent
 from vispress.methods._parts.scoring.cosines import unit
-from vispress_kernels.products import Products
+from vispress_kernels.kmeans_starts import kmeans_starts
 
 ROUNDS = 10
 
@@ -39,19 +40,8 @@ def kmeans(x: Float[Tensor, "b n D"], count: int, seed: int) -> Int[Tensor, "b n
 def _starts(tokens: Tensor, count: int, seed: int) -> Tensor:
     """Draw starts (k-means++) in proportion to the squared distance from those before."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-    n = tokens.shape[1]
-    first = min(n - 1, int(drawn[0] * n))
-    products = Products(tokens, count)
-    picks = [torch.full_like(tokens[:, :1, 0], first, dtype=torch.int64)]
-    zero = torch.zeros_like(tokens[..., 0])
-    distance = torch.full_like(zero, float("inf"))
-    for part in drawn[1:]:
-        distance = torch.clamp(1 - products.row(picks[-1][:, 0]), zero, distance)
-        mass = distance.square().cumsum(dim=1)
-        up_to_last = mass[:, :-1].contiguous()  # what is behind them falls to the last token
-        picks.append(torch.searchsorted(up_to_last, mass[:, -1:] * part, right=True))
-    return take(tokens, torch.cat(picks, dim=1))
+    drawn = torch.rand(count, generator=generator, dtype=torch.float64)
+    return take(tokens, kmeans_starts(tokens, sent(drawn, tokens.device)))
 
 
 def _filled(label: Tensor, cosine: Tensor, count: int) -> Tensor:
