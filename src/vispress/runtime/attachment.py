@@ -36,6 +36,7 @@ from vispress.runtime.forward.running import (
 from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.forward.turns import Turns
 from vispress.runtime.hooks.attention import current_sink, watch
+from vispress.runtime.hooks.compiling import REASON, outside
 from vispress.runtime.hooks.instance_patch import (
     Original,
     forget,
@@ -50,7 +51,7 @@ from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
 
 ATTRIBUTE = "_vispress_attachment"
-_ENTER_OUTSIDE = torch.compiler.disable(prefill.enter_layer)  # type: ignore[no-untyped-call]
+_ENTER_OUTSIDE = torch.compiler.disable(prefill.enter_layer, reason=REASON)  # type: ignore[no-untyped-call]
 
 
 class Attachment:
@@ -253,7 +254,11 @@ class Attachment:
             step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
             if step is not None:
                 return args, kwargs | {RUNNING: step}
-        if self._footprint.measured and not torch.compiler.is_compiling():
+        return self._prefill_starts(module, args, kwargs)
+
+    @outside
+    def _prefill_starts(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._footprint.measured:
             MEASURED.set(None)
         call = current_call(self.plan) or ModelCall(self.plan, {})
         running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
@@ -272,6 +277,10 @@ class Attachment:
             if running is None and not torch.compiler.is_compiling():
                 self.turns.note_plain(self.plan, kwargs, output)
             return None
+        return self._prefill_ends(running, output)
+
+    @outside
+    def _prefill_ends(self, running: Running, output: Any) -> Any:
         output, record = prefill.finish(running, output)
         self.turns.note(running.state, record)
         running.state.release()

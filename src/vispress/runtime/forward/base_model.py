@@ -11,6 +11,8 @@ from vispress.errors import CompressionStateError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture, EncoderSink
 from vispress.runtime.encoder.feature_choice import check_choice_of_features
+from vispress.runtime.encoder.merging import EncoderMerge
+from vispress.runtime.encoder.pooling import EncoderPool
 from vispress.runtime.forward.layer_patch import refuse_passed_by
 from vispress.runtime.forward.merged_features import note_merged, takes_embeds
 from vispress.runtime.forward.model_call import (
@@ -24,6 +26,7 @@ from vispress.runtime.forward.model_call import (
 )
 from vispress.runtime.forward.owner import is_traced, prompt_ends
 from vispress.runtime.hooks.attention import current_sink, watching
+from vispress.runtime.hooks.compiling import between, outside
 from vispress.runtime.hooks.instance_patch import Original
 from vispress.runtime.kv_cache.cache_layers import expect_nothing
 from vispress.runtime.kv_cache.hf_compat import cache_of
@@ -62,6 +65,43 @@ def run_base(
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
     if is_traced(args, kwargs) and not takes_embeds(kwargs):
         return original(*args, **kwargs)
+    return _run(plan, decoder, original, args, kwargs, lengths, told)
+
+
+@between
+def _run(
+    plan: Plan,
+    decoder: Sequence[nn.Module],
+    original: Original,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    lengths: Any,
+    told: set[str],
+) -> Any:
+    call, args, kwargs = _prepare(plan, decoder, args, kwargs, lengths, told)
+    # a base model is not called inside itself: an entry of its own would be a dead call's
+    before = tuple(other for other in MODEL_CALLS.get() if other.plan is not plan)
+    # a hook behind the forward would not do: torch runs it on `Exception` alone
+    try:
+        MODEL_CALLS.set((*before, call))
+        return original(*args, **kwargs)
+    except BaseException:
+        expect_nothing(cache_of(call.arguments))
+        raise
+    finally:
+        MODEL_CALLS.set(before)
+
+
+@outside
+def _prepare(
+    plan: Plan,
+    decoder: Sequence[nn.Module],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    lengths: Any,
+    told: set[str],
+) -> tuple[ModelCall, Sequence[Any], dict[str, Any]]:
+    """Give the entry of a call, and what the forward is to be called with."""
     adapter = plan.adapter
     now = (adapter.language_model, *adapter.decoder_layers)
     if len(now) != len(decoder) or any(a is not b for a, b in zip(now, decoder, strict=True)):
@@ -86,17 +126,7 @@ def run_base(
         if both and call.captures:  # transformers wants one of them
             told_apart = ("self", "input_ids")
             args, kwargs = (), {k: v for k, v in call.arguments.items() if k not in told_apart}
-    # a base model is not called inside itself: an entry of its own would be a dead call's
-    before = tuple(other for other in MODEL_CALLS.get() if other.plan is not plan)
-    # a hook behind the forward would not do: torch runs it on `Exception` alone
-    try:
-        MODEL_CALLS.set((*before, call))
-        return original(*args, **kwargs)
-    except BaseException:
-        expect_nothing(cache_of(call.arguments))
-        raise
-    finally:
-        MODEL_CALLS.set(before)
+    return call, args, kwargs
 
 
 def run_encoder(
@@ -108,31 +138,66 @@ def run_encoder(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Run `get_image_features` or `get_video_features`, and keep the signals that it shows."""
+    # what is read or changed in the encoder is found by context, which a graph cannot look into
+    watched = plan.encoder_signals or any(stage.encode is not None for stage in stages)
+    encode = _encode_outside if watched else _encode
+    return encode(plan, stages, modality, original, args, kwargs)
+
+
+@between
+def _encode(
+    plan: Plan,
+    stages: Sequence[RuntimeStage],
+    modality: Modality,
+    original: Original,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
     if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
         return original(*args, **kwargs)
-    sink = EncoderSink(
-        plan.adapter,
-        plan.encoder_signals,
-        plan.all_encoder_layers,
-        plan.key_layers,
-        plan.backend,
-    )
+    arguments, sink = _before_encoder(plan, original, args, kwargs)
+    with watching(sink), _encoding(stages, modality, arguments) as merge:
+        output = original(*args, **kwargs)
+    _behind_encoder(plan, modality, arguments, output, sink, merge)
+    return output
+
+
+_encode_outside = outside(_encode)
+
+
+@outside
+def _before_encoder(
+    plan: Plan, original: Original, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], EncoderSink]:
+    """Give the arguments by name, sizes of images on the host, and what collects signals."""
     arguments, call = by_name(original.function, args, kwargs), current_call(plan)
     check_choice_of_features(plan.adapter, plan.feature_choice, arguments, plan.encoder_readers)
     if isinstance(sizes := arguments.get(SIZES), Tensor):
         arguments[SIZES] = sizes.cpu() if call is None else call.on_host(sizes)
-    with watching(sink), _encoding(stages, modality, arguments) as merge:
-        output = original(*args, **kwargs)
+    signals, layers = plan.encoder_signals, plan.all_encoder_layers
+    return arguments, EncoderSink(plan.adapter, signals, layers, plan.key_layers, plan.backend)
+
+
+@outside
+def _behind_encoder(
+    plan: Plan,
+    modality: Modality,
+    arguments: Mapping[str, Any],
+    output: Any,
+    sink: EncoderSink,
+    merge: EncoderMerge | EncoderPool | None,
+) -> None:
+    """Keep what the encoder gave and showed."""
     features = plan.adapter.features(modality, output)
     capture = EncoderCapture(plan.adapter, modality, features, arguments, sink, merge)
     capture.asked = plan.asked_of_encoder
     if not isinstance(output, tuple | list | Tensor):
         setattr(output, CAPTURE_ATTRIBUTE, capture)
         remember(plan, capture)
+    call = current_call(plan)
     if call is not None:
         call.captures[modality] = capture
         capture.transient = True
-    return output
 
 
 @contextmanager

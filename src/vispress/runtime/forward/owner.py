@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths, current_lengths
 from vispress.runtime.forward.model_call import brings_images, by_name
+from vispress.runtime.hooks.compiling import between, outside
 from vispress.runtime.hooks.instance_patch import Original, patch_instance
 from vispress.runtime.kv_cache.hf_compat import cache_of
 
@@ -137,18 +138,33 @@ def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
     if is_traced(args, kwargs):
         return original(*args, **kwargs)
+    return _run_owner(base, original, lengths, args, kwargs)
+
+
+@between
+def _run_owner(
+    base: nn.Module, original: Original, lengths: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    call = _owner_call(base, original, lengths, args, kwargs)
+    before = OWNER_CALL.get()
+    try:
+        OWNER_CALL.set(call)
+        return original(*args, **kwargs)
+    finally:
+        OWNER_CALL.set(before)
+
+
+@outside
+def _owner_call(
+    base: nn.Module, original: Original, lengths: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> OwnerCall:
     labels = kwargs.get("labels")
     if labels is None and args:
         module = original.module
         labels = by_name(type(module).forward, (module, *args), kwargs).get("labels")
     labels = _LABELS.get() if labels is None else labels
     given = None if lengths is None else as_lengths(lengths)
-    before = OWNER_CALL.get()
-    try:
-        OWNER_CALL.set(OwnerCall(base, labels, kwargs.get("shift_labels"), given))
-        return original(*args, **kwargs)
-    finally:
-        OWNER_CALL.set(before)
+    return OwnerCall(base, labels, kwargs.get("shift_labels"), given)
 
 
 def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:
