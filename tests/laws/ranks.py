@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -390,9 +391,16 @@ def _evaluates(wrap: Callable[[nn.Module], nn.Module]) -> None:
 # --- running them
 
 
+def spread(folder: Path) -> Iterator[Case]:
+    """Every fourth case of either suite."""
+    for suite in (tensor_parallel, data_parallel):
+        yield from islice(suite(folder), 1, None, 4)
+
+
 SUITES: dict[str, Callable[[Path], Iterator[Case]]] = {
     "tensor_parallel": tensor_parallel,
     "data_parallel": data_parallel,
+    "spread": spread,
 }
 
 

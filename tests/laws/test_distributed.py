@@ -1,7 +1,7 @@
 """Two processes give what one gives: tensor parallelism, DDP and FSDP2, by gloo on CPUs.
 
 The cases are in `ranks`; a pair of processes runs all of a suite, because torch takes seconds to
-start.
+start. By default it is one that has every fourth case of the others.
 """
 
 import json
@@ -30,17 +30,20 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.mark.slow
-def test_tensor_parallelism_in_two_processes_equals_one(tmp_path: Path) -> None:
-    run_suite("tensor_parallel", tmp_path)
+@pytest.mark.slow(cases=1)
+@pytest.mark.parametrize(
+    "suite",
+    [
+        pytest.param("tensor_parallel", marks=pytest.mark.full),
+        pytest.param("data_parallel", marks=pytest.mark.full),
+        "spread",
+    ],
+)
+def test_two_processes_equal_one(suite: str, tmp_path: Path) -> None:
+    run_suite(suite, tmp_path)
 
 
-@pytest.mark.slow
-def test_data_parallelism_in_two_processes_equals_one(tmp_path: Path) -> None:
-    run_suite("data_parallel", tmp_path)
-
-
-def run_suite(suite: str, tmp_path: Path, least: int = 16) -> None:
+def run_suite(suite: str, tmp_path: Path, least: int = 12) -> None:
     """Run a suite of some cases or more in two processes, and read what each found."""
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
     world |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
