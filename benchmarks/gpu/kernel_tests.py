@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.changed import carried, changed, last_run, of_kernel_tests
 from benchmarks.gpu.record import ROOT, Deadline, Part, Row, Settings, read_json
 from benchmarks.gpu.shards import workers_for
 
@@ -31,11 +33,12 @@ OPS = (
 )
 FILES = (*OPS, "greedy", "backend")
 """Test files that run; `compile` needs no GPU and runs in CI."""
+DRY = ("transition_scores",)
 WORKERS = 14
 
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:
-    """Run the tests; a row an op, `green` when at least one passed and none failed."""
+    """Run the tests of what changed; a row an op, `green` when one passed and none failed."""
     part = Part("kernels", settings, deadline)
     if part.complete:
         return part
@@ -44,7 +47,13 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
         part.extra = {"note": "pytest is not installed: no test ran"}
         part.save()
         return part
-    part.rows, part.extra = _run_tests(settings, deadline)
+    digests = {name: of_kernel_tests(name) for name in (DRY if settings.dry else FILES)}
+    last = last_run("kernels", settings)
+    still = carried(last, lambda row: row["status"] == "green")
+    again = [n for n in digests if n in changed(last, digests) or n not in still]
+    rows, part.extra = _run_tests(settings, deadline, again) if again else ([], {"stopped": False})
+    part.rows = [*rows, *(row for name, row in still.items() if name in digests.keys() - again)]
+    part.extra["digests"] = digests
     part.complete = not part.extra["stopped"]
     part.save()
     return part
@@ -59,8 +68,9 @@ def statuses(settings: Settings) -> dict[str, str]:
     return {op: found.get(op, "unknown") for op in OPS}
 
 
-def _run_tests(settings: Settings, deadline: Deadline) -> tuple[list[Row], dict[str, Any]]:
-    names = ("transition_scores",) if settings.dry else FILES
+def _run_tests(
+    settings: Settings, deadline: Deadline, names: Sequence[str]
+) -> tuple[list[Row], dict[str, Any]]:
     files = [f"tests/kernels/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.tally"]
     command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *files]
@@ -102,7 +112,7 @@ def _environment(tally: Path, dry: bool) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "VISPRESS_TALLY": str(tally)}
 
 
-def count(entries: list[dict[str, Any]], names: tuple[str, ...]) -> list[Row]:
+def count(entries: list[dict[str, Any]], names: Sequence[str]) -> list[Row]:
     """Rows by test file from the tally; a test counts once, with its worst outcome.
 
     An op is green when every collected test of its file ran, none failed and one passed.

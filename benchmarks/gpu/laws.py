@@ -19,6 +19,7 @@ from tests.tiny_models import IMAGE_ID, VIDEO_ID
 from torch import Tensor
 
 from benchmarks.gpu.budgets import by_importance
+from benchmarks.gpu.changed import carried, changed, last_run, of_method, of_runtime
 from benchmarks.gpu.record import Deadline, Part, Row, Settings, measured
 from benchmarks.gpu.shards import run_shards, workers_for
 from vispress import compressed, compression_report
@@ -85,18 +86,29 @@ class _Bed:
 
 
 def run_part(settings: Settings, deadline: Deadline) -> Part:
-    """A row for each law, dtype, family and method; `ok` says whether it held."""
+    """A row for each law, dtype, family and method; `ok` says whether it held.
+
+    Methods that changed since the last run come first. Where the runtime did not, laws that held
+    for the others are carried over.
+    """
     part = Part("laws", settings, deadline)
     if part.complete:
         return part
     families = DRY["families"] if settings.dry else cases.FAMILIES
+    last = last_run("laws", settings)
+    digests = {"runtime": of_runtime()} | {method: of_method(method) for method in cases.METHODS}
+    new = changed(last, digests)
+    still = {} if "runtime" in new else carried(last, lambda row: bool(row.get("ok")))
     names = {
-        f"{kind}/{family}/{what}": rows
+        f"{kind}/{family}/{what}": sorted(rows, key=lambda name: _method(name) not in new)
         for what in SAMPLES
         for kind in DTYPES
         for family in families
         if (rows := _names(kind, family, what, dry=settings.dry))
     }
+    for name in (name for rows in names.values() for name in rows):
+        if name in still and _method(name) not in new and part.find(name) is None:
+            part.rows.append(still[name])
     workers = 1 if settings.dry else workers_for(WORKERS)
     if workers == 1:
         for shard, rows in names.items():
@@ -104,7 +116,7 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
                 part.row(name, check)
     else:
         run_shards(part, names, partial(_work, settings.device.type), workers)
-    part.extra = {"held_and_broken": _counts(part.rows), "workers": workers}
+    part.extra = {"held_and_broken": _counts(part.rows), "workers": workers, "digests": digests}
     part.finish()
     return part
 
@@ -122,6 +134,10 @@ def _names(kind: str, family: str, what: str, *, dry: bool) -> list[str]:
         and not (law == "law1" and method in cases.MASKING)  # rows that live are not all it changes
         and not (law == "law4" and kind == "bf16")  # near ties may fall either way
     ]
+
+
+def _method(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, list[int]]:

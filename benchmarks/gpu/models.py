@@ -16,9 +16,12 @@ LARGE_BATCH: dict[str, dict[int, tuple[str, ...]]] = {
     "llava_1_5_7b": {8: ("fastv", "divprune", "visionzip"), 32: ("fastv", "divprune", "visionzip")},
     "llava_next_7b": {8: ("fastv", "divprune", "visionzip")},
     "qwen2_5_vl_7b": {8: ("fastv", "divprune", "pyramiddrop")},
+    "qwen2_5_vl_7b_video": {},
 }
 """Methods beyond batch 1, where every method runs: there the device, not the host, is the limit."""
 DRY_METHODS = ("fastv", "visionzip")
+VIDEO_METHODS = ("fastv", "divprune", "vidcom2", "evs", "pyramiddrop")
+"""Methods of the video prompt, whose prefills take half a second each."""
 UNTOUCHED = "uncompressed"
 """The row of a model and batch that those of the methods refer to."""
 ROOM = 30 * 2**30
@@ -66,12 +69,16 @@ def _release(device: torch.device) -> None:
 def _plan(shape: Shape, settings: Settings, *, important: bool) -> Iterator[tuple[int, str]]:
     """Batches and methods, each batch's uncompressed row before its others."""
     if settings.dry:
-        yield from ((1, name) for name in (UNTOUCHED, *DRY_METHODS) if important)
+        methods = VIDEO_METHODS if shape.frames else DRY_METHODS
+        yield from ((1, name) for name in (UNTOUCHED, *methods) if important)
         return
     if important:
         for batch, methods in LARGE_BATCH[shape.name].items():
             yield from ((batch, method) for method in (UNTOUCHED, *methods))
         yield 1, UNTOUCHED
+    if shape.frames:
+        yield from ((1, method) for method in VIDEO_METHODS if important)
+        return
     for method in by_importance(fitting(shape.crops)):
         if (method in IMPORTANT) == important:
             yield 1, method

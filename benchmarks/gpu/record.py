@@ -52,6 +52,7 @@ class Settings:
         dry: Tiny sizes, to see that everything runs and what the files look like.
         identity: Commit, source, device and versions; rows of another identity are not reused.
         force: Measure again what is there already.
+        committed: Folder of the results of the last run on such a device, or None.
     """
 
     device: torch.device
@@ -59,6 +60,7 @@ class Settings:
     dry: bool
     identity: dict[str, Any]
     force: bool = False
+    committed: Path | None = None
 
 
 class Part:

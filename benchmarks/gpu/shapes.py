@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-IMAGE_ID, START_ID, END_ID = 7, 8, 9
-"""Placeholder and vision bounds; the prompts' text uses none of them."""
+IMAGE_ID, START_ID, END_ID, VIDEO_ID = 7, 8, 9, 10
+"""Placeholders and vision bounds; the prompts' text uses none of them."""
 TEXT_BEFORE, TEXT_AFTER = 32, 32
 
 _LLAMA = {
@@ -62,7 +62,7 @@ _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and one image for it.
+    """A model and one image, or one video, for it.
 
     Args:
         name: For tables.
@@ -70,8 +70,9 @@ class Shape:
         text: Text config.
         vision: Vision config.
         image: LLaVA-NeXT: pixels of the image's edges; Qwen: patches of them.
-        visual: Visual tokens of one image.
+        visual: Visual tokens of it.
         crops: Encoder sequences of one image.
+        frames: Frames that the encoder sees of a video (each two of the film's); 0: an image.
     """
 
     name: str
@@ -81,31 +82,35 @@ class Shape:
     image: int
     visual: int
     crops: int = 1
+    frames: int = 0
 
 
 SHAPES = {
     "llava_1_5_7b": Shape("llava_1_5_7b", "llava", _LLAMA, _CLIP, 336, 576),
     "llava_next_7b": Shape("llava_next_7b", "llava_next", _LLAMA, _CLIP, 672, 2928, crops=5),
     "qwen2_5_vl_7b": Shape("qwen2_5_vl_7b", "qwen2_5_vl", _QWEN_TEXT, _QWEN_VISION, 72, 1296),
+    "qwen2_5_vl_7b_video": Shape(
+        "qwen2_5_vl_7b_video", "qwen2_5_vl", _QWEN_TEXT, _QWEN_VISION, 64, 16384, frames=16
+    ),
 }
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 _SMALL_TEXT = _SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 _SMALL_CLIP = _CLIP | {**_SMALL, "hidden_size": 32, "num_attention_heads": 4, "image_size": 84}
 _SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+_SMALL_QWEN = (
+    _QWEN_TEXT | _SMALL_TEXT | {"rope_parameters": _SMALL_ROPE},
+    _QWEN_VISION
+    | {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+    | {"out_hidden_size": 64, "fullatt_block_indexes": [1]},
+)
 TINY_SHAPES = {
     "llava_1_5_7b": Shape(
         "llava_1_5_7b", "llava", _LLAMA | _SMALL_TEXT, _SMALL_CLIP, 84, 36
     ),
-    "qwen2_5_vl_7b": Shape(
-        "qwen2_5_vl_7b",
-        "qwen2_5_vl",
-        _QWEN_TEXT | _SMALL_TEXT | {"rope_parameters": _SMALL_ROPE},
-        _QWEN_VISION
-        | {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
-        | {"out_hidden_size": 64, "fullatt_block_indexes": [1]},
-        12,
-        36,
+    "qwen2_5_vl_7b": Shape("qwen2_5_vl_7b", "qwen2_5_vl", *_SMALL_QWEN, 12, 36),
+    "qwen2_5_vl_7b_video": Shape(
+        "qwen2_5_vl_7b_video", "qwen2_5_vl", *_SMALL_QWEN, 8, 64, frames=4
     ),
 }  # fmt: skip
 
@@ -131,7 +136,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         special["image_grid_pinpoints"] = _PINPOINTS
     if shape.family == "qwen2_5_vl":
         special = {"image_token_id": IMAGE_ID, "vision_start_token_id": START_ID}
-        special |= {"vision_end_token_id": END_ID, "video_token_id": 10}
+        special |= {"vision_end_token_id": END_ID, "video_token_id": VIDEO_ID}
     config = getattr(hf, config_name)(
         text_config=shape.text, vision_config=shape.vision, tie_word_embeddings=False, **special
     )
@@ -152,11 +157,12 @@ def text_ids(shape: Shape, length: int, batch: int, device: torch.device) -> Ten
 
 
 def prompt(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `model(**inputs)`: text, one image, text, in every sample; no padding.
+    """Arguments of `model(**inputs)`: text, one image or video, text, in every sample; no padding.
 
-    Behind the image stands the last word, which methods with gist tokens take for one.
+    Behind it stands the last word, which methods with gist tokens take for one.
     """
-    image = torch.full((batch, shape.visual), IMAGE_ID, device=device)
+    placeholder = VIDEO_ID if shape.frames else IMAGE_ID
+    image = torch.full((batch, shape.visual), placeholder, device=device)
     bounds = torch.tensor([START_ID], device=device).expand(batch, 1)
     parts = [text_ids(shape, TEXT_BEFORE, batch, device), image]
     qwen = shape.family == "qwen2_5_vl"
@@ -168,12 +174,13 @@ def prompt(shape: Shape, batch: int, device: torch.device, dtype: torch.dtype) -
     ids = torch.cat([*parts, after], dim=1)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if qwen:
-        patches = shape.image**2
+        frames, what = max(shape.frames, 1), "video" if shape.frames else "image"
+        patches = frames * shape.image**2
         pixels = torch.randn(batch * patches, 3 * 2 * 14 * 14, device=device).to(dtype)
-        inputs["image_grid_thw"] = torch.tensor([[1, shape.image, shape.image]] * batch)
-        inputs["image_grid_thw"] = inputs["image_grid_thw"].to(device)
-        inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int()
-        return inputs | {"pixel_values": pixels}
+        grid = torch.tensor([[frames, shape.image, shape.image]] * batch, device=device)
+        inputs["mm_token_type_ids"] = (ids == placeholder).int() * (2 if shape.frames else 1)
+        name = "pixel_values_videos" if shape.frames else "pixel_values"
+        return inputs | {f"{what}_grid_thw": grid, name: pixels}
     side = shape.vision["image_size"]
     if shape.family == "llava_next":
         pixels = torch.randn(batch, shape.crops, 3, side, side, device=device)

@@ -13,7 +13,7 @@ from vispress.kinds import Signal
 from vispress.methods.base import Compressor
 from vispress.prompts import PROMPT_LENGTHS
 from vispress.request import Request
-from vispress.runtime.encoder.capture import EncoderSink, watch_pixels
+from vispress.runtime.encoder.capture import watch_pixels, watch_projector
 from vispress.runtime.footprint import Footprint
 from vispress.runtime.forward import prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
@@ -35,8 +35,8 @@ from vispress.runtime.forward.running import (
 )
 from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.forward.turns import Turns
-from vispress.runtime.hooks.attention import current_sink, watch
-from vispress.runtime.hooks.compiling import REASON, outside
+from vispress.runtime.hooks.attention import watch
+from vispress.runtime.hooks.compiling import outside
 from vispress.runtime.hooks.instance_patch import (
     Original,
     forget,
@@ -51,7 +51,7 @@ from vispress.runtime.plan.refusals import refuse_partitioned
 from vispress.runtime.stages.base import RuntimeStage
 
 ATTRIBUTE = "_vispress_attachment"
-_ENTER_OUTSIDE = torch.compiler.disable(prefill.enter_layer, reason=REASON)  # type: ignore[no-untyped-call]
+_ENTER_OUTSIDE = outside(prefill.enter_layer)
 
 
 class Attachment:
@@ -109,7 +109,7 @@ class Attachment:
             self._undo += patch_generation(self.owner, base)
         self.hear_owner()
         for modality in adapter.placeholders():
-            self._wrap(base, f"get_{modality}_features", self._get_features, modality)
+            self._wrap(base, f"get_{modality}_features", self._encodes, modality)
         language_model: Any = adapter.language_model
         pre, post = self._language_model_starts, self._language_model_ends
         self._hook(language_model.register_forward_pre_hook(pre, with_kwargs=True))
@@ -148,8 +148,7 @@ class Attachment:
         for stage in self.stages:
             undo += [] if stage.install is None else stage.install()
         if Signal.VISION_FEATURES in footprint.signals:
-            starts = self._projector_starts
-            undo.append(adapter.projector.register_forward_pre_hook(starts).remove)
+            undo.append(watch_projector(adapter))
         if Signal.PADDING in footprint.signals:
             undo += watch_pixels(adapter)
 
@@ -226,21 +225,13 @@ class Attachment:
         refuse_replaced(module, self.owner)
 
     def _owner_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        assert self.owner is not None
         check_replica(module, self.owner)
 
     def _base_runs(self, original: Original, *args: Any, **kwargs: Any) -> Any:
         return run_base(self.plan, self._decoder, original, args, kwargs, self._told)
 
-    def _get_features(
-        self, modality: Modality, original: Original, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _encodes(self, modality: Modality, original: Original, *args: Any, **kwargs: Any) -> Any:
         return run_encoder(self.plan, self.stages, modality, original, args, kwargs)
-
-    def _projector_starts(self, module: nn.Module, args: Any) -> None:
-        sink = current_sink()
-        if isinstance(sink, EncoderSink):
-            sink.projector_input = args[0]
 
     # --- hooks of the language model
 
@@ -254,9 +245,9 @@ class Attachment:
             step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
             if step is not None:
                 return args, kwargs | {RUNNING: step}
-        return self._prefill_starts(module, args, kwargs)
+        starts = self._starts_outside if torch.compiler.is_compiling() else self._prefill_starts
+        return starts(module, args, kwargs)
 
-    @outside
     def _prefill_starts(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._footprint.measured:
             MEASURED.set(None)
@@ -277,14 +268,16 @@ class Attachment:
             if running is None and not torch.compiler.is_compiling():
                 self.turns.note_plain(self.plan, kwargs, output)
             return None
-        return self._prefill_ends(running, output)
+        ends = self._ends_outside if torch.compiler.is_compiling() else self._prefill_ends
+        return ends(running, output)
 
-    @outside
     def _prefill_ends(self, running: Running, output: Any) -> Any:
         output, record = prefill.finish(running, output)
         self.turns.note(running.state, record)
         running.state.release()
         return output
+
+    _starts_outside, _ends_outside = outside(_prefill_starts), outside(_prefill_ends)
 
     def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         running: Running | StaticDecodeCall = kwargs[RUNNING]
@@ -292,7 +285,6 @@ class Attachment:
         if isinstance(running, StaticDecodeCall):
             kwargs = running.layer_kwargs(number, hidden, kwargs)
         else:
-            # in a layer that is compiled by itself, rows are chosen outside of its graph
             enter = _ENTER_OUTSIDE if torch.compiler.is_compiling() else prefill.enter_layer
             hidden, kwargs = enter(running, number, module, hidden, kwargs)
         if number not in self._footprint.watched:  # its attention would hand the keyword on

@@ -114,6 +114,17 @@ class EncoderSink:
             self.attention.setdefault((Signal.COLUMN_ATTENTION, layer), []).append(mean)
 
 
+def watch_projector(adapter: ModelAdapter) -> Callable[[], None]:
+    """Let sinks see what the projector is called with; gives what undoes it."""
+
+    def starts(module: nn.Module, args: Any) -> None:
+        sink = current_sink()
+        if isinstance(sink, EncoderSink):
+            sink.projector_input = args[0]
+
+    return adapter.projector.register_forward_pre_hook(starts).remove
+
+
 def watch_pixels(adapter: ModelAdapter) -> list[Callable[[], None]]:
     """Let sinks look for padding in what the encoder is called with; gives what undoes it.
 

@@ -1,9 +1,11 @@
 """Run the base model's forward, and the encoder calls in it, and remember what they were given."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import Modality
@@ -65,20 +67,17 @@ def run_base(
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
     if is_traced(args, kwargs) and not takes_embeds(kwargs):
         return original(*args, **kwargs)
-    return _run(plan, decoder, original, args, kwargs, lengths, told)
+    prepare = _PREPARE_OUTSIDE if torch.compiler.is_compiling() else _prepare
+    return _run(plan, original, partial(prepare, plan, decoder, args, kwargs, lengths, told))
 
 
 @between
 def _run(
     plan: Plan,
-    decoder: Sequence[nn.Module],
     original: Original,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    lengths: Any,
-    told: set[str],
+    prepare: Callable[[], tuple[ModelCall, Sequence[Any], dict[str, Any]]],
 ) -> Any:
-    call, args, kwargs = _prepare(plan, decoder, args, kwargs, lengths, told)
+    call, args, kwargs = prepare()
     # a base model is not called inside itself: an entry of its own would be a dead call's
     before = tuple(other for other in MODEL_CALLS.get() if other.plan is not plan)
     # a hook behind the forward would not do: torch runs it on `Exception` alone
@@ -92,7 +91,6 @@ def _run(
         MODEL_CALLS.set(before)
 
 
-@outside
 def _prepare(
     plan: Plan,
     decoder: Sequence[nn.Module],
@@ -129,6 +127,9 @@ def _prepare(
     return call, args, kwargs
 
 
+_PREPARE_OUTSIDE = outside(_prepare)
+
+
 def run_encoder(
     plan: Plan,
     stages: Sequence[RuntimeStage],
@@ -138,14 +139,19 @@ def run_encoder(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Run `get_image_features` or `get_video_features`, and keep the signals that it shows."""
-    # what is read or changed in the encoder is found by context, which a graph cannot look into
-    watched = plan.encoder_signals or any(stage.encode is not None for stage in stages)
-    encode = _encode_outside if watched else _encode
-    return encode(plan, stages, modality, original, args, kwargs)
+    call = (plan, stages, modality, original, args, kwargs)
+    if not torch.compiler.is_compiling():
+        return _encode(_before_encoder, _behind_encoder, *call)
+    if plan.encoder_signals or any(stage.encode is not None for stage in stages):
+        # what is read or changed in there is found by context, which a graph cannot look into
+        return _ENCODE_OUTSIDE(_before_encoder, _behind_encoder, *call)
+    return _encode(_BEFORE_OUTSIDE, _BEHIND_OUTSIDE, *call)
 
 
 @between
 def _encode(
+    before: Callable[..., tuple[dict[str, Any], ModelCall | None, EncoderSink | None]],
+    behind: Callable[..., None],
     plan: Plan,
     stages: Sequence[RuntimeStage],
     modality: Modality,
@@ -153,34 +159,33 @@ def _encode(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
+    arguments, call, sink = before(plan, original, args, kwargs)
+    if sink is None:
         return original(*args, **kwargs)
-    arguments, sink = _before_encoder(plan, original, args, kwargs)
     with watching(sink), _encoding(stages, modality, arguments) as merge:
         output = original(*args, **kwargs)
-    _behind_encoder(plan, modality, arguments, output, sink, merge)
+    behind(plan, call, modality, arguments, output, sink, merge)
     return output
 
 
-_encode_outside = outside(_encode)
-
-
-@outside
 def _before_encoder(
     plan: Plan, original: Original, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, Any], EncoderSink]:
-    """Give the arguments by name, sizes of images on the host, and what collects signals."""
+) -> tuple[dict[str, Any], ModelCall | None, EncoderSink | None]:
+    """Give the arguments by name, the base model's call, and what collects signals."""
+    if isinstance(current_sink(), EncoderSink):  # Qwen's video method calls the image method
+        return {}, None, None
+    signals, layers = plan.encoder_signals, plan.all_encoder_layers
+    sink = EncoderSink(plan.adapter, signals, layers, plan.key_layers, plan.backend)
     arguments, call = by_name(original.function, args, kwargs), current_call(plan)
     check_choice_of_features(plan.adapter, plan.feature_choice, arguments, plan.encoder_readers)
     if isinstance(sizes := arguments.get(SIZES), Tensor):
         arguments[SIZES] = sizes.cpu() if call is None else call.on_host(sizes)
-    signals, layers = plan.encoder_signals, plan.all_encoder_layers
-    return arguments, EncoderSink(plan.adapter, signals, layers, plan.key_layers, plan.backend)
+    return arguments, call, sink
 
 
-@outside
 def _behind_encoder(
     plan: Plan,
+    call: ModelCall | None,
     modality: Modality,
     arguments: Mapping[str, Any],
     output: Any,
@@ -194,10 +199,14 @@ def _behind_encoder(
     if not isinstance(output, tuple | list | Tensor):
         setattr(output, CAPTURE_ATTRIBUTE, capture)
         remember(plan, capture)
-    call = current_call(plan)
     if call is not None:
         call.captures[modality] = capture
         capture.transient = True
+
+
+_ENCODE_OUTSIDE = outside(_encode)
+_BEFORE_OUTSIDE = outside(_before_encoder)
+_BEHIND_OUTSIDE = outside(_behind_encoder)
 
 
 @contextmanager

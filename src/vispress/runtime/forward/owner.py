@@ -112,7 +112,7 @@ def patch_generation(owner: nn.Module, base: nn.Module) -> list[Callable[[], Non
     return undo
 
 
-def check_replica(module: nn.Module, attached: nn.Module) -> None:
+def check_replica(module: nn.Module, attached: nn.Module | None) -> None:
     """Refuse a copy that shares the hooks of the module they were made for.
 
     Raises:
@@ -138,14 +138,20 @@ def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
     if is_traced(args, kwargs):
         return original(*args, **kwargs)
-    return _run_owner(base, original, lengths, args, kwargs)
+    note = _NOTE_OUTSIDE if torch.compiler.is_compiling() else _note
+    return _run(note, base, original, lengths, args, kwargs)
 
 
 @between
-def _run_owner(
-    base: nn.Module, original: Original, lengths: Any, args: Sequence[Any], kwargs: dict[str, Any]
+def _run(
+    note: Callable[..., OwnerCall],
+    base: nn.Module,
+    original: Original,
+    lengths: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
 ) -> Any:
-    call = _owner_call(base, original, lengths, args, kwargs)
+    call = note(base, original, lengths, args, kwargs)
     before = OWNER_CALL.get()
     try:
         OWNER_CALL.set(call)
@@ -154,8 +160,7 @@ def _run_owner(
         OWNER_CALL.set(before)
 
 
-@outside
-def _owner_call(
+def _note(
     base: nn.Module, original: Original, lengths: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> OwnerCall:
     labels = kwargs.get("labels")
@@ -165,6 +170,9 @@ def _owner_call(
     labels = _LABELS.get() if labels is None else labels
     given = None if lengths is None else as_lengths(lengths)
     return OwnerCall(base, labels, kwargs.get("shift_labels"), given)
+
+
+_NOTE_OUTSIDE = outside(_note)
 
 
 def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:

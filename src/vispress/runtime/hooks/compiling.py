@@ -1,7 +1,10 @@
-"""Keep what compression decides on the host out of the graphs that `torch.compile` traces."""
+"""Keep what compression decides on the host out of the graphs that `torch.compile` traces.
+
+Whoever is being traced (`torch.compiler.is_compiling()`) calls the twin that `outside` made; plain
+calls go without it.
+"""
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,14 +18,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def outside(function: Function) -> Function:
-    """Let a function, and all that it calls, run between graphs wherever one is being traced."""
-    apart: Any = torch.compiler.disable(function, reason=REASON)  # type: ignore[no-untyped-call]
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return (apart if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return cast(Function, run)
+    """Make the twin of a function that runs between graphs, with all that it calls."""
+    twin: Any = torch.compiler.disable(function, reason=REASON)  # type: ignore[no-untyped-call]
+    return cast(Function, twin)
 
 
 def between(function: Function) -> Function:
@@ -30,5 +28,5 @@ def between(function: Function) -> Function:
 
     For what runs the model's own code somewhere in the midst of choices on the host.
     """
-    apart: Any = torch.compiler.disable(function, recursive=False, reason=REASON)  # type: ignore[no-untyped-call]
-    return cast(Function, apart)
+    disable: Any = torch.compiler.disable
+    return cast(Function, disable(function, recursive=False, reason=REASON))
