@@ -4,11 +4,12 @@
     python benchmarks/fine_tune.py fastv --option layer=1 --option keep_ratio=0.5 --out fastv
     python benchmarks/fine_tune.py voco --gists 16 --rank 16 --lr 2e-3 --out voco
 
-LoRA on the language model and the method's own parameters learn from answers of training scenes, in
-a hand-written loop; the rest is frozen, but for the embedding of a new word: `--gists` puts so many
-VoCo tokens behind each picture. Written are the compressor's folder, the adapter, the curve
-and, by task, which held-out questions came out right: untouched, compressed and untrained, trained.
-About 20 minutes on one core for 400 steps; an interrupted run goes on from its last 50 steps.
+LoRA (language model, and attention of the encoder) and the method's own parameters learn from
+answers of training scenes, in a hand-written loop; the rest is frozen, but for the embedding of a
+new word: `--gists` puts so many VoCo tokens behind each picture. Written are the compressor's
+folder, the adapter, the curve and, by task, which held-out questions came out right: untouched,
+compressed and untrained, trained. About 20 minutes on one core for 400 steps; an interrupted run
+goes on from its last 50 steps.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def right(loaded: Any, model: nn.Module, questions: int, gists: int = 0) -> dict
 
 
 def adapt(loaded: Any, rank: int, gists: int) -> Any:
-    """Put LoRA on the language model; with VoCo tokens, a row of the embedding is trained, too."""
+    """Put LoRA on LLM and encoder; with VoCo tokens, a row of the embedding is trained, too."""
     from peft import LoraConfig, get_peft_model
 
     model = loaded.model

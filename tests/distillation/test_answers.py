@@ -1,7 +1,7 @@
 """Training by answers: what is encoded, what moves, and that few steps lower the loss."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from vispress import cli, remove_compression
 from vispress.adapters.base import find_adapter
 from vispress.api import attachment_of
 from vispress.bench.model.loaded_model import LoadedModel, load_named_model
+from vispress.bench.tasks.task import Prompt
+from vispress.distillation import answers
 from vispress.distillation.answers import answer_loss, frozen, teach
 from vispress.distillation.lessons import Pupil
 from vispress.distillation.own_answers import IGNORED, with_answers
@@ -82,6 +84,25 @@ def test_steps_move_the_method_alone_and_progress_is_set_back(
         assert sum(moved) > len(moved) / 2
     finally:
         remove_compression(loaded.model)
+
+
+def test_one_prompt_in_ten_is_never_learned_from(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, learned = list(training_prompts(20, seed=4)), []
+    loss = answers._loss
+
+    def noted(own: LoadedModel, batch: Sequence[Prompt]) -> torch.Tensor:
+        learned.extend(batch)
+        return loss(own, batch)
+
+    monkeypatch.setattr(answers, "_loss", noted)
+    try:
+        teach(Pupil(loaded, METHODS[1], prompts, steps=2, lr=1e-3, batch_size=9))
+    finally:
+        remove_compression(loaded.model)
+    kept = [number for number, one in enumerate(prompts) if any(one is x for x in learned)]
+    assert kept == [number for number in range(20) if number not in (0, 10)]
 
 
 def test_what_was_frozen_before_stays_frozen(loaded: LoadedModel) -> None:

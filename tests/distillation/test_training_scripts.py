@@ -6,9 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmarks import fine_tune, halved, lessons, relevance_answers
+import torch
+from benchmarks import distil_voco, fine_tune, halved, lessons, relevance_answers
 from benchmarks.halved import module_of
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
 
 from vispress import compress_model, remove_compression, save_compression
 from vispress.bench.model.loaded_model import load_named_model
@@ -69,6 +72,60 @@ def test_a_word_is_learned_beside_lora(tmp_path: Path) -> None:
     names = load_file(tmp_path / "adapter.safetensors")
     rows = [value for name, value in names.items() if "embed_tokens" in name]
     assert [tuple(row.shape) for row in rows] == [(1, 192)]
+
+
+def test_questions_behind_a_shared_picture_are_those_of_one_pass() -> None:
+    """Two pictures of three questions each: losses, and gradients through what is in the cache."""
+    loaded = load_named_model("reference", "cpu", "fp32")
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    tokenizer.add_tokens(fine_tune.GIST, special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    compress_model(model, "voco")
+    model.train()
+    args = distil_voco.parse(["--pictures", "2", "--questions", "3", "--out", "unused"])
+    lot = next(distil_voco.lots(tokenizer, args))
+    assert lot.ids.shape[0] == 6
+    assert (lot.labels[:, -1:] == tokenizer.eos_token_id).any()
+    word = model.get_input_embeddings().weight
+
+    def found(logits: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), lot.labels[:, 1:].flatten())
+        (gradient,) = torch.autograd.grad(loss, word)
+        return loss.detach(), gradient[-1]
+
+    loss, gradient = found(distil_voco.ask(loaded.processor, model, lot, 2).logits)
+    images = [image for image in lot.images for _ in range(3)]
+    text = [fine_tune.with_gists("<image>", 2)] * 6
+    inputs = loaded.processor(images=images, text=text, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], lot.ids], dim=1)
+    whole = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
+        pixel_values=inputs["pixel_values"],
+    ).logits  # fmt: skip
+    expected, of_word = found(whole[:, length:])
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, of_word, rtol=1e-3, atol=1e-5)
+    assert float(of_word.abs().max()) > 1e-3
+
+
+def test_the_distance_of_hidden_states_by_hand() -> None:
+    """Two rows of one layer; the last token repeats what ends the answer and does not count."""
+    lot = distil_voco.Lot([], torch.tensor([[5, 2, 2]]), torch.tensor([[-100, 2, -100]]))
+    theirs = torch.tensor([[[1.0, 0.0], [-1.0, 2.0], [9.0, 9.0]]])
+    mine = theirs + torch.tensor([[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
+    own, other = (SimpleNamespace(hidden_states=(None, x)) for x in (mine, theirs))
+    found = distil_voco.hidden_distance(lot, own, other, 2)
+    assert float(found) == pytest.approx(0.5 / 2.0)  # a variance of 2 in each channel
+
+
+@pytest.mark.full
+def test_pictures_are_distilled(tmp_path: Path) -> None:
+    words = ["--steps", "1", "--pictures", "2", "--questions", "2", "--asked", "1", "--out"]
+    distil_voco.main([*words, str(tmp_path)])
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert (told["gists"], len(told["curve"]), len(told["curve"][0])) == (16, 1, 3)
+    assert set(told["right"]) == {"untouched", "trained"}
 
 
 @pytest.mark.full

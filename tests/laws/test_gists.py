@@ -146,6 +146,21 @@ def test_tiles_of_one_picture_have_one_run() -> None:
     assert (got - expected).abs().max() < EXACT
 
 
+def test_an_image_right_behind_a_run_has_its_own() -> None:
+    """No text stands between the first picture's gist token and the second picture."""
+    model = model_of("llava")
+    inputs = make_inputs("llava", [Sample([Text(5), Image(), Image(), Text(4)])])
+    first, second = visual_positions("llava", model, inputs)[0]
+    assert int(second[0]) == int(first[-1]) + 2
+    seen = last_seen("llava", model, inputs, "visual")
+    assert seen[0, second[0]] > seen[0, first[0]]
+    with hiding_model(model, seen, inputs["attention_mask"]):
+        expected = logits_of(model, inputs)
+    with compressed(model, "voco"):
+        got = logits_of(model, inputs)
+    assert (got - expected).abs().max() < EXACT
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gpt_oss"])
 def test_windows_and_sinks_of_the_model_are_kept(name: str) -> None:
     """In training, which has no cache, and in one that grows."""

@@ -28,12 +28,13 @@ from vispress import (
     update_compression,
 )
 from vispress import compression_report as report_of
+from vispress.adapters.base import find_adapter
 from vispress.config import load_config
 from vispress.errors import CompressionStateError, ConfigError
 from vispress.methods import DivPrune, PMoD
 from vispress.precision import full_precision
 from vispress.registry import get_method
-from vispress.runtime.modules import MODULES, held
+from vispress.runtime.modules import MODULES, held, make_modules
 
 TRAINED = [name for name in METHODS if get_method(name).trained]
 FITTING = [(method, family) for method in TRAINED for family in FAMILIES if fits(family, method)]
@@ -294,6 +295,20 @@ def test_they_are_parameters_once_in_fp32_and_follow_the_model() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         assert {p.dtype for p in own(model.to(dtype)).values()} == {dtype}
     assert {p.device.type for p in own(model.to("meta")).values()} == {"meta"}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_fresh_ones_do_not_hang_on_the_users_seed(method: str) -> None:
+    """A seed of their own, and the user's goes on as if nothing had been drawn."""
+    adapter, made = find_adapter(model_of("llava")), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(make_modules(adapter, [make("llava", method)])["0"].state_dict())
+        drawn = torch.rand(3)
+        torch.manual_seed(seed)
+        assert torch.equal(torch.rand(3), drawn)
+    assert made[0]
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 
 def test_a_deep_copy_has_its_own() -> None:

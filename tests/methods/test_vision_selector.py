@@ -1,6 +1,7 @@
 """VisionSelector by hand: the score's two forms, the mask that sums up, and its gradient."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -40,6 +41,18 @@ def test_the_example_of_the_formula():
         VisionSelector(num_tokens=1).plan(dataclasses.replace(tokens, training=False), 1).soft
         is None
     )
+
+
+def test_the_mask_is_pulled_to_the_choice_and_not_to_what_it_rounds_to():
+    """Counts of 0.4, 0.3, 0.2 and 0.1 sum up to 1: the first is wanted, and none is above 0.5."""
+    soft = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    tokens = only(features=torch.zeros(1, 4, 1), module=lambda x: soft.logit())
+    plan = VisionSelector(num_tokens=1, weight=1.0).plan(
+        dataclasses.replace(tokens, training=True), 1
+    )
+    assert torch.allclose(plan.soft, soft, atol=1e-5)
+    expected = -(math.log(0.4) + math.log(0.7) + math.log(0.8) + math.log(0.9)) / 4
+    assert float(plan.losses["vision_selector"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_gradient_of_the_mask_is_that_of_its_differences():
