@@ -65,13 +65,14 @@ def run_base(
         ConfigError: The prompt lengths do not fit.
     """
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
+    call = (plan, decoder, args, kwargs, lengths, told)
+    if not torch.compiler.is_compiling():
+        return _run(plan, original, partial(_prepare, *call))
     if is_traced(args, kwargs) and not takes_embeds(kwargs):
         return original(*args, **kwargs)
-    prepare = _PREPARE_OUTSIDE if torch.compiler.is_compiling() else _prepare
-    return _run(plan, original, partial(prepare, plan, decoder, args, kwargs, lengths, told))
+    return _RUN_BETWEEN(plan, original, partial(_PREPARE_OUTSIDE, *call))
 
 
-@between
 def _run(
     plan: Plan,
     original: Original,
@@ -127,7 +128,7 @@ def _prepare(
     return call, args, kwargs
 
 
-_PREPARE_OUTSIDE = outside(_prepare)
+_RUN_BETWEEN, _PREPARE_OUTSIDE = between(_run), outside(_prepare)
 
 
 def run_encoder(
@@ -145,10 +146,9 @@ def run_encoder(
     if plan.encoder_signals or any(stage.encode is not None for stage in stages):
         # what is read or changed in there is found by context, which a graph cannot look into
         return _ENCODE_OUTSIDE(_before_encoder, _behind_encoder, *call)
-    return _encode(_BEFORE_OUTSIDE, _BEHIND_OUTSIDE, *call)
+    return _ENCODE_BETWEEN(_BEFORE_OUTSIDE, _BEHIND_OUTSIDE, *call)
 
 
-@between
 def _encode(
     before: Callable[..., tuple[dict[str, Any], ModelCall | None, EncoderSink | None]],
     behind: Callable[..., None],
@@ -204,7 +204,7 @@ def _behind_encoder(
         capture.transient = True
 
 
-_ENCODE_OUTSIDE = outside(_encode)
+_ENCODE_OUTSIDE, _ENCODE_BETWEEN = outside(_encode), between(_encode)
 _BEFORE_OUTSIDE = outside(_before_encoder)
 _BEHIND_OUTSIDE = outside(_behind_encoder)
 

@@ -127,32 +127,30 @@ def check_replica(module: nn.Module, attached: nn.Module | None) -> None:
 
 
 def is_traced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is a compiled step without images: nothing to remember, nothing that may
-    break the graph.
+    """Whether a call that is compiled is a step without images: nothing to remember, nothing that
+    may break the graph.
     """
-    return torch.compiler.is_compiling() and len(args) < 2 and not brings_images(kwargs)
+    return len(args) < 2 and not brings_images(kwargs)
 
 
 def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:
     """Answer the owner's `forward`: note what the base model will not be told."""
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
+    call = (base, original, lengths, args, kwargs)
+    if not torch.compiler.is_compiling():
+        return _run(original, partial(_note, *call), args, kwargs)
     if is_traced(args, kwargs):
         return original(*args, **kwargs)
-    note = _NOTE_OUTSIDE if torch.compiler.is_compiling() else _note
-    return _run(note, base, original, lengths, args, kwargs)
+    return _RUN_BETWEEN(original, partial(_NOTE_OUTSIDE, *call), args, kwargs)
 
 
-@between
 def _run(
-    note: Callable[..., OwnerCall],
-    base: nn.Module,
     original: Original,
-    lengths: Any,
+    note: Callable[[], OwnerCall],
     args: Sequence[Any],
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
 ) -> Any:
-    call = note(base, original, lengths, args, kwargs)
-    before = OWNER_CALL.get()
+    call, before = note(), OWNER_CALL.get()
     try:
         OWNER_CALL.set(call)
         return original(*args, **kwargs)
@@ -172,7 +170,7 @@ def _note(
     return OwnerCall(base, labels, kwargs.get("shift_labels"), given)
 
 
-_NOTE_OUTSIDE = outside(_note)
+_RUN_BETWEEN, _NOTE_OUTSIDE = between(_run), outside(_note)
 
 
 def generates(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """Keep what compression decides on the host out of the graphs that `torch.compile` traces.
 
-Whoever is being traced (`torch.compiler.is_compiling()`) calls the twin that `outside` made; plain
-calls go without it.
+Whoever is being traced (`torch.compiler.is_compiling()`) calls the twins made here; plain calls go
+without them.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def outside(function: Function) -> Function:
 
 
 def between(function: Function) -> Function:
-    """Let a function run between graphs, and what it calls be traced by itself.
+    """Make the twin of a function that runs between graphs, while what it calls is traced.
 
     For what runs the model's own code somewhere in the midst of choices on the host.
     """
