@@ -256,7 +256,7 @@ def build_report(last: "Turn", record: "PrefillRecord") -> CompressionReport:
             *(remark for remarks in record.remarks for remark in remarks()),
         ),
         _alive=tuple(_grown(alive, last) for alive in record.layer_alive),
-        _cached={layer: _grown(held, last) for layer, held in record.layer_cached.items()},
+        _cached={layer: _grown(held.tokens, last) for layer, held in record.layer_cached.items()},
         turn=last.shown,
         turns=last.number,
         length=last.length,

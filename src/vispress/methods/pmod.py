@@ -67,7 +67,8 @@ class Router(nn.Module):
     def forward(self, features: Float[Tensor, "*B D"]) -> Float[Tensor, "*B"]:
         """Rate tokens in at least fp32, on their device (layers may lie on several)."""
         x = upcast(features)
-        return x @ self.weight.to(x) + self.bias.to(x)
+        logits: Tensor = nn.functional.linear(x, self.weight.to(x)[None], self.bias.to(x))
+        return logits[..., 0]
 
 
 class Routers(nn.Module):

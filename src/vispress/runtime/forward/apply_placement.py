@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vispress.errors import BudgetError
 from vispress.kinds import PROMPT_SIGNALS
+from vispress.runtime.forward.bucket_view import BucketView
 from vispress.runtime.forward.decision import Change, Decision
 from vispress.runtime.forward.losses import collect
 from vispress.runtime.forward.signals import visual_tokens
@@ -60,7 +61,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
         hidden: `[B, P, D]`, rows that would enter the placement's layer.
     """
     rows = state.last.to(hidden.device)
-    drop = torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
+    drop: Tensor | None = None
     drop_counts = [0] * hidden.shape[0]
     document_drops = [0] * len(rows.document_counts)
     changes: list[Change] = []
@@ -76,7 +77,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                 kept = part.kept(plan.keep)
                 if plan.memory:
                     kept.memory = kept.memory | {step.compressor: plan.memory}
-                _mark(drop, part, kept, plan.keep)
+                drop = _marked(drop, rows, part, kept, plan.keep)
                 if plan.features is not None or plan.assign is not None:
                     changes.append(Change(part, kept, plan))
                 if plan.gate is not None:
@@ -91,17 +92,27 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                 image.trace.append(Trace(step.number, kept.index[number]))
             entered.append(replace(part, memory=kept.memory))
             after.append(kept)
+    if drop is None:
+        drop = torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
     drops = tuple(drop_counts), tuple(document_drops)
     return Choice(drop, *drops, changes, gates, soft, entered, after)
 
 
-def _mark(drop: Tensor, part: Bucket, kept: Bucket, keep: Tensor) -> None:
-    """Note in `drop` `[B, Q]`, in place, which tokens of a bucket go."""
-    if [image.sample for image in part.images] == list(range(len(drop))):  # a row a sample
-        drop.scatter_(1, part.positions, True).scatter_(1, kept.positions, False)
-        return
+def _marked(
+    drop: Tensor | None, rows: LiveTokens, part: Bucket, kept: Bucket, keep: Tensor
+) -> Tensor:
+    """Note in `drop` `[B, Q]` (None: nothing goes) which tokens of a bucket go, too."""
+    batch = len(rows.index)
+    if [image.sample for image in part.images] == list(range(batch)):  # a row a sample
+        mark = part.mark(rows.length)
+        gone = mark.scatter(1, kept.positions, False)
+        kept.before = mark, gone
+        return gone if drop is None else drop | gone
+    if drop is None:
+        drop = torch.zeros(batch, rows.length, dtype=torch.bool, device=keep.device)
     gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(1, keep, False)
     drop[part.sample.unsqueeze(1), part.positions] = gone
+    return drop
 
 
 def note_all_kept(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> None:
@@ -172,7 +183,7 @@ def write_values(
     for change in decision.changes:
         values = _values(change, decision, hidden, project)
         sample = change.kept.sample.unsqueeze(1)
-        local = rows.place[sample, change.kept.positions]
+        local = BucketView(change.kept).places(rows, change.kept.positions)
         out = out.index_put((sample.expand_as(local), local), values.to(out.dtype))
     return out
 
@@ -188,7 +199,7 @@ def _values(
     assert plan.weight is not None
     slots, rows, backend = change.kept.num_visual, decision.before, decision.backend
     sample = before.sample.unsqueeze(1)
-    own = hidden[sample, rows.place[sample, before.positions]]
+    own = hidden[sample, BucketView(before).places(rows, before.positions)]
     if plan.merge_on == "features":
         return merge_tokens(own, plan.assign, slots, weight=plan.weight, backend=backend)
     whole = [image.capture.vision_features(image.number) for image in before.images]

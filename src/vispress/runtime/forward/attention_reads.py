@@ -142,8 +142,7 @@ class AttentionRead:
         size = max(1, key[0, :, 0].numel() // query.shape[1])
         if self.queries is not Queries.ALL:
             local = sent(self.positions, query.device)
-            if not rows.whole:
-                local = rows.to(query.device).place.gather(1, local)
+            local = rows.to(query.device).places_of(local)
             self.asked = local
             if Signal.QUERY_ATTENTION in self.reads:
                 self.rows = ask(local)

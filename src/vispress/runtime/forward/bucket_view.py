@@ -31,8 +31,12 @@ class BucketView:
         return x if samples == list(range(len(x))) else x[self.bucket.sample]
 
     def places(self, rows: LiveTokens, positions: Tensor) -> Tensor:
-        """`[Bk, K]`: rows of logical positions."""
-        return positions if rows.whole else self.own(rows.place).gather(1, positions)
+        """`[Bk, K]`: rows of logical positions that have one."""
+        if rows.complete:
+            return positions
+        if rows.valid is None:
+            return torch.searchsorted(self.own(rows.index), positions.contiguous())
+        return self.own(rows.place).gather(1, positions)
 
     def local(self, rows: LiveTokens) -> Tensor:
         """`[Bk, N]`: rows of the tokens that are still there; several signals ask for them."""

@@ -55,6 +55,31 @@ class Alive:
         return torch.cat([before, chunk], dim=1)
 
 
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """What a layer holds that was cut behind its attention; read off when a report is asked for.
+
+    Args:
+        slots: Of the layer before.
+        gone: `[B, Hkv or 1, S]` bool, slots that left.
+        length: Logical length behind the prefill.
+    """
+
+    slots: Slots
+    gone: Tensor
+    length: int
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """`[B, Hkv or 1, past + Q]` bool."""
+        slots, full = self.slots, self.length
+        stays = ~self.gone if slots.valid is None else ~self.gone & slots.valid[:, None]
+        index = slots.positions[:, None].expand_as(stays)
+        # where several slots name one position, those that hold nothing must not clear it
+        cached = torch.zeros(*stays.shape[:2], full + 1, dtype=torch.bool, device=stays.device)
+        return cached.scatter(2, index.masked_fill(~stays, full), True)[..., :-1]
+
+
 @dataclass(eq=False)
 class PrefillRecord:
     """The facts of one prefill; tensors stay on their device.
@@ -64,8 +89,8 @@ class PrefillRecord:
         notes: Remarks made when the model was compressed.
         images: With their traces.
         alive: What is alive in each decoder layer; layers with the same rows share one object.
-        layer_cached: `[B, Hkv or 1, past + Q]` bool of decoder layers whose cache was cut behind
-            their prefill: what each KV head holds.
+        layer_cached: Of decoder layers whose cache was cut behind their prefill, what each KV head
+            holds.
         kv_bytes: Keys and values in the cache after the prefill.
         width: LLM hidden size.
         mlp_width: LLM MLP size.
@@ -80,7 +105,7 @@ class PrefillRecord:
     notes: Sequence[str]
     images: Sequence[Image]
     alive: Sequence["Alive"]
-    layer_cached: Mapping[int, Tensor]
+    layer_cached: Mapping[int, Cached]
     kv_bytes: int
     width: int
     mlp_width: int
@@ -105,13 +130,13 @@ class PrefillRecord:
         """Make the record of a finished call."""
         merging = (one.name for one in state.plan.methods if one.changes_encoder())
         config: Any = state.plan.adapter.language_model.config
-        layers = _alive_layers(state)
+        layers, length = _alive_layers(state), state.past + state.rows[0][1].length
         return cls(
             state.plan.placements,
             state.plan.notes,
             state.images,
             layers,
-            {layer: _cached(state, layer) for layer in state.evicted},
+            {layer: Cached(*cut, length) for layer, cut in state.evicted.items()},
             kv_bytes,
             config.hidden_size,
             config.intermediate_size,
@@ -186,14 +211,3 @@ def _alive_layers(state: ForwardState) -> list[Alive]:
             seen[id(same)] = same, Alive(rows, slots, state.past, before, valid)
         found.append(seen[id(same)][1])
     return found
-
-
-def _cached(state: ForwardState, layer: int) -> Tensor:
-    """`[B, Hkv or 1, past + Q]` bool: what a layer holds that was cut behind its attention."""
-    slots, gone = state.evicted[layer]
-    stays = ~gone if slots.valid is None else ~gone & slots.valid[:, None]
-    index = slots.positions[:, None].expand_as(stays)
-    full = state.past + state.rows[0][1].length
-    # where several slots name one position, those that hold nothing must not clear it
-    cached = torch.zeros(*stays.shape[:2], full + 1, dtype=torch.bool, device=stays.device)
-    return cached.scatter(2, index.masked_fill(~stays, full), True)[..., :-1]

@@ -116,7 +116,7 @@ def staying_slots(slots: Slots, gone: Tensor, drops: Sequence[int]) -> tuple[Ten
     if valid is not None:
         counts = [n - drop for n, drop in zip(valid.sum(1).tolist(), drops, strict=True)]
     size = max(counts)
-    local = stays.long().argsort(dim=2, stable=True)[:, :, S - size :]
+    local = stays.view(torch.uint8).argsort(dim=2, stable=True)[:, :, S - size :]
     new_valid = None
     if min(counts) < size:
         pad = torch.tensor([size - count for count in counts], device=gone.device)

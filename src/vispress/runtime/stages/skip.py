@@ -135,6 +135,10 @@ class _Skips:
         base, rows = span.base.to(out.device), span.rows.to(out.device)
         if span.gate is not None and span.gates_bypassed:
             hidden = scale_rows(hidden, span.gate, base)
+        if rows.valid is None:
+            return hidden.scatter(
+                1, span.local.to(out.device)[..., None].expand_as(out), out.to(hidden.dtype)
+            )
         ran, place = (table.gather(1, base.index) for table in (rows.alive, rows.place))
         back = gather_rows(out, place, self.state.plan.backend)
         return torch.where(ran[..., None], back, hidden)

@@ -49,6 +49,11 @@ class LiveTokens:
         """Physical rows (P)."""
         return self.index.shape[1]
 
+    @property
+    def complete(self) -> bool:
+        """Whether every logical position has its row, so that positions are places."""
+        return self.whole or (self.valid is None and self.size == self.length)
+
     @cached_property
     def alive(self) -> Tensor:
         """`[B, Q]` bool: which logical positions have a row."""
@@ -82,13 +87,21 @@ class LiveTokens:
         some = min(self.counts) > 0 and self.starts is None
         return number if some else number.clamp(max=self.size - 1)  # else there may be no survivor
 
+    def places_of(self, positions: Tensor) -> Tensor:
+        """`[B, n]` int64: `place` of some logical positions, without that of all."""
+        if self.complete:
+            return positions
+        if self.valid is not None or self.starts is not None:
+            return self.place.gather(1, positions)
+        return (torch.searchsorted(self.index, positions, right=True) - 1).clamp(min=0)
+
     @cached_property
     def shift(self) -> Tensor | None:
         """`[B, P]` int64: by how much compact position ids are smaller, or None for no change."""
         if self.dropped is None:
             return None
         # a survivor is never dropped: inclusive == exclusive
-        before = self.dropped.long().cumsum(1)
+        before = self.dropped.cumsum(1)
         shift = before.gather(1, self.index)
         if self.starts is None:
             return shift
@@ -165,11 +178,11 @@ def narrow(
     """
     counts = tuple(have - gone for have, gone in zip(rows.counts, drop_counts, strict=True))
     size = max(counts)
-    gone = drop if rows.whole else drop.gather(1, rows.index)
+    gone = drop if rows.complete else drop.gather(1, rows.index)
     if valid is not None:
         gone = gone | ~valid
     # stable: survivors keep their order and end up at the right, whatever fills the left is invalid
-    order = gone.long().argsort(dim=1, stable=True, descending=True)
+    order = gone.view(torch.uint8).argsort(dim=1, stable=True, descending=True)
     local = order[:, rows.size - size :]
     new_valid = None
     if min(counts) < size:
@@ -178,12 +191,12 @@ def narrow(
     dropped = rows.dropped
     if compact:
         dropped = drop if dropped is None else dropped | drop
-    index = local if rows.whole else rows.index.gather(1, local)
+    index = local if rows.complete else rows.index.gather(1, local)
     left = tuple(a - b for a, b in zip(rows.document_counts, document_drops, strict=True))
     new = LiveTokens(
         index, new_valid, rows.length, counts, dropped, starts=rows.starts, document_counts=left
     )
-    new.gone = gone if rows.whole else None
+    new.gone = gone if rows.complete else None
     return new, local
 
 
@@ -214,8 +227,9 @@ def scale_rows(x: Tensor, gate: Tensor, rows: LiveTokens) -> Tensor:
         gate: `[B, Q]` by logical position, in at least fp32.
         rows: Which they are.
     """
-    index = rows.to(x.device).index
-    return (x * gate.to(x.device).gather(1, index).unsqueeze(-1)).to(x.dtype)
+    own = gate.to(x.device)
+    own = own if rows.complete else own.gather(1, rows.to(x.device).index)
+    return (x * own.unsqueeze(-1)).to(x.dtype)
 
 
 def gather_rotary(
