@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vispress.errors import ConfigError
 from vispress.methods import VisPruner
 from vispress.methods._parts.clustering.duplicate_removal import remove_duplicates
+from vispress.methods._parts.geometry import segments
 from vispress.methods._parts.scoring.cosines import largest_cosine, unit
 
 ATTENTION = torch.tensor([[0.20, 0.05, 0.15, 0.02, 0.18, 0.10, 0.12, 0.18]])
@@ -139,7 +140,8 @@ def test_crops_of_one_size_are_worked_on_together(monkeypatch):
     monkeypatch.setattr("vispress.methods.vispruner.remove_duplicates", spy)
     together = VisPruner().plan(tokens, 3 * 20 + 6).keep
     assert calls == [(6, 26)]  # 2 images of 3 crops; 10 of each 36 tokens are important
-    monkeypatch.setattr("vispress.methods._parts.geometry.segments.joined", lambda parts: parts)
+    monkeypatch.setattr(segments, "_known_parts", segments._known_parts.__wrapped__)
+    monkeypatch.setattr(segments, "joined", lambda parts: parts)
     assert torch.equal(VisPruner().plan(tokens, 3 * 20 + 6).keep, together)
     assert calls[1:] == [(2, 26)] * 3
 

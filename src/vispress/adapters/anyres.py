@@ -1,22 +1,29 @@
 """AnyRes: a thumbnail and a grid of crops, stitched, unpadded and broken by newline tokens."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vispress.adapters.base import Modality
 from vispress.adapters.towers import Layout, TowerAdapter
 from vispress.errors import UnsupportedModelError
 from vispress.types import CropLayout, Need
 
+MOST_LAYOUTS = 64
+"""Sizes of images whose layouts are kept."""
+
 
 class AnyResAdapter(TowerAdapter):
     """Values travel through the model's own `pack_image_features`, with zeros for newlines."""
 
     kinds: ClassVar[frozenset[Need]] = frozenset({"anyres"})
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self._layouts: dict[Hashable, Sequence[Layout]] = {}
 
     @abstractmethod
     def _crops(self, call: Mapping[str, Any]) -> list[int]:
@@ -64,6 +71,19 @@ class AnyResAdapter(TowerAdapter):
         the crop that holds its centre, and its row and column count resized tokens in that crop.
         """
         crops = self._crops(call)
+        sizes = tuple(tuple(int(edge) for edge in size) for size in call["image_sizes"])
+        default = getattr(self.base.config, "vision_aspect_ratio", None)
+        limit = call.get("vision_aspect_ratio") or default
+        key = (sizes, tuple(crops), tuple(counts), self._side, limit)
+        if (known := self._layouts.get(key)) is None:
+            if len(self._layouts) >= MOST_LAYOUTS:
+                self._layouts.clear()
+            known = self._layouts[key] = self._traced(crops, counts, call)
+        return known
+
+    def _traced(
+        self, crops: list[int], counts: Sequence[int], call: Mapping[str, Any]
+    ) -> Sequence[Layout]:
         places = torch.arange(1, sum(crops) * self._side**2 + 1, dtype=torch.float64)
         split = torch.split(places.view(-1, self._side**2, 1), crops)
         traced = self._stitch(split, call, resize=False)

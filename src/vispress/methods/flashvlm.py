@@ -120,4 +120,4 @@ class FlashVLM(Compressor):
             rest = remove_duplicates(rest, part.of(x), part.share - important, self.step)
             return torch.cat([ranked[:, :important], rest], dim=1)
 
-        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick, alike=True))
+        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

@@ -147,7 +147,7 @@ class PruMerge(Compressor):
         counts = [0] * tokens.batch
         index = torch.arange(tokens.batch, device=a.device)[:, None]
         for part in self._parts(tokens, num_keep):
-            rows = index[part.rows]
+            rows = part.of(index.expand(-1, tokens.num_visual))[:, :1]
             if part.newline:
                 places = part.places.expand(len(rows), -1)
                 newline = newline.index_put((rows, places), newline.new_ones(()))
@@ -155,8 +155,9 @@ class PruMerge(Compressor):
                 places, values = self._merged(part, a, keys, x)
                 x = x.index_put((rows, places), values)
             kept = kept.index_put((rows, places), kept.new_ones(()))
-            for row in range(tokens.batch)[part.rows]:
-                counts[row] += places.shape[1]
+            of_row = range(tokens.batch)[part.rows]
+            for row in of_row:
+                counts[row] += places.numel() // len(of_row)
 
         keep = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
         features = tokens.projector(x[index, keep]).to(tokens.features)
@@ -166,7 +167,8 @@ class PruMerge(Compressor):
 
     def _parts(self, tokens: VisualTokens, num_keep: int) -> Iterator[Part]:
         """List sub-images of all rows together, or one by one where each decides its count."""
-        for part in (part for parts in split(tokens, num_keep) for part in parts):
+        groups = split(tokens, num_keep, together=not self.adaptive)
+        for part in (part for parts in groups for part in parts):
             if not self.adaptive:
                 yield part
                 continue
@@ -180,7 +182,7 @@ class PruMerge(Compressor):
         own = part.of(a), part.of(keys), part.of(x)
         order = choose(own[0], part.share - 1, self.plus, self.adaptive)
         values, rest = add_neighbours(order, *own, self.neighbours)
-        places = part.places.expand(len(order), -1)
+        places = part.of(torch.arange(a.shape[1], device=a.device).expand_as(a))
         # it stands at the last place that is free
         free = torch.ones_like(places).scatter(1, order, 0).cumsum(1).argmax(1)[:, None]
         places = places.gather(1, torch.cat([order, free], dim=1))

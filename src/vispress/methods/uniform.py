@@ -56,7 +56,7 @@ class Uniform(Compressor):
             return sample(tokens, num_keep)
 
         def pick(part: Part) -> Tensor:
-            places = sent(middles(len(part.places), part.share), part.places.device)
-            return places.expand(len(tokens.index[part.rows]), -1)
+            places = sent(middles(part.places.shape[-1], part.share), part.places.device)
+            return places.expand(len(part.of(tokens.index)), -1)
 
         return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

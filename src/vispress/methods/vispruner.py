@@ -87,4 +87,4 @@ class VisPruner(Compressor):
         def pick(part: Part) -> Tensor:
             return self.select(part.of(score), part.of(features), part.share)
 
-        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick, alike=True))
+        return TokenPlan(keep=keep_by_segment(tokens, num_keep, pick))

@@ -108,7 +108,7 @@ class VMTC(Compressor):
             clusters = round(part.share * self.cluster_ratio)
             a, x = part.of(attention), part.of(tokens.vision_features)
             into, own = clustered(a, x, part.share - clusters, clusters, self.seed)
-            owner[part.rows, part.places] = torch.where(into < 0, -1, part.places[into])
-            weight[part.rows, part.places] = own
+            owner[part.rows, part.places] = part.tokens(into)
+            weight[part.rows, part.places] = part.shaped(own)
         keep, slots = kept_and_slots(owner, num_keep)
         return TokenPlan(keep=keep, assign=slots, weight=weight.float(), merge_on="vision_features")
