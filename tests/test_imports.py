@@ -44,6 +44,7 @@ FLOORS: dict[str, int] = {
     "vispress.weights": 4,
     "vispress.report": 4,
     "vispress.api": 4,
+    "vispress.capturing": 4,
     "vispress": 4,  # the public names
     "vispress.bench": 5,
     "vispress.analysis": 5,

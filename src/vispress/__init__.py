@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         remove_compression,
         update_compression,
     )
+    from vispress.capturing import capture
     from vispress.prompts import prompt_lengths
     from vispress.registry import list_methods, register_method
     from vispress.saving import save_compression
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressionCallback",
+    "capture",
     "compress_model",
     "compressed",
     "compression_loss",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "capture": "vispress.capturing",
     "compress_model": "vispress.api",
     "compressed": "vispress.api",
     "compression_report": "vispress.api",

@@ -63,18 +63,18 @@ class Generating:
 # `generate`) hands nothing on. Both are set back by `finally`, which every interrupt runs.
 OWNER_CALL: ContextVar[OwnerCall | None] = ContextVar("vispress_owner_call", default=None)
 GENERATING: ContextVar[Generating | None] = ContextVar("vispress_generating", default=None)
-_LABELS: ContextVar[Tensor | None] = ContextVar("vispress_labels", default=None)
+LABELS: ContextVar[Tensor | None] = ContextVar("vispress_labels", default=None)
 
 
 @contextmanager
 def telling_labels(labels: Tensor | None) -> Iterator[None]:
     """Inside, models that are called without labels know these: a loss outside has them."""
-    before = _LABELS.get()
+    before = LABELS.get()
     try:
-        _LABELS.set(labels)
+        LABELS.set(labels)
         yield
     finally:
-        _LABELS.set(before)
+        LABELS.set(before)
 
 
 def find_owner(model: nn.Module, base: nn.Module) -> nn.Module | None:
@@ -165,7 +165,7 @@ def _note(
     if labels is None and args:
         module = original.module
         labels = by_name(type(module).forward, (module, *args), kwargs).get("labels")
-    labels = _LABELS.get() if labels is None else labels
+    labels = LABELS.get() if labels is None else labels
     given = None if lengths is None else as_lengths(lengths)
     return OwnerCall(base, labels, kwargs.get("shift_labels"), given)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vispress.errors import CompressionStateError
@@ -75,6 +75,22 @@ class Turns:
         if record is not None:
             self._records[turn] = record
         self._end(turn, state.cache)
+
+    def note_again(
+        self, base: nn.Module, record: PrefillRecord, length: int, cache: Cache | None
+    ) -> None:
+        """Note a prefill of a conversation's first turn that ran without Python.
+
+        Args:
+            base: The base model.
+            record: Of this prefill.
+            length: Tokens of the call.
+            cache: Its KV cache, if it has one.
+        """
+        begins_turn(base, length, fresh=True)
+        turn = Turn(1, length, record.kv_bytes, 1)
+        self._records[turn] = record
+        self._end(turn, cache)
 
     def note_plain(self, plan: Plan, given: Mapping[str, Any], output: Any) -> None:
         """Note a call of a conversation that holds no visual tokens.

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from vispress.runtime.kv_cache.hf_compat import CACHE, OLD
 
-_NO_LAYOUT: Final = ("input_ids", "position_ids")
-"""Arguments of whole numbers that are values all the same."""
 _FLOATS: Final = ("second_per_grid_ts",)
 """Arguments of other numbers on which places of tokens rest."""
 _SUFFIXES: Final = ("_token_id", "_token_index")
@@ -38,7 +36,7 @@ class Arguments:
 
     Args:
         ids: `[B, Q]`, token ids.
-        layout: Small tensors on which the layout rests (masks, grids, sizes), by name.
+        layout: Small tensors on which the layout rests (masks, positions, grids, sizes), by name.
         values: Tensors that are values alone, by name.
         plain: What is no tensor, by name.
         host: Copies of `ids` and `layout` on the host.
@@ -61,7 +59,7 @@ class Arguments:
             if not isinstance(value, Tensor):
                 if name not in (CACHE, OLD):
                     plain[name] = value
-            elif name in _FLOATS or not (name in _NO_LAYOUT or value.is_floating_point()):
+            elif name in _FLOATS or not (name == "input_ids" or value.is_floating_point()):
                 layout[name] = value
             elif name != "input_ids":
                 values[name] = value

@@ -7,9 +7,8 @@ decides which operations come next, and such a run is no fixed sequence.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -19,38 +18,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-aten = torch.ops.aten
-_SIZED_BY_VALUES: Final = {
-    aten._local_scalar_dense.default,
-    aten.bincount.default,
-    aten.equal.default,
-    aten.masked_select.default,
-    aten.nonzero.default,
-    aten.repeat_interleave.Tensor,
-    aten._unique2.default,
-    aten.unique_consecutive.default,
-    aten.unique_dim.default,
-}
-"""Operations whose result, or its size, the host must know."""
-_INDEXING: Final = {
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-}
-_MOVES: Final = {
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.gather.default,
-    aten.index.Tensor,
-    aten.stack.default,
-    aten.cat.default,
-}
-"""Operations behind which token ids are token ids."""
-_COMPARES: Final = {aten.eq.Scalar, aten.ne.Scalar, aten.eq.Tensor, aten.ne.Tensor}
-_DRAWS: Final = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal_")
+from vispress.runtime.graphs.operations import (
+    COMPARES,
+    INDEXING,
+    MOVES,
+    SIZED_BY_VALUES,
+    aten,
+    crosses,
+    draws,
+    indexed,
+    places_of,
+    read_of,
+    written_by,
+)
+
 _READERS: Final = {
     Tensor.tolist,
     Tensor.numpy,
@@ -108,7 +89,9 @@ class Watch(TorchDispatchMode):
         """What it read of values, and where."""
         self.log: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
         """Operations, and the shapes of what they gave."""
-        self._next = 0
+        self.outside: list[Tensor] = []
+        """Tensors that a second run has used and not made: who runs it again must hold them."""
+        self._next, self._inside = 0, set[int]()
 
     def __enter__(self) -> "Watch":
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -125,17 +108,17 @@ class Watch(TorchDispatchMode):
             return self._answered(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         kind = max(map(self.kind, tensors), default=Kind.LAYOUT)
-        if func in _INDEXING and _masks(args):
-            self._refuse(func, max(map(self.kind, _masks(args))))
-            args = self._keep(str(func), _with_places(args), of=1)
-        elif func in _SIZED_BY_VALUES or _crosses(func, tensors, kwargs):
+        if func in INDEXING and (read := read_of(args)):
+            self._refuse(func, max(map(self.kind, read)))
+            args = indexed(args, lambda one: self._keep(str(func), places_of(one, args[0])))
+        elif func in SIZED_BY_VALUES or crosses(func, tensors, kwargs):
             self._refuse(func, kind)
-        elif _draws(func) and kwargs.get("generator") is None:
+        elif draws(func) and not _by_seed(kwargs.get("generator")):
             self._refuse(func, Kind.VALUES)
         out = func(*args, **kwargs)
-        if func in _SIZED_BY_VALUES or _crosses(func, tensors, kwargs):
+        if func in SIZED_BY_VALUES or crosses(func, tensors, kwargs):
             out = self._keep(str(func), out)
-        self._mark(func, args, out, kind)
+        self._mark(func, args, tensors, out, kind)
         return out
 
     def kind(self, tensor: Tensor) -> Kind:
@@ -148,23 +131,25 @@ class Watch(TorchDispatchMode):
         # the weak reference keeps the address from being another's
         self._kinds[storage._cdata] = StorageWeakRef(storage), max(kind, self.kind(tensor))  # type: ignore[no-untyped-call]
 
-    def _mark(self, func: Any, args: Sequence[Any], out: Any, kind: Kind) -> None:
+    def _mark(
+        self, func: Any, args: Sequence[Any], tensors: Sequence[Tensor], out: Any, kind: Kind
+    ) -> None:
         """Note an operation, and what its results follow from."""
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.log.append((str(func), tuple(tuple(tensor.shape) for tensor in made)))
-        if kind == Kind.IDS and not (func in _MOVES or func.is_view):
+        if kind == Kind.IDS and not (func in MOVES or func.is_view):
             kind = Kind.LAYOUT if self._asks_special(func, args) else Kind.VALUES
-        if func in _UNWRITTEN and made[0].device.type != "cpu":
-            kind = Kind.VALUES  # kernels of our own write there, unseen
+        if not tensors and made and made[0].device.type != "cpu" and _in_kernels():
+            kind = Kind.VALUES  # it will be written on, unseen
         if kind > Kind.LAYOUT:
-            written = [args[at] for at in _written(func) if at < len(args)]
+            written = [args[at] for at in written_by(func) if at < len(args)]
             for tensor in [*made, *tree_leaves(written)]:
                 if isinstance(tensor, Tensor):
                     self._set(tensor, kind)
 
     def _asks_special(self, func: Any, args: Sequence[Any]) -> bool:
         """Whether ids are compared with one that belongs to the layout."""
-        if func not in _COMPARES:
+        if func not in COMPARES:
             return False
         other = args[1]
         if isinstance(other, Tensor):
@@ -177,15 +162,14 @@ class Watch(TorchDispatchMode):
 
     def _refuse(self, func: Any, kind: Kind) -> None:
         """Note a read of values."""
-        if kind > Kind.LAYOUT and not (kind == Kind.IDS and func in _MOVES):
+        if kind > Kind.LAYOUT and not (kind == Kind.IDS and func in MOVES):
             self.refused.append(f"{func} at {_asker()}")
             if self._strict:
                 raise NotFixedError(f"the host reads values: {self.refused[-1]}")
 
-    def _keep(self, name: str, value: Any, of: int | None = None) -> Any:
-        """Keep what a first run read; of arguments, that at one place."""
-        kept = value if of is None else value[of]
-        self.read.append((name, tree_map_only(Tensor, torch.clone, kept)))
+    def _keep(self, name: str, value: Any) -> Any:
+        """Keep what a first run read."""
+        self.read.append((name, tree_map_only(Tensor, torch.clone, value)))
         return value
 
     def _recall(self, name: str) -> Any:
@@ -199,28 +183,32 @@ class Watch(TorchDispatchMode):
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation; what the host must know of it is known."""
-        if func in _INDEXING and _masks(args):
-            return func(args[0], self._recall(str(func)), *args[2:], **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func in _SIZED_BY_VALUES:
+        for tensor in tensors:
+            if (storage := tensor.untyped_storage()._cdata) not in self._inside:
+                self._inside.add(storage)
+                self.outside.append(tensor)
+        out = self._run(func, args, kwargs, tensors)
+        made = (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        self._inside.update(tensor.untyped_storage()._cdata for tensor in made)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
+        if func in INDEXING:
+            return func(*indexed(args, lambda one: self._recall(str(func))), **kwargs)
+        if func in SIZED_BY_VALUES:
             return self._recall(str(func))
-        if _crosses(func, tensors, kwargs):
+        if crosses(func, tensors, kwargs):
             held = self._recall(str(func))
             return args[0].copy_(held) if func is aten.copy_.default else held
         return func(*args, **kwargs)
 
-    def called(self, func: Any, run: Callable[[], Any], args: Sequence[Any]) -> Any:
-        """Answer a call that may show no operation."""
-        if func in _MAKERS:
-            if self._answers is not None:
-                return self._recall("tensor")
-            return self._keep("tensor", run())
+    def reads(self, func: Any, tensor: Tensor) -> None:
+        """Note a read that shows no operation."""
         if self._answers is None:
-            kind = self.kind(args[0])
-            ids = kind == Kind.IDS and func is not Tensor.tolist
-            if kind > Kind.LAYOUT and not ids:
+            kind = self.kind(tensor)
+            if kind > Kind.IDS or (kind == Kind.IDS and func is Tensor.tolist):
                 self._refuse(func.__name__, kind)
-        return run()
 
 
 class _HostCalls(TorchFunctionMode):
@@ -231,47 +219,42 @@ class _HostCalls(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READERS or func in _MAKERS:
-            return self._watch.called(func, lambda: func(*args, **(kwargs or {})), args)
-        return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if func in _READERS:
+            self._watch.reads(func, args[0])
+        if func in _MAKERS and not isinstance(args[0], Tensor):
+            device = kwargs.pop("device", None) or torch.get_default_device()
+            return self._made(func, args[0], args[1:], kwargs, device)
+        if func is Tensor.new_tensor and not isinstance(args[1], Tensor):
+            kwargs = {"dtype": args[0].dtype} | kwargs
+            device = kwargs.pop("device", args[0].device)
+            return self._made(torch.tensor, args[1], args[2:], kwargs, device)
+        return func(*args, **kwargs)
+
+    def _made(self, func: Any, data: Any, args: Any, kwargs: Any, device: Any) -> Tensor:
+        """Make a tensor of numbers on the host; a copy, even there, is an operation of its own."""
+        made: Tensor = func(
+            tree_map_only(Tensor, self._numbers, data), *args, **kwargs, device="cpu"
+        )
+        return made.to(device, copy=True)  # it may be written on
+
+    def _numbers(self, tensor: Tensor) -> Any:
+        self._watch.reads(Tensor.tolist, tensor)
+        return tensor.tolist()
 
 
-_UNWRITTEN: Final = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
+def _by_seed(generator: Any) -> bool:
+    """Whether a generator is one of the host, which a method seeds for itself."""
+    return generator is not None and generator.device.type == "cpu"
 
 
-@cache
-def _written(func: Any) -> tuple[int, ...]:
-    """Places of the arguments that an operation writes on."""
-    found = enumerate(func._schema.arguments)
-    return tuple(at for at, one in found if one.alias_info is not None and one.alias_info.is_write)
-
-
-@cache
-def _draws(func: Any) -> bool:
-    return func._schema.name.removeprefix("aten::") in _DRAWS
-
-
-def _masks(args: Sequence[Any]) -> list[Tensor]:
-    """Indices by masks, of which the host must know how many they choose."""
-    given = (index for index in args[1] if index is not None)
-    return [index for index in given if index.dtype in (torch.bool, torch.uint8)]
-
-
-def _with_places(args: Sequence[Any]) -> list[Any]:
-    """Arguments of an operation that indexes, with places for masks."""
-    indices: list[Tensor | None] = []
-    for index in args[1]:
-        mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-        indices += index.nonzero().unbind(1) if mask else [index]
-    return [args[0], indices, *args[2:]]
-
-
-def _crosses(func: Any, tensors: Sequence[Tensor], kwargs: Any) -> bool:
-    """Whether an operation copies between the host and a device."""
-    if func is aten.copy_.default:
-        return tensors[0].device.type != tensors[1].device.type
-    if func is aten._to_copy.default and (device := kwargs.get("device")) is not None:
-        return torch.device(device).type != tensors[0].device.type
+def _in_kernels() -> bool:
+    """Whether a kernel of our own is about to be launched."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if "/vispress_kernels/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
     return False
 
 

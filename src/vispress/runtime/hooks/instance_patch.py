@@ -38,12 +38,19 @@ class InstancePatch:
         original: The method.
         keyword: A keyword that the wrapper takes out, shown in the signature too: trainers leave
             out what they do not find there.
+        outer: Whether it only stands in front, so that what was there still answers beneath it.
     """
 
     def __init__(
-        self, wrapper: Callable[..., Any] | None, original: Original, keyword: str | None = None
+        self,
+        wrapper: Callable[..., Any] | None,
+        original: Original,
+        keyword: str | None = None,
+        *,
+        outer: bool = False,
     ) -> None:
         self.wrapper, self.original, self.keyword = wrapper, original, keyword
+        self.outer = outer
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -64,7 +71,12 @@ class InstancePatch:
 
 
 def patch_instance(
-    module: nn.Module, name: str, wrapper: Callable[..., Any], *, keyword: str | None = None
+    module: nn.Module,
+    name: str,
+    wrapper: Callable[..., Any],
+    *,
+    keyword: str | None = None,
+    outer: bool = False,
 ) -> Callable[[], None]:
     """Let `wrapper(original, *args, **kwargs)` answer calls of `module.name`; returns the undo.
 
@@ -73,9 +85,10 @@ def patch_instance(
         name: Of its method.
         wrapper: What answers.
         keyword: See `InstancePatch`.
+        outer: See `InstancePatch`.
     """
     original = Original(module, name, module.__dict__.get(name))
-    patch = InstancePatch(wrapper, original, keyword)
+    patch = InstancePatch(wrapper, original, keyword, outer=outer)
     module.__dict__[name] = patch
     return partial(restore, patch)
 
@@ -84,9 +97,10 @@ def is_patched(module: nn.Module, name: str) -> bool:
     """Whether a patch still answers calls of `module.name`, wrapped or not."""
     found = module.__dict__.get(name)
     while found is not None:
-        if isinstance(found, InstancePatch) and found.wrapper is not None:
+        patch = isinstance(found, InstancePatch)
+        if patch and found.wrapper is not None and not found.outer:
             return True
-        found = getattr(found, "__wrapped__", None)
+        found = found.original.previous if patch else getattr(found, "__wrapped__", None)
     return False
 
 

@@ -76,6 +76,12 @@ class Slots:
         later.size = self.size + 1
         return later
 
+    def with_steps(self, count: int) -> "Slots":
+        """These slots, and behind them some more tokens of each sample, likewise."""
+        later = Slots(self._positions, self._valid, self.shift, self.logical + count, self.padded)
+        later.size = self.size + count
+        return later
+
     def newest(self) -> list[int]:
         """For each slot, the latest position that a sample has there, or -1: waits, but once."""
         if self._newest is None:

@@ -1,0 +1,36 @@
+"""What a call is told by its context, for who runs it ahead, or in place of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from vispress.prompts import current_lengths
+from vispress.runtime.forward.owner import GENERATING, LABELS, OWNER_CALL
+
+
+def told_lengths() -> tuple[tuple[int, ...] | None, ...]:
+    """Give the prompt lengths that calls in this context would be told, hashable."""
+    generating = GENERATING.get()
+    owner = OWNER_CALL.get()
+    found = (
+        current_lengths(),
+        None if generating is None else generating.prompt_lengths,
+        None if owner is None else owner.prompt_lengths,
+    )
+    return tuple(None if one is None else tuple(one.tolist()) for one in found)
+
+
+def is_supervised() -> bool:
+    """Tell whether something outside of the head has labels of its calls."""
+    return LABELS.get() is not None
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Inside, calls of a base model do not count as those of the `generate` under way."""
+    before = GENERATING.get()
+    try:
+        GENERATING.set(None if before is None else replace(before))
+        yield
+    finally:
+        GENERATING.set(before)
