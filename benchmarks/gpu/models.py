@@ -69,7 +69,7 @@ def _release(device: torch.device) -> None:
 def _plan(shape: Shape, settings: Settings, *, important: bool) -> Iterator[tuple[int, str]]:
     """Batches and methods, each batch's uncompressed row before its others."""
     if settings.dry:
-        methods = VIDEO_METHODS if shape.frames else DRY_METHODS
+        methods = VIDEO_METHODS[:1] if shape.frames else DRY_METHODS
         yield from ((1, name) for name in (UNTOUCHED, *methods) if important)
         return
     if important:

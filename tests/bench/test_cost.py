@@ -260,6 +260,7 @@ def test_a_replay_keeps_the_same_tokens_every_time(subject, prompts, method, opt
     assert reports[0].kv_bytes == reports[2].kv_bytes
 
 
+@pytest.mark.some(cases=16)
 @pytest.mark.parametrize("method", [m for m in list_methods() if get_method(m).needs is None])
 def test_every_method_can_be_replayed(subject, prompts, method):
     budget = {"mean_keep_ratio": 0.6} if get_method(method).takes_budget else {}

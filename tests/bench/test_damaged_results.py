@@ -200,7 +200,7 @@ def _reopen(folder, manifest, damage):
         assert json.loads((folder / MANIFEST).read_text()) == manifest, damage
 
 
-@pytest.mark.slow(cases=3)
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("name", FREE)
 def test_only_what_nothing_contradicts_is_accepted(tried, name):
     accepted, refused = tried(name)

@@ -197,7 +197,7 @@ def test_cells_that_are_neither_count_for_nothing() -> None:
     torch.testing.assert_close(region_loss(module, [region]), wanted)
 
 
-@pytest.mark.slow(cases=2)
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("method", [XAICompress(keep_ratio=0.1), SDRPN(num_tokens=24)])
 def test_lessons_lower_what_they_measure(loaded: LoadedModel, method: Any) -> None:
     lesson = find_lesson(method.name)

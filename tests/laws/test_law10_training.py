@@ -231,6 +231,7 @@ def test_hooks_of_a_layer_that_run_again_repeat_what_was_decided(
         assert report.mean_keep_ratio < 1
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", sorted(MASKING))
 def test_removal_before_a_backward_that_needs_the_masks_is_refused(

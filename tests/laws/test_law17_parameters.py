@@ -101,6 +101,7 @@ def test_saved_and_loaded_in_a_new_process_it_keeps_the_same(method: str, tmp_pa
     assert done.stdout.split() == [seen(model, family)], done.stderr
 
 
+@pytest.mark.some(cases=24)
 @pytest.mark.parametrize(("method", "family"), FITTING)
 def test_a_folder_is_a_method_and_its_parameters(method: str, family: str, tmp_path: Path) -> None:
     model = compressed_anew(family, make(family, method))

@@ -51,14 +51,14 @@ def test_laws_in_a_row_meet_every_way_on_every_layout(first: int, product: str) 
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_a_test_beside_meets_every_way_once(product: str) -> None:
+def test_a_test_beside_meets_every_second_way_once(product: str) -> None:
     among = PRODUCTS[product]
     methods = {method for _, method in among}
     found = [chosen(f"name {number}", among) for number in range(40)]
     for each in found:
         assert each <= set(among)
-        assert sorted(map(str, {way(m) for _, m in each})) == sorted(map(str, ways(methods)))
-        assert len(each) == len(ways(methods))
+        assert len({way(m) for _, m in each}) == len(each)
+        assert abs(len(each) - len(ways(methods)) / 2) <= 1
     assert len({frozenset(each) for each in found}) > len(found) / 2
     assert {method for each in found for _, method in each} == methods
 

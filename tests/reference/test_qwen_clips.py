@@ -196,7 +196,7 @@ def test_stage_3_trains_on_clips_and_replays_pictures(trained):
     assert not (out / "language").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_goes_on_where_it_stopped(trained):
     out, settings, scores = trained
     before = (out / "clips" / "log.jsonl").read_text()

@@ -65,7 +65,7 @@ def test_processes_must_divide_the_batches(tmp_path):
         train_reference(tmp_path, processes=3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_episodes_start_from_a_checkpoint_and_go_on_where_they_stopped(trained, tmp_path):
     start = trained[0] / "checkpoint"
     short = {"episodes_images": 6, "start": start}
