@@ -208,7 +208,7 @@ def chosen(law: int | str, among: Sequence[Case] = CASES, *, once: bool = False)
         return found
     if isinstance(law, str):
         of_ways = list(ways(by_method).values())
-        of_ways = of_ways[turn // 2 % 2 :: 2] or of_ways
+        of_ways = of_ways[(turn >> 16) % 2 :: 2] or of_ways
         methods = {methods[turn % len(methods)] for methods in of_ways}
         return {case for case in found if case[1] in methods}
     whole = law == 1
