@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.speed_table import speed_markdown
 
 import vispress
 from vispress.errors import CompressionStateError
@@ -14,13 +15,25 @@ from vispress.listing import method_markdown
 from vispress.reference import heldout, load
 
 README = Path(__file__).parents[1] / "README.md"
-TABLE = re.compile(r"(<!-- methods: .*? -->\n)(.*?)(\n<!-- /methods -->)", re.DOTALL)
+TABLES = {"methods": method_markdown, "speed": speed_markdown}
 
 
-def test_the_method_table_is_the_registrys() -> None:
-    found = TABLE.search(README.read_text(encoding="utf-8"))
+def table_of(name: str) -> re.Pattern[str]:
+    """What stands between a table's marks."""
+    return re.compile(rf"(<!-- {name}: .*? -->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_those_of_registry_and_results(name: str) -> None:
+    found = table_of(name).search(README.read_text(encoding="utf-8"))
     assert found is not None
-    assert found[2] == method_markdown(), "run `python -m tests.test_readme` to write it again"
+    written = TABLES[name]() + "\n"
+    assert found[2] == written, "run `python -m tests.test_readme` to write it again"
+
+
+def test_what_was_not_measured_is_not_in_the_speed_table() -> None:
+    rows = [{"model": "llava_1_5_7b", "batch": 1, "method": "fastv", "error": "out of memory"}]
+    assert len(speed_markdown(rows).splitlines()) == 2
 
 
 def test_make_targets_of_the_readme_exist() -> None:
@@ -91,4 +104,6 @@ def test_the_table_names_every_place_where_a_method_acts(name: str, where: str) 
 
 if __name__ == "__main__":
     text = README.read_text(encoding="utf-8")
-    README.write_text(TABLE.sub(lambda m: m[1] + method_markdown() + m[3], text), encoding="utf-8")
+    for name, write in TABLES.items():
+        text = table_of(name).sub(lambda m, write=write: m[1] + write() + "\n" + m[3], text)
+    README.write_text(text, encoding="utf-8")
