@@ -55,6 +55,7 @@ def row(
         "method": options["method"],
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
+        "sequence": inputs["input_ids"].shape[1],
         "visual_tokens": shape.visual,
         "just_that_length": length,
         "backend": backend or "cuda",

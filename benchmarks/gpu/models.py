@@ -41,7 +41,7 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
     part = Part("models", settings, deadline)
     if part.complete:
         return part
-    _release(settings.device)
+    release(settings.device)
     shapes = (TINY_SHAPES if settings.dry else SHAPES).values()
     subjects = [_Subject(shape) for shape in shapes]
     for important in (True, False):
@@ -55,12 +55,13 @@ def run_part(settings: Settings, deadline: Deadline) -> Part:
                 part.row(name, partial(_row, part, subjects, subject, method, batch))
             if not important:
                 subject.bench.clear()
-                _release(settings.device)
+                release(settings.device)
     part.finish()
     return part
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
+    """Give memory that nobody holds any more back."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -91,7 +92,7 @@ def _row(part: Part, subjects: list[_Subject], own: _Subject, method: str, batch
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < ROOM:
             for subject in subjects:
                 subject.bench.clear()
-            _release(device)
+            release(device)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         own.bench.append(Bench(own.shape, device, dtype))
     bench = own.bench[0]

@@ -106,6 +106,26 @@ def _models(part: Part) -> list[list[str]]:
     return rows
 
 
+def _captured(part: Part) -> list[list[str]]:
+    head = ["model/batch/method", "TTFT ms", "plain", "captured", "plain", "prefill x"]
+    rows = [[*head, "of that length", "step ms", "plain", "captured", "plain", "graphs"]]
+    for row in part.rows:
+        if "captured_prefill_speedup" not in row:
+            continue
+        own, plain = row["compressed"], row["uncompressed"]
+        ttft, step = (
+            [_median(kind[how], what) for how in ("eager", "captured") for kind in (own, plain)]
+            for what in ("ttft_ms", "step_ms")
+        )
+        speed = _number(row["captured_prefill_speedup"])
+        share = _number(row["captured_share_of_that_length"])
+        graphs = str(own["captured"]["graphs"])
+        rows.append([row["name"], *ttft, speed, share, *step, graphs])
+        if fallbacks := own["captured"]["fallbacks"]:
+            print(f"  {row['name']}: without a graph: {fallbacks}")
+    return rows
+
+
 def _laws(part: Part) -> list[list[str]]:
     rows = [["law", "held", "broken", "first broken"]]
     for law, (held, broken) in part.extra.get("held_and_broken", {}).items():
@@ -127,6 +147,7 @@ def _sweep(part: Part) -> list[list[str]]:
 _TABLES = {
     "kernels": _kernels,
     "bandwidth": _bandwidth,
+    "captured": _captured,
     "models": _models,
     "laws": _laws,
     "sweep": _sweep,

@@ -23,6 +23,7 @@ class Target:
         limit: Met from here on.
         at_most: Met up to the limit instead.
         large: Only large sizes of ops that are bound by bytes.
+        of: Only rows with one of these in their name.
     """
 
     name: str
@@ -31,11 +32,13 @@ class Target:
     limit: float
     at_most: bool = False
     large: bool = False
+    of: tuple[str, ...] = ("",)
 
     def values(self, rows: Iterable[Row]) -> Iterator[tuple[str, float]]:
         """Names and numbers that it speaks of."""
         for row in rows:
             counts = not self.large or (row.get("bound") == "bytes" and row["size"] in LARGE)
+            counts = counts and any(part in row["name"] for part in self.of)
             if counts and isinstance(row.get(self.key), int | float):
                 yield row["name"], float(row[self.key])
 
@@ -44,11 +47,30 @@ class Target:
         return value <= self.limit if self.at_most else value >= self.limit
 
 
+BUSY = ("/b8/", "/b32/")
+"""Batches at which the device, not the host, is the limit."""
 TARGETS = (
     Target("share of copy rate, large", "bandwidth", "share_of_floor_in_graph", 0.85, large=True),
     Target("times torch.compile", "bandwidth", "speedup_over_compiled", 1.5),
     Target("overhead / uncompressed prefill", "models", "overhead_share", 0.01, at_most=True),
     Target("share of just that length", "models", "share_of_just_that_length", 0.95),
+    Target(
+        "captured LLaVA-1.5 at 64 tokens, batch 1, times untouched",
+        *("captured", "captured_prefill_speedup", 2.0),
+        of=("llava_1_5_7b/b1/divprune",),
+    ),
+    Target(
+        "captured: choosing / untouched prefill, large batches",
+        *("captured", "captured_choosing_share", 0.03),
+        at_most=True,
+        of=BUSY,
+    ),
+    Target(
+        "captured: share of just that length, large batches",
+        *("captured", "captured_share_of_that_length", 0.95),
+        of=BUSY,
+    ),
+    Target("captured: decode step, times untouched", "captured", "captured_step_speedup", 1.0),
 )
 
 

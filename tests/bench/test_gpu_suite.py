@@ -383,11 +383,41 @@ def check_shapes(parts: dict[str, Any]) -> None:
         speedups = [key for key in row if key.startswith("speedup")]
         assert bool(speedups) == row["green"]  # nothing is claimed for an op that was not tested
     check_models(parts["models"]["rows"])
+    check_captured(parts["captured"]["rows"])
     assert all(row["ok"] for row in parts["laws"]["rows"])
     assert set(parts["laws"]["extra"]["held_and_broken"]) == {f"law{n}" for n in range(1, 6)}
     for row in parts["sweep"]["rows"]:
         assert set(row["default_ms"]) == spread
         assert all("rule" in tried for tried in row["tried"])
+
+
+def check_captured(rows: list[dict[str, Any]]) -> None:
+    """A row a shape; all that was timed ran from graphs (a CPU's tape)."""
+    assert len(rows) == len(shapes.TINY_SHAPES)
+    for row in rows:
+        assert row["captured_prefill_speedup"] > 0
+        assert row["captured_step_speedup"] > 0
+        for variant in ("uncompressed", "compressed", "text", "whole_text"):
+            captured = row[variant]["captured"]
+            assert captured["graphs"] > 0
+            assert captured["fallbacks"] == {}, variant
+
+
+def test_shares_leave_out_what_the_encoder_takes() -> None:
+    from benchmarks.gpu.captures import speeds
+
+    def times(ttft: float, step: float = 1.0) -> dict[str, Any]:
+        return {"captured": {"ttft_ms": {"median": ttft}, "step_ms": {"median": step}}}
+
+    found = {"uncompressed": times(30, 2), "whole_text": times(20), "text": times(4)}
+    assert speeds(found | {"compressed": times(15, 1)}) == {
+        "captured_encoder_ms": 10,
+        "captured_ttft_speedup": 2,
+        "captured_prefill_speedup": 4,
+        "captured_share_of_that_length": 0.8,
+        "captured_choosing_share": 0.05,
+        "captured_step_speedup": 2,
+    }
 
 
 def check_models(rows: list[dict[str, Any]]) -> None:
