@@ -56,7 +56,8 @@ def capture(
     if backend not in (None, "cuda", "tape"):
         raise ConfigError(f"backend must be 'cuda', 'tape' or None, got {backend!r}")
     adapter = find_adapter(model)
-    if CAPTURED in adapter.base.__dict__:
+    held = adapter.base.__dict__.get(CAPTURED)
+    if held is not None and held.active:
         raise CompressionStateError("the model is captured already; call remove() on its handle")
     owner = find_owner(model, adapter.base) or adapter.base
     device = _device_of(owner)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import GISTS, SAMPLES, VIDEO_CASES, VIDEO_SAMPLES, cases, make, model_of
+from tests.laws.test_layout_cache import variants
 from tests.tiny import Image, Sample, Text, build, gist_tokens, make_inputs
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
@@ -22,6 +23,7 @@ from vispress import (
     compress_model,
     compressed,
     compression_report,
+    prompt_lengths,
     remove_compression,
     update_compression,
 )
@@ -326,10 +328,15 @@ def test_compression_may_change_beneath() -> None:
             return prefill(model, inputs[1])
 
     half, most = of(keep_ratio=0.5), of(keep_ratio=0.9)
+    taught = inputs[1] | {"labels": torch.full_like(inputs[1]["input_ids"], -100)}
+    taught["labels"][:, -4:] = 9  # they say where the prompt ends
+    with compressed(model, "fastv", keep_ratio=0.5):
+        told = prefill(model, taught)
     with taped(model) as captured:
         assert same(prefill(model, inputs[1]), plain)
         compress_model(model, "fastv", keep_ratio=0.5)
         assert same(prefill(model, inputs[1]), half)
+        assert same(prefill(model, taught), told)
         update_compression(model, keep_ratio=0.9)
         assert same(prefill(model, inputs[1]), most)
         remove_compression(model)
@@ -454,6 +461,77 @@ def test_removal_leaves_nothing() -> None:
     assert lodging_of(cache) is None
     assert [dict(vars(module)) for module in model.modules()] == before
     assert captured.report().graphs == 0
+
+
+def test_a_copy_of_a_captured_model_is_not_captured() -> None:
+    model, (inputs, _) = build("llava"), batches("llava", ONE)
+    with compressed(model, "fastv", keep_ratio=0.5):
+        expected = prefill(model, inputs)
+        with taped(model) as captured:
+            prefill(model, inputs)
+            twin = copy.deepcopy(model)
+            assert same(prefill(twin, inputs), expected)
+            assert captured.report().prefills == 1
+            with taped(twin) as other:
+                assert same(prefill(twin, inputs), expected)
+                assert other.report().prefills == 1
+            assert same(prefill(twin, inputs), expected)
+
+
+def test_compiled_layers_are_right() -> None:
+    model, inputs = build("llava"), batches("llava", ONE)
+    expected = [prefill(model, given) for given in inputs]
+    for layer in model.model.language_model.layers:
+        layer.compile(backend="eager")
+    with taped(model) as captured:
+        for given, wanted in zip(inputs, expected, strict=True):
+            assert same(prefill(model, given), wanted)
+        assert captured.report().prefills == 2
+
+
+@pytest.mark.parametrize("method", ["fastv", "cdpruner"])
+def test_layouts_are_not_taken_for_each_other(method: str) -> None:
+    model = build("llava")
+    calls = [given for given in variants() if not {"labels", "prompt_lengths"} & {*given}]
+    with compressed(model, make("llava", method)):
+        expected = [prefill(model, given, use_cache=True) for given in calls]
+        with taped(model) as captured:
+            for given, wanted in zip(calls * 2, expected * 2, strict=True):
+                assert same(prefill(model, given, use_cache=True), wanted)
+            assert captured.report().recorded == len(calls) - 1  # one is the first in other values
+
+
+def test_told_prompts_are_not_taken_for_each_other() -> None:
+    model, (inputs, _) = build("llava"), batches("llava", ONE)
+    length = inputs["input_ids"].shape[1]
+    with compressed(model, make("llava", "fastv")):
+
+        def told(gone: int) -> Any:
+            with prompt_lengths([length - gone]):
+                return prefill(model, inputs)
+
+        expected = [told(gone) for gone in (0, 3)]
+        assert not same(*expected)
+        with taped(model):
+            assert all(
+                same(told(gone), wanted) for gone, wanted in zip((0, 3), expected, strict=True)
+            )
+
+
+def test_what_a_conversation_leaves_in_a_graph_harms_no_other() -> None:
+    model, inputs = model_of("llava"), batches("llava", ONE)
+    cache, mask = begun(model, inputs[1])
+    expected = step(model, cache, longer(mask))
+    with taped(model):
+        for given in inputs:
+            cache, mask = begun(model, given)
+            if given is inputs[0]:
+                for layer in cache.layers:
+                    layer.values = torch.cat([layer.values, layer.values * torch.nan], dim=2)
+                    layer.keys = torch.cat([layer.keys, layer.keys], dim=2)
+                mask = torch.cat([mask, mask], dim=1)
+            found = step(model, cache, longer(mask))
+        assert (found - expected).abs().max() < 1e-9
 
 
 def test_capture_is_refused_by_name() -> None:

@@ -159,6 +159,12 @@ class Reads(nn.Module):
         return self.how(x, ids, mask)
 
 
+def added(sums: list[Tensor], x: Tensor) -> Tensor:
+    """Written on by an operation that gives nothing."""
+    torch._foreach_add_(sums, [x])
+    return sums[0]
+
+
 READS: list[tuple[Any, bool]] = [
     (lambda x, ids, mask: x.sum().item(), True),
     (lambda x, ids, mask: x.tolist(), True),
@@ -169,6 +175,7 @@ READS: list[tuple[Any, bool]] = [
     (lambda x, ids, mask: ids.tolist(), True),
     (lambda x, ids, mask: torch.zeros(3).masked_fill_(x > 0, 1.0).tolist(), True),
     (lambda x, ids, mask: x + torch.rand(3), True),
+    (lambda x, ids, mask: added([torch.zeros(3)], x).tolist(), True),
     (lambda x, ids, mask: x[ids == 5], False),
     (lambda x, ids, mask: int((ids == 5).sum()), False),
     (lambda x, ids, mask: mask.nonzero().tolist(), False),

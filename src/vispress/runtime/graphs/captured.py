@@ -60,6 +60,14 @@ class Captured:
         self._counts: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
 
+    def __reduce__(self) -> Any:
+        return _released, ()  # a copy of the model is not captured
+
+    @property
+    def active(self) -> bool:
+        """Whether it stands in front of a model."""
+        return bool(self._undo)
+
     def attach(self) -> None:
         """Stand in front of the owner's forward."""
         owner, base = self._site.owner, self._site.adapter.base
@@ -104,7 +112,7 @@ class Captured:
     # --- calls
 
     def _runs(self, original: Original, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.active:
             return original(*args, **kwargs)
         with self._lock:
             owner = self._site.owner
@@ -257,6 +265,14 @@ class Captured:
                 graph.close()
             self._graphs.clear()
             self._refused.clear()
+
+
+def _released() -> Captured:
+    """Make one that lets all calls through."""
+    made = object.__new__(Captured)
+    made._lock, made._undo, made._graphs = RLock(), [], OrderedDict()
+    made._refused, made._counts, made._fallbacks = OrderedDict(), Counter(), Counter()
+    return made
 
 
 def _encodes_inside(original: Original) -> bool:

@@ -172,7 +172,7 @@ def why_no_lodging(cache: Any) -> str | None:
         if own and (layer.selection is not None or layer.pairs is not None):
             return "its KV cache remembers more than tokens"
     if getattr(cache, _RESTLESS, 0) >= _AT_MOST:
-        return "its KV cache is read or changed between steps (beams, drafts)"
+        return "its KV cache moves between steps (beams, drafts, conversations in turns)"
     return None
 
 
