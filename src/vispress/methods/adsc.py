@@ -1,6 +1,6 @@
 """ADSC: drop every other visual token at several depths, without looking at any of them.
 
-"Attention-driven self-compression", IEEE BigData 2025, arXiv:2602.12618.
+Deniz et al., "Attention-driven self-compression", arXiv:2602.12618.
 Source: abstract and secondary descriptions; no code is public, nothing was read.
 Follows the inference rule: at chosen layers, equal steps along the surviving visual tokens; no
 scores, attention or weights; positions stay. The layers are reconstructed from the published means
@@ -70,7 +70,7 @@ class ADSC(Compressor):
     """
 
     summary: ClassVar[str] = "tokens at equal steps, fewer at several depths"
-    paper: ClassVar[str] = "IEEE BigData 2025, arXiv:2602.12618"
+    paper: ClassVar[str] = "Deniz et al., arXiv:2602.12618"
     evidence: ClassVar[Evidence] = "reconstructed"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY
     rounding: ClassVar[Rounding] = "floor"

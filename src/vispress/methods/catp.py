@@ -1,7 +1,7 @@
 """CATP: cover each image and its text before the LLM; inside, keep what the query turns to.
 
 Li et al., "CATP: Contextually Adaptive Token Pruning for Efficient and Enhanced Multimodal
-In-Context Learning", 2025, arXiv:2508.07871.
+In-Context Learning", AAAI 2026, arXiv:2508.07871.
 Source: the paper's text, read through a specification; no code is known.
 Follows the paper: half of the pruning before the LLM, by greedy maximisation of coverage (each
 token's similarity to the closest kept one) plus fit to the image's own text; the other half behind
@@ -69,7 +69,7 @@ class CATP(Compressor):
     """
 
     summary: ClassVar[str] = "covers image and text, then what the query turns to"
-    paper: ClassVar[str] = "Li et al. 2025, arXiv:2508.07871"
+    paper: ClassVar[str] = "Li et al., AAAI 2026, arXiv:2508.07871"
     evidence: ClassVar[Evidence] = "paper"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION, Signal.CONTEXT})
     default_positions: ClassVar[Positions] = "original"

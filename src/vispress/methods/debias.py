@@ -1,6 +1,6 @@
 """Debiasing: take the positional trend and padding out of the LLM's attention before it prunes.
 
-Attention debiasing, 2025 (the paper's number is not known here; followed is its code).
+Zhao et al., attention debiasing, 2025, arXiv:2508.17807 (followed is its code).
 Source: https://github.com/intcomp/attention-bias at e75ebe7 (patches); through a specification.
 Follows the code: the attention that the wrapped method ranks by is multiplied by f(first) / f(i),
 and is 0 on padding; at its first pruning stage only. `variant="code"` has the FastV patch's curve,
@@ -54,7 +54,7 @@ class Debias(Wrapper):
     """
 
     summary: ClassVar[str] = "what another method keeps, corrected for position and padding"
-    paper: ClassVar[str] = "Attention Debiasing 2025, github.com/intcomp/attention-bias"
+    paper: ClassVar[str] = "Zhao et al. 2025, arXiv:2508.17807"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION, Signal.PADDING})
 
     inner: Compressor | str = field(default_factory=FastV)

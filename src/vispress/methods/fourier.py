@@ -1,7 +1,7 @@
 """Fourier-VLM: keep the low frequencies of the feature map, on a smaller grid.
 
 Wang et al., "Fourier-VLM: Compressing Vision Tokens in the Frequency Domain for Large
-Vision-Language Models", 2025, arXiv:2508.06038.
+Vision-Language Models", 2025, arXiv:2508.06038; its newest version is called Fourier Compressor.
 Source: the released compressor (2-D DCT, low-frequency corner, inverse DCT at the reduced size).
 Follows the code: orthonormal DCT-II along rows and columns of the encoder's map, inverse at the
 size of the corner, at least fp32, before the projector.

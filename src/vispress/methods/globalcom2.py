@@ -1,7 +1,7 @@
 """GlobalCom2: the thumbnail decides how much each AnyRes crop keeps, and helps to choose what.
 
-Liu et al., "Compression with Global Guidance: Towards Training-free High-Resolution MLLMs
-Acceleration", AAAI 2026, arXiv:2501.05179.
+Liu et al., "Global Compression Commander" (first "Compression with Global Guidance"), AAAI 2026,
+arXiv:2501.05179.
 Source: https://github.com/xuyang-liu16/GlobalCom2 at 96b2d00 (Apache-2.0).
 Follows the code: [CLS] logits (before the softmax) of the encoder's last layer, mean over heads; a
 crop's share of the ratio is a softmax over sums of the thumbnail's scores where the crop lies; in a

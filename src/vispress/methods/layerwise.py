@@ -1,6 +1,6 @@
 """Layerwise: a keep rate for every decoder layer, ranked by the attention of the layer before.
 
-"G-Search and P-Sigmoid", CVPR 2025, arXiv:2412.00556.
+Zhao et al., G-Search and P-Sigmoid, CVPR 2025, arXiv:2412.00556.
 Source: secondary descriptions; no code was found, nothing was read.
 Follows the family: tokens are ranked by the last prompt token's attention in the layer before, and
 a rate per layer says how many stay; the rates are a sigmoid in depth (P-Sigmoid) or what a greedy
@@ -58,7 +58,7 @@ class Layerwise(ScorePruner):
     """
 
     summary: ClassVar[str] = "most attended by the last prompt token, at a rate for each layer"
-    paper: ClassVar[str] = "G-Search and P-Sigmoid, CVPR 2025, arXiv:2412.00556"
+    paper: ClassVar[str] = "Zhao et al., CVPR 2025, arXiv:2412.00556"
     evidence: ClassVar[Evidence] = "reconstructed"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION})
     rounding: ClassVar[Rounding] = "ceil"

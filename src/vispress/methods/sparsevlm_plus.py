@@ -1,7 +1,7 @@
 """SparseVLM+: SparseVLM without the pull of nearness, by the heads that look at the picture.
 
-Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
-Inference", ICML 2025, arXiv:2410.04417.
+Zhang et al., "SparseVLM+", a preprint of its own (2025) that follows SparseVLM (ICML 2025,
+arXiv:2410.04417).
 Source: https://github.com/Gumpest/SparseVLMs at 26a5f48 (Apache-2.0).
 Follows the code of v2.0: SparseVLM's raters; what they attend to is divided by what queries and
 keys of ones would score at the same places (rotary positions alone), and of the result the 14 heads
@@ -53,7 +53,7 @@ class SparseVLMPlus(ScorePruner):
     """
 
     summary: ClassVar[str] = "most attended by visual words, nearness divided out, in few heads"
-    paper: ClassVar[str] = "Zhang et al., ICML 2025, arXiv:2410.04417"
+    paper: ClassVar[str] = "Zhang et al., SparseVLM+, preprint 2025"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset(
         {

@@ -1,7 +1,7 @@
 """TransPrune: keep tokens that the layers change most, and that the text attends to most.
 
-Li et al., "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model", 2025,
-arXiv:2507.20630.
+Li et al., "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model", CVPR
+2026, arXiv:2507.20630.
 Source: https://github.com/liaolea/TransPrune at c9e8284 (MIT).
 Follows the code: token transition variation (TTV) with a signed cosine (`direction="abs"` is the
 paper's text), its softmax over the whole sequence, summed over layers; attention of the *next*
@@ -101,7 +101,7 @@ class TransPrune(ScorePruner):
     """
 
     summary: ClassVar[str] = "most changed by the layers and attended by the text, at three depths"
-    paper: ClassVar[str] = "Li et al. 2025, arXiv:2507.20630"
+    paper: ClassVar[str] = "Li et al., CVPR 2026, arXiv:2507.20630"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION, Signal.TRANSITION})
     rounding: ClassVar[Rounding] = "floor"

@@ -1,7 +1,7 @@
 """VScan: global and local encoder attention before the LLM, text attention in its middle.
 
 Zhang et al., "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models",
-2025, arXiv:2505.22654.
+TMLR 2026, arXiv:2505.22654.
 Source: the authors' code, read through a specification; no official vectors exist.
 Follows the code: half of the tokens by the attention of a shallow encoder layer (5 of 24), equally
 many in each of 4 x 4 windows; the others by that of the feature layer, over the whole picture;
@@ -55,7 +55,7 @@ class VScan(Compressor):
     """
 
     summary: ClassVar[str] = "most attended by [CLS] near and far, merged, then by the text"
-    paper: ClassVar[str] = "Zhang et al. 2025, arXiv:2505.22654"
+    paper: ClassVar[str] = "Zhang et al., TMLR 2026, arXiv:2505.22654"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {
         Signal.CLS_ATTENTION,

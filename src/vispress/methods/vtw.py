@@ -1,9 +1,10 @@
 """VTW: withdraw all visual tokens in the middle of the LLM.
 
-Control, after visual tokens withdrawal (VTW); the rule is known to us from comparison tables: every
-visual token leaves before one decoder layer, half of the depth by default. It bounds what a
-progressive method can save after that layer, and shows how early the LLM has read the picture.
-Reconstructed: the search for the layer on calibration data is not part of it; give `layer`.
+Control, after visual tokens withdrawal (Lin et al., arXiv:2405.05803); the rule is known to us from
+comparison tables: every visual token leaves before one decoder layer, half of the depth by default.
+It bounds what a progressive method can save after that layer, and shows how early the LLM has read
+the picture. Reconstructed: the search for the layer on calibration data is not part of it; give
+`layer`.
 """
 
 from dataclasses import dataclass

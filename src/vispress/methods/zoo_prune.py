@@ -1,7 +1,7 @@
 """ZOO-Prune: keep tokens to which the projector is sensitive and that differ from each other.
 
 Kim et al., "Training-free Token Pruning via Zeroth-Order Gradient Estimation in Vision-Language
-Models", 2025, arXiv:2509.24837.
+Models", CVPR 2026, arXiv:2509.24837.
 Source: https://github.com/AIM-SKKU/ZOO-Prune at 159f7f9, AnyRes at 2d1194b (no licence file: read,
 not copied).
 Follows the code where its docstrings disagree: sensitivity is the *mean* over directions,
@@ -68,7 +68,7 @@ class ZOOPrune(Compressor):
     """
 
     summary: ClassVar[str] = "most sensitive under the projector, and diverse"
-    paper: ClassVar[str] = "Kim et al. 2025, arXiv:2509.24837"
+    paper: ClassVar[str] = "Kim et al., CVPR 2026, arXiv:2509.24837"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.VISION_FEATURES, Signal.PROJECTOR}
     rounding: ClassVar[Rounding] = "floor"
