@@ -6,14 +6,17 @@ A picture goes through the model once, with its VoCo tokens behind it; many ques
 from what is left in the cache. Learned is the language model in full, as the authors do, by the
 answers and by what the uncompressed model makes of the picture itself: the divergence of its
 answers, and the distance of its hidden states on the words of questions, which is ours.
-What is written is as of `benchmarks/fine_tune.py`; an interrupted run goes on from its last state.
+An interrupted run goes on from its last state. Written are the curve, which held-out questions came
+out right (untouched, trained, and as kept), and what is kept of the trained model: of what changed
+in each projection the largest singular values, and all other parameters, in half precision.
+`learned_model` brings it back.
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +152,59 @@ def learn(loaded: Any, teacher: nn.Module, args: argparse.Namespace) -> list[Any
     return curve
 
 
+def low_rank(model: nn.Module, before: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Give what is kept of trained parameters, in half precision.
+
+    Args:
+        model: Trained.
+        before: Parameters that it began with, by name: those that were trained.
+        rank: Singular values of what changed in each projection.
+    """
+    kept = {}
+    for name, now in model.named_parameters():
+        if name not in before:
+            continue
+        if "_proj." in name:
+            left, size, right = torch.linalg.svd(now.detach() - before[name], full_matrices=False)
+            kept[f"{name}.left"] = left[:, :rank] * size[:rank]
+            kept[f"{name}.right"] = right[:rank]
+        else:
+            kept[name] = now.detach()
+    return {name: value.half().contiguous() for name, value in kept.items()}
+
+
+def with_word() -> tuple[Any, dict[str, Tensor]]:
+    """Load the reference model with a VoCo token; and the parameters of its language model."""
+    from vispress.bench.model.loaded_model import load_named_model
+
+    loaded = load_named_model("reference", "cpu", "fp32")
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    tokenizer.add_tokens(GIST, special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))  # the last word is the one that VoCo takes
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    return loaded, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def learned_model(file: Path) -> Any:
+    """Load the reference model as it was trained, compressed by `voco`."""
+    from safetensors.torch import load_file
+
+    from vispress import compress_model
+
+    loaded, before = with_word()
+    kept, parameters = load_file(file), dict(loaded.model.named_parameters())
+    with torch.no_grad():
+        for name, value in before.items():
+            if name in kept:
+                parameters[name].copy_(kept[name])
+            else:
+                change = kept[f"{name}.left"].float() @ kept[f"{name}.right"].float()
+                parameters[name].copy_(value + change)
+    compress_model(loaded.model, "voco")
+    return loaded
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -160,6 +216,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--divergence", type=float, default=1.0, help="weight of the answers'")
     parser.add_argument("--hidden", type=float, default=1.0, help="weight of hidden states")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=20, help="of what is kept of a projection")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--asked", type=int, default=200, help="held-out questions a task")
     return parser.parse_args(words)
@@ -168,23 +225,24 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Distil, ask, write."""
     args = parse(words)
+    from safetensors.torch import save_file
+
     from vispress import compress_model
     from vispress.bench.model.loaded_model import load_named_model
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    loaded, teacher = (load_named_model("reference", "cpu", "fp32") for _ in range(2))
+    teacher = load_named_model("reference", "cpu", "fp32")
     found = {"untouched": right(teacher, teacher.model, args.asked)}
-    model, tokenizer = loaded.model, loaded.processor.tokenizer
-    tokenizer.add_tokens(GIST, special_tokens=True)
-    model.resize_token_embeddings(len(tokenizer))  # the last word is the one that VoCo takes
-    model.requires_grad_(False)
-    model.model.language_model.requires_grad_(True)
-    compress_model(model, "voco")
+    loaded, before = with_word()
+    compress_model(loaded.model, "voco")
     start = time.process_time()
     curve = learn(loaded, teacher.model.requires_grad_(False), args)
     seconds = round(time.process_time() - start)
-    found["trained"] = right(loaded, model, args.asked, args.gists)
+    found["trained"] = right(loaded, loaded.model, args.asked, args.gists)
+    save_file(low_rank(loaded.model, before, args.rank), args.out / "learned.safetensors")
+    again = learned_model(args.out / "learned.safetensors")
+    found[f"rank {args.rank}"] = right(again, again.model, args.asked, args.gists)
     told = {name: value for name, value in vars(args).items() if name not in ("out", "asked")}
     result = {"method": "voco distilled", **told, "cpu_seconds": seconds}
     text = json.dumps(result | {"curve": curve, "right": found})

@@ -3,10 +3,13 @@
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
-from benchmarks import trained_table
+from benchmarks import distil_voco, trained_table
+from benchmarks.fine_tune import with_gists
 from tests.bench.stored import change
 
 from vispress import compress_model, compression_report
@@ -114,7 +117,21 @@ def test_trained_compressors_fit_the_reference_model(folder):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 1e6
 
 
-TUNED = {"pmod": "0.5", "gamma_mod": "0.5", "voco": "0.111"}
+def test_distilled_voco_tokens_answer_on_the_reference_model():
+    """Without their picture, as measured: the committed file holds what it says."""
+    folder = RESULTS / "trained" / "voco_distilled"
+    loaded = distil_voco.learned_model(folder / "learned.safetensors")
+    prompts = [replace(p, text=with_gists(p.text, 16)) for p in training_prompts(32, seed=11)]
+    answers = loaded.answer(prompts, 4)
+    (sample, *_) = compression_report(loaded.model).samples
+    assert sample.images
+    right = fmean(said == prompt.answer for said, prompt in zip(answers, prompts, strict=True))
+    told = json.loads((folder / "result.json").read_text())["right"]["rank 20"]
+    assert right == pytest.approx(fmean(map(fmean, told.values())), abs=0.2)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 1e6
+
+
+TUNED = {"pmod": "0.5", "gamma_mod": "0.5", "voco": "0.111", "voco_distilled": "0.111"}
 
 
 def test_tables_of_trained_compressors_are_the_scripts(tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks import distil_voco, fine_tune, halved, lessons, relevance_answers
 from benchmarks.halved import module_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -119,13 +119,35 @@ def test_the_distance_of_hidden_states_by_hand() -> None:
     assert float(found) == pytest.approx(0.5 / 2.0)  # a variance of 2 in each channel
 
 
+def test_what_is_kept_of_a_distilled_model(tmp_path: Path) -> None:
+    """A change of rank 2 in each projection, and any change elsewhere, come back."""
+    loaded, before = distil_voco.with_word()
+    now = dict(loaded.model.named_parameters())
+    with torch.no_grad():
+        for name, value in before.items():
+            more = torch.randn(2, value.shape[-1], generator=torch.Generator().manual_seed(1))
+            twice = torch.arange(len(value))[:, None] % 2
+            added = torch.where(twice == 0, more[0], more[1]) if value.ndim == 2 else more[0]
+            now[name].copy_(value + 0.1 * added)
+    kept = distil_voco.low_rank(loaded.model, before, 2)
+    assert {value.dtype for value in kept.values()} == {torch.float16}
+    save_file(kept, tmp_path / "learned.safetensors")
+    again = dict(
+        distil_voco.learned_model(tmp_path / "learned.safetensors").model.named_parameters()
+    )
+    assert len(before) > 50
+    for name, value in now.items():
+        torch.testing.assert_close(again[name], value, rtol=2e-3, atol=2e-3)
+        assert torch.equal(again[name], value) == (name not in before), name
+
+
 @pytest.mark.full
 def test_pictures_are_distilled(tmp_path: Path) -> None:
     words = ["--steps", "1", "--pictures", "2", "--questions", "2", "--asked", "1", "--out"]
     distil_voco.main([*words, str(tmp_path)])
     told = json.loads((tmp_path / "result.json").read_text())
     assert (told["gists"], len(told["curve"]), len(told["curve"][0])) == (16, 1, 3)
-    assert set(told["right"]) == {"untouched", "trained"}
+    assert set(told["right"]) == {"untouched", "trained", "rank 20"}
 
 
 @pytest.mark.full
