@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CropLayout:
     """Where the tokens of a composed image lie: AnyRes crops and newlines, tiles, video frames.
 
@@ -29,3 +29,9 @@ class CropLayout:
         """Give all of it as a value that can be compared."""
         parts = (self.segment, self.row, self.col)
         return b"".join(part.numpy().tobytes() for part in parts), self.thumbnail
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CropLayout) and self.key() == other.key()
+
+    def __hash__(self) -> int:
+        return hash(self.key())

@@ -22,6 +22,7 @@ from vispress.devices import sent
 from vispress.methods._parts.clustering.owners import kept_and_slots, ragged
 from vispress.methods._parts.geometry.grids import Raster, rasters, signals_for
 from vispress.methods._parts.geometry.quadtree import costs, merged_cells, tree_of
+from vispress.methods._parts.geometry.segments import Part
 from vispress.methods.base import Compressor, Evidence, upcast
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, TokenPlan, VisualTokens
@@ -70,23 +71,28 @@ class QuadtreeMerge(Compressor):
         if len(newlines):
             lines = sent(newlines, device)
             owner[:, lines] = lines
+        alike: dict[tuple[int, int], list[Raster]] = {}
         for raster in found:
-            places = sent(raster.places.flatten(), device)
-            into, own = self.cells(upcast(tokens.features[:, places]), raster)
-            owner[:, places], weight[:, places] = places[into], own
+            alike.setdefault(raster.size, []).append(raster)
+        for size, group in alike.items():  # worked on at once
+            places = torch.stack([raster.places.flatten() for raster in group])
+            part = Part(slice(None), sent(places, device), sum(raster.share for raster in group))
+            shares = torch.tensor([raster.share for raster in group] * tokens.batch)
+            into, own = self.cells(upcast(part.of(tokens.features)), size, sent(shares, device))
+            owner[:, part.places], weight[:, part.places] = part.tokens(into), part.shaped(own)
         # waits once for the device: images decide how many cells are left
         counts = (owner == torch.arange(tokens.num_visual, device=device)).sum(dim=1).tolist()
         keep, slots = kept_and_slots(owner, max(counts))
         return TokenPlan(keep=ragged(keep, counts), assign=slots, weight=weight)
 
-    def cells(self, x: Tensor, raster: Raster) -> tuple[Tensor, Tensor]:
+    def cells(self, x: Tensor, size: tuple[int, int], shares: Tensor) -> tuple[Tensor, Tensor]:
         """Find the token that each token of a raster goes to, and its weight there."""
         places = torch.arange(x.shape[1], device=x.device)
         if len(places) == 1:
             return places.expand(x.shape[:2]), torch.ones(x.shape[:2], device=x.device)
-        tree, theta = tree_of(raster.size), self.theta if self.unbudgeted else 0.0
-        cost = costs(x, raster.size)
-        chosen = merged_cells(cost, tree, raster.share, theta, self.max_depth)
+        tree, theta = tree_of(size), self.theta if self.unbudgeted else 0.0
+        cost = costs(x, size)
+        chosen = merged_cells(cost, tree, shares, theta, self.max_depth)
         merged = chosen[:, sent(tree.cell, x.device)]
         # the parts of a merged cell are merged, too: its first token is the earliest of theirs
         owner = torch.where(merged, sent(tree.first, x.device), places).amin(dim=1)

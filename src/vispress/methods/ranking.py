@@ -1,5 +1,7 @@
 """Order tokens by score, and find the best of them, of all or of each segment."""
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,7 +31,8 @@ def top_per_segment(
         segments: On the host; equal rows (an unpruned bucket) are handled at once.
         num_keep: K, per image.
     """
-    if bool((segments == segments[:1]).all()):
+    alike = segments.stride(0) == 0 or bool((segments == segments[:1]).all())
+    if alike:
         return _top_in_segments(score, segments[0], num_keep)
     rows = [
         _top_in_segments(row[None], own, num_keep) for row, own in zip(score, segments, strict=True)
@@ -39,7 +42,21 @@ def top_per_segment(
 
 def _top_in_segments(score: Tensor, segments: Tensor, num_keep: int) -> Tensor:
     picked = []
-    for segment, share in segment_shares(segments, num_keep).items():
-        places = sent(torch.where(segments == segment)[0], score.device)
-        picked.append(places[top_indices(score[:, places], share)])
+    for found, share in _groups(segments.numpy().tobytes(), num_keep):
+        places = sent(found, score.device)
+        own = top_indices(score[:, places].flatten(0, 1), share)
+        whole = places.expand(len(score), *places.shape)
+        picked.append(whole.gather(2, own.view(*whole.shape[:2], share)).flatten(1))
     return torch.cat(picked, dim=1).sort(dim=1).values
+
+
+@lru_cache(maxsize=32)
+def _groups(segments: bytes, num_keep: int) -> tuple[tuple[Tensor, int], ...]:
+    """Places `[p, n]` of p segments of one size and share, on the host, and that share."""
+    with torch.inference_mode(False), torch.device("cpu"):  # gradients may need them
+        number = torch.frombuffer(bytearray(segments), dtype=torch.int64)
+        found: dict[tuple[int, int], list[Tensor]] = {}
+        for segment, share in segment_shares(number, num_keep).items():
+            places = torch.where(number == segment)[0]
+            found.setdefault((len(places), share), []).append(places)
+        return tuple((torch.stack(places), share) for (_, share), places in found.items())

@@ -17,6 +17,7 @@ from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.tokens.images import Bucket, Trace
 from vispress.runtime.tokens.live_tokens import LiveTokens, gather_rows, narrow
+from vispress.runtime.tokens.marks import marked
 from vispress.types import TokenPlan
 from vispress_kernels.merge_tokens import merge_tokens
 
@@ -62,6 +63,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
     """
     rows = state.last.to(hidden.device)
     drop: Tensor | None = None
+    shape = hidden.shape[0], rows.length
     drop_counts = [0] * hidden.shape[0]
     document_drops = [0] * len(rows.document_counts)
     changes: list[Change] = []
@@ -77,7 +79,7 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                 kept = part.kept(plan.keep)
                 if plan.memory:
                     kept.memory = kept.memory | {step.compressor: plan.memory}
-                drop = _marked(drop, rows, part, kept, plan.keep)
+                drop = marked(drop, shape, part, kept, plan.keep)
                 if plan.features is not None or plan.assign is not None:
                     changes.append(Change(part, kept, plan))
                 if plan.gate is not None:
@@ -91,28 +93,12 @@ def choose(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> Choice:
                     document_drops[image.prompt.document] += dropped
                 image.trace.append(Trace(step.number, kept.index[number]))
             entered.append(replace(part, memory=kept.memory))
+            entered[-1].marks = part.marks
             after.append(kept)
     if drop is None:
-        drop = torch.zeros(hidden.shape[0], rows.length, dtype=torch.bool, device=hidden.device)
+        drop = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
     drops = tuple(drop_counts), tuple(document_drops)
     return Choice(drop, *drops, changes, gates, soft, entered, after)
-
-
-def _marked(
-    drop: Tensor | None, rows: LiveTokens, part: Bucket, kept: Bucket, keep: Tensor
-) -> Tensor:
-    """Note in `drop` `[B, Q]` (None: nothing goes) which tokens of a bucket go, too."""
-    batch = len(rows.index)
-    if [image.sample for image in part.images] == list(range(batch)):  # a row a sample
-        mark = part.mark(rows.length)
-        gone = mark.scatter(1, kept.positions, False)
-        kept.before = mark, gone
-        return gone if drop is None else drop | gone
-    if drop is None:
-        drop = torch.zeros(batch, rows.length, dtype=torch.bool, device=keep.device)
-    gone = torch.ones_like(part.positions, dtype=torch.bool).scatter(1, keep, False)
-    drop[part.sample.unsqueeze(1), part.positions] = gone
-    return drop
 
 
 def note_all_kept(state: ForwardState, step: BoundPlacement, hidden: Tensor) -> None:

@@ -123,35 +123,19 @@ class Bucket:
     """N at the first placement of each compressor, by its number."""
     memory: dict[int, tuple[Memory, ...]] = field(default_factory=dict)
     """What each compressor left for each row, by its number."""
-    before: tuple[Tensor, Tensor] | None = None
-    """`[B, Q]` bool each: tokens before the last placement, and those that it dropped."""
-    _mark: Tensor | None = None
+    marks: tuple[Tensor, Tensor | None] | None = field(default=None, init=False)
+    """`[B, Q]` bool: its tokens; or its tokens before a placement, and those that it dropped."""
 
     @property
     def num_visual(self) -> int:
         """Tokens now (N)."""
         return self.positions.shape[1]
 
-    def mark(self, length: int) -> Tensor:
-        """`[B, length]` bool: where the tokens are, of a bucket with a row for each sample."""
-        if self._mark is None and self.before is not None:
-            self._mark = self.before[0] ^ self.before[1]
-        elif self._mark is None:
-            shape, device = (len(self.positions), length), self.positions.device
-            empty = torch.zeros(shape, dtype=torch.bool, device=device)
-            self._mark = empty.scatter_(1, self.positions, True)
-        return self._mark
-
     def kept(self, keep: Tensor) -> "Bucket":
         """The bucket after `keep [Bk, K]`."""
         whole = self.num_visual == self.images[0].num_visual  # an index is then its own place
-        return replace(
-            self,
-            positions=self.positions.gather(1, keep),
-            index=keep if whole else self.index.gather(1, keep),
-            before=None,
-            _mark=None,
-        )
+        index = keep if whole else self.index.gather(1, keep)
+        return replace(self, positions=self.positions.gather(1, keep), index=index)
 
     def row(self, number: int) -> "Bucket":
         """One image of the bucket."""
@@ -163,8 +147,6 @@ class Bucket:
             positions=self.positions[one],
             index=self.index[one],
             memory={by: own[one] for by, own in self.memory.items()},
-            before=None,
-            _mark=None,
         )
 
     def passes(self, needs: Need | None) -> bool:
@@ -190,8 +172,6 @@ class Bucket:
             sample=self.sample.to(device),
             positions=self.positions.to(device),
             index=self.index.to(device),
-            before=None,
-            _mark=None,
         )
 
 

@@ -25,7 +25,7 @@ def kept_and_slots(
         most: K.
     """
     survives = owner == torch.arange(owner.shape[1], device=owner.device)
-    keep = survives.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    keep = survives.view(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
     slots = (survives.cumsum(dim=1) - 1).gather(1, owner.clamp(min=0)).where(owner >= 0, -1)
     return keep, slots
 

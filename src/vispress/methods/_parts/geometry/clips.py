@@ -134,8 +134,8 @@ def coordinates(found: tuple[Clip, ...]) -> Int[Tensor, "n 4"]:
     """List each token with its time, row and column; clips follow each other in time."""
     out, before = [], 0
     for clip in found:
-        times, rows, columns = (torch.arange(n) for n in clip.size)
-        axes = torch.cartesian_prod(times + before, rows, columns)
+        times = torch.arange(before, before + clip.size[0])
+        axes = torch.cartesian_prod(times, *(torch.arange(n) for n in clip.size[1:]))
         out.append(torch.cat([clip.places[:, None], axes], dim=1))
         before += clip.size[0]
     return torch.cat(out)

@@ -1,12 +1,14 @@
 """How an AnyRes image was cut: its grid of crops and what of it is visible after unpadding."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from vispress.methods.base import remembered
 from vispress.types import CropLayout
 
 
@@ -30,12 +32,13 @@ class Cut:
     width: int
     crops: Int[Tensor, "v"]
 
-    @property
+    @cached_property
     def places(self) -> list[Int[Tensor, "n"]]:
         """Visible tokens of each crop (perhaps none), counted in raster order."""
         return [torch.where(self.crops == crop)[0] for crop in range(self.rows * self.cols)]
 
 
+@remembered
 def cut_of(layout: CropLayout) -> Cut | None:
     """Recover the cut of a whole image; None where it is no thumbnail with crops behind it."""
     thumbnail, visible = layout.segment == 0, layout.segment > 0
@@ -72,8 +75,8 @@ def guided_score(
     """Add own and thumbnail scores of visible crop tokens, each over its norm in the crop."""
     shared, score = resized(thumbnail, cut), torch.zeros_like(local)
     for places in cut.places:
-        parts = (F.normalize(part[:, places], dim=1) for part in (local, shared))
-        score[:, places] = sum(parts, torch.zeros_like(local[:, places]))
+        own, guide = (F.normalize(part[:, places], dim=1) for part in (local, shared))
+        score[:, places] = own + guide
     return score
 
 

@@ -7,7 +7,7 @@ seldom meets a budget exactly: it never exceeds it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import log
 from typing import Literal
 
@@ -52,7 +52,7 @@ class Raster:
         h, w = self.places.shape
         return h, w
 
-    @property
+    @cached_property
     def centres(self) -> Int[Tensor, "m"]:
         """Token nearest to the centre of each new cell, in raster order."""
         (h, w), (rows, cols) = self.places.shape, self.small
@@ -127,7 +127,12 @@ def layout(tokens: VisualTokens, num_keep: int) -> Layout:
     if tokens.grid is not None and tokens.crops is None:
         return _of_frames(tokens.grid, num_keep)
     assert tokens.crops is not None
-    return _layout(tokens.crops.segment, partial(_raster, tokens.crops), num_keep)
+    return _of_crops(tokens.crops, num_keep)
+
+
+@remembered
+def _of_crops(crops: CropLayout, num_keep: int) -> Layout:
+    return _layout(crops.segment, partial(_raster, crops), num_keep)
 
 
 @remembered

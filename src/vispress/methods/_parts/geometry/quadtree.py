@@ -81,25 +81,23 @@ def _quarters(x: Tensor) -> Tensor:
 
 
 def merged_cells(
-    cost: Float[Tensor, "b C"], tree: Tree, num_keep: int, theta: float, depth: int
+    cost: Float[Tensor, "b C"], tree: Tree, num_keep: Int[Tensor, "b"], theta: float, depth: int
 ) -> Bool[Tensor, "b C"]:
     """Choose the cells that are merged; a cell never is before all of its parts.
 
     Args:
         cost: As `costs` gives it.
         tree: The cells.
-        num_keep: The most that may be left: the cheapest cells are merged until it is met.
+        num_keep: The most that may be left of each row: the cheapest cells are merged until it is
+            met.
         theta: Cells that cost less are merged in any case.
         depth: Levels for which that holds.
     """
     chosen = cost < theta
     if depth < len(tree.cell):
         chosen[:, int(tree.cell[depth, 0]) :] = False  # the first cell that is too large
-    excess = tree.cell.shape[1] - num_keep
-    if excess > 0:
-        # levels ascend, and a cell costs no less than its parts: of equals the parts come first
-        order = cost.argsort(dim=1, stable=True)
-        gone = sent(tree.children - 1, cost.device)[order]
-        needed = gone.cumsum(dim=1) - gone < excess
-        chosen |= torch.empty_like(chosen).scatter(1, order, needed)
-    return chosen
+    # levels ascend, and a cell costs no less than its parts: of equals the parts come first
+    order = cost.argsort(dim=1, stable=True)
+    gone = sent(tree.children - 1, cost.device)[order]
+    needed = gone.cumsum(dim=1) - gone < (tree.cell.shape[1] - num_keep)[:, None]
+    return chosen | torch.empty_like(chosen).scatter(1, order, needed)

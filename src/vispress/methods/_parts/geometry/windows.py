@@ -34,6 +34,7 @@ def _of_frames(count: int, h: int, w: int) -> Tensor:
     return place // w % h * WINDOWS // h * WINDOWS + place % w * WINDOWS // w
 
 
+@remembered
 def _of_crops(crops: CropLayout) -> Tensor:
     segment, window = crops.segment, torch.full_like(crops.segment, -1)
     for each in torch.unique(segment[segment >= 0]).tolist():
@@ -55,7 +56,7 @@ def scan(
     first = descending(torch.where(inside, local[:, None], float("-inf")))[..., :share]
     chosen = (torch.zeros_like(inside).scatter_(2, first, True) & inside).any(dim=1)
     best = descending(whole)
-    before = chosen.gather(1, best).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    before = chosen.gather(1, best).view(torch.int8).argsort(dim=1, descending=True, stable=True)
     return best.gather(1, before)[:, :num_keep].sort(dim=1).values
 
 
