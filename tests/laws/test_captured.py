@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.laws.cases import GISTS, SAMPLES, VIDEO_CASES, VIDEO_SAMPLES, cases, make, model_of
+from tests.laws.test_decode_cost import python_calls
 from tests.laws.test_layout_cache import variants
 from tests.tiny import Image, Sample, Text, build, gist_tokens, make_inputs
 from torch import Tensor, nn
@@ -28,12 +29,15 @@ from vispress import (
     update_compression,
 )
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
+from vispress.runtime.graphs.backends import Tape
 from vispress.runtime.graphs.lodging import lodging_of
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 
 ONE = (Sample([Text(5), Image(4, 4), Text(7)]),)
 OTHER = (Sample([Text(9), Image(4, 4), Text(3)]),)
 SEEDS = (0, 7)
+LITTLE = 0.25
+"""Python calls around a graph, as a share of those of the call that it stands for."""
 
 
 def batches(family: str, samples: tuple[Sample, ...], gists: int = 0) -> list[dict[str, Any]]:
@@ -372,6 +376,32 @@ def test_threads_share_a_captured_model() -> None:
             for _ in range(2):
                 found = pool.map(lambda given: generated(model, given).sequences, calls)
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("method", [None, "divprune", "fastv"])
+def test_around_a_graph_python_has_little_to_do(
+    method: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (inputs, _) = build("llava", layers=32, dtype=torch.float32), batches("llava", ONE)
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+
+    def calls() -> tuple[int, int]:
+        with torch.inference_mode():
+            cache, mask = begun(model, inputs)
+            step(model, cache, longer(mask))
+            first = python_calls(lambda: begun(model, inputs))
+            return first, python_calls(lambda: step(model, cache, longer(mask, 2)))
+
+    if method:
+        compress_model(model, make("llava", method))
+    eager = calls()
+    with taped(model) as captured:
+        calls()
+        monkeypatch.setattr(Tape, "replay", lambda tape: None)
+        found = calls()
+        assert not captured.fallbacks
+    for some, all_of_them in zip(found, eager, strict=True):
+        assert some <= LITTLE * all_of_them
 
 
 # --- what no graph has

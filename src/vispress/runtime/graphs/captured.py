@@ -256,7 +256,7 @@ class Captured:
         return why
 
     def _where(self) -> tuple[int, ...]:
-        return tuple(weight.data_ptr() for weight in self._site.weights)
+        return tuple(map(torch.Tensor.data_ptr, self._site.weights))
 
     def drop(self) -> None:
         """Let go of all graphs, and forget what had none: calls are recorded anew."""

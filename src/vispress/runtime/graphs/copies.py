@@ -4,7 +4,8 @@ Results, KV caches and records are trees of small objects with tensors in them. 
 tensors, one for each that was shared, and shares all that follows from the layout.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from types import MethodType
 from typing import Any, Final
 
@@ -50,10 +51,13 @@ class Copies:
 
     def of(self, value: Any) -> Any:
         """Copy a value and all that it holds."""
+        make = _maker(type(value))  # type: ignore[arg-type]
+        if make is None:
+            return value
         known = self._made.get(id(value))
         if known is not None:
             return known[1]
-        made = self._copy(value)
+        made = make(self, value)
         self._made[id(value)] = value, made  # held, so that its id stays its own
         return made
 
@@ -61,29 +65,30 @@ class Copies:
         """Let a value be copied as another one that is there."""
         self._made[id(value)] = value, other
 
-    def _copy(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.clone() if value.device.type == self._device else value
-        if isinstance(value, ModelOutput):
-            return type(value)(**{name: self.of(one) for name, one in value.items()})
-        if isinstance(value, Cache):
-            return self.cache(value)
-        if isinstance(value, _COPIED):
-            return self._twin(value)
-        if isinstance(value, partial):
-            return partial(value.func, *map(self.of, value.args), **self._named(value.keywords))
+    def tensor(self, value: Tensor) -> Tensor:
+        """Copy a tensor."""
+        return value.clone() if value.device.type == self._device else value
+
+    def output(self, value: ModelOutput) -> Any:
+        """Copy what a forward gives."""
+        return type(value)(**{name: self.of(one) for name, one in value.items()})
+
+    def listed(self, value: Any) -> Any:
+        """Copy a list or a tuple."""
+        return type(value)(map(self.of, value))
+
+    def bound(self, value: Any) -> Any:
+        """Copy a function with arguments, or with an object, of its own."""
         if isinstance(value, MethodType):
             return MethodType(value.__func__, self.of(value.__self__))
-        if isinstance(value, list | tuple) and type(value) in (list, tuple):
-            return type(value)(map(self.of, value))
-        if type(value) is dict:
-            return self._named(value)
-        return value
+        return partial(value.func, *map(self.of, value.args), **self.named(value.keywords))
 
-    def _named(self, values: dict[Any, Any]) -> dict[Any, Any]:
+    def named(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        """Copy a dictionary."""
         return {self.of(name): self.of(one) for name, one in values.items()}
 
-    def _twin(self, value: Any) -> Any:
+    def twin(self, value: Any) -> Any:
+        """Copy an object and its fields."""
         twin = object.__new__(type(value))
         self._made[id(value)] = value, twin
         twin.__dict__.update({name: self.of(one) for name, one in vars(value).items()})
@@ -104,3 +109,22 @@ class Copies:
         layers = [self.of(layer) for layer in held.layers]
         made.__dict__.update(vars(made) | vars(held) | {"layers": layers})
         return made
+
+
+@cache
+def _maker(kind: type) -> Callable[[Copies, Any], Any] | None:
+    """What copies values of a kind; None where they are shared."""
+    exact: dict[type, Callable[[Copies, Any], Any]] = {
+        dict: Copies.named,
+        list: Copies.listed,
+        tuple: Copies.listed,
+    }
+    kinds: list[tuple[Any, Callable[[Copies, Any], Any]]] = [
+        (Tensor, Copies.tensor),
+        (ModelOutput, Copies.output),
+        (Cache, Copies.cache),
+        (_COPIED, Copies.twin),
+        ((partial, MethodType), Copies.bound),
+    ]
+    found = (make for parents, make in kinds if issubclass(kind, parents))
+    return exact.get(kind) or next(found, None)
