@@ -39,7 +39,14 @@ MOVES: Final = {
 """Operations behind which token ids are token ids."""
 COMPARES: Final = {aten.eq.Scalar, aten.ne.Scalar, aten.eq.Tensor, aten.ne.Tensor}
 _DRAWS: Final = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal_")
-UNWRITTEN: Final = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
+UNWRITTEN: Final = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+"""Operations whose result holds nothing yet."""
 
 
 @cache

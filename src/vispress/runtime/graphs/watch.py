@@ -23,6 +23,7 @@ from vispress.runtime.graphs.operations import (
     INDEXING,
     MOVES,
     SIZED_BY_VALUES,
+    UNWRITTEN,
     aten,
     crosses,
     draws,
@@ -139,7 +140,8 @@ class Watch(TorchDispatchMode):
         self.log.append((str(func), tuple(tuple(tensor.shape) for tensor in made)))
         if kind == Kind.IDS and not (func in MOVES or func.is_view):
             kind = Kind.LAYOUT if self._asks_special(func, args) else Kind.VALUES
-        if not tensors and made and made[0].device.type != "cpu" and _in_kernels():
+        fresh = bool(made) and (not tensors or func in UNWRITTEN)
+        if fresh and made[0].device.type != "cpu" and _in_kernels():
             kind = Kind.VALUES  # it will be written on, unseen
         if kind > Kind.LAYOUT:
             written = [args[at] for at in written_by(func) if at < len(args)]
