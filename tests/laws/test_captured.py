@@ -29,7 +29,7 @@ from vispress import (
     update_compression,
 )
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
-from vispress.runtime.graphs.backends import Tape
+from vispress.runtime.graphs.backends import Tape, Tapes
 from vispress.runtime.graphs.lodging import lodging_of
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 
@@ -476,6 +476,21 @@ def test_an_error_amid_a_recording_leaves_the_next_call_right(error: type[BaseEx
                 for given, wanted in zip(inputs, expected, strict=True):
                     assert same(prefill(model, given), wanted)
         assert same(prefill(model, inputs[0]), expected[0])
+
+
+def test_graphs_go_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (inputs, _), (other, _) = build("llava"), batches("llava", ONE), batches("llava", OTHER)
+    expected = prefill(model, other)
+
+    def fails(tapes: Any, run: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    with taped(model) as captured:
+        prefill(model, inputs)
+        monkeypatch.setattr(Tapes, "record", fails)
+        assert same(prefill(model, other), expected)
+        assert captured.report().graphs == 0
+        assert captured.fallbacks == {"recording failed: out of memory": 1}
 
 
 def test_removal_leaves_nothing() -> None:

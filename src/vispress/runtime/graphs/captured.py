@@ -18,7 +18,7 @@ from vispress.runtime.graphs.backends import Backend
 from vispress.runtime.graphs.counts import CaptureReport
 from vispress.runtime.graphs.lodging import lodging_of, why_no_lodging
 from vispress.runtime.graphs.prefill import PrefillGraph, Site
-from vispress.runtime.graphs.reasons import why_no_key, why_no_prefill, why_not
+from vispress.runtime.graphs.reasons import has_features, why_no_key, why_no_prefill, why_not
 from vispress.runtime.graphs.steps import MASK, Guest, Step, StepGraph
 from vispress.runtime.graphs.watch import NotFixedError
 from vispress.runtime.hooks.instance_patch import Original, forget, patch_instance, undo_all
@@ -190,7 +190,7 @@ class Captured:
             return f"{attachment.plan.remembering.methods[0].name} chooses at each step"
         if why := why_no_lodging(cache):
             return why
-        if any(given.get("mm_encoder_outputs") or {}) or isinstance(given.get(MASK), dict):
+        if has_features(given) or isinstance(given.get(MASK), dict):
             return "attention_mask is a dictionary of masks, or features are given"
         if given.get("position_ids") is None and hasattr(site.adapter.base, "rope_deltas"):
             return "position_ids are missing, and the model makes them of what it saw last"
@@ -245,6 +245,9 @@ class Captured:
             graph = self._graphs[key] = make()
         except NotFixedError as error:
             why = str(error)
+        except torch.cuda.OutOfMemoryError as error:
+            self.drop()  # what runs without a graph may need what they hold
+            why = f"recording failed: {error}"
         except Exception as error:  # whatever it was: the same call, run as it is, says it again
             why = f"recording failed: {type(error).__name__}: {error}"
         else:

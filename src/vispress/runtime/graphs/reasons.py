@@ -49,7 +49,7 @@ def why_no_prefill(given: Mapping[str, Any], cache: Any, *, plain: bool) -> str 
         cache: Its KV cache, or None.
         plain: Whether nothing compresses the model.
     """
-    if any(given.get("mm_encoder_outputs") or {}):
+    if has_features(given):
         return "features of its pictures are given, not the pictures"
     if not (plain or brings_images(given)):
         return "it brings no pictures"
@@ -70,6 +70,12 @@ def why_no_key(plain: Mapping[str, Any]) -> str | None:
         except TypeError:
             return f"{name} is a {type(value).__name__}"
     return None
+
+
+def has_features(given: Mapping[str, Any]) -> bool:
+    """Whether features of pictures are handed in, computed ahead."""
+    features = given.get("mm_encoder_outputs") or {}
+    return any(one is not None for one in features.values())
 
 
 def is_empty(cache: Cache) -> bool:
