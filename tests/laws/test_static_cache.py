@@ -1,5 +1,6 @@
 """Law 9 for static caches that are allocated short: empty slots, rows that move, `reset`."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from tests.laws.cases import inputs_of, make, model_of
 from tests.laws.test_decode_stage import assert_same
 from tests.laws.test_law09_generation_modes import METHODS, generate
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from vispress import compressed
+from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
 
@@ -58,3 +60,20 @@ def test_a_reset_cache_takes_as_many_tokens_as_before() -> None:
         cache.reset()
         assert_same(generate(model, inputs, **{CACHE: cache}), expected)
         assert [layer.keys.shape[2] for layer in cache.layers] == sizes
+
+
+def test_a_layer_on_another_device_gets_ids_and_mask_that_are_there() -> None:
+    """`meta` stands for the device of a later layer in a sharded model."""
+    there = torch.device("meta")
+    plan: Any = SimpleNamespace(
+        rotary=lambda number, hidden, ids: (ids, ids), implementation="sdpa"
+    )
+    call = StaticDecodeCall(plan, (), DynamicCache(), torch.tensor([[7]]))
+    shift = torch.tensor([3], device=there)
+    slots = torch.zeros(1, 5, dtype=torch.long, device=there)
+    held: Any = SimpleNamespace(_slots=SimpleNamespace(shift=shift), slot_positions=slots)
+    hidden, valid = torch.zeros(1, 1, 4, device=there), torch.ones(1, 5, device=there).bool()
+    tables = (torch.zeros(1), torch.zeros(1))
+    rotary = call._rotary(1, held, torch.tensor(7), hidden, {"position_embeddings": tables})
+    mask = call._mask(held, valid.unsqueeze(1), torch.ones(1, 1, 1, 9).bool(), hidden)
+    assert {rotary[0].device, mask.device} == {there}

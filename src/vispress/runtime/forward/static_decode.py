@@ -101,6 +101,7 @@ class StaticDecodeCall:
         allow = valid.unsqueeze(1)  # [B, 1, C]
         if given is not None and given.ndim == 4:  # the caller's mask over logical positions
             columns = held.slot_positions[:, None, None, :].expand(-1, given.shape[1], 1, -1)
+            given = given.to(columns.device)  # sharded models: of the first layer
             cut = given.expand(columns.shape[0], -1, -1, -1).gather(3, columns)
             if cut.dtype == torch.bool:
                 return cut & allow.unsqueeze(1)
@@ -120,5 +121,5 @@ class StaticDecodeCall:
         if shift is None:
             return given
         ids = position.view(1, 1) if self.position_ids is None else self.position_ids
-        compact = (ids - shift.unsqueeze(1)).clamp(min=0)
+        compact = (ids.to(shift.device) - shift.unsqueeze(1)).clamp(min=0)
         return self.plan.rotary(number, hidden, compact)
