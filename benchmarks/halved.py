@@ -1,4 +1,4 @@
-"""Write compressors of the reference model with parameters in half precision, to be committed.
+"""Write compressors of a reference model with parameters in half precision, to be committed.
 
     python -m benchmarks.halved out/covipal out/hicom --into benchmarks/results/trained
 
@@ -29,11 +29,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="of vispress train-compressor")
     parser.add_argument("--into", type=Path, required=True, help="where they get their names again")
+    parser.add_argument("--model", default="reference", help="that they were trained on")
     args = parser.parse_args(words)
     from vispress import compress_model, remove_compression, save_compression
     from vispress.bench.model.loaded_model import load_named_model
 
-    model = load_named_model("reference", "cpu", "fp32").model
+    model = load_named_model(args.model, "cpu", "fp32").model
     for folder in args.folders:
         card = json.loads((folder / "vispress.json").read_text(encoding="utf-8"))
         compress_model(model, config=folder)
