@@ -65,13 +65,13 @@ def run_probe(hide, extra=""):
 def test_without_triton_everything_imports_and_the_reference_runs():
     refused, summary = run_probe(["triton"])
     assert "not installed" in refused
-    assert summary == "10 False"
+    assert summary == "13 False"
 
 
 @pytest.mark.slow
 def test_importing_does_not_import_triton_and_the_probe_can_fail():
     found = run_probe([], AGAIN if has_triton() else "")
-    assert found == ["10 False", *["True"] * has_triton()]
+    assert found == ["13 False", *["True"] * has_triton()]
 
 
 def test_auto_is_the_reference_on_cpu():

@@ -90,7 +90,7 @@ def check(model: Any, captured: Any, inputs: list[dict[str, Any]], expected: lis
     assert captured.report().recorded == 1
 
 
-@pytest.mark.parametrize(("family", "method"), cases("captured", every_method=True))
+@pytest.mark.parametrize(("family", "method"), cases("captured"))
 def test_prefills_have_the_bits_of_uncaptured_ones(family: str, method: str) -> None:
     model, inputs = model_of(family), batches(family, SAMPLES, int(method in GISTS))
     compressor = make(family, method)
@@ -104,6 +104,7 @@ def test_prefills_have_the_bits_of_uncaptured_ones(family: str, method: str) -> 
                 check(model, captured, inputs, expected)
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize(("family", "method"), VIDEO_CASES)
 def test_so_have_those_of_videos(family: str, method: str) -> None:
     model, inputs, compressor = (

@@ -89,16 +89,19 @@ def prefill_differs(
         return differences(watched(model, first), watched(model, second))
 
 
-@pytest.mark.parametrize("samples", [ONE, SAMPLES], ids=["one", "padded"])
-@pytest.mark.parametrize(("family", "method"), cases("fixed sequence", every_method=True))
+@pytest.mark.parametrize(
+    ("family", "method", "batch"),
+    cases("fixed sequence", every_method=True, turning=["one", "padded"]),
+)
 def test_a_prefill_is_one_unless_its_method_says_why_not(
-    family: str, method: str, samples: tuple[Sample, ...]
+    family: str, method: str, batch: str
 ) -> None:
-    compressor = make(family, method)
+    compressor, samples = make(family, method), {"one": ONE, "padded": SAMPLES}[batch]
     found = prefill_differs(model_of(family), family, compressor, samples)
     assert bool(found) == (compressor.uncapturable() is not None), found
 
 
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize(("family", "method"), VIDEO_CASES)
 def test_so_is_that_of_videos(family: str, method: str) -> None:
     compressor = make(family, method)
@@ -113,8 +116,9 @@ def test_settings_that_let_images_decide_say_so(method: str, options: dict[str, 
     assert prefill_differs(model_of("llava"), "llava", compressor, SAMPLES)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize(("family", "method"), cases("fixed step", every_method=True))
+@pytest.mark.parametrize(
+    ("family", "method", "kind"), cases("fixed step", turning=["dynamic", "static"])
+)
 def test_a_step_is_one(family: str, method: str, kind: str) -> None:
     model, compressor, found = model_of(family), make(family, method), []
     with compressed(model, compressor):

@@ -53,7 +53,7 @@ class SparseVLMPlus(ScorePruner):
     """
 
     summary: ClassVar[str] = "most attended by visual words, nearness divided out, in few heads"
-    paper: ClassVar[str] = "Zhang et al., SparseVLM+, preprint 2025"
+    paper: ClassVar[str] = "Zhang et al., SparseVLM+, preprint 2025, github.com/Gumpest/SparseVLMs"
     evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset(
         {
