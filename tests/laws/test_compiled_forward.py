@@ -15,6 +15,8 @@ from vispress import compressed, compression_report
 SAMPLES = [Sample([Text(5), Image(4, 4), Text(7)])]
 CHOICES = "vispress finds pictures and chooses tokens on the host"
 """What torch says of every break that compression makes."""
+TRACED_ANEW = ("cmai", "voco")
+"""Methods whose masks are made inside of layers, of an object of the call: right, and slow."""
 ITS_OWN = "Tensor.item()", "aten._local_scalar_dense"
 """Of breaks that the untouched model has, too."""
 
@@ -49,7 +51,8 @@ def test_a_compiled_forward_gives_the_same(family: str, method: str) -> None:
         assert str(compression_report(model).samples) == kept
         first = counters["stats"]["unique_graphs"]
         assert torch.equal(forward(**inputs).logits, logits)
-    assert counters["stats"]["unique_graphs"] == first
+    again = counters["stats"]["unique_graphs"] - first
+    assert (again > 0) == (method in TRACED_ANEW)
 
 
 @pytest.mark.parametrize("method", ["visionzip", pytest.param("fastv", marks=pytest.mark.full)])
