@@ -93,7 +93,8 @@ class LiveTokens:
             return positions
         if self.valid is not None or self.starts is not None:
             return self.place.gather(1, positions)
-        return (torch.searchsorted(self.index, positions, right=True) - 1).clamp(min=0)
+        index = self.index.contiguous()  # torch warns of what it would copy itself
+        return (torch.searchsorted(index, positions.contiguous(), right=True) - 1).clamp(min=0)
 
     @cached_property
     def shift(self) -> Tensor | None:
