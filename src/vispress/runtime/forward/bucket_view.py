@@ -35,7 +35,7 @@ class BucketView:
         if rows.complete:
             return positions
         if rows.valid is None:
-            return torch.searchsorted(self.own(rows.index), positions.contiguous())
+            return torch.searchsorted(self.own(rows.index).contiguous(), positions.contiguous())
         return self.own(rows.place).gather(1, positions)
 
     def local(self, rows: LiveTokens) -> Tensor:
