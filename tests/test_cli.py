@@ -99,9 +99,37 @@ def test_errors_are_one_line_and_exit_code_2(
     "command", [["bench", "smoke"], ["demo"], ["train-reference"], ["fit-debias"]]
 )
 def test_missing_extras_are_named_before_anything_runs(monkeypatch, capsys, command):
-    monkeypatch.setattr(cli_options, "_EXTRA", ("no_such_package",))
+    monkeypatch.setattr(cli_options, "BENCH", ("no_such_package",))
     assert run_main(monkeypatch, *command) == 2
     assert "pip install 'vispress[bench]'" in capsys.readouterr().err
+
+
+WRONG = (
+    "bench nowhere",
+    "bench smoke --model nowhere",
+    "bench smoke --questions 0",
+    "show scene:1 --method fastvv",
+    "show none.png --method fastv --question what",
+    "show scene:1 --method fastv --keep-ratio 2",
+    "search greedy --method fastvv",
+    "fit-debias --method fastvv",
+    "train-compressor --model nowhere",
+    "probe arank --model nowhere",
+)
+
+
+def test_wrong_arguments_are_refused_before_anything_heavy_is_imported():
+    code = (
+        "import sys\nfrom vispress import cli\n"
+        f"for words in {WRONG!r}:\n"
+        "    sys.argv = ['vispress', *words.split()]\n"
+        "    try:\n        cli.main()\n"
+        "    except SystemExit as end:\n"
+        "        print(end.code, words, [m for m in ('torch', 'numpy') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"2 {words} []" for words in WRONG]
+    assert done.stderr.count("error: ") == len(WRONG)
 
 
 def test_usage_errors_exit_with_2(monkeypatch):
@@ -194,12 +222,31 @@ def test_report_makes_a_page_where_it_is_asked(monkeypatch, capsys, tmp_path):
 
 def test_doctor_names_what_is_broken(monkeypatch):
     broken = doctor.Check("reference checkpoint", "broken", "gone")
-    monkeypatch.setattr(doctor, "_reference", lambda: "fine")
     assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
     monkeypatch.setattr(doctor, "diagnose", lambda: iter([broken]))
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
     assert "gone" in result.output
+
+
+def test_doctor_looks_at_the_checkpoint_and_at_what_reads_it(monkeypatch, tmp_path):
+    from vispress.reference import folders
+
+    def found():
+        return next(check for check in doctor.diagnose() if check.name == "reference checkpoint")
+
+    assert found().status == "ok"
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path)
+    assert found().status == "broken"
+    monkeypatch.setattr(doctor, "PICTURES", ("no_such_package",))
+    assert found().status == "missing"
+    assert "pip install 'vispress[bench]'" in found().detail
+    missing = found()
+    monkeypatch.setattr(doctor, "diagnose", lambda: iter([missing]))
+    # brackets are no markup
+    output = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).output
+    assert "'vispress[bench]'" in output
 
 
 def test_versions_out_of_range_are_refused(monkeypatch):

@@ -19,6 +19,7 @@ FLOORS: dict[str, int] = {
     "vispress.kinds": 1,
     "vispress.budget": 1,
     "vispress.checks": 1,
+    "vispress.extras": 1,
     "vispress.patch_embedding": 2,
     "vispress.placement": 1,
     "vispress.prompts": 1,
@@ -96,6 +97,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.bench": 8,  # public faces
     },
     "vispress.reference": {
+        "vispress.reference.folders": 0,
         "vispress.reference.world": 0,
         "vispress.reference.model": 1,
         "vispress.reference.evaluation": 2,

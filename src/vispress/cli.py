@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vispress.analysis.arank import probe
 from vispress.analysis.fit_debias import fit_debias
-from vispress.checks import check_choice, suggest
-from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
+from vispress.analysis.show import show
+from vispress.checks import check_choice, check_integer, suggest
+from vispress.cli_options import Device, Force, Model, check_early, prepare, quiet, terminal
 from vispress.cli_search import search
 from vispress.distillation.command import train_compressor
 from vispress.errors import ConfigError, VispressError
+from vispress.yaml_files import shipped_files
 
 if TYPE_CHECKING:
     from vispress.bench.plan.plan import Plan
-    from vispress.methods.base import Compressor
+
+PLANS = ", ".join(sorted(shipped_files("bench")))
 
 app = typer.Typer(
     help="Visual-token compression for multimodal LLMs on Hugging Face transformers.",
@@ -30,6 +34,7 @@ app = typer.Typer(
 app.command(name="fit-debias")(fit_debias)
 app.command(name="train-compressor")(train_compressor)
 app.command()(search)
+app.command()(show)
 app.add_typer(probe, name="probe")
 
 
@@ -79,7 +84,9 @@ def doctor() -> None:
     with console.status("looking"):
         for check in diagnose():
             broken |= check.status == "broken"
-            table.add_row(check.name, f"[{styles[check.status]}]{check.status}[/]", check.detail)
+            table.add_row(
+                check.name, f"[{styles[check.status]}]{check.status}[/]", escape(check.detail)
+            )
     console.print(table)
     if broken:
         raise typer.Exit(1)
@@ -87,7 +94,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    plan: Annotated[str, typer.Argument(help="A YAML file, or smoke, demo, offline.")] = "offline",
+    plan: Annotated[str, typer.Argument(help=f"A YAML file, or one of {PLANS}.")] = "smoke",
     out: Annotated[Path, typer.Option(help="Results folder; a stopped run goes on.")] = Path(
         "results"
     ),
@@ -99,6 +106,14 @@ def bench(
     force: Force = False,
 ) -> None:
     """Measure accuracy, kept tokens, prefill time and cache size of methods at keep ratios."""
+    from vispress.bench.plan.files import plan_path
+
+    plan_path(plan)
+    check_early(model=model)
+    for name, value, low in (("questions", questions, 1), ("batch_size", batch_size, 1)):
+        if value is not None:
+            check_integer(name, value, low=low)
+    prepare()
     from vispress.bench.plan.plan import load_plan
 
     overrides: dict[str, Any] = {"model": model, "questions": questions, "seed": seed}
@@ -110,7 +125,6 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.run.engine import run
     from vispress.bench.run.progress import progress_bar
 
-    prepare()
     shard = this_shard()
     console = terminal() if shard.leader else Console(quiet=True)
     try:
@@ -176,65 +190,15 @@ def report(
 
 
 @app.command()
-def show(
-    image: Annotated[str, typer.Argument(help="An image file, or scene:SEED for a drawn one.")],
-    method: Annotated[list[str], typer.Option(help="Repeat to compare several.")],
-    question: Annotated[
-        str | None, typer.Option(help="Words, or for scene:SEED the name of a task.")
-    ] = None,
-    keep_ratio: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
-    num_tokens: Annotated[int | None, typer.Option(help="In place of --keep-ratio.")] = None,
-    layer: Annotated[int | None, typer.Option(help="For methods with one layer.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("kept.png"),
-    model: Model = None,
-    device: Device = "cpu",
-) -> None:
-    """Draw which tokens methods keep of a picture, with the model's answers."""
-    from vispress.listing import make_all, parse_options
-
-    given = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
-    values = {k: v for k, v in given.items() if v is not None} | parse_options(option or [])
-    _show(image, question, make_all(method, values), out, model or "reference", device)
-
-
-def _show(
-    image: str, question: str | None, chosen: "list[Compressor]", out: Path, model: str, device: str
-) -> None:
-    prepare()
-    from vispress.analysis.inspect import inspect, open_prompt, unknown_words
-    from vispress.analysis.overlay import draw_views, seen_picture
-    from vispress.bench.model.loaded_model import load_named_model
-
-    prompt = open_prompt(image, question)
-    loaded = load_named_model(model, device)
-    console = terminal()
-    if words := unknown_words(loaded, prompt):
-        console.print(f"the model does not know: {', '.join(words)}", style="yellow")
-    views = inspect(loaded, prompt, chosen, None)
-    asked = prompt.text.removeprefix("<image>").removesuffix(":").strip()
-    table = Table("method", "answer", "kept at the end", "mean over layers", title=asked)
-    for view in views:
-        end = "" if view.image is None else f"{view.image.num_kept} of {view.image.num_visual}"
-        table.add_row(view.title, view.answer, end, f"{100 * view.mean_keep_ratio:.1f} %")
-    console.print(table)
-    if prompt.answer:
-        console.print(f"right answer: {prompt.answer}")
-    picture = seen_picture(loaded, prompt)
-    evidence = prompt.evidence[0] if prompt.evidence else ()
-    draw_views(picture, views, asked, out, evidence=evidence, truth=prompt.answer)
-    console.print(f"written: {out}", soft_wrap=True)
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where results and picture go.")] = Path("demo"),
     model: Model = None,
     device: Device = "cpu",
 ) -> None:
-    """A small benchmark of the reference model, and a picture of kept tokens; some minutes."""
+    """Run a small benchmark of the reference model and draw kept tokens; takes some minutes."""
+    check_early(model=model)
+    prepare()
+    from vispress.analysis.show import draw
     from vispress.bench.plan.plan import load_plan
     from vispress.listing import make_all
 
@@ -242,7 +206,7 @@ def demo(
     _bench(load_plan("demo", model=model), out, device, force=True)
     names = ["fastv", "fastervlm", "divprune", "visionzip", "fourier", "random", "uniform"]
     chosen = make_all(names, {"mean_keep_ratio": 0.25, "dims": 2})
-    _show("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
+    draw("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
 
 
 @app.command(name="train-reference")

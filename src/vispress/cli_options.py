@@ -1,15 +1,19 @@
 """What the commands share: common options, the console, and checks before anything runs."""
 
-from importlib.util import find_spec
+from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from vispress.bench.model.names import check_model_name
+from vispress.budget import check_ratio
 from vispress.errors import ConfigError
-
-_EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
+from vispress.extras import BENCH, check_packages
+from vispress.registry import ENTRY_POINT_GROUP, check_known
+from vispress.yaml_files import shipped_files
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
@@ -56,11 +60,31 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=max(140, console.width))
 
 
+def check_early(
+    *, methods: Sequence[str] = (), model: str | None = None, keep_ratio: float | None = None
+) -> None:
+    """Refuse in a moment what would be refused behind seconds of imports.
+
+    Names of methods are looked up among the shipped configurations, one each; where a package
+    brings methods of its own, only the registry knows.
+
+    Raises:
+        UnsupportedMethodError: Unknown method.
+        ConfigError: Nothing is a model of that name.
+        BudgetError: The share is out of range.
+    """
+    if not entry_points(group=ENTRY_POINT_GROUP):
+        for name in methods:
+            check_known(name, shipped_files("methods"))
+    if model is not None:
+        check_model_name(model)
+    if keep_ratio is not None:
+        check_ratio("keep_ratio", keep_ratio)
+
+
 def prepare() -> None:
     """Refuse early what would fail late, and silence transformers' own bars and advice."""
-    missing = [name for name in _EXTRA if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} missing; run: pip install 'vispress[bench]'")
+    check_packages(BENCH, "this command")
     quiet()
 
 

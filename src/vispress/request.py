@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vispress.adapters.base import ModelAdapter
 from vispress.chain import Chain
-from vispress.config import changed_compressor, load_config, make_compressor
+from vispress.config import Config, changed_compressor, load_config, make_compressor
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.methods.encoder_merger import EncoderMerger
@@ -91,7 +90,7 @@ class Request:
 
 def resolve(
     method: Method | Sequence[Method] | None,
-    config: str | Path | None,
+    config: Config | None,
     keep_ratio: float | None,
     num_tokens: int | None,
     hyperparameters: dict[str, Any],

@@ -8,7 +8,8 @@ import torch
 from vispress.errors import CheckpointError
 from vispress.reference import KINDS, heldout, load
 from vispress.reference.evaluation.evaluate import accuracy
-from vispress.reference.model.checkpoint import SHIPPED, export, read
+from vispress.reference.folders import SHIPPED
+from vispress.reference.model.checkpoint import export, read
 from vispress.reference.model.llava import build_model, reference_config
 from vispress.reference.model.processor import build_processor
 

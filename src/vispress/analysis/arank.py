@@ -14,6 +14,7 @@ from vispress.cli_options import (
     Device,
     Loaded,
     Precision,
+    check_early,
     check_file,
     prepare,
     terminal,
@@ -47,6 +48,7 @@ def arank(
     dtype: Precision = "fp32",
 ) -> None:
     """Rank the attention maps of each layer, and write gamma-MoD with layers of a low rank."""
+    check_early(model=model)
     prepare()
     from rich.table import Table
 

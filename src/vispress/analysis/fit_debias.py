@@ -17,6 +17,7 @@ from vispress.cli_options import (
     Loaded,
     Precision,
     Settings,
+    check_early,
     check_file,
     prepare,
     terminal,
@@ -55,6 +56,7 @@ def fit_debias(
     dtype: Precision = "fp32",
 ) -> None:
     """Measure how attention grows along the picture, and write what takes it out again."""
+    check_early(methods=[method], model=model, keep_ratio=keep_ratio)
     prepare()
     from vispress.analysis.trend import fit_trend, measure
     from vispress.bench.model.loaded_model import DTYPES, load_named_model

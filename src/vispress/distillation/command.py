@@ -17,6 +17,7 @@ from vispress.cli_options import (
     Loaded,
     Precision,
     Settings,
+    check_early,
     prepare,
     terminal,
 )
@@ -60,6 +61,7 @@ def train_compressor(
     `compress_model(model, config=FOLDER)` has them. The model's weights stay as they are. Stopped,
     the same command goes on from its last 50 steps.
     """
+    check_early(methods=[method], model=model, keep_ratio=keep_ratio)
     prepare()
     from vispress import save_compression
     from vispress.bench.model.loaded_model import DTYPES, load_named_model

@@ -21,8 +21,9 @@ from typing import Any, Final
 
 from torch import nn
 
-from vispress.bench.model.checkpoints import HUB_ID, load_checkpoint
+from vispress.bench.model.checkpoints import load_checkpoint
 from vispress.bench.model.loaded_model import DTYPES
+from vispress.bench.model.names import HUB_ID
 from vispress.bench.tasks.rows import open_pictures
 from vispress.bench.tasks.task import MARK, Prompt
 from vispress.checks import suggest

@@ -9,6 +9,7 @@ Packages, each of which knows only those below it:
 * `evaluation`: held-out questions, and exact match of what a model answers
 * `model`: two architectures, their processors and checkpoints
 * `world`: drawn scenes and clips, and questions about them
+* `folders`: where what is shipped lies
 
 The shipped checkpoints and compressors lie beside these. `vispress.reference.processor` is the
 public path of `model.processor`.
@@ -49,16 +50,22 @@ def load(
 
     Raises:
         CheckpointError: A file of the checkpoint is missing or damaged.
-        ConfigError: `architecture` is unknown, or has no model that was trained on videos.
+        ConfigError: `architecture` is unknown, or has no model that was trained on videos; or
+            pillow is missing, which its processor needs.
     """
+    from vispress.extras import PICTURES, check_packages
+
+    check_packages(PICTURES, "the reference model's processor")
     import torch
 
     from vispress.checks import check_choice
-    from vispress.reference.model.checkpoint import SHIPPED_BY_NAME, SHIPPED_CLIPS, read
+    from vispress.reference.folders import SHIPPED_BY_NAME, SHIPPED_CLIPS
 
     check_choice("architecture", architecture, SHIPPED_BY_NAME)
     if clips:
         check_choice("architecture with clips=True", architecture, ("qwen2_5_vl",))
+    from vispress.reference.model.checkpoint import read
+
     folder = SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture]
     return read(folder, dtype=dtype or torch.float32)
 
@@ -79,7 +86,7 @@ def compressor(*, architecture: str = "llava") -> "Path":
         ConfigError: `architecture` is unknown.
     """
     from vispress.checks import check_choice
-    from vispress.reference.model.checkpoint import COMPRESSORS
+    from vispress.reference.folders import COMPRESSORS
 
     check_choice("architecture", architecture, COMPRESSORS)
     return COMPRESSORS[architecture]
@@ -100,8 +107,12 @@ def heldout(
         with the visual tokens that hold its evidence. Equal arguments give equal questions.
 
     Raises:
-        ConfigError: `kind` is unknown or `n` is not positive.
+        ConfigError: `kind` is unknown or `n` is not positive; or a package is missing that draws
+            scenes.
     """
+    from vispress.extras import SCENES, check_packages
+
+    check_packages(SCENES, "drawing scenes")
     from vispress.reference.evaluation.evaluate import held_out
 
     return [

@@ -5,7 +5,6 @@ no code that comes with a checkpoint is run.
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any, Final
 import torch
 
 from vispress.adapters.base import find_adapter, list_families
-from vispress.bench.model.loaded_model import REFERENCES, LoadedModel, to_device
+from vispress.bench.model.loaded_model import LoadedModel, to_device
+from vispress.bench.model.names import HUB_ID, check_model_name
 from vispress.bench.tasks.task import MARK, Prompt
-from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError
+from vispress.errors import CheckpointError, UnsupportedModelError
 from vispress.model_folders import (
     check_folder,
     first_line,
@@ -27,7 +27,6 @@ from vispress.model_folders import (
 )
 
 _ANSWER: Final = "\u241eanswer\u241e"  # stands for the model's answer when a template is rendered
-HUB_ID: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _FILES: Final = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
 _OTHER_COPIES: Final = ("consolidated*", "original/*", "onnx/*")
 _BLOCK, _BLOCKS = 2**16, 64
@@ -135,12 +134,9 @@ def load_checkpoint(
     """
     folder = Path(name)
     if not folder.is_dir():
+        check_model_name(name)
         hub_id = HUB_ID.fullmatch(name)
-        if hub_id is None:
-            raise ConfigError(
-                f"model must be one of {[*REFERENCES]}, a folder with a checkpoint, or a hub id "
-                f"(org/name or org/name@revision), got {name!r}"
-            )
+        assert hub_id is not None
         # the configuration first: an unsupported model need not be downloaded
         _check_architecture(_fetch(hub_id[1], hub_id[2], ("config.json",)), name)
         folder = _fetch(hub_id[1], hub_id[2], _FILES)

@@ -9,13 +9,14 @@ from typing import Any, cast, get_args
 from vispress.bench.model.loaded_model import DTYPES, Dtype
 from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
+from vispress.bench.plan.files import plan_path
 from vispress.bench.plan.provenance import digest
 from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.bench.tasks.yaml_task import register_entry
-from vispress.checks import check_choice, check_integer, suggest
+from vispress.checks import check_choice, check_integer
 from vispress.errors import ConfigError
 from vispress.types import Positions
-from vispress.yaml_files import check_keys, read_yaml, shipped_files
+from vispress.yaml_files import check_keys, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +129,6 @@ class Plan:
     def digest(self) -> str:
         """Hash everything that decides the results."""
         return digest(self.to_dict())
-
-
-def plan_path(name: str) -> Path:
-    """Find the file of a plan: a path, or the name of a shipped one.
-
-    Raises:
-        ConfigError: There is neither.
-    """
-    if (path := Path(name)).is_file():
-        return path
-    shipped = shipped_files("bench")
-    if name not in shipped:
-        raise ConfigError(f"no plan {name!r}: no such file, and {suggest(name, sorted(shipped))}")
-    return shipped[name]
 
 
 def load_plan(source: str | Path, **overrides: Any) -> Plan:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vispress.checks import suggest
 from vispress.errors import ConfigError
+from vispress.extras import SCENES, check_packages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +121,12 @@ def register_task(task: Task) -> Task:
 
 
 def all_tasks() -> dict[str, Task]:
-    """List every task by name, the reference model's first."""
+    """List every task by name, the reference model's first.
+
+    Raises:
+        ConfigError: A package is missing that draws their pictures.
+    """
+    check_packages(SCENES, "the benchmark's own tasks")
     from vispress.reference.world.clips import CLIP_CHANCE
     from vispress.reference.world.episodes import EPISODE_CHANCE
     from vispress.reference.world.questions import CHANCE
