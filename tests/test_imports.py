@@ -33,6 +33,7 @@ FLOORS: dict[str, int] = {
     "vispress.registry": 1,
     "vispress.flops": 1,
     "vispress.versions": 1,
+    "vispress.user_code": 1,
     "vispress.yaml_files": 1,
     "vispress.methods": 2,
     "vispress.adapters": 2,

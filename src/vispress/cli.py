@@ -13,10 +13,20 @@ from vispress.analysis.arank import probe
 from vispress.analysis.fit_debias import fit_debias
 from vispress.analysis.show import show
 from vispress.checks import check_choice, check_integer, suggest
-from vispress.cli_options import Device, Force, Model, check_early, prepare, quiet, terminal
+from vispress.cli_options import (
+    Device,
+    Force,
+    Imports,
+    Model,
+    check_early,
+    prepare,
+    quiet,
+    terminal,
+)
 from vispress.cli_search import search
 from vispress.distillation.command import train_compressor
 from vispress.errors import ConfigError, VispressError
+from vispress.user_code import import_files
 from vispress.yaml_files import shipped_files
 
 if TYPE_CHECKING:
@@ -54,11 +64,13 @@ def methods(
     model: Annotated[
         str | None, typer.Option(help="Only methods that work on this model family.")
     ] = None,
+    imports: Imports = None,
 ) -> None:
     """List the methods, what they read and which model families they work on."""
     from vispress.doctor import families
     from vispress.listing import method_table
 
+    import_files(imports or ())
     known = families()
     if model is not None:
         known = [family for family in known if family.name == model]
@@ -103,6 +115,7 @@ def bench(
     batch_size: Annotated[int | None, typer.Option(help="Prompts a batch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of questions and bootstrap.")] = None,
     device: Device = "cpu",
+    imports: Imports = None,
     force: Force = False,
 ) -> None:
     """Measure accuracy, kept tokens, prefill time and cache size of methods at keep ratios."""
@@ -117,7 +130,8 @@ def bench(
     from vispress.bench.plan.plan import load_plan
 
     overrides: dict[str, Any] = {"model": model, "questions": questions, "seed": seed}
-    _bench(load_plan(plan, batch_size=batch_size, **overrides), out, device, force)
+    made = load_plan(plan, imports=imports or (), batch_size=batch_size, **overrides)
+    _bench(made, out, device, force)
 
 
 def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
@@ -177,9 +191,11 @@ def report(
     ] = True,
     samples: Annotated[int, typer.Option(min=0, help="Sample questions a task.")] = 2,
     device: Device = "cpu",
+    imports: Imports = None,
 ) -> None:
     """Make one HTML page of results: frontiers, tests, costs, kept tokens, failures."""
     prepare()
+    import_files(imports or ())
     from vispress.bench.page.render import write_page
 
     console = terminal()

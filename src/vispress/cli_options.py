@@ -17,6 +17,10 @@ from vispress.yaml_files import shipped_files
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option("--import", help="A Python file that registers methods or tasks; repeat."),
+]
 Model = Annotated[
     str | None,
     typer.Option(

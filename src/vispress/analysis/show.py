@@ -7,7 +7,8 @@ import typer
 from rich.table import Table
 
 from vispress.analysis.sources import check_source
-from vispress.cli_options import Device, Model, check_early, prepare, terminal
+from vispress.cli_options import Device, Imports, Model, check_early, prepare, terminal
+from vispress.user_code import import_files
 
 if TYPE_CHECKING:
     from vispress.methods.base import Compressor
@@ -28,10 +29,12 @@ def show(
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("kept.png"),
     model: Model = None,
     device: Device = "cpu",
+    imports: Imports = None,
 ) -> None:
     """Draw which tokens methods keep of a picture, with the model's answers."""
     check_source(image, question)
-    check_early(methods=method, model=model, keep_ratio=keep_ratio)
+    check_early(methods=() if imports else method, model=model, keep_ratio=keep_ratio)
+    import_files(imports or ())
     from vispress.listing import make_all, parse_options
 
     given = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}

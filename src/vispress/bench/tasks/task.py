@@ -55,6 +55,11 @@ class Prompt:
         return " / ".join((self.answer, *(answer for _, answer in self.followups)))
 
 
+Score = Callable[[str, Prompt], float]
+RIGHT: Final = 0.5
+"""The least score of what counts as right."""
+
+
 def exact(prediction: str, prompt: Prompt) -> float:
     """Score 1.0 if the model's words are the answer, letter by letter, else 0.0."""
     return float(prediction == prompt.answer_text)
@@ -74,15 +79,17 @@ class Task:
         source: What decides the questions beside the name (a dataset and how it is read), as plain
             data; None where the name and the commit decide. It is part of a plan's identity.
         shows: What its prompts show.
+        folder: Where paths of its description start, None where the name and the commit decide.
     """
 
     name: str
     needs: str
     chance: float
     draw: Callable[[int, int], list[Prompt]]
-    score: Callable[[str, Prompt], float] = exact
+    score: Score = exact
     source: Mapping[str, Any] | None = None
     shows: Literal["pictures", "videos"] = "pictures"
+    folder: str | None = None
 
 
 _TASKS: dict[str, Task] = {}
