@@ -31,6 +31,7 @@ UNREAD = {
     "evs": {"out/mrope": POSITIONS},
     "fastervlm": {"out/keep_mask": ANOTHER_ORDER, "out/topk_desc": ANOTHER_ORDER},
     "fastv": {"out/topk_desc": ANOTHER_ORDER, "out/topk_desc_rel": ANOTHER_ORDER},
+    "framefusion": {"in/attn_rows": "where merging ends all, nothing is pruned"},
     "globalcom2": {
         **dict.fromkeys(
             ("in/features", "out/tokens_f16", "out/thumb_tokens", "out/written_mask"),
