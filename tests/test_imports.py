@@ -121,6 +121,7 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.gist_runs": 7,
         "vispress.runtime.forward.visual_rows": 7,
         "vispress.runtime.forward.visual_windows": 7,
+        "vispress.runtime.forward.encoder_signals": 7,
         "vispress.runtime.forward.check_reads": 6,
         "vispress.runtime.forward.setup": 8,
         "vispress.runtime.forward.signals": 8,
