@@ -11,9 +11,9 @@ from vispress.methods import PruneVid
 from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.video.groups import (
     alike,
-    cluster_weights,
     clusters,
     groups_of,
+    mean_weights,
     shares,
     static_groups,
 )  # fmt: skip
@@ -117,9 +117,7 @@ def test_clusters_hold_what_is_near_and_weigh_it():
     assert owner[0] == owner[2] == owner[4]
     assert owner[1] == owner[3]
     assert clusters(x, 5, 7).tolist() == [0, 1, 2, 3, 4]
-    # half of the first itself, and half of the mean of both
-    weights = cluster_weights(torch.tensor([0, 0, 2]), 0.5)
-    torch.testing.assert_close(weights, torch.tensor([0.75, 0.25, 1.0]))
+    assert mean_weights(torch.tensor([0, 0, 2])).tolist() == [0.5, 0.5, 1.0]
 
 
 def test_a_still_video_keeps_fewer_than_its_budget_and_others_all_of_it():

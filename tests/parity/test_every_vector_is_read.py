@@ -41,6 +41,9 @@ UNREAD = {
             ("out/crop_wh", "param/image_w", "param/image_h"), "the layout is that of unpad_mask"
         ),
     },
+    "holitom": dict.fromkeys(
+        ("out/keep_sorted", "out/position_ids_after", "param/text_len"), POSITIONS
+    ),
     "pmod": {
         "out/undecorated_curve_f64": "of shares that do not decay there is none",
         **dict.fromkeys(

@@ -104,7 +104,7 @@ class PruneVid(Compressor):
 
         def merge(row: int, group: parts.Group, few: int) -> tuple[Tensor, Tensor]:
             into = parts.clusters(group.tokens(x[row]), few, NEIGHBOURS)
-            return into, parts.cluster_weights(into, 0.0)
+            return into, parts.mean_weights(into)
 
         share = self.merged if self.adaptive else 1.0
         counts = [parts.shares(own, count, share) for own in groups]

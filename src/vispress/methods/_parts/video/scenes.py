@@ -61,7 +61,7 @@ def scenes_of(labels: Sequence[int]) -> list[Scene]:
     return list(zip(starts, [*starts[1:], len(labels)], strict=True))
 
 
-def saving_scenes(same: Bool[Tensor, "F1 t"]) -> tuple[list[Scene], int]:
+def saving_scenes(same: Bool[Tensor, "F1 t"], longest: int = 1024) -> tuple[list[Scene], int]:
     """Find the runs that save most when places that never change are kept once (HoliTom).
 
     A run of W frames saves W - 1 tokens for each place that is the same all along; dynamic
@@ -69,6 +69,7 @@ def saving_scenes(same: Bool[Tensor, "F1 t"]) -> tuple[list[Scene], int]:
 
     Args:
         same: Whether each place is the same in a frame and the next; on the host.
+        longest: Frames of a run at most.
 
     Returns:
         Runs in order, and how many tokens they save.
@@ -77,7 +78,7 @@ def saving_scenes(same: Bool[Tensor, "F1 t"]) -> tuple[list[Scene], int]:
     best, last = [0] * (count + 1), [1] * (count + 1)
     for end in range(1, count + 1):
         best[end], along = best[end - 1], torch.ones(same.shape[1], dtype=torch.bool)
-        for length in range(2, end + 1):
+        for length in range(2, min(longest, end) + 1):
             along = along & same[end - length]
             places = int(along.sum())
             if not places:
