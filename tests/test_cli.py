@@ -1,5 +1,6 @@
 """The command line: what it prints, and one line and exit code 2 for every expected error."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -33,17 +34,53 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_methods_lists_every_method():
-    output = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": "200"}).output
-    for name in registry.list_methods():
-        assert f" {name} " in output
-    assert "with [CLS]; others" in output
+def run_app(*arguments, columns=80):
+    """What `vispress ARGUMENTS` prints on a terminal of that width."""
+    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def test_methods_of_one_family():
-    result = CliRunner().invoke(cli.app, ["methods", "--model", "qwen2_vl"])
-    assert result.exit_code == 0
-    assert "families: qwen2_vl (no [CLS])" in result.output
+def test_methods_is_a_short_list_for_80_columns():
+    output = run_app("methods")
+    assert [name for name in registry.list_methods() if f"  {name} " not in output] == []
+    assert "…" not in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert len(output.splitlines()) < 3 * len(registry.list_methods())
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "debias", "dycoke"])
+def test_methods_of_a_name_tells_all_about_it(name):
+    output = run_app("methods", name)
+    cls = registry.get_method(name)
+    words = " ".join(output.split())
+    for said in (cls.paper, cls.summary, f'config="{name}"', "keep_ratio = None"):
+        assert said in words
+    assert max(map(len, output.splitlines())) <= 80
+    assert ("video" in words) == (name == "dycoke")
+
+
+def test_methods_of_a_model_say_why_not():
+    family = " ".join(run_app("methods", "--model", "qwen2_vl").split())
+    assert "vtc_cls its encoder has no [CLS] token; scores='column_mean'" in family
+    model = " ".join(run_app("methods", "--model", "reference").split())
+    assert "not on reference" in model
+    assert "dycoke is made for video input, but llava reads no videos." in model
+    assert "fastervlm prunes; keeps" in model  # its encoder has a [CLS] token
+
+
+def test_methods_are_json_for_programs():
+    every = json.loads(run_app("methods", "--json", "--model", "reference-qwen"))
+    assert [one["name"] for one in every] == registry.list_methods()
+    refused = {one["name"]: one["refused"] for one in every}
+    assert refused["divprune"] is None
+    assert "[CLS]" in refused["vscan"]
+    one = json.loads(run_app("methods", "fastv", "--json"))
+    assert {"name": "layer", "default": "None"}.items() <= one["settings"][0].items()
+
+
+def test_the_version_is_told():
+    assert run_app("--version").strip() == f"vispress {version('vispress')}"
 
 
 @pytest.mark.parametrize(
@@ -247,6 +284,8 @@ def test_doctor_looks_at_the_checkpoint_and_at_what_reads_it(monkeypatch, tmp_pa
     # brackets are no markup
     output = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).output
     assert "'vispress[bench]'" in output
+    (told,) = json.loads(CliRunner().invoke(cli.app, ["doctor", "--json"]).output)
+    assert told["status"] == "missing"
 
 
 def test_versions_out_of_range_are_refused(monkeypatch):

@@ -88,7 +88,7 @@ def compress_model(
             f"the model is already compressed by {current}; call remove_compression(model) first, "
             "or update_compression(model, ...) for another budget of the same method"
         )
-    plan, stages = _plan_of(model, adapter, request)
+    plan, stages = plan_of(model, adapter, request)
     refuse_late_parameters(model, plan)
     attachment = Attachment(plan, stages, find_owner(model, adapter.base), request)
     attachment.attach()
@@ -154,7 +154,7 @@ def change_request(model: nn.Module, request: Request) -> None:
     attachment = attachment_of(model)
     attachment.refuse_under_way()
     check_versions()
-    plan, stages = _plan_of(model, find_adapter(model), request)
+    plan, stages = plan_of(model, find_adapter(model), request)
     attachment.update(plan, stages, request)
 
 
@@ -259,7 +259,7 @@ def attachment_of(model: nn.Module) -> Any:
     return base.__dict__[ATTRIBUTE]
 
 
-def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[Any, Any]:
+def plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[Any, Any]:
     """Make the plan of a request on a model, and its stages, or refuse it."""
     from vispress.runtime.hooks.head_shards import find_shards
     from vispress.runtime.kv_cache.cache_layers import Remembering

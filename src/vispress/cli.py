@@ -1,6 +1,8 @@
 """The command line. Commands are thin, and import what they need when they run."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +14,13 @@ from rich.table import Table
 from vispress.analysis.arank import probe
 from vispress.analysis.fit_debias import fit_debias
 from vispress.analysis.show import show
-from vispress.checks import check_choice, check_integer, suggest
+from vispress.checks import check_choice, check_integer
+from vispress.cli_methods import methods
 from vispress.cli_options import (
     Device,
     Force,
     Imports,
+    Json,
     Model,
     check_early,
     prepare,
@@ -25,7 +29,7 @@ from vispress.cli_options import (
 )
 from vispress.cli_search import search
 from vispress.distillation.command import train_compressor
-from vispress.errors import ConfigError, VispressError
+from vispress.errors import VispressError
 from vispress.user_code import import_files
 from vispress.yaml_files import shipped_files
 
@@ -35,17 +39,29 @@ if TYPE_CHECKING:
 PLANS = ", ".join(sorted(shipped_files("bench")))
 
 app = typer.Typer(
-    help="Visual-token compression for multimodal LLMs on Hugging Face transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command(name="fit-debias")(fit_debias)
-app.command(name="train-compressor")(train_compressor)
-app.command()(search)
-app.command()(show)
-app.add_typer(probe, name="probe")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from vispress import __version__
+
+        typer.echo(f"vispress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Tell the version."),
+    ] = False,
+) -> None:
+    """Visual-token compression for multimodal LLMs on Hugging Face transformers."""
 
 
 def main() -> None:
@@ -59,30 +75,11 @@ def main() -> None:
         sys.exit(141)
 
 
-@app.command()
-def methods(
-    model: Annotated[
-        str | None, typer.Option(help="Only methods that work on this model family.")
-    ] = None,
-    imports: Imports = None,
-) -> None:
-    """List the methods, what they read and which model families they work on."""
-    from vispress.doctor import families
-    from vispress.listing import method_table
+def doctor(as_json: Json = False) -> None:
+    """Check versions, devices, models and what is shipped.
 
-    import_files(imports or ())
-    known = families()
-    if model is not None:
-        known = [family for family in known if family.name == model]
-        if not known:
-            names = [family.name for family in families()]
-            raise ConfigError(f"unknown model family {model!r}; {suggest(model, names)}")
-    terminal().print(method_table(known))
-
-
-@app.command()
-def doctor() -> None:
-    """Check versions, device, models and the reference checkpoint; exit code 1 if one fails."""
+    Exit code 1 if something is broken.
+    """
     from vispress.doctor import diagnose
 
     broken = False
@@ -93,18 +90,22 @@ def doctor() -> None:
         quiet()
     except ImportError:
         console.print("transformers is missing", style="red")
+    checks = []
     with console.status("looking"):
         for check in diagnose():
             broken |= check.status == "broken"
+            checks.append(asdict(check))
             table.add_row(
                 check.name, f"[{styles[check.status]}]{check.status}[/]", escape(check.detail)
             )
-    console.print(table)
+    if as_json:
+        typer.echo(json.dumps(checks, indent=2))
+    else:
+        console.print(table)
     if broken:
         raise typer.Exit(1)
 
 
-@app.command()
 def bench(
     plan: Annotated[str, typer.Argument(help=f"A YAML file, or one of {PLANS}.")] = "smoke",
     out: Annotated[Path, typer.Option(help="Results folder; a stopped run goes on.")] = Path(
@@ -118,7 +119,10 @@ def bench(
     imports: Imports = None,
     force: Force = False,
 ) -> None:
-    """Measure accuracy, kept tokens, prefill time and cache size of methods at keep ratios."""
+    """Measure accuracy, tokens, time and cache of methods.
+
+    A plan names tasks, methods and keep ratios; its results are a folder that `report` reads.
+    """
     from vispress.bench.plan.files import plan_path
 
     plan_path(plan)
@@ -164,13 +168,12 @@ def _summary(out: Path, console: Console) -> None:
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True)
 
 
-@app.command()
 def join(
     results: Annotated[list[Path], typer.Argument(help="Two or more folders of vispress bench.")],
     out: Annotated[Path, typer.Option(help="A folder for the joined results.")],
     force: Force = False,
 ) -> None:
-    """Put runs of the same questions in one folder, to report on all their methods together."""
+    """Join runs of the same questions in one folder."""
     from vispress.bench.results.merge_runs import merge_runs
 
     prepare()
@@ -180,7 +183,6 @@ def join(
     _summary(out, console)
 
 
-@app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of vispress bench.")] = Path("results"),
     out: Annotated[
@@ -193,7 +195,10 @@ def report(
     device: Device = "cpu",
     imports: Imports = None,
 ) -> None:
-    """Make one HTML page of results: frontiers, tests, costs, kept tokens, failures."""
+    """Make one HTML page of a results folder.
+
+    Frontiers, tests, costs, kept tokens, failures.
+    """
     prepare()
     import_files(imports or ())
     from vispress.bench.page.render import write_page
@@ -205,18 +210,20 @@ def report(
     console.print(f"written: {page}", soft_wrap=True)
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where results and picture go.")] = Path("demo"),
     model: Model = None,
     device: Device = "cpu",
 ) -> None:
-    """Run a small benchmark of the reference model and draw kept tokens; takes some minutes."""
+    """Run a small benchmark and draw kept tokens.
+
+    On the reference model; takes some minutes.
+    """
     check_early(model=model)
     prepare()
     from vispress.analysis.show import draw
     from vispress.bench.plan.plan import load_plan
-    from vispress.listing import make_all
+    from vispress.method_options import make_all
 
     # a demo of another commit is moved aside, not refused
     _bench(load_plan("demo", model=model), out, device, force=True)
@@ -225,7 +232,6 @@ def demo(
     draw("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
 
 
-@app.command(name="train-reference")
 def train_reference(
     out: Annotated[Path, typer.Option(help="A stopped run goes on from here.")] = Path("reference"),
     architecture: Annotated[str, typer.Option(help="'llava' or 'qwen2_5_vl'.")] = "llava",
@@ -267,6 +273,14 @@ def train_reference(
         table.add_row(task, f"{100 * score:.1f}")
     terminal().print(table)
 
+
+_COMMANDS = (
+    methods, show, bench, report, join, search, train_compressor, fit_debias, demo, doctor,
+    train_reference,
+)  # fmt: skip
+for _command in _COMMANDS:
+    app.command(name=_command.__name__.replace("_", "-"))(_command)
+app.add_typer(probe, name="probe")
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,14 @@
 """What the commands share: common options, the console, and checks before anything runs."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from vispress.bench.model.names import check_model_name
 from vispress.budget import check_ratio
@@ -15,12 +17,15 @@ from vispress.extras import BENCH, check_packages
 from vispress.registry import ENTRY_POINT_GROUP, check_known
 from vispress.yaml_files import shipped_files
 
+T = TypeVar("T")
+
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
 Imports = Annotated[
     list[Path] | None,
-    typer.Option("--import", help="A Python file that registers methods or tasks; repeat."),
+    typer.Option("--import", metavar="FILE", help="Python that registers methods; repeat."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -47,6 +52,19 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts a batch.")]
 Precision = Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")]
 
 
+def tracked(items: Iterable[T], total: int, what: str, console: Console) -> Iterator[T]:
+    """Pass items on, with a bar and the time that remains on a terminal.
+
+    Args:
+        items: Any.
+        total: How many, at most.
+        what: What is done with them.
+        console: Where the bar is drawn.
+    """
+    hidden = not console.is_terminal
+    yield from track(items, what, total, console=console, transient=True, disable=hidden)
+
+
 def check_file(out: Path) -> None:
     """Refuse, ahead of all work, a file that could not be written behind it.
 
@@ -59,9 +77,11 @@ def check_file(out: Path) -> None:
 
 
 def terminal() -> Console:
-    """Wide enough for tables where the output is no terminal."""
+    """Wide enough for tables where the output is no terminal, unless `COLUMNS` says how wide."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(140, console.width))
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=max(140, console.width))
 
 
 def check_early(

@@ -65,7 +65,10 @@ def search(
     seed: Annotated[int, typer.Option(help="Of questions and trials.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Search how many tokens each layer needs; writes schedule.yaml for compress_model."""
+    """Search how many tokens each layer needs.
+
+    Writes schedule.yaml, which `compress_model(config=...)` takes.
+    """
     from vispress.bench.model.names import REFERENCES
 
     unit, share = _budget(strategy, keep_ratio, flops)
@@ -75,7 +78,7 @@ def search(
     prepare()
     from vispress.bench.search.greedy import SearchRequest
     from vispress.bench.search.objective import Calibration
-    from vispress.listing import parse_options
+    from vispress.method_options import parse_options
 
     values = parse_options(option or [])
     calibration = Calibration(

@@ -18,6 +18,7 @@ from vispress.cli_options import (
     check_file,
     prepare,
     terminal,
+    tracked,
 )
 from vispress.errors import ConfigError
 
@@ -66,8 +67,8 @@ def arank(
     drawn, asked = draw_prompts(data, question or [], samples, seed, loaded), count()
     prompts = (prompt for prompt, _ in zip(drawn, asked, strict=False))  # how many, is told below
     console = terminal()
-    with console.status("ranking attention maps"):
-        ranks = mean_ranks(loaded, prompts).tolist()
+    seen = tracked(prompts, samples, "ranking attention maps", console)
+    ranks = mean_ranks(loaded, seen).tolist()
     layers = choose_layers(ranks, share=share, threshold=threshold)
     table = Table("layer", "rank", "MoD")
     for layer, rank in enumerate(ranks):

@@ -31,11 +31,14 @@ def show(
     device: Device = "cpu",
     imports: Imports = None,
 ) -> None:
-    """Draw which tokens methods keep of a picture, with the model's answers."""
+    """Draw which tokens methods keep of a picture.
+
+    The model's answers stand beside them.
+    """
     check_source(image, question)
     check_early(methods=() if imports else method, model=model, keep_ratio=keep_ratio)
     import_files(imports or ())
-    from vispress.listing import make_all, parse_options
+    from vispress.method_options import make_all, parse_options
 
     given = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
     values = {k: v for k, v in given.items() if v is not None} | parse_options(option or [])
@@ -61,11 +64,13 @@ def draw(
     from vispress.bench.model.loaded_model import load_named_model
 
     prompt = open_prompt(image, question)
-    loaded = load_named_model(model, device)
     console = terminal()
+    with console.status("loading the model"):
+        loaded = load_named_model(model, device)
     if words := unknown_words(loaded, prompt):
         console.print(f"the model does not know: {', '.join(words)}", style="yellow")
-    views = inspect(loaded, prompt, chosen, None)
+    with console.status("asking the model"):
+        views = inspect(loaded, prompt, chosen, None)
     asked = prompt.text.removeprefix("<image>").removesuffix(":").strip()
     table = Table("method", "answer", "kept at the end", "mean over layers", title=asked)
     for view in views:

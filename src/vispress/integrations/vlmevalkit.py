@@ -29,7 +29,7 @@ from vispress.bench.tasks.task import MARK, Prompt
 from vispress.checks import suggest
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError, VispressError
 from vispress.integrations.options import Compression, Tally, read_compression, watch
-from vispress.listing import parse_options
+from vispress.method_options import parse_options
 
 _OURS: Final = ("--model", "--config")
 """Options of `run.py` that the launcher sets, or that would leave out the registered model."""

@@ -14,7 +14,7 @@ import torch
 
 from vispress.adapters.base import find_adapter, list_families
 from vispress.bench.model.loaded_model import LoadedModel, to_device
-from vispress.bench.model.names import HUB_ID, check_model_name
+from vispress.bench.model.names import HUB_ID, REFERENCES, check_model_name
 from vispress.bench.tasks.task import MARK, Prompt
 from vispress.errors import CheckpointError, UnsupportedModelError
 from vispress.model_folders import (
@@ -25,6 +25,7 @@ from vispress.model_folders import (
     read_settings,
     skeleton,
 )
+from vispress.reference.folders import shipped_folder
 
 _ANSWER: Final = "\u241eanswer\u241e"  # stands for the model's answer when a template is rendered
 _FILES: Final = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
@@ -190,8 +191,30 @@ def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
         ) from error
 
 
-def _check_architecture(folder: Path, name: str) -> None:
-    """Refuse a model that no adapter knows, from its configuration alone."""
+def open_skeleton(name: str) -> Any:
+    """Build a model without weights (on the meta device), from its configuration alone.
+
+    Args:
+        name: As `load_named_model` takes it.
+
+    Raises:
+        CheckpointError: It cannot be reached, or its configuration is missing or damaged.
+        ConfigError: Nothing has that name.
+        UnsupportedModelError: No adapter knows the architecture.
+    """
+    check_model_name(name)
+    if name in REFERENCES:
+        return _check_architecture(shipped_folder(name), name)
+    folder = Path(name)
+    if not folder.is_dir():
+        hub_id = HUB_ID.fullmatch(name)
+        assert hub_id is not None
+        folder = _fetch(hub_id[1], hub_id[2], ("config.json",))
+    return _check_architecture(folder, name)
+
+
+def _check_architecture(folder: Path, name: str) -> Any:
+    """Refuse a model that no adapter knows, from its configuration alone; else its skeleton."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -207,6 +230,7 @@ def _check_architecture(folder: Path, name: str) -> None:
             f"text model ({error}); supported families: {families}"
         ) from error
     find_adapter(bare)
+    return bare
 
 
 def _read_model(

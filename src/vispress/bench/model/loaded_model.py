@@ -132,11 +132,10 @@ def load_named_model(
         ConfigError: The folder or the device does not exist.
         UnsupportedModelError: No adapter knows the checkpoint's architecture.
     """
-    from vispress.reference.folders import SHIPPED, SHIPPED_CLIPS, SHIPPED_QWEN
+    from vispress.reference.folders import shipped_folder
     from vispress.reference.model.checkpoint import read
 
-    shipped = dict(zip(REFERENCES, (SHIPPED, SHIPPED_QWEN, SHIPPED_CLIPS), strict=True))
-    folder = shipped.get(name, Path(name))
+    folder = shipped_folder(name) if name in REFERENCES else Path(name)
     if name not in REFERENCES and not _is_reference(folder):
         from vispress.bench.model.checkpoints import load_checkpoint
 
