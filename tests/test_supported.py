@@ -1,9 +1,9 @@
 """Which methods a model takes: as `compress_model` does, and why not."""
 
 import pytest
-from tests.laws.table import FAMILIES, model_of
 
 import vispress
+from tests.laws.table import FAMILIES, model_of
 from vispress import compress_model, list_methods, remove_compression, unsupported_methods
 from vispress.errors import ConfigError, VispressError
 from vispress.method_options import make_budgeted
