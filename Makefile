@@ -10,10 +10,10 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml references/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "torch>=2.11"
-	$(INSTALL) -e ".[bench,triton,dev]"
+	$(INSTALL) -e ".[bench,triton,dev]" -e ./references
 	touch $@
 
 demo: install  ## compress the shipped reference model: a table, a plot, a picture

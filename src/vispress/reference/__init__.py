@@ -11,8 +11,8 @@ Packages, each of which knows only those below it:
 * `world`: drawn scenes and clips, and questions about them
 * `folders`: where what is shipped lies
 
-The shipped checkpoints and compressors lie beside these. `vispress.reference.processor` is the
-public path of `model.processor`.
+The demo's checkpoint and compressor lie beside these, the others in `vispress-references`.
+`vispress.reference.processor` is the public path of `model.processor`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,8 @@ def load(
         Qwen model has its pictures between two marks.
 
     Raises:
-        CheckpointError: A file of the checkpoint is missing or damaged.
+        CheckpointError: A file of the checkpoint is missing or damaged, or it is in the
+            distribution `vispress-references`, which is not installed.
         ConfigError: `architecture` is unknown, or has no model that was trained on videos; or
             pillow is missing, which its processor needs.
     """
@@ -59,14 +60,14 @@ def load(
     import torch
 
     from vispress.checks import check_choice
-    from vispress.reference.folders import SHIPPED_BY_NAME, SHIPPED_CLIPS
+    from vispress.reference.folders import SHIPPED_BY_NAME, SHIPPED_CLIPS, installed
 
     check_choice("architecture", architecture, SHIPPED_BY_NAME)
     if clips:
         check_choice("architecture with clips=True", architecture, ("qwen2_5_vl",))
     from vispress.reference.model.checkpoint import read
 
-    folder = SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture]
+    folder = installed(SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture])
     return read(folder, dtype=dtype or torch.float32)
 
 
@@ -83,13 +84,14 @@ def compressor(*, architecture: str = "llava") -> "Path":
         A folder as `save_compression` writes it.
 
     Raises:
+        CheckpointError: It is in the distribution `vispress-references`, which is not installed.
         ConfigError: `architecture` is unknown.
     """
     from vispress.checks import check_choice
-    from vispress.reference.folders import COMPRESSORS
+    from vispress.reference.folders import COMPRESSORS, installed
 
     check_choice("architecture", architecture, COMPRESSORS)
-    return COMPRESSORS[architecture]
+    return installed(COMPRESSORS[architecture])
 
 
 def heldout(
