@@ -61,6 +61,12 @@ UNREAD = {
             "the training branch, which mixes up its rows, is not offered",
         ),
     },
+    "prunevid": {
+        "out/topk_desc_by_group": ANOTHER_ORDER,
+        "out/keep_sorted": POSITIONS,
+        "out/position_ids_after": POSITIONS,
+        "out/kv_layer0_positions": "layers in front of the stage keep their cache here",
+    },
     "sparsevlm": {
         "out/position_ids_after": POSITIONS,
         "out/tokens_out": POSITIONS,

@@ -23,8 +23,8 @@ from vispress.methods._parts.video.scenes import (
     saving_scenes,
     scenes_of,
 )
-from vispress.methods.base import descending, top_per_segment, upcast
-from vispress.types import TokenPlan, VisualTokens
+from vispress.methods.base import descending
+from vispress.types import TokenPlan
 
 FEW = 14
 """Groups of so many tokens are not merged, unless a budget asks for it."""
@@ -121,26 +121,6 @@ def static_groups(
     ]
     static = (torch.stack(same) > threshold).cpu()
     return [groups_of(row, own, x.device) for row, own in zip(cuts, static, strict=True)]
-
-
-def most_attended(
-    tokens: VisualTokens, video: Frames, groups: Sequence[Sequence[Group]], num_keep: int
-) -> TokenPlan:
-    """Keep of each group in proportion what any head and word attends to most.
-
-    Newlines stay; the earlier tokens do where there is no word. Waits once for the device.
-    """
-    assert tokens.query_attention is not None
-    attention = upcast(tokens.query_attention).flatten(1, 2)
-    if not attention.shape[1]:
-        attention = attention.new_zeros(tokens.batch, 1, tokens.num_visual)
-    number = torch.full((tokens.batch, tokens.num_original), -1, device=tokens.index.device)
-    for b, own in enumerate(groups):
-        for i, group in enumerate(own):
-            number[b, video.places[group.frame : group.frame + group.length, group.places]] = i
-    return TokenPlan(
-        keep=top_per_segment(attention.amax(dim=1), number.gather(1, tokens.index).cpu(), num_keep)
-    )
 
 
 def shares(groups: Sequence[Group], num_keep: int, merged: float = 1.0) -> tuple[int, ...]:

@@ -36,8 +36,9 @@ def dynamic_scenes(cosine: Sequence[float], least: int, threshold: float) -> lis
 def refined(labels: Sequence[int]) -> list[int]:
     """Turn clusters of frames into runs (PruneVid).
 
-    Of each label the longest runs stay, of two frames at least; frames between them join the
-    longer of the runs beside them, of equals the left one. Where no run stays all is one.
+    Of each label the longest runs stay, of two frames at least. From left to right, frames between
+    them join the longer of the runs beside them, of equals the left one; it is longer by them for
+    those that follow. Where no run stays all is one.
     """
     runs = scenes_of(labels)
     longest = dict.fromkeys(labels, 2)
@@ -46,12 +47,15 @@ def refined(labels: Sequence[int]) -> list[int]:
     stays = [run for run in runs if run[1] - run[0] == longest[labels[run[0]]]]
     if not stays:
         return [labels[0]] * len(labels)
-    out = list(labels)
+    out, length = list(labels), [end - start for start, end in stays]
     for frame in range(len(labels)):
-        left = max((run for run in stays if run[0] <= frame), default=stays[0])
-        right = min((run for run in stays if run[1] > frame), default=stays[-1])
-        nearer = right if right[1] - right[0] > left[1] - left[0] else left
-        out[frame] = labels[nearer[0]]
+        left = sum(start <= frame for start, _ in stays) - 1
+        if left >= 0 and frame < stays[left][1]:
+            continue
+        beside = [number for number in (left, left + 1) if 0 <= number < len(stays)]
+        joined = max(beside, key=lambda number: length[number])  # of equals the first
+        out[frame] = labels[stays[joined][0]]
+        length[joined] += 1
     return out
 
 
