@@ -2,24 +2,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 INTEGRATIONS ?= .venv-integrations
-SERVING ?= .venv-serving
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test quick full check style integrations serving
+.PHONY: install demo test quick full check style integrations
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml references/pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "torch>=2.11"
-	$(INSTALL) -e ".[bench,triton,dev]" -e ./references
+	$(INSTALL) -e ".[bench,triton,dev]"
 	touch $@
 
 demo: install  ## compress the shipped reference model: a table, a plot, a picture
 	$(BIN)/vispress demo --out demo
 
-test: install  ## all tests; laws on every method and every way through the runtime
+test: install  ## all tests; law 1 on every method, further ones on every way through the runtime
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 quick: install  ## one case of each test, without the slow ones
@@ -40,20 +39,6 @@ $(INTEGRATIONS)/.installed: $(VENV)/.installed tests/integrations/requirements.t
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-r tests/integrations/requirements.txt
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --no-deps "lmms-eval==0.7.3"
-	touch $@
-
-serving: $(SERVING)/.installed  ## tests of the vLLM plug-in, on CPUs; installing takes 3.5 GB
-	HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest tests/serving \
-		-o addopts="-q -p no:logging --strict-markers --strict-config"
-
-# on its own: vLLM pins what the other environments leave open. Its wheels of torchaudio and
-# torchcodec are built for CUDA, and their import fails beside a torch without
-$(SERVING)/.installed: constraints.txt pyproject.toml tests/serving/requirements.txt
-	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-r tests/serving/requirements.txt -e .
-	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
 style: install  ## format in place

@@ -1,7 +1,10 @@
 """Shared settings of all tests, and which of them run: default, `-m full`, `--quick`."""
 
+import gc
 import os
 import re
+from collections.abc import Iterable
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -26,19 +29,59 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def asks_for_all(config: pytest.Config) -> bool:
+    """Whether `-m full` asks for everything."""
+    return bool(re.search(r"\bfull\b", config.option.markexpr))
+
+
+def named_cases(config: pytest.Config) -> set[str]:
+    """Node ids of single cases that are asked for, without their folders."""
+    if config.option.by_default:
+        return set()
+    return {arg.rpartition("/")[2] for arg in config.args if "[" in arg}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make no items of parameters marked `full` that would be left out: there are 25,000."""
+    if asks_for_all(metafunc.config) or named_cases(metafunc.config):
+        return
+    parametrize = metafunc.parametrize
+
+    def without_full(names: Any, values: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        values = list(values)
+        stay = [one for one in values if not is_full(one)]
+        if stay and (callable(kwargs.get("ids")) or all(map(names_itself, stay))):
+            values = stay
+        parametrize(names, values, *args, **kwargs)
+
+    metafunc.parametrize = without_full  # type: ignore[method-assign]
+
+
+def names_itself(parameters: Any) -> bool:
+    """Whether a case's id is made of its values, not of its place among all."""
+    found = getattr(parameters, "values", parameters)
+    values = found if isinstance(found, tuple) else (found,)
+    plain = all(isinstance(one, str | int | float | None) for one in values)
+    return plain or getattr(parameters, "id", None) is not None
+
+
+def is_full(parameters: Any) -> bool:
+    """Whether a value of `parametrize` is marked `full`."""
+    return any(mark.name == "full" for mark in getattr(parameters, "marks", ()))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked `full`, and most cases of slow tests, unless they are asked for.
 
     `-m full` asks for everything, a node id for its case.
     """
-    if re.search(r"\bfull\b", config.option.markexpr):
+    if asks_for_all(config):
         for item in items:  # everything, not only what is left out by default
             item.add_marker(pytest.mark.full)
         return
-    named = {arg.rpartition("/")[2] for arg in config.args if "[" in arg}
-    if config.option.by_default:
-        named = set()
+    named = named_cases(config)
     asked = [item for item in items if item.nodeid.rpartition("/")[2] in named]
     stay = [item for item in items if not item.get_closest_marker("full")]
     if config.option.quick:
@@ -50,6 +93,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {*stay, *asked}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over modules and collected tests, which stay to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let it take them again: libraries count what is left at the end."""
+    gc.unfreeze()
 
 
 def thins(item: pytest.Item) -> pytest.Mark | None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import pytest_collection_modifyitems as choose
+from tests.conftest import pytest_generate_tests as generate
 
 
 class Item:
@@ -79,3 +80,36 @@ def test_what_is_named_runs_whatever_it_is() -> None:
     assert counts(found) == (3, 2, 4, 3, 3)
     assert counts(run("tests/some/test_some.py")) == (3, 1, 1, 3, 3)
     assert counts(run(f"{name}thinned[1]", by_default=True)) == (3, 1, 1, 3, 3)
+
+
+def generated(values: list[Any], *args: str, marks: str = "", **kwargs: Any) -> list[Any]:
+    """Parameters of which pytest makes items."""
+    option, found = SimpleNamespace(markexpr=marks, by_default=False), list[Any]()
+    metafunc = SimpleNamespace(
+        config=SimpleNamespace(option=option, args=args),
+        parametrize=lambda names, values, **kwargs: found.extend(values),
+    )
+    generate(metafunc)  # type: ignore[arg-type]
+    metafunc.parametrize("value", values, **kwargs)
+    return found
+
+
+def test_no_items_are_made_of_parameters_that_nobody_asks_for() -> None:
+    full = pytest.param("c", marks=pytest.mark.full)
+    values = ["a", pytest.param("b", marks=pytest.mark.some(cases=1)), full]
+    assert generated(values) == values[:2]
+    assert generated(values, marks="not slow") == values[:2]
+    assert generated(values, marks="full and not slow") == values
+    assert generated(values, "tests/some/test_some.py::test[c]") == values
+    assert generated([full]) == [full]  # left out as an item: a test of no cases would be skipped
+
+
+def test_an_id_that_tells_a_place_stays_what_it_is() -> None:
+    class Made:
+        """What pytest names by its place among all."""
+
+    values = [pytest.param(Made(), marks=pytest.mark.full), Made()]
+    assert generated(values) == values
+    assert generated(values, ids=["one", "two"]) == values
+    assert generated(values, ids=lambda made: "made") == values[1:]
+    assert generated([values[0], pytest.param(values[1], id="named")])[0].id == "named"

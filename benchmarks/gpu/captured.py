@@ -72,7 +72,8 @@ def row(
 
 def times(model: Any, inputs: Mapping[str, Any], device: torch.device) -> Row:
     """Milliseconds of a prefill and of a step, and peak bytes beyond what was there."""
-    found = in_turns({"ttft": lambda: prefill(model, inputs)}, device, repeats=20)
+    repeats = 20 if device.type == "cuda" else 2
+    found = in_turns({"ttft": lambda: prefill(model, inputs)}, device, repeats=repeats)
     peak = None
     if device.type == "cuda":
         peak = peak_bytes(device, lambda: prefill(model, inputs))

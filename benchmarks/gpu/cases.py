@@ -49,7 +49,7 @@ SIZES = {
     "qwen_16384": Size("qwen_16384", 16384, 3584, (128, 128), heads=28, kv_heads=4),
     "video": Size("video", 131072, 3584, (64, 64), images=32, heads=28, kv_heads=4),
 }
-TINY = {"tiny": Size("tiny", 48, 64, (4, 6), images=2, heads=4, kv_heads=2, head=16)}
+TINY = {"tiny": Size("tiny", 24, 32, (3, 4), images=2, heads=2, kv_heads=1, head=16)}
 LARGE = ("qwen_16384", "video")
 
 

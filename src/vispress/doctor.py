@@ -1,17 +1,15 @@
 """What works here: versions, device, attention, model families, the reference checkpoint."""
 
 import inspect
-import math
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from vispress import versions
-from vispress.errors import CheckpointError, ConfigError, UnsupportedVersionError, VispressError
-from vispress.extras import PICTURES, check_packages
+from vispress.errors import UnsupportedVersionError, VispressError
 from vispress.types import Need
 
 OPTIONAL = {
@@ -88,7 +86,7 @@ def diagnose() -> Iterator[Check]:
     yield _try("methods", _methods)
     for family in families_or_none():
         yield _try(f"model family {family.name}", partial(_family, family))
-    yield _reference_check()
+    yield _try("reference checkpoint", _reference)
 
 
 def families_or_none() -> list[Family]:
@@ -144,16 +142,10 @@ def _methods() -> str:
     return f"{len(list_methods())} registered"
 
 
-@cache
-def _names() -> frozenset[str]:
-    """What transformers has; to ask for each would import its code: seconds, for all of them."""
+def _family(family: Family) -> str:
     import transformers
 
-    return frozenset(dir(transformers))
-
-
-def _family(family: Family) -> str:
-    missing = [name for name in family.models if name not in _names()]
+    missing = [name for name in family.models if not hasattr(transformers, name)]
     if missing:
         raise UnsupportedVersionError(
             f"this transformers has no {', '.join(missing)}; vispress needs "
@@ -162,26 +154,9 @@ def _family(family: Family) -> str:
     return ", ".join(family.models)
 
 
-def _reference_check() -> Check:
-    name = "reference checkpoint"
-    try:
-        check_packages(PICTURES, "its processor")
-    except ConfigError as error:
-        return Check(name, "missing", str(error))
-    return _try(name, _reference)
-
-
 def _reference() -> str:
-    """Read the file's header, not the model: that takes seconds."""
-    from safetensors import SafetensorError, safe_open
+    from vispress.bench.model.loaded_model import load_named_model
 
-    from vispress.reference.folders import SHIPPED
-
-    path = SHIPPED / "model.safetensors"
-    try:
-        with safe_open(path, "numpy") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    size = sum(math.prod(shape) for shape in shapes)
-    return f"readable, {size / 1e6:.1f} M parameters"
+    loaded = load_named_model("reference")
+    size = sum(p.numel() for p in loaded.model.parameters())
+    return f"loads, {size / 1e6:.1f} M parameters, weights {loaded.weights}"

@@ -1,22 +1,25 @@
-"""Which cases a law runs over by default: worked out of compressors and adapters, none typed.
+"""Cases that a law runs over by default: worked out of compressors and adapters, none typed.
 
 A *way* is what distinguishes a compressor's path through the runtime. A family *stands for a
 layout* when its adapter has a feature that no family chosen before it has; the others are its
-*kin*. By default a numbered law meets
+*kin*. By default
 
-* every method, on a family that changes from law to law,
-* every way on every layout and on one of the kin, and every method on kin whose adapter computes
-  its signals with code of its own: each pair in one law of six in a row, and law 1, which the
-  others stand on, meets them all.
+* law 1, which the others stand on, meets every method, every way on every layout and on one of the
+  kin, and every method on kin whose adapter computes its signals with code of its own;
+* any other numbered law meets every way once, on a family and by a method that change from law to
+  law: as many laws in a row as a way has places (one a layout, one for the kin) meet them all, and
+  so do they what kin compute with code of their own. The laws together meet every method several
+  times;
+* a test beside a law's first one has a name instead of a number, and meets every fourth way once,
+  by a method and on a family that change from name to name.
 
-A test beside a law's first one has a name instead of a number, and meets every second way once, by
-a method and on a family that change from name to name.
-
-`-m "not layouts"` leaves no more than that of numbered laws, for another version of transformers.
+So a law costs more with a new way and no more with another method of a known one, or with another
+family. `-m "not layouts"` leaves every method once of law 1, for another version of transformers.
 `pytest -m full` (`make full`) runs the whole product; a case that is asked for by its node id runs
 in any case.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import cache
@@ -47,8 +50,10 @@ from vispress.methods.base import Compressor
 from vispress.types import Placement, TokenPlan
 
 Case = tuple[str, str]
-SPREAD = 6
-"""Laws in a row among which ways on layouts are dealt out."""
+LAST = 18
+"""The last law's number."""
+BESIDE = 4
+"""Among how many names in turn ways are dealt out."""
 
 _BY_ADAPTER: dict[Signal, tuple[str, ...]] = {
     **dict.fromkeys(ATTENTION_SIGNALS | {Signal.VISION_KEYS}, ("pack", "encoder_attentions")),
@@ -197,38 +202,82 @@ def number(law: int | str) -> int:
 def chosen(law: int | str, among: Sequence[Case] = CASES, *, once: bool = False) -> set[Case]:
     """The cases that a law runs over by default (see the module), or every method once."""
     turn = number(law)
+    if once:
+        return _every_method(among, turn)
+    of_ways = [tuple(case for case in among if case[1] in own) for own in _ways_of(among)]
+    if isinstance(law, str):
+        first = (turn >> 16) % BESIDE
+        of_ways = of_ways[first::BESIDE] or of_ways
+        return {
+            _schedule(tuple(own), place)[turn % (LAST - 1)] for place, own in enumerate(of_ways)
+        }
+    if law != 1:
+        found = {_schedule(own, place)[law - 2] for place, own in enumerate(of_ways)}
+        own_code = _own_code(among)
+        dealt = own_code[turn % laws_in_a_row() :: laws_in_a_row()]
+        return found | {methods[turn % len(methods)] for methods in dealt}
+    found = _every_method(among, turn)
+    for place, own in enumerate(of_ways):
+        for group in _places(own):
+            _add_one(found, group, turn + place)
+    return found | {case for methods in _own_code(among) for case in methods}
+
+
+def laws_in_a_row() -> int:
+    """How many numbered laws, one behind the other, meet every way on every layout."""
+    return len(layouts()) + 1
+
+
+def _every_method(among: Sequence[Case], turn: int) -> set[Case]:
+    """Every method once."""
     by_method: dict[str, list[str]] = {}
     for family, method in among:
         by_method.setdefault(method, []).append(family)
-    found = {
+    return {
         (families[(METHODS.index(method) + turn) % len(families)], method)
         for method, families in by_method.items()
     }
-    if once:
-        return found
-    if isinstance(law, str):
-        of_ways = list(ways(by_method).values())
-        of_ways = of_ways[(turn >> 16) % 2 :: 2] or of_ways
-        methods = {methods[turn % len(methods)] for methods in of_ways}
-        return {case for case in found if case[1] in methods}
-    whole = law == 1
-    for place, methods in enumerate(ways(by_method).values()):
-        of_way = [case for case in among if case[1] in methods]
-        groups = [[case for case in of_way if case[0] == family] for family in layouts()]
-        groups.append([case for case in of_way if case[0] in kin()])
-        for seat, group in enumerate(groups):
-            if whole or _dealt(place + seat, turn):
-                _add_one(found, group, turn + place)
+
+
+def _ways_of(among: Sequence[Case]) -> list[list[str]]:
+    """Methods of each way that is among the cases."""
+    there = {method for _, method in among}
+    found = ([method for method in methods if method in there] for methods in ways().values())
+    return [methods for methods in found if methods]
+
+
+def _places(of_way: Sequence[Case]) -> list[list[Case]]:
+    """Cases of a way by layout, those on kin behind; none is empty."""
+    groups = [[case for case in of_way if case[0] == family] for family in layouts()]
+    groups.append([case for case in of_way if case[0] in kin()])
+    return [group for group in groups if group]
+
+
+@cache
+def _schedule(of_way: tuple[Case, ...], first: int) -> tuple[Case, ...]:
+    """Cases of a way by law from 2 on: place after place, and there whom earlier laws met least."""
+    groups, met, found = _places(of_way), Counter[object](), list[Case]()
+    fits = Counter(method for _, method in of_way)
+    for law in range(2, LAST + 1):
+        group = groups[(first + law) % len(groups)]
+        found.append(min(group, key=lambda case: (met[case[1]], fits[case[1]], met[case])))
+        met.update([found[-1], found[-1][1]])
+    return tuple(found)
+
+
+def _own_code(among: Sequence[Case]) -> list[list[Case]]:
+    """Cases on kin whose adapter computes what they read by code of its own, by what that is."""
+    found: dict[tuple[str, frozenset[Signal]], list[Case]] = {}
     for family, method in among:
-        own = computes(family) & frozenset(make(family, method).signals())
-        if family in kin() and own and (whole or _dealt(METHODS.index(method), turn)):
-            found.add((family, method))
-    return found
+        if family in kin() and (own := computes(family) & signals(family, method)):
+            found.setdefault((family, own), []).append((family, method))
+    return list(found.values())
 
 
-def _dealt(seat: int, turn: int) -> bool:
-    """Whether what sits there is met in this law of a row."""
-    return (seat + turn) % SPREAD == 0
+@cache
+def signals(family: str, method: str) -> frozenset[Signal]:
+    """What a method reads on a family."""
+    return frozenset(make(family, method).signals())
 
 
 def _add_one(found: set[Case], candidates: Sequence[Case], turn: int) -> None:
@@ -246,7 +295,7 @@ def cases(
 ) -> list[Any]:
     """Parameters `(family, method)` of a law's test; those left out by default are marked `full`.
 
-    Those of a numbered law that go beyond every method once are marked `layouts`.
+    Those of law 1 that go beyond every method once are marked `layouts`.
 
     Args:
         law: Its number, or a name for a test beside a law's first one; both turn the rotation.
@@ -255,7 +304,7 @@ def cases(
         every_method: Whether every method is met once and that is all.
     """
     default, turn = chosen(law, among, once=every_method), number(law)
-    once = chosen(law, among, once=True) if isinstance(law, int) else default
+    once = chosen(law, among, once=True) if law == 1 else default
     found = []
     for place, case in enumerate(among):
         for other, value in enumerate(turning or [None]):

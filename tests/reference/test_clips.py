@@ -10,7 +10,10 @@ from vispress.reference.world.clips import CLIP_CHANCE, FRAMES, STEPS, show_clip
 from vispress.reference.world.scenes import NUM_PATCHES
 from vispress.reference.world.words import CLIP_KINDS, COLORS, SHAPES, WORD_ID
 
-CLIPS = [show_clip(0, "test", index) for index in range(40)]
+
+@pytest.fixture(scope="module")
+def clips():
+    return [show_clip(0, "test", index) for index in range(40)]
 
 
 def patch(frames, cell):
@@ -36,8 +39,8 @@ def test_a_clip_is_a_function_of_seed_split_and_index():
     assert one.frames.dtype == np.uint8
 
 
-def test_frames_of_a_step_and_most_of_a_clip_stay_as_they_are():
-    for clip in CLIPS:
+def test_frames_of_a_step_and_most_of_a_clip_stay_as_they_are(clips):
+    for clip in clips:
         frames = clip.frames.astype(int)
         assert np.abs(frames[::2] - frames[1::2]).max() <= 6
         assert (frames[::2] != frames[1::2]).any()
@@ -47,8 +50,8 @@ def test_frames_of_a_step_and_most_of_a_clip_stay_as_they_are():
         assert moved.any((1, 2)).sum() >= 2
 
 
-def test_evidence_of_an_order_is_where_both_appear():
-    for clip in CLIPS:
+def test_evidence_of_an_order_is_where_both_appear(clips):
+    for clip in clips:
         orders = [q for q in clip.asked if q.form == "order"]
         assert orders
         for q in orders:
@@ -64,8 +67,8 @@ def test_evidence_of_an_order_is_where_both_appear():
                     assert sum(not still(clip.frames, c, 2 * step - 2) for c in shown) > 0
 
 
-def test_pairs_are_asked_both_ways_with_one_answer():
-    for clip in CLIPS[:10]:
+def test_pairs_are_asked_both_ways_with_one_answer(clips):
+    for clip in clips[:10]:
         answers = {}
         for q in clip.asked:
             if q.form in ("order", "late"):
@@ -79,8 +82,8 @@ def test_pairs_are_asked_both_ways_with_one_answer():
             assert pair == {given[0], other[0]}
 
 
-def test_evidence_of_a_change_is_before_and_after_it():
-    for clip in CLIPS:
+def test_evidence_of_a_change_is_before_and_after_it(clips):
+    for clip in clips:
         (changed,) = [q for q in clip.asked if q.form == "changed"]
         (before,) = [q for q in clip.asked if q.form == "first"]
         (after,) = [q for q in clip.asked if q.form == "last"]
@@ -96,8 +99,8 @@ def test_evidence_of_a_change_is_before_and_after_it():
         assert {c // NUM_PATCHES for c in after.evidence[0]} == {late}
 
 
-def test_every_word_is_known():
-    for clip in CLIPS:
+def test_every_word_is_known(clips):
+    for clip in clips:
         assert {w for q in clip.asked for w in f"{q.text} {q.answer}".split()} <= set(WORD_ID)
 
 
@@ -142,9 +145,9 @@ def test_unknown_kinds_are_refused():
         held_out_clips("clip_order", 0)
 
 
-def test_visitors_never_meet():
+def test_visitors_never_meet(clips):
     """Else one would change the other's look: all are drawn after the residents, in turn."""
-    for clip in CLIPS:
+    for clip in clips:
         guests = {q.answer for q in clip.asked if q.form in ("order", "late")}
         first = {
             q.text.split()[4]: min(c // NUM_PATCHES for c in q.evidence[0])

@@ -164,7 +164,7 @@ def test_steps_take_turns_and_are_never_the_same():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, one_iteration):
     out = tmp_path_factory.mktemp("start")
     model = tiny(2, 1)
     model.config.vision_config.tokens_per_second = 4  # as in checkpoints that know no videos
@@ -245,4 +245,4 @@ def test_the_shipped_model_answers_and_counts_seconds_as_it_was_trained_to():
     """At other positions in time it forgets which step comes first: 70 % in place of 100 %."""
     model, processor = load(architecture="qwen2_5_vl", clips=True)
     assert model.config.vision_config.tokens_per_second == TOKENS_PER_SECOND
-    assert min(clip_accuracy(model, processor, n=16, seed=5).values()) > 0.9
+    assert min(clip_accuracy(model, processor, n=8, seed=5).values()) > 0.9

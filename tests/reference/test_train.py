@@ -20,7 +20,7 @@ SHORT = {"vision_images": 16, "language_images": 16, "episodes_images": 16}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, one_iteration):
     out = tmp_path_factory.mktemp("run")
     scores = train_reference(out, **SHORT, **TINY)
     return out, scores

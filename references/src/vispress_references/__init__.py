@@ -1,1 +1,0 @@
-"""Checkpoints that `vispress` loads by name; there is no code here."""
