@@ -2,17 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 INTEGRATIONS ?= .venv-integrations
+SERVING ?= .venv-serving
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test quick full check style integrations
+.PHONY: install demo test quick full check style integrations serving
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml references/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "torch>=2.11"
-	$(INSTALL) -e ".[bench,triton,dev]"
+	$(INSTALL) -e ".[bench,triton,dev]" -e ./references
 	touch $@
 
 demo: install  ## compress the shipped reference model: a table, a plot, a picture
@@ -39,6 +40,20 @@ $(INTEGRATIONS)/.installed: $(VENV)/.installed tests/integrations/requirements.t
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-r tests/integrations/requirements.txt
 	$(INTEGRATIONS)/bin/pip install --quiet --disable-pip-version-check --no-deps "lmms-eval==0.7.3"
+	touch $@
+
+serving: $(SERVING)/.installed  ## tests of the vLLM plug-in, on CPUs; installing takes 3.5 GB
+	HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest tests/serving \
+		-o addopts="-q -p no:logging --strict-markers --strict-config"
+
+# on its own: vLLM pins what the other environments leave open. Its wheels of torchaudio and
+# torchcodec are built for CUDA, and their import fails beside a torch without
+$(SERVING)/.installed: constraints.txt pyproject.toml tests/serving/requirements.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r tests/serving/requirements.txt -e .
+	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
 style: install  ## format in place

@@ -180,7 +180,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
     from vispress import compress_model, save_compression
     from vispress.bench.model.loaded_model import load_named_model
-    from vispress.listing import make_all, parse_options
+    from vispress.method_options import make_all, parse_options
 
     torch.manual_seed(args.seed)
     loaded = load_named_model("reference", "cpu", "fp32")

@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from vispress import compress_model, remove_compression
     from vispress.bench.model.loaded_model import load_named_model
     from vispress.distillation.scenes import training_prompts
-    from vispress.listing import make_all, parse_options
+    from vispress.method_options import make_all, parse_options
 
     loaded = load_named_model("reference", "cpu", "fp32")
     prompts = list(training_prompts(args.questions, SEED))

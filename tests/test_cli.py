@@ -1,5 +1,6 @@
 """The command line: what it prints, and one line and exit code 2 for every expected error."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -33,17 +34,53 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_methods_lists_every_method():
-    output = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": "200"}).output
-    for name in registry.list_methods():
-        assert f" {name} " in output
-    assert "with [CLS]; others" in output
+def run_app(*arguments, columns=80):
+    """What `vispress ARGUMENTS` prints on a terminal of that width."""
+    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-def test_methods_of_one_family():
-    result = CliRunner().invoke(cli.app, ["methods", "--model", "qwen2_vl"])
-    assert result.exit_code == 0
-    assert "families: qwen2_vl (no [CLS])" in result.output
+def test_methods_is_a_short_list_for_80_columns():
+    output = run_app("methods")
+    assert [name for name in registry.list_methods() if f"  {name} " not in output] == []
+    assert "…" not in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert len(output.splitlines()) < 3 * len(registry.list_methods())
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "debias", "dycoke"])
+def test_methods_of_a_name_tells_all_about_it(name):
+    output = run_app("methods", name)
+    cls = registry.get_method(name)
+    words = " ".join(output.split())
+    for said in (cls.paper, cls.summary, f'config="{name}"', "keep_ratio = None"):
+        assert said in words
+    assert max(map(len, output.splitlines())) <= 80
+    assert ("video" in words) == (name == "dycoke")
+
+
+def test_methods_of_a_model_say_why_not():
+    family = " ".join(run_app("methods", "--model", "qwen2_vl").split())
+    assert "vtc_cls its encoder has no [CLS] token; scores='column_mean'" in family
+    model = " ".join(run_app("methods", "--model", "reference").split())
+    assert "not on reference" in model
+    assert "dycoke is made for video input, but llava reads no videos." in model
+    assert "fastervlm prunes; keeps" in model  # its encoder has a [CLS] token
+
+
+def test_methods_are_json_for_programs():
+    every = json.loads(run_app("methods", "--json", "--model", "reference-qwen"))
+    assert [one["name"] for one in every] == registry.list_methods()
+    refused = {one["name"]: one["refused"] for one in every}
+    assert refused["divprune"] is None
+    assert "[CLS]" in refused["vscan"]
+    one = json.loads(run_app("methods", "fastv", "--json"))
+    assert {"name": "layer", "default": "None"}.items() <= one["settings"][0].items()
+
+
+def test_the_version_is_told():
+    assert run_app("--version").strip() == f"vispress {version('vispress')}"
 
 
 @pytest.mark.parametrize(
@@ -99,9 +136,37 @@ def test_errors_are_one_line_and_exit_code_2(
     "command", [["bench", "smoke"], ["demo"], ["train-reference"], ["fit-debias"]]
 )
 def test_missing_extras_are_named_before_anything_runs(monkeypatch, capsys, command):
-    monkeypatch.setattr(cli_options, "_EXTRA", ("no_such_package",))
+    monkeypatch.setattr(cli_options, "BENCH", ("no_such_package",))
     assert run_main(monkeypatch, *command) == 2
     assert "pip install 'vispress[bench]'" in capsys.readouterr().err
+
+
+WRONG = (
+    "bench nowhere",
+    "bench smoke --model nowhere",
+    "bench smoke --questions 0",
+    "show scene:1 --method fastvv",
+    "show none.png --method fastv --question what",
+    "show scene:1 --method fastv --keep-ratio 2",
+    "search greedy --method fastvv",
+    "fit-debias --method fastvv",
+    "train-compressor --model nowhere",
+    "probe arank --model nowhere",
+)
+
+
+def test_wrong_arguments_are_refused_before_anything_heavy_is_imported():
+    code = (
+        "import sys\nfrom vispress import cli\n"
+        f"for words in {WRONG!r}:\n"
+        "    sys.argv = ['vispress', *words.split()]\n"
+        "    try:\n        cli.main()\n"
+        "    except SystemExit as end:\n"
+        "        print(end.code, words, [m for m in ('torch', 'numpy') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"2 {words} []" for words in WRONG]
+    assert done.stderr.count("error: ") == len(WRONG)
 
 
 def test_usage_errors_exit_with_2(monkeypatch):
@@ -194,12 +259,33 @@ def test_report_makes_a_page_where_it_is_asked(monkeypatch, capsys, tmp_path):
 
 def test_doctor_names_what_is_broken(monkeypatch):
     broken = doctor.Check("reference checkpoint", "broken", "gone")
-    monkeypatch.setattr(doctor, "_reference", lambda: "fine")
     assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
     monkeypatch.setattr(doctor, "diagnose", lambda: iter([broken]))
     result = CliRunner().invoke(cli.app, ["doctor"])
     assert result.exit_code == 1
     assert "gone" in result.output
+
+
+def test_doctor_looks_at_the_checkpoint_and_at_what_reads_it(monkeypatch, tmp_path):
+    from vispress.reference import folders
+
+    def found():
+        return next(check for check in doctor.diagnose() if check.name == "reference checkpoint")
+
+    assert found().status == "ok"
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    monkeypatch.setattr(folders, "SHIPPED", tmp_path)
+    assert found().status == "broken"
+    monkeypatch.setattr(doctor, "PICTURES", ("no_such_package",))
+    assert found().status == "missing"
+    assert "pip install 'vispress[bench]'" in found().detail
+    missing = found()
+    monkeypatch.setattr(doctor, "diagnose", lambda: iter([missing]))
+    # brackets are no markup
+    output = CliRunner().invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).output
+    assert "'vispress[bench]'" in output
+    (told,) = json.loads(CliRunner().invoke(cli.app, ["doctor", "--json"]).output)
+    assert told["status"] == "missing"
 
 
 def test_versions_out_of_range_are_refused(monkeypatch):

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -58,6 +59,27 @@ def test_packaged_configurations_load_and_come_back_the_same(path: Path, tmp_pat
     assert method.name == path.stem
     save_config(method, tmp_path / "again.yaml")
     assert load_config(tmp_path / "again.yaml") == method
+
+
+def test_a_configuration_is_a_name_a_file_or_a_mapping() -> None:
+    by_file = load_config(CONFIGS / "fastervlm.yaml")
+    assert load_config("fastervlm") == by_file
+    assert load_config({"method": "fastv", "keep_ratio": 0.5}) == FastV(keep_ratio=0.5)
+    assert isinstance(load_config("vmtc_cmai"), list)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("configs/no/fastervlm.yaml", "config='fastervlm'"),
+        ("fastervml", "did you mean 'fastervlm'"),
+        ("mine.yaml", "cannot read mine.yaml: no such file"),
+        ({"keep_ratio": 0.5}, "config needs a key 'method'"),
+    ],
+)
+def test_what_names_no_configuration_is_refused_with_what_would(source: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(source)
 
 
 def test_every_method_has_a_packaged_configuration() -> None:

@@ -35,19 +35,32 @@ def test_importing_and_listing_methods_load_nothing_heavy() -> None:
     assert "transformers" in run
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Names in a wheel and an sdist, both built offline from this tree."""
-    out = tmp_path_factory.mktemp("dist")
+def built(home: Path, out: Path) -> dict[str, Path]:
+    """A wheel and an sdist, built offline."""
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
-    with zipfile.ZipFile(wheel) as archive:
+    return {"wheel": wheel, "sdist": sdist}
+
+
+def names_in(files: dict[str, Path]) -> dict[str, set[str]]:
+    """What a wheel and an sdist hold."""
+    with zipfile.ZipFile(files["wheel"]) as archive:
         names = set(archive.namelist())
-    with tarfile.open(sdist) as archive:
+    with tarfile.open(files["sdist"]) as archive:
         inside = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     return {"wheel": names, "sdist": inside}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return built(ROOT, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def distributions(files: dict[str, Path]) -> dict[str, set[str]]:
+    return names_in(files)
 
 
 @pytest.mark.slow
@@ -68,25 +81,36 @@ def test_the_wheel_holds_every_configuration(distributions: dict[str, set[str]])
     assert configs <= distributions["wheel"]
 
 
-def test_wheel_and_sdist_hold_the_reference_models(distributions: dict[str, set[str]]) -> None:
-    needed = {
-        f"vispress/reference/{folder}/{name}"
-        for folder in ("checkpoint", "checkpoint_qwen2_5_vl", "checkpoint_qwen2_5_vl_clips")
-        for name in (
-            "MODEL_CARD.md",
-            "config.json",
-            "model.safetensors",
-            "processor_config.json",
-            "tokenizer.json",
-        )
-    }
-    needed |= {
-        f"vispress/reference/{folder}/{name}"
-        for folder in ("compressor", "compressor_qwen2_5_vl")
-        for name in ("compressor.yaml", "curve.json", "modules.safetensors", "vispress.json")
-    }
+MODEL = (
+    "MODEL_CARD.md",
+    "config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+)
+COMPRESSOR = ("compressor.yaml", "curve.json", "modules.safetensors", "vispress.json")
+
+
+def test_wheel_and_sdist_hold_the_model_of_the_demo(distributions: dict[str, set[str]]) -> None:
+    needed = {f"vispress/reference/checkpoint/{name}" for name in MODEL}
+    needed |= {f"vispress/reference/compressor/{name}" for name in COMPRESSOR}
     assert needed <= distributions["wheel"]
     assert {f"src/{name}" for name in needed} <= distributions["sdist"]
+
+
+def test_the_wheel_is_small(files: dict[str, Path]) -> None:
+    assert files["wheel"].stat().st_size < 10e6
+
+
+@pytest.mark.slow
+def test_the_other_models_have_a_distribution_of_their_own(tmp_path: Path) -> None:
+    out = names_in(built(ROOT / "references", tmp_path))
+    tops = ("checkpoint_qwen2_5_vl", "checkpoint_qwen2_5_vl_clips")
+    needed = {f"vispress_references/{top}/{name}" for top in tops for name in MODEL}
+    needed |= {f"vispress_references/compressor_qwen2_5_vl/{name}" for name in COMPRESSOR}
+    assert needed <= out["wheel"]
+    assert {f"src/{name}" for name in needed} <= out["sdist"]
+    assert not [name for name in out["wheel"] if name.endswith(".py") and "__init__" not in name]
 
 
 def test_the_wheel_holds_the_template_of_the_page(distributions: dict[str, set[str]]) -> None:
@@ -140,3 +164,7 @@ def test_the_version_is_one() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == vispress.__version__
+    references = tomllib.loads((ROOT / "references" / "pyproject.toml").read_text())["project"]
+    assert references["version"] == vispress.__version__
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {vispress.__version__}\n" in citation

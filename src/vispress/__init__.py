@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     )
     from vispress.capturing import capture
     from vispress.prompts import prompt_lengths
-    from vispress.registry import list_methods, register_method
+    from vispress.registry import register_method
     from vispress.saving import save_compression
+    from vispress.supported import list_methods, unsupported_methods
     from vispress.training import (
         CompressionCallback,
         compression_loss,
@@ -42,6 +43,7 @@ __all__ = [
     "remove_compression",
     "save_compression",
     "set_progress",
+    "unsupported_methods",
     "update_compression",
 ]
 
@@ -52,7 +54,7 @@ _HOME = {
     "compression_report": "vispress.api",
     "remove_compression": "vispress.api",
     "update_compression": "vispress.api",
-    "list_methods": "vispress.registry",
+    "list_methods": "vispress.supported",
     "prompt_lengths": "vispress.prompts",
     "register_method": "vispress.registry",
     "register_adapter": "vispress.adapters.base",
@@ -61,6 +63,7 @@ _HOME = {
     "compression_loss": "vispress.training",
     "parameter_groups": "vispress.training",
     "set_progress": "vispress.training",
+    "unsupported_methods": "vispress.supported",
 }
 
 
@@ -71,3 +74,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, those too that were not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from vispress.adapters.base import ModelAdapter, find_adapter
 from vispress.chain import share_mean
+from vispress.config import Config
 from vispress.errors import CompressionStateError
 from vispress.report import CompressionReport, build_report
 from vispress.request import Method, Request, check_signals, resolve
 from vispress.types import Positions
 from vispress.versions import check_versions
-from vispress.weights import read_saved
+from vispress.weights import find_saved
 from vispress_kernels import Backend
 
 M = TypeVar("M", bound=nn.Module)
@@ -26,7 +26,7 @@ def compress_model(
     *,
     keep_ratio: float | None = None,
     num_tokens: int | None = None,
-    config: str | Path | None = None,
+    config: Config | None = None,
     positions: Positions | None = None,
     backend: Backend = "auto",
     cache_layouts: bool = True,
@@ -46,8 +46,9 @@ def compress_model(
         keep_ratio: Fraction of visual tokens kept by one placement, in `(0, 1]`. Methods with a
             published schedule read it as the mean over decoder layers.
         num_tokens: Visual tokens kept per image, in place of `keep_ratio`.
-        config: A YAML file, in place of `method` and its hyper-parameters; or a folder that
-            `save_compression` wrote, with the parameters of its methods.
+        config: In place of `method` and its hyper-parameters: a YAML file, the name of a shipped
+            one (`"fastervlm"`), or a mapping as in YAML; or a folder that `save_compression` wrote,
+            with the parameters of its methods.
         positions: `"original"` keeps position ids of survivors (gaps remain), `"compact"`
             renumbers them. By default each method follows its official code.
         backend: Kernels: `"triton"`, plain `"torch"`, or what fits the device (`"auto"`).
@@ -70,7 +71,7 @@ def compress_model(
         UnsupportedVersionError: torch or transformers is outside the supported range.
     """
     methods, mean = resolve(method, config, keep_ratio, num_tokens, hyperparameters)
-    saved = read_saved(Path(config)) if config is not None and Path(config).is_dir() else None
+    saved = find_saved(config)
     if saved is not None and positions is None:
         positions = saved.card.get("positions")
     request = Request(tuple(methods), mean, positions, backend, cache_layouts=cache_layouts)
@@ -87,7 +88,7 @@ def compress_model(
             f"the model is already compressed by {current}; call remove_compression(model) first, "
             "or update_compression(model, ...) for another budget of the same method"
         )
-    plan, stages = _plan_of(model, adapter, request)
+    plan, stages = plan_of(model, adapter, request)
     refuse_late_parameters(model, plan)
     attachment = Attachment(plan, stages, find_owner(model, adapter.base), request)
     attachment.attach()
@@ -153,7 +154,7 @@ def change_request(model: nn.Module, request: Request) -> None:
     attachment = attachment_of(model)
     attachment.refuse_under_way()
     check_versions()
-    plan, stages = _plan_of(model, find_adapter(model), request)
+    plan, stages = plan_of(model, find_adapter(model), request)
     attachment.update(plan, stages, request)
 
 
@@ -258,7 +259,7 @@ def attachment_of(model: nn.Module) -> Any:
     return base.__dict__[ATTRIBUTE]
 
 
-def _plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[Any, Any]:
+def plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[Any, Any]:
     """Make the plan of a request on a model, and its stages, or refuse it."""
     from vispress.runtime.hooks.head_shards import find_shards
     from vispress.runtime.kv_cache.cache_layers import Remembering

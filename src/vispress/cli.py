@@ -1,36 +1,67 @@
 """The command line. Commands are thin, and import what they need when they run."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vispress.analysis.arank import probe
 from vispress.analysis.fit_debias import fit_debias
-from vispress.checks import check_choice, suggest
-from vispress.cli_options import Device, Force, Model, prepare, quiet, terminal
+from vispress.analysis.show import show
+from vispress.checks import check_choice, check_integer
+from vispress.cli_methods import methods
+from vispress.cli_options import (
+    Device,
+    Force,
+    Imports,
+    Json,
+    Model,
+    check_early,
+    prepare,
+    quiet,
+    terminal,
+)
 from vispress.cli_search import search
 from vispress.distillation.command import train_compressor
-from vispress.errors import ConfigError, VispressError
+from vispress.errors import VispressError
+from vispress.user_code import import_files
+from vispress.yaml_files import shipped_files
 
 if TYPE_CHECKING:
     from vispress.bench.plan.plan import Plan
-    from vispress.methods.base import Compressor
+
+PLANS = ", ".join(sorted(shipped_files("bench")))
 
 app = typer.Typer(
-    help="Visual-token compression for multimodal LLMs on Hugging Face transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command(name="fit-debias")(fit_debias)
-app.command(name="train-compressor")(train_compressor)
-app.command()(search)
-app.add_typer(probe, name="probe")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from vispress import __version__
+
+        typer.echo(f"vispress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Tell the version."),
+    ] = False,
+) -> None:
+    """Visual-token compression for multimodal LLMs on Hugging Face transformers."""
 
 
 def main() -> None:
@@ -44,28 +75,11 @@ def main() -> None:
         sys.exit(141)
 
 
-@app.command()
-def methods(
-    model: Annotated[
-        str | None, typer.Option(help="Only methods that work on this model family.")
-    ] = None,
-) -> None:
-    """List the methods, what they read and which model families they work on."""
-    from vispress.doctor import families
-    from vispress.listing import method_table
+def doctor(as_json: Json = False) -> None:
+    """Check versions, devices, models and what is shipped.
 
-    known = families()
-    if model is not None:
-        known = [family for family in known if family.name == model]
-        if not known:
-            names = [family.name for family in families()]
-            raise ConfigError(f"unknown model family {model!r}; {suggest(model, names)}")
-    terminal().print(method_table(known))
-
-
-@app.command()
-def doctor() -> None:
-    """Check versions, device, models and the reference checkpoint; exit code 1 if one fails."""
+    Exit code 1 if something is broken.
+    """
     from vispress.doctor import diagnose
 
     broken = False
@@ -76,18 +90,24 @@ def doctor() -> None:
         quiet()
     except ImportError:
         console.print("transformers is missing", style="red")
+    checks = []
     with console.status("looking"):
         for check in diagnose():
             broken |= check.status == "broken"
-            table.add_row(check.name, f"[{styles[check.status]}]{check.status}[/]", check.detail)
-    console.print(table)
+            checks.append(asdict(check))
+            table.add_row(
+                check.name, f"[{styles[check.status]}]{check.status}[/]", escape(check.detail)
+            )
+    if as_json:
+        typer.echo(json.dumps(checks, indent=2))
+    else:
+        console.print(table)
     if broken:
         raise typer.Exit(1)
 
 
-@app.command()
 def bench(
-    plan: Annotated[str, typer.Argument(help="A YAML file, or smoke, demo, offline.")] = "offline",
+    plan: Annotated[str, typer.Argument(help=f"A YAML file, or one of {PLANS}.")] = "smoke",
     out: Annotated[Path, typer.Option(help="Results folder; a stopped run goes on.")] = Path(
         "results"
     ),
@@ -96,13 +116,26 @@ def bench(
     batch_size: Annotated[int | None, typer.Option(help="Prompts a batch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of questions and bootstrap.")] = None,
     device: Device = "cpu",
+    imports: Imports = None,
     force: Force = False,
 ) -> None:
-    """Measure accuracy, kept tokens, prefill time and cache size of methods at keep ratios."""
+    """Measure accuracy, tokens, time and cache of methods.
+
+    A plan names tasks, methods and keep ratios; its results are a folder that `report` reads.
+    """
+    from vispress.bench.plan.files import plan_path
+
+    plan_path(plan)
+    check_early(model=model)
+    for name, value, low in (("questions", questions, 1), ("batch_size", batch_size, 1)):
+        if value is not None:
+            check_integer(name, value, low=low)
+    prepare()
     from vispress.bench.plan.plan import load_plan
 
     overrides: dict[str, Any] = {"model": model, "questions": questions, "seed": seed}
-    _bench(load_plan(plan, batch_size=batch_size, **overrides), out, device, force)
+    made = load_plan(plan, imports=imports or (), batch_size=batch_size, **overrides)
+    _bench(made, out, device, force)
 
 
 def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
@@ -110,7 +143,6 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     from vispress.bench.run.engine import run
     from vispress.bench.run.progress import progress_bar
 
-    prepare()
     shard = this_shard()
     console = terminal() if shard.leader else Console(quiet=True)
     try:
@@ -136,13 +168,12 @@ def _summary(out: Path, console: Console) -> None:
     console.print("written: " + ", ".join(map(str, files)), soft_wrap=True)
 
 
-@app.command()
 def join(
     results: Annotated[list[Path], typer.Argument(help="Two or more folders of vispress bench.")],
     out: Annotated[Path, typer.Option(help="A folder for the joined results.")],
     force: Force = False,
 ) -> None:
-    """Put runs of the same questions in one folder, to report on all their methods together."""
+    """Join runs of the same questions in one folder."""
     from vispress.bench.results.merge_runs import merge_runs
 
     prepare()
@@ -152,7 +183,6 @@ def join(
     _summary(out, console)
 
 
-@app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="Folder of vispress bench.")] = Path("results"),
     out: Annotated[
@@ -163,9 +193,14 @@ def report(
     ] = True,
     samples: Annotated[int, typer.Option(min=0, help="Sample questions a task.")] = 2,
     device: Device = "cpu",
+    imports: Imports = None,
 ) -> None:
-    """Make one HTML page of results: frontiers, tests, costs, kept tokens, failures."""
+    """Make one HTML page of a results folder.
+
+    Frontiers, tests, costs, kept tokens, failures.
+    """
     prepare()
+    import_files(imports or ())
     from vispress.bench.page.render import write_page
 
     console = terminal()
@@ -175,77 +210,28 @@ def report(
     console.print(f"written: {page}", soft_wrap=True)
 
 
-@app.command()
-def show(
-    image: Annotated[str, typer.Argument(help="An image file, or scene:SEED for a drawn one.")],
-    method: Annotated[list[str], typer.Option(help="Repeat to compare several.")],
-    question: Annotated[
-        str | None, typer.Option(help="Words, or for scene:SEED the name of a task.")
-    ] = None,
-    keep_ratio: Annotated[float | None, typer.Option(help="In (0, 1].")] = None,
-    num_tokens: Annotated[int | None, typer.Option(help="In place of --keep-ratio.")] = None,
-    layer: Annotated[int | None, typer.Option(help="For methods with one layer.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("kept.png"),
-    model: Model = None,
-    device: Device = "cpu",
-) -> None:
-    """Draw which tokens methods keep of a picture, with the model's answers."""
-    from vispress.listing import make_all, parse_options
-
-    given = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
-    values = {k: v for k, v in given.items() if v is not None} | parse_options(option or [])
-    _show(image, question, make_all(method, values), out, model or "reference", device)
-
-
-def _show(
-    image: str, question: str | None, chosen: "list[Compressor]", out: Path, model: str, device: str
-) -> None:
-    prepare()
-    from vispress.analysis.inspect import inspect, open_prompt, unknown_words
-    from vispress.analysis.overlay import draw_views, seen_picture
-    from vispress.bench.model.loaded_model import load_named_model
-
-    prompt = open_prompt(image, question)
-    loaded = load_named_model(model, device)
-    console = terminal()
-    if words := unknown_words(loaded, prompt):
-        console.print(f"the model does not know: {', '.join(words)}", style="yellow")
-    views = inspect(loaded, prompt, chosen, None)
-    asked = prompt.text.removeprefix("<image>").removesuffix(":").strip()
-    table = Table("method", "answer", "kept at the end", "mean over layers", title=asked)
-    for view in views:
-        end = "" if view.image is None else f"{view.image.num_kept} of {view.image.num_visual}"
-        table.add_row(view.title, view.answer, end, f"{100 * view.mean_keep_ratio:.1f} %")
-    console.print(table)
-    if prompt.answer:
-        console.print(f"right answer: {prompt.answer}")
-    picture = seen_picture(loaded, prompt)
-    evidence = prompt.evidence[0] if prompt.evidence else ()
-    draw_views(picture, views, asked, out, evidence=evidence, truth=prompt.answer)
-    console.print(f"written: {out}", soft_wrap=True)
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where results and picture go.")] = Path("demo"),
     model: Model = None,
     device: Device = "cpu",
 ) -> None:
-    """A small benchmark of the reference model, and a picture of kept tokens; some minutes."""
+    """Run a small benchmark and draw kept tokens.
+
+    On the reference model; takes some minutes.
+    """
+    check_early(model=model)
+    prepare()
+    from vispress.analysis.show import draw
     from vispress.bench.plan.plan import load_plan
-    from vispress.listing import make_all
+    from vispress.method_options import make_all
 
     # a demo of another commit is moved aside, not refused
     _bench(load_plan("demo", model=model), out, device, force=True)
     names = ["fastv", "fastervlm", "divprune", "visionzip", "fourier", "random", "uniform"]
     chosen = make_all(names, {"mean_keep_ratio": 0.25, "dims": 2})
-    _show("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
+    draw("scene:3", "needle", chosen, out / "kept.png", model or "reference", device)
 
 
-@app.command(name="train-reference")
 def train_reference(
     out: Annotated[Path, typer.Option(help="A stopped run goes on from here.")] = Path("reference"),
     architecture: Annotated[str, typer.Option(help="'llava' or 'qwen2_5_vl'.")] = "llava",
@@ -287,6 +273,14 @@ def train_reference(
         table.add_row(task, f"{100 * score:.1f}")
     terminal().print(table)
 
+
+_COMMANDS = (
+    methods, show, bench, report, join, search, train_compressor, fit_debias, demo, doctor,
+    train_reference,
+)  # fmt: skip
+for _command in _COMMANDS:
+    app.command(name=_command.__name__.replace("_", "-"))(_command)
+app.add_typer(probe, name="probe")
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,31 @@
 """What the commands share: common options, the console, and checks before anything runs."""
 
-from importlib.util import find_spec
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import track
 
+from vispress.bench.model.names import check_model_name
+from vispress.budget import check_ratio
 from vispress.errors import ConfigError
+from vispress.extras import BENCH, check_packages
+from vispress.registry import ENTRY_POINT_GROUP, check_known
+from vispress.yaml_files import shipped_files
 
-_EXTRA = ("jinja2", "matplotlib", "PIL", "sklearn")
+T = TypeVar("T")
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 Force = Annotated[bool, typer.Option(help="Move results of another plan or commit aside.")]
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option("--import", metavar="FILE", help="Python that registers methods; repeat."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -39,6 +52,19 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Prompts a batch.")]
 Precision = Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")]
 
 
+def tracked(items: Iterable[T], total: int, what: str, console: Console) -> Iterator[T]:
+    """Pass items on, with a bar and the time that remains on a terminal.
+
+    Args:
+        items: Any.
+        total: How many, at most.
+        what: What is done with them.
+        console: Where the bar is drawn.
+    """
+    hidden = not console.is_terminal
+    yield from track(items, what, total, console=console, transient=True, disable=hidden)
+
+
 def check_file(out: Path) -> None:
     """Refuse, ahead of all work, a file that could not be written behind it.
 
@@ -51,16 +77,38 @@ def check_file(out: Path) -> None:
 
 
 def terminal() -> Console:
-    """Wide enough for tables where the output is no terminal."""
+    """Wide enough for tables where the output is no terminal, unless `COLUMNS` says how wide."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(140, console.width))
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=max(140, console.width))
+
+
+def check_early(
+    *, methods: Sequence[str] = (), model: str | None = None, keep_ratio: float | None = None
+) -> None:
+    """Refuse in a moment what would be refused behind seconds of imports.
+
+    Names of methods are looked up among the shipped configurations, one each; where a package
+    brings methods of its own, only the registry knows.
+
+    Raises:
+        UnsupportedMethodError: Unknown method.
+        ConfigError: Nothing is a model of that name.
+        BudgetError: The share is out of range.
+    """
+    if not entry_points(group=ENTRY_POINT_GROUP):
+        for name in methods:
+            check_known(name, shipped_files("methods"))
+    if model is not None:
+        check_model_name(model)
+    if keep_ratio is not None:
+        check_ratio("keep_ratio", keep_ratio)
 
 
 def prepare() -> None:
     """Refuse early what would fail late, and silence transformers' own bars and advice."""
-    missing = [name for name in _EXTRA if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} missing; run: pip install 'vispress[bench]'")
+    check_packages(BENCH, "this command")
     quiet()
 
 

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from vispress.checks import check_choice
-from vispress.cli_options import Device, prepare, terminal
+from vispress.cli_options import Device, check_early, prepare, terminal
 from vispress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,18 +65,22 @@ def search(
     seed: Annotated[int, typer.Option(help="Of questions and trials.")] = 0,
     device: Device = "cpu",
 ) -> None:
-    """Search how many tokens each layer needs; writes schedule.yaml for compress_model."""
-    from vispress.bench.model.loaded_model import REFERENCES
-    from vispress.listing import parse_options
+    """Search how many tokens each layer needs.
+
+    Writes schedule.yaml, which `compress_model(config=...)` takes.
+    """
+    from vispress.bench.model.names import REFERENCES
 
     unit, share = _budget(strategy, keep_ratio, flops)
     if not task and model not in REFERENCES:
         raise ConfigError(f"--task is needed for the model {model!r}; GQA, say, is --task gqa")
-    values = parse_options(option or [])
+    check_early(methods=[method], model=model, keep_ratio=keep_ratio)
     prepare()
     from vispress.bench.search.greedy import SearchRequest
     from vispress.bench.search.objective import Calibration
+    from vispress.method_options import parse_options
 
+    values = parse_options(option or [])
     calibration = Calibration(
         tasks=tuple(task or _OWN_TASKS),
         metric=metric,  # type: ignore[arg-type]

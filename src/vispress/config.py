@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vispress.chain import Chain
+from vispress.checks import suggest
 from vispress.errors import ConfigError
 from vispress.methods.base import BUDGETS, Compressor
 from vispress.registry import get_method
-from vispress.yaml_files import read_yaml
+from vispress.yaml_files import read_yaml, shipped_files
+
+Config = str | Path | Mapping[str, Any]
+"""A YAML file, a folder with one, the name of a shipped configuration, or a mapping as in YAML."""
 
 
 def make_compressor(name: str, **hyperparameters: Any) -> Compressor:
@@ -101,15 +105,45 @@ def from_mapping(data: Any, where: str = "configuration") -> Compressor | Chain:
     return make_compressor(data["method"], **{str(k): v for k, v in data.items() if k != "method"})
 
 
-def load_config(path: str | Path) -> Compressor | Chain:
-    """A compressor, or a chain, from a YAML file, or from that of a folder.
+def load_config(source: Config) -> Compressor | Chain:
+    """Make a compressor, or a chain, from a configuration.
+
+    Args:
+        source: A YAML file, a folder that holds one, the name of a shipped configuration
+            (`"fastervlm"` is `configs/methods/fastervlm.yaml`), or a mapping as YAML gives it.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or has unknown keys.
+        ConfigError: There is no such file, it is not YAML, or it has unknown keys.
     """
-    path = Path(path)
-    path = path / "compressor.yaml" if path.is_dir() else path
+    if isinstance(source, Mapping):
+        return from_mapping(source, "config")
+    path = config_path(source)
     return from_mapping(read_yaml(path), str(path))
+
+
+def config_path(source: str | Path) -> Path:
+    """Find the YAML file of a configuration: a file, that of a folder, or a shipped one by name.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path / "compressor.yaml"
+    shipped = shipped_files("methods") | shipped_files("chains")
+    if path.exists():
+        return path
+    if str(source) in shipped:
+        return shipped[str(source)]
+    if path.stem in shipped:
+        raise ConfigError(
+            f"cannot read {path}: no such file; the shipped configuration of that name is "
+            f"config={path.stem!r}"
+        )
+    raise ConfigError(
+        f"cannot read {path}: no such file, and among shipped configurations: "
+        f"{suggest(path.stem, sorted(shipped))}"
+    )
 
 
 def to_mapping(method: Compressor) -> dict[str, Any]:

@@ -92,6 +92,8 @@ class Queries(StrEnum):
     ENDS = "ends"
     """As `LAST`, and with labels the token before each later supervised run of the document, too:
     Q = their count."""
+    LAST_FOUR = "last_four"
+    """The last four of `TEXT_AFTER`, or all there are; as `LAST` where there are none."""
     TEXT_AFTER = "text_after"
     """All non-visual tokens of the prompt behind the image's last token: Q = their count."""
     AFTER = "after"

@@ -1,7 +1,7 @@
 """Methods by name: built in, registered by users, or found through entry points."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,13 +51,20 @@ def get_method(name: str) -> "type[Compressor]":
         UnsupportedMethodError: No such method; the message suggests close names.
     """
     _load()
-    if name not in _METHODS:
-        close = difflib.get_close_matches(name, _METHODS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise UnsupportedMethodError(
-            f"unknown method {name!r}; {hint}known: {', '.join(sorted(_METHODS))}"
-        )
+    check_known(name, _METHODS)
     return _METHODS[name]
+
+
+def check_known(name: str, known: Iterable[str]) -> None:
+    """Refuse a method's name that is not among known ones.
+
+    Raises:
+        UnsupportedMethodError: No such method; the message suggests close names.
+    """
+    if name not in (names := sorted(known)):
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise UnsupportedMethodError(f"unknown method {name!r}; {hint}known: {', '.join(names)}")
 
 
 def list_methods() -> list[str]:

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vispress.adapters.base import ModelAdapter
 from vispress.chain import Chain
-from vispress.config import changed_compressor, load_config, make_compressor
+from vispress.config import Config, changed_compressor, load_config, make_compressor
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods.base import Compressor
 from vispress.methods.encoder_merger import EncoderMerger
@@ -91,7 +90,7 @@ class Request:
 
 def resolve(
     method: Method | Sequence[Method] | None,
-    config: str | Path | None,
+    config: Config | None,
     keep_ratio: float | None,
     num_tokens: int | None,
     hyperparameters: dict[str, Any],
@@ -120,6 +119,11 @@ def resolve(
         )
     chain = [make_compressor(part) if isinstance(part, str) else part for part in parts]
     for part in chain:
+        if isinstance(part, type) and issubclass(part, Compressor):
+            raise ConfigError(
+                f"method must be a compressor, got its class; write {part.__name__}"
+                f"(keep_ratio=0.25), or its name, {part.name!r}, and keep_ratio=0.25"
+            )
         if not isinstance(part, Compressor):
             raise ConfigError(f"method must be a name or a compressor, got {type(part).__name__}")
     return chain, mean
@@ -131,28 +135,33 @@ def check_signals(method: Compressor, adapter: ModelAdapter) -> None:
     Raises:
         UnsupportedMethodError: Names them.
     """
+    if (gap := signal_gap(method, adapter)) is not None:
+        works = ", ".join(_working(adapter))
+        raise UnsupportedMethodError(f"{gap} Methods that work on this model: {works}")
+
+
+def signal_gap(method: Compressor, adapter: ModelAdapter) -> str | None:
+    """Say which input or signal a method needs that this model cannot give; None if there is none.
+
+    What would do in its place is said, too.
+    """
     if method.needs is not None and method.needs not in adapter.kinds:
         has = {"anyres": "cuts no images into AnyRes crops", "video": "reads no videos"}
-        raise UnsupportedMethodError(
+        return (
             f"{method.name} is made for {method.needs} input, but {adapter.family} "
-            f"{has[method.needs]}. Methods that work on this model: {', '.join(_working(adapter))}"
+            f"{has[method.needs]}."
         )
     missing = method.signals() - adapter.signals()
     if not missing:
-        return
+        return None
     names = ", ".join(sorted(signal.value for signal in missing))
-    works = _working(adapter)
-    hint = ""
-    if missing <= CLS_SIGNALS and "scores" in method.hyperparameters():
-        hint = " The documented substitute is scores='column_mean'."
-    raise UnsupportedMethodError(
-        f"{method.name} needs {names}, which {adapter.family} cannot give (its vision encoder "
-        "has no [CLS] "
-        f"token).{hint} Methods that work on this model: {', '.join(works)}"
-        if missing <= CLS_SIGNALS
-        else f"{method.name} needs {names}, which {adapter.family} cannot give. "
-        f"Methods that work on this model: {', '.join(works)}"
-    )
+    gap = f"{method.name} needs {names}, which {adapter.family} cannot give"
+    if not missing <= CLS_SIGNALS:
+        return f"{gap}."
+    gap += " (its vision encoder has no [CLS] token)."
+    if "scores" in method.hyperparameters():
+        gap += " The documented substitute is scores='column_mean'."
+    return gap
 
 
 def _working(adapter: ModelAdapter) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vispress.adapters.base import find_adapter
-from vispress.config import chain_mapping, load_config
+from vispress.config import Config, chain_mapping, load_config
 from vispress.errors import ConfigError
 from vispress.methods.base import Compressor
 
@@ -99,6 +99,17 @@ class SavedCompressor:
                 )
         for name, tensor in self.tensors.items():
             own[name].copy_(_as_sharded(tensor, own[name]))
+
+
+def find_saved(config: Config | None) -> SavedCompressor | None:
+    """Read the parameters that lie beside a configuration; None where it is no folder.
+
+    Raises:
+        ConfigError: As `read_saved`.
+    """
+    if not isinstance(config, str | Path) or not Path(config).is_dir():
+        return None
+    return read_saved(Path(config))
 
 
 def read_saved(folder: Path) -> SavedCompressor:

@@ -50,18 +50,21 @@ def parse_yaml(text: str, what: str) -> Any:
         raise ConfigError(f"{what} is not valid YAML: {reason}") from error
 
 
-def check_keys(data: Any, cls: type, where: str) -> dict[str, Any]:
+def check_keys(
+    data: Any, cls: type, where: str, *, written: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Copy a mapping whose keys are fields of a dataclass.
 
     Args:
         data: Parsed YAML.
         cls: The dataclass.
         where: The mapping's place, for errors.
+        written: Keys of fields that YAML calls otherwise.
 
     Raises:
         ConfigError: It is no mapping, or has a key that is no field.
     """
-    known = [field.name for field in fields(cls)]
+    known = [(written or {}).get(field.name, field.name) for field in fields(cls)]
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must be a mapping with the keys {', '.join(known)}")
     for key in data:

@@ -171,6 +171,19 @@ def test_the_file_is_what_compress_model_takes(
         remove_compression(subject.model)
 
 
+def test_a_trend_that_explains_nothing_is_said_to(
+    monkeypatch, capsys, tmp_path, pictures, checkpoint
+):
+    options = ["--data", pictures, "--question", "what ?", "--model", checkpoint]
+    options += ["--out", tmp_path / "d.yaml", "--samples", 1]
+    fits = {0.01: True, 0.5: False}
+    for explained, warned in fits.items():
+        fit = Fit(slope=0.1, curve=None, images=1, explained=explained)
+        monkeypatch.setattr("vispress.analysis.trend.fit_trend", lambda *_, fit=fit: fit)
+        assert run_main(monkeypatch, *options) == 0
+        assert ("explains next to nothing" in capsys.readouterr().out) == warned
+
+
 def test_lines_name_pictures_and_questions(monkeypatch, capsys, tmp_path, pictures, checkpoint):
     lines = [{"image": f"{i}.png", "question": "what color ?"} for i in range(3)]
     (data := pictures / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")

@@ -250,7 +250,6 @@ def test_a_difference_that_is_not_shown_is_never_a_verdict(tmp_path):
     assert all(finding.better == finding.worse == () for finding in findings(results))
     (table,) = verdict_tables(results)
     assert {v.verdict for _, row in table.rows for v in row} == {"equal"}
-    assert highlighted(results) == {}
     words = visible(read(page(results, None)))
     assert "as random at all 2 budgets" in words
 
@@ -262,6 +261,22 @@ def test_colours_go_to_few_methods_in_the_order_of_the_plan(tmp_path):
     assert len(slots) == HIGHLIGHTED
     assert list(slots) == sorted(slots)
     assert sorted(slots.values()) == list(range(HIGHLIGHTED))
+
+
+def test_all_methods_of_a_small_plan_have_a_colour_and_a_label(tmp_path):
+    groups = {"mine": 0.5, "good": 0.9, "random": 0.5}
+    results = read_folder(write_results(tmp_path / "r", groups, questions=8))
+    assert highlighted(results) == {"mine": 0, "good": 1}
+    plot = overview(results, AXES[0], wide=True)
+    assert plot is not None
+    assert {"mine", "good", "random"} <= {label.text for label in plot.labels}
+    assert "In colour: all methods" in visible(read(page(results, None)))
+
+
+def test_of_many_methods_none_has_a_colour_that_is_not_shown_to_be_better(tmp_path):
+    groups = {f"m{i}": 0.7 for i in range(9)} | {"random": 0.7}
+    folder = write_results(tmp_path / "r", groups, questions=8, keep_ratios=(0.5,))
+    assert highlighted(read_folder(folder)) == {}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from vispress.bench.plan.plan import load_plan, plan_from_mapping
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
-from vispress.listing import make_budgeted
+from vispress.method_options import make_budgeted
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.reference.world.words import CLIP_KINDS, EPISODE_KINDS, KINDS
 from vispress.registry import get_method, list_methods

@@ -146,7 +146,7 @@ def test_a_new_video_is_a_prefill_that_sees_all_and_joins_the_choice() -> None:
             model(**first, **{CACHE: cache})
             model(input_ids=step, attention_mask=two[:, : one.shape[1] + 1], **{CACHE: cache})
             logits = model(**(second | {"attention_mask": two}), **{CACHE: cache}).logits
-            held = cache.layers[1].selection
+            held = cache.layers[0].selection
             if held is not None:
                 assert not held.begun.any()
                 kept = [len(image.kept) for s in report.samples for image in s.images]
@@ -155,7 +155,7 @@ def test_a_new_video_is_a_prefill_that_sees_all_and_joins_the_choice() -> None:
                 assert int(held.num_keep) == int(before * (1 - 0.7)) + int(sum(kept) * (1 - 0.7))
                 more = torch.cat([two, torch.ones_like(step)], dim=1)
                 model(input_ids=step, attention_mask=more, **{CACHE: cache})
-                held = cache.layers[1].selection
+                held = cache.layers[0].selection
                 assert held.begun.all()
                 assert int(held.selected.sum()) == int(held.num_keep)
         return held, logits

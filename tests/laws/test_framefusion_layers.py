@@ -54,7 +54,8 @@ def test_merging_in_several_layers_equals_the_masked_model(family: str) -> None:
         counts = [video.num_visual] * report.num_layers
         for place in video.placements:
             counts[place.layer :] = [place.num_kept] * (report.num_layers - place.layer)
-        assert abs(sum(counts) - 0.6 * report.num_layers * video.num_visual) <= 3
+        # what is merged is rounded down
+        assert -3 <= sum(counts) - 0.6 * report.num_layers * video.num_visual <= report.num_layers
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

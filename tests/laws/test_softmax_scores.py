@@ -81,7 +81,9 @@ def seen_by(model: Any, method: Compressor) -> tuple[Any, list[Tensor]]:
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["previous", "next"])
 @pytest.mark.parametrize("layer", [1, 2])  # behind a sliding layer, behind a full one
-@pytest.mark.parametrize("queries", [Queries.LAST, Queries.TEXT_AFTER, Queries.ALL])
+@pytest.mark.parametrize(
+    "queries", [Queries.LAST, Queries.LAST_FOUR, Queries.TEXT_AFTER, Queries.ALL]
+)
 @pytest.mark.parametrize("name", SOFT)
 def test_rows_are_the_models(name: str, queries: Queries, layer: int, ahead: bool) -> None:
     method = Reader(keep_ratio=0.5, layer=layer, queries=queries, ahead=ahead)
@@ -89,6 +91,7 @@ def test_rows_are_the_models(name: str, queries: Queries, layer: int, ahead: boo
     own = weights[layer if ahead else layer - 1]
     expected = {
         Queries.LAST: own[:, :, -1:, IMAGE],
+        Queries.LAST_FOUR: own[:, :, -4:, IMAGE],
         Queries.TEXT_AFTER: own[:, :, TEXT, IMAGE],
         Queries.ALL: own[..., IMAGE].mean(dim=2, keepdim=True),
     }[queries]

@@ -57,7 +57,11 @@ OTHER_SETTINGS = {
         {"num_tokens": 7, "local_injection": "off", "global_injection": "fine"},
         {"local_injection": "coarse", "side": 2, "frames": 1},
     ],
-    "holitom": [{"inner": True}, {"context": 0.0, "threshold": 0.0}],
+    "holitom": [
+        {"inner": True},
+        {"num_tokens": 7},
+        {"context": 0.4, "threshold": 0.0, "keep_ratio": 0.5},
+    ],
     "voco": [{"token_id": 9, "hide": "prefix"}],
     "pmod": [{"norm": "sigmoid"}, {"norm": "softmax"}],
     "lvlm_csp": [{"representatives": "random"}, {"representatives": "cls"}],

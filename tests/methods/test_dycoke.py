@@ -109,10 +109,10 @@ LAST = [[0.4, 0.1, 0.1, 0.2], [0.1, 0.2, 0.3, 0.0]]
 
 def test_the_published_layer_and_share():
     placement = DyCoke().decode_placement(32)
-    assert (placement.stage, placement.layer) == (Stage.DECODE, 4)  # layer 3 is read
+    assert (placement.stage, placement.layer) == (Stage.DECODE, 3)  # layer 2 is read
     for number in (10, 196, 3098, 99, 7):
         assert placement.budget.resolve(number) == int(number * (1 - 0.7))
-    assert [DyCoke().decode_placement(n).layer for n in (2, 4, 28, 80)] == [1, 2, 4, 9]
+    assert [DyCoke().decode_placement(n).layer for n in (2, 4, 28, 80)] == [1, 1, 3, 8]
     assert DyCoke(decode_pruned=1.0).decode_placement(32).budget.resolve(9) == 0
     assert DyCoke(decode_pruned=0.0).decode_placement(32).budget.resolve(9) == 9
     for off in ({"dynamic": False}, {"keep_ratio": 1.0}, {"mean_keep_ratio": 1.0}):

@@ -9,7 +9,7 @@ import torch
 from tests.methods.helpers import merged, only, take
 
 from vispress.budget import ratio_left
-from vispress.errors import BudgetError, UnsupportedMethodError
+from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 from vispress.methods import FrameFusion
 from vispress.methods._parts.video.temporal_runs import likeness, run_starts
 from vispress.methods.framefusion import MeanBudgetTracker, last_layer
@@ -70,6 +70,13 @@ def test_the_cap_keeps_the_most_alike_merges_and_ends_both():
     plan = FrameFusion(keep_ratio=0.75).plan(tokens, 12)  # nine stay: three of five merges
     assert plan.keep.tolist() == [[0, 1, 2, 3, 5, 6, 8, 10, 11]]  # .985, .766, .755
     assert plan.memory[0].over
+
+
+def test_what_is_merged_is_rounded_down():
+    """The worked example of the vectors: a cap of 0.7 takes 89 of 128 tokens, not 89.6."""
+    same = only(features=torch.ones(1, 128, 2), grid=(8, 4, 4), depth=(0, 28))
+    assert FrameFusion(keep_ratio=0.3).plan(same, 128).counts == (39,)
+    assert FrameFusion(num_tokens=38).plan(same, 128).counts == (38,)
 
 
 def test_few_merges_end_merging_and_the_next_layer_prunes():
@@ -163,7 +170,9 @@ def test_the_mean_over_layers_is_met_whatever_the_video(mean, num_layers):
                         tokens, features=features + 0.3 * noise, index=index, query_attention=None
                     )
             counts.append(tokens.num_visual)
-        assert abs(sum(counts) - mean * num_layers * 80) <= num_layers / 2 + 1
+        # what is merged is rounded down, what a prune keeps to the nearest
+        excess = sum(counts) - mean * num_layers * 80
+        assert -num_layers / 2 - 1 <= excess <= num_layers
         assert counts == sorted(counts, reverse=True)
 
 
@@ -173,8 +182,11 @@ def test_placements():
         Stage.PRE_LLM, 0, None, True,
     )  # fmt: skip
     assert [p.layer for p in inside] == list(range(1, 9))
-    assert {p.queries for p in inside} == {Queries.ALL}
+    assert {p.queries for p in inside} == {Queries.LAST}
     assert [p.budget.keep_ratio for p in inside] == [1.0] * 7 + [0.3]
+    for rows in ("last_four", "all"):
+        asked = FrameFusion(queries=rows).placements(28)[1:]
+        assert {p.queries for p in asked} == {Queries(rows)}
     assert last_layer(0.3, 28) == 8
     assert FrameFusion(num_tokens=5).placements(28)[-1].budget.num_tokens == 5
     (whole,) = FrameFusion(keep_ratio=1.0).placements(28)
@@ -185,6 +197,12 @@ def test_placements():
 def test_a_mean_that_the_first_layer_uses_up_is_refused():
     with pytest.raises(BudgetError, match="cannot be reached"):
         FrameFusion(keep_ratio=0.03).placements(28)
+
+
+@pytest.mark.refusal
+def test_other_rows_are_refused():
+    with pytest.raises(ConfigError, match="queries"):
+        FrameFusion(queries="first")
 
 
 @pytest.mark.refusal

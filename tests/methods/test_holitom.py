@@ -8,7 +8,12 @@ from tests.methods.helpers import make_tokens, merged, only, take
 
 from vispress.errors import ConfigError, UnsupportedMethodError
 from vispress.methods import HoliTom
-from vispress.methods._parts.video.groups import beside_top, cluster_weights, saving_groups
+from vispress.methods._parts.video.groups import (
+    beside_top,
+    centre_weights,
+    mean_weights,
+    saving_groups,
+)
 from vispress.methods._parts.video.scenes import saving_scenes
 from vispress.methods.holitom import sequential_merge
 from vispress.types import CropLayout, Queries, Stage
@@ -72,11 +77,37 @@ def test_the_most_attended_stay_and_the_rest_is_clustered():
     assert owner[0] == owner[2] == owner[5]
     assert owner[3] == owner[4]
     assert beside_top(x, score, 2, 0, 2).tolist() == [-1, 1, -1, 3, -1, -1]
-    # 0.6 of the centre and 0.4 of the mean of three
-    weights = cluster_weights(torch.tensor([0, 1, 0, -1, 4, 0]), 0.6)
-    third = 0.4 / 3
-    expected = torch.tensor([0.6 + third, 1.0, third, 1.0, third])
-    torch.testing.assert_close(weights[[0, 1, 2, 4, 5]], expected)
+    # 0.6 of the centre and 0.4 of the mean of the two others; PruneVid's are means of all three
+    clusters = torch.tensor([0, 1, 0, -1, 4, 0])
+    weights = centre_weights(clusters, 0.6)
+    torch.testing.assert_close(weights[[0, 1, 2, 4, 5]], torch.tensor([0.6, 1.0, 0.2, 1.0, 0.2]))
+    third = 1 / 3
+    expected = torch.tensor([third, 1.0, third, 1.0, third])
+    torch.testing.assert_close(mean_weights(clusters)[[0, 1, 2, 4, 5]], expected)
+
+
+def test_a_centre_is_not_in_the_mean_beside_it():
+    """The worked example of the vectors: (2, 1.2), where the mean of all three gives (2, 0.8)."""
+    x = torch.tensor([[2.0, 0], [0, 0], [4, 6]])
+    new = centre_weights(torch.tensor([0, 0, 0]), 0.6) @ x
+    torch.testing.assert_close(new, torch.tensor([2.0, 1.2]))
+
+
+def test_counts_of_the_code_without_a_budget():
+    """Averages half to even, each frame's others up, as shares of what averaging leaves."""
+    g = torch.Generator().manual_seed(0)
+    still = torch.randn(1, 10, 4, generator=g).expand(4, 10, 4)
+    x = torch.cat([still, torch.randn(4, 10, 4, generator=g)], dim=1)
+    tokens = only(
+        features=x.flatten(0, 1)[None], column_attention=torch.rand(1, 1, 80), grid=(4, 4, 5)
+    )
+    # 80 tokens, 30 saved: a quarter of all is 0.4 of the 50 left, 4 of ten averages and of others
+    assert HoliTom(threshold=0.99).plan(tokens, 80).counts == (20,)
+    # 0.3 of all is 0.48: round(4.8) averages, and ceil(4.8) of each frame
+    assert HoliTom(threshold=0.99, retained=0.31).plan(tokens, 80).counts == (25,)
+    assert HoliTom(threshold=0.99, retained=0.28).plan(tokens, 80).counts == (4 + 4 * 5,)
+    assert HoliTom(threshold=0.99, retained=0.0).plan(tokens, 80).counts == (1,)
+    assert HoliTom(threshold=0.99, max_window=1).plan(tokens, 80).counts == (4 * 5,)
 
 
 def test_a_plan_by_hand():
@@ -89,21 +120,21 @@ def test_a_plan_by_hand():
         features=x.flatten(0, 1)[None], column_attention=attention[None, None], grid=(3, 1, 3)
     )
     # one average and two a frame are seven; of four, the average keeps its place
-    plan = HoliTom(context=0.0).plan(tokens, 4)
+    plan = HoliTom(keep_ratio=0.5).plan(tokens, 4)
     assert plan.keep.tolist() == [[0, 1, 5, 7]]
     new = merged(plan, tokens.features)[0]
     torch.testing.assert_close(new[0], x[:, 0].mean(dim=0))
     assert torch.equal(new[1:], tokens.features[0, [1, 5, 7]])
-    # one cluster a frame: 0.6 of its centre and 0.4 of the mean
-    plan = HoliTom(context=1.0).plan(tokens, 4)
+    # one cluster a frame: 0.6 of its centre and 0.4 of the other
+    plan = HoliTom(context=1.0, keep_ratio=0.5).plan(tokens, 4)
     new, frame = merged(plan, tokens.features)[0], x[1, 1:]
-    torch.testing.assert_close(new[2], 0.6 * frame[0] + 0.4 * frame.mean(dim=0))
+    torch.testing.assert_close(new[2], 0.6 * frame[0] + 0.4 * frame[1])
 
 
 def test_counts_of_a_frame_are_split_as_asked():
     tokens = replace(make_tokens(1, grid=(1, 6, 6)), query_attention=None)
     for count, most in ((10, 6), (8, 5)):  # 8 * 0.6 is rounded
-        plan = HoliTom(threshold=1.0).plan(tokens, count)
+        plan = HoliTom(threshold=1.0, context=0.4, num_tokens=count).plan(tokens, count)
         assert plan.counts == (count,)
         top = tokens.column_attention.mean(dim=1)[0].topk(most).indices.tolist()
         assert set(top) <= set(plan.keep[0].tolist())
@@ -115,7 +146,7 @@ def test_averages_are_merged_even_where_frames_only_drop():
     tokens = only(
         features=still.flatten(1, 2), column_attention=torch.rand(1, 1, 18), grid=(3, 1, 6)
     )
-    plan = HoliTom(context=0.0).plan(tokens, 2)
+    plan = HoliTom(num_tokens=2).plan(tokens, 2)
     assert plan.counts == (2,)
     assert (plan.assign >= 0).all()
 
@@ -126,7 +157,7 @@ def test_a_still_video_keeps_fewer_than_its_budget_and_others_all_of_it():
     moving = torch.randn(1, 4, 3, 4, generator=g)
     features = torch.cat([still, moving]).flatten(1, 2)
     tokens = only(features=features, column_attention=torch.rand(2, 1, 12), grid=(4, 1, 3))
-    plan = HoliTom(threshold=0.99).plan(tokens, 6)
+    plan = HoliTom(threshold=0.99, num_tokens=6).plan(tokens, 6)
     assert plan.counts == (3, 6)
     assert plan.keep[0].tolist() == [0, 1, 2]
 
@@ -158,12 +189,14 @@ def test_dropped_tokens_are_averaged_in_one_after_another():
 
 def test_the_inner_stage_keeps_what_the_last_token_attends_to():
     tokens = make_tokens(2, grid=(2, 3, 4))
-    plan = HoliTom(inner=True).plan(tokens, 5)
+    plan = HoliTom(inner=True, num_tokens=5).plan(tokens, 5)
     top = tokens.query_attention.mean(dim=(1, 2)).topk(5).indices.sort(dim=1).values
     assert torch.equal(plan.keep, top)
     assert (plan.assign >= 0).all()
     # without it the first stage is meant
-    assert not torch.equal(HoliTom().plan(tokens, 5).keep, top)
+    assert not torch.equal(HoliTom(num_tokens=5).plan(tokens, 5).keep, top)
+    # without a budget half of what is there stays
+    assert HoliTom(inner=True).plan(tokens, 24).counts == (12, 12)
 
 
 def test_placements():
@@ -174,6 +207,8 @@ def test_placements():
     assert second.budget.keep_ratio == pytest.approx(first.budget.keep_ratio / 2)
     counts = [p.budget.resolve(1000) for p in HoliTom(num_tokens=30, inner=True).placements(28)]
     assert counts == [60, 30]
+    first, second = HoliTom(inner=True).placements(28)
+    assert (first.adaptive, second.adaptive, second.layer) == (True, True, 18)
     assert "query_attention" not in HoliTom().signals()
     assert "query_attention" in HoliTom(inner=True).signals()
 
@@ -182,7 +217,7 @@ def test_the_newline_is_kept_where_there_is_room():
     segment = torch.tensor([0, 0, 0, 1, 1, 1, -1])
     layout = CropLayout(segment=segment, row=segment.clamp(max=0), col=segment.clamp(max=0))
     tokens = make_tokens(crops=layout)
-    plan = HoliTom().plan(tokens, 4)
+    plan = HoliTom(num_tokens=4).plan(tokens, 4)
     assert plan.keep[:, -1].tolist() == [6, 6]
     assert torch.equal(merged(plan, tokens.features)[:, -1], tokens.features[:, -1])
 
@@ -195,6 +230,13 @@ def test_what_cannot_be_done_is_refused():
         HoliTom().plan(left, 2)
     with pytest.raises(ConfigError, match="give inner=True"):
         HoliTom(layer=3)
-    for bad in ({"beta": 1.5}, {"context": -0.1}, {"inner": 1}, {"threshold": 2.0}):
+    for bad in (
+        {"beta": 1.5},
+        {"context": -0.1},
+        {"retained": 2},
+        {"max_window": 0},
+        {"inner": 1},
+        {"threshold": 2.0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             HoliTom(**bad)

@@ -11,13 +11,14 @@ from vispress.methods import PruneVid
 from vispress.methods._parts.scoring.cosines import unit
 from vispress.methods._parts.video.groups import (
     alike,
-    cluster_weights,
     clusters,
     groups_of,
+    mean_weights,
     shares,
     static_groups,
 )  # fmt: skip
 from vispress.methods._parts.video.scenes import refined, scenes_of
+from vispress.methods.prunevid import top_of_groups
 from vispress.types import CropLayout, Queries, Stage
 
 SMALL = torch.eye(4)[:3]  # three tokens of a frame, at right angles
@@ -37,6 +38,8 @@ def video(*rows):
         ([0, 0, 0, 1, 0, 2, 2], [0, 0, 0, 0, 0, 2, 2]),
         ([0, 0, 1, 2, 2], [0, 0, 0, 2, 2]),  # equally long: the left one
         ([5], [5]),
+        # a run is longer by what has joined it: six frames to five, not three
+        ([2, 0, 0, 1, 1, 1, 2, 0, 0, 0, 0, 0], [1] * 7 + [0] * 5),
     ],
 )
 def test_golden_scenes(labels, expected):
@@ -117,9 +120,7 @@ def test_clusters_hold_what_is_near_and_weigh_it():
     assert owner[0] == owner[2] == owner[4]
     assert owner[1] == owner[3]
     assert clusters(x, 5, 7).tolist() == [0, 1, 2, 3, 4]
-    # half of the first itself, and half of the mean of both
-    weights = cluster_weights(torch.tensor([0, 0, 2]), 0.5)
-    torch.testing.assert_close(weights, torch.tensor([0.75, 0.25, 1.0]))
+    assert mean_weights(torch.tensor([0, 0, 2])).tolist() == [0.5, 0.5, 1.0]
 
 
 def test_a_still_video_keeps_fewer_than_its_budget_and_others_all_of_it():
@@ -156,6 +157,17 @@ def test_the_second_stage_keeps_a_share_of_each_group():
     assert method.plan(left, 20).keep.tolist() == [[0, 4, 6, 9, 10, 14]]
     budgeted = replace(method, keep_ratio=0.5)
     assert budgeted.plan(left, 3).keep.tolist() == [[4, 9, 14]]
+
+
+def test_shares_of_groups_are_rounded_down():
+    score = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.7, 0.3, 0.4, 0.5, 0.0])
+    group = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, -1])
+    # nothing of two, two of six, and the newline
+    assert top_of_groups(score, group, 0.4, 9).tolist() == [3, 4, 8]
+    assert top_of_groups(score, group, 0.4, 2).tolist() == [3, 4]
+    assert top_of_groups(score, group, 0.4, 1).tolist() == [3]
+    assert top_of_groups(score, group, 0.1, 9).tolist() == [1, 8]  # the best, where none would stay
+    assert top_of_groups(score, group, 1.0, 9).tolist() == list(range(9))
 
 
 def test_without_words_the_earlier_tokens_of_groups_stay():

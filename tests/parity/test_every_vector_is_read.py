@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.parity.vectors import FOLDER, READ, load
 
 HERE = Path(__file__).parent
-FILES = sorted(path.stem for path in (HERE / "data").glob("*.npz"))
+FILES = sorted(path.name.split(".")[0] for path in (HERE / "data").glob("*.npz.xz"))
 
 ANOTHER_ORDER = "the kept tokens in another order or form, one of which is compared"
 ANOTHER_VARIANT = "of one variant; the case runs another"
@@ -31,6 +31,7 @@ UNREAD = {
     "evs": {"out/mrope": POSITIONS},
     "fastervlm": {"out/keep_mask": ANOTHER_ORDER, "out/topk_desc": ANOTHER_ORDER},
     "fastv": {"out/topk_desc": ANOTHER_ORDER, "out/topk_desc_rel": ANOTHER_ORDER},
+    "framefusion": {"in/attn_rows": "where merging ends all, nothing is pruned"},
     "globalcom2": {
         **dict.fromkeys(
             ("in/features", "out/tokens_f16", "out/thumb_tokens", "out/written_mask"),
@@ -40,6 +41,9 @@ UNREAD = {
             ("out/crop_wh", "param/image_w", "param/image_h"), "the layout is that of unpad_mask"
         ),
     },
+    "holitom": dict.fromkeys(
+        ("out/keep_sorted", "out/position_ids_after", "param/text_len"), POSITIONS
+    ),
     "pmod": {
         "out/undecorated_curve_f64": "of shares that do not decay there is none",
         **dict.fromkeys(
@@ -56,6 +60,12 @@ UNREAD = {
             ("out/tokens", "param/k_neighbours"),
             "the training branch, which mixes up its rows, is not offered",
         ),
+    },
+    "prunevid": {
+        "out/topk_desc_by_group": ANOTHER_ORDER,
+        "out/keep_sorted": POSITIONS,
+        "out/position_ids_after": POSITIONS,
+        "out/kv_layer0_positions": "layers in front of the stage keep their cache here",
     },
     "sparsevlm": {
         "out/position_ids_after": POSITIONS,

@@ -1,9 +1,11 @@
 """Vectors that the official implementations computed, by method and case.
 
-`VISPRESS_PARITY_DIR` names another folder with the same keys and other cases, shapes and seeds;
-hence tests learn cases and sizes from the files.
+`VISPRESS_PARITY_DIR` names another folder with the same keys and other cases, shapes and seeds, as
+plain `.npz` files; hence tests learn cases and sizes from the files. `pack` makes those of `data`.
 """
 
+import io
+import lzma
 import os
 from functools import cache
 from pathlib import Path
@@ -35,12 +37,20 @@ class Case(dict):
 def load(method):
     """`{case: {key: value}}`; scalars as Python numbers, arrays as tensors."""
     cases = {}
-    with np.load(FOLDER / f"{method}.npz", allow_pickle=False) as file:
+    with np.load(_file_of(method), allow_pickle=False) as file:
         for name in file.files:
             if name != "meta":
                 case, key = name.split("/", 1)
                 cases.setdefault(case, Case(method, case))[key] = _plain(file[name])
     return cases
+
+
+def _file_of(method):
+    """What numpy reads the vectors of a method from."""
+    packed = FOLDER / f"{method}.npz.xz"
+    if packed.exists():
+        return io.BytesIO(lzma.decompress(packed.read_bytes()))
+    return FOLDER / f"{method}.npz"
 
 
 def _plain(value):

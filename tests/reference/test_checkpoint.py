@@ -5,10 +5,14 @@ import shutil
 import pytest
 import torch
 
+from vispress import reference
+from vispress.bench.model.checkpoints import open_skeleton
+from vispress.bench.model.loaded_model import load_named_model
 from vispress.errors import CheckpointError
-from vispress.reference import KINDS, heldout, load
+from vispress.reference import KINDS, folders, heldout, load
 from vispress.reference.evaluation.evaluate import accuracy
-from vispress.reference.model.checkpoint import SHIPPED, export, read
+from vispress.reference.folders import SHIPPED
+from vispress.reference.model.checkpoint import export, read
 from vispress.reference.model.llava import build_model, reference_config
 from vispress.reference.model.processor import build_processor
 
@@ -88,3 +92,18 @@ def test_the_shipped_model_answers():
     model, processor = load()
     scores = accuracy(model, processor, n=4, seed=5, kinds=KINDS)
     assert sum(scores.values()) / len(scores) > 0.4
+
+
+def test_what_is_in_a_distribution_that_is_not_installed_says_so(monkeypatch, tmp_path):
+    gone = tmp_path / "checkpoint_qwen2_5_vl"
+    monkeypatch.setitem(folders.SHIPPED_BY_NAME, "qwen2_5_vl", gone)
+    monkeypatch.setitem(folders._BY_PLAN, "reference-qwen", gone)
+    monkeypatch.setitem(folders.COMPRESSORS, "qwen2_5_vl", gone)
+    for ask in (
+        lambda: reference.load(architecture="qwen2_5_vl"),
+        lambda: reference.compressor(architecture="qwen2_5_vl"),
+        lambda: load_named_model("reference-qwen"),
+        lambda: open_skeleton("reference-qwen"),
+    ):
+        with pytest.raises(CheckpointError, match="pip install vispress-references"):
+            ask()

@@ -8,7 +8,7 @@ from vispress import compress_model, compression_report, remove_compression, upd
 from vispress.errors import ConfigError
 from vispress.reference import compressor, heldout, load
 from vispress.reference.evaluation.evaluate import generate_words
-from vispress.reference.model.checkpoint import COMPRESSORS
+from vispress.reference.folders import COMPRESSORS
 
 
 @pytest.mark.parametrize("architecture", COMPRESSORS)

@@ -14,9 +14,9 @@ from vispress.bench.model.loaded_model import load_named_model
 from vispress.errors import CheckpointError, ConfigError
 from vispress.reference import KINDS, heldout, load, train_reference
 from vispress.reference.evaluation.evaluate import accuracy, generate_answers, held_out
+from vispress.reference.folders import SHIPPED_QWEN
 from vispress.reference.model.architecture import ARCHITECTURES
 from vispress.reference.model.checkpoint import (
-    SHIPPED_QWEN,
     export,
     for_inference,
     for_training,

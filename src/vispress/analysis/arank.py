@@ -14,9 +14,11 @@ from vispress.cli_options import (
     Device,
     Loaded,
     Precision,
+    check_early,
     check_file,
     prepare,
     terminal,
+    tracked,
 )
 from vispress.errors import ConfigError
 
@@ -47,6 +49,7 @@ def arank(
     dtype: Precision = "fp32",
 ) -> None:
     """Rank the attention maps of each layer, and write gamma-MoD with layers of a low rank."""
+    check_early(model=model)
     prepare()
     from rich.table import Table
 
@@ -64,8 +67,8 @@ def arank(
     drawn, asked = draw_prompts(data, question or [], samples, seed, loaded), count()
     prompts = (prompt for prompt, _ in zip(drawn, asked, strict=False))  # how many, is told below
     console = terminal()
-    with console.status("ranking attention maps"):
-        ranks = mean_ranks(loaded, prompts).tolist()
+    seen = tracked(prompts, samples, "ranking attention maps", console)
+    ranks = mean_ranks(loaded, seen).tolist()
     layers = choose_layers(ranks, share=share, threshold=threshold)
     table = Table("layer", "rank", "MoD")
     for layer, rank in enumerate(ranks):

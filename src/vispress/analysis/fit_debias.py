@@ -17,9 +17,11 @@ from vispress.cli_options import (
     Loaded,
     Precision,
     Settings,
+    check_early,
     check_file,
     prepare,
     terminal,
+    tracked,
 )
 from vispress.errors import ConfigError
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from vispress.methods.debias import Debias
 
 DEFAULT_RATIO = 0.25
+LEAST = 0.05
+"""Share of what varies that a trend explains to be worth taking out."""
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -54,11 +58,15 @@ def fit_debias(
     device: Device = "cpu",
     dtype: Precision = "fp32",
 ) -> None:
-    """Measure how attention grows along the picture, and write what takes it out again."""
+    """Measure how attention grows along the picture.
+
+    Writes a configuration that takes the trend out again.
+    """
+    check_early(methods=[method], model=model, keep_ratio=keep_ratio)
     prepare()
     from vispress.analysis.trend import fit_trend, measure
     from vispress.bench.model.loaded_model import DTYPES, load_named_model
-    from vispress.listing import make_budgeted, parse_options
+    from vispress.method_options import make_budgeted, parse_options
 
     check_choice("dtype", dtype, DTYPES)
     check_choice("shape", shape, ("exponential", "cubic"))
@@ -70,11 +78,17 @@ def fit_debias(
     loaded = load_named_model(model, device, cast("Dtype", dtype))
     console = terminal()
     prompts = draw_prompts(data, question or [], samples, seed, loaded)
-    with console.status("looking at pictures"):
-        fit = fit_trend(measure(loaded, prompts, inner, batch_size), kind)
+    seen = tracked(prompts, samples, "looking at pictures", console)
+    fit = fit_trend(measure(loaded, seen, inner, batch_size), kind)
     found = corrected(inner, fit)
     write(found, fit, loaded, data or "reference scenes", out)
     trend = f"slope {found.slope}" if found.curve is None else f"curve {found.curve}"
+    if fit.explained < LEAST:
+        console.print(
+            f"this trend explains next to nothing (under {100 * LEAST:.0f} %): the attention that "
+            f"{method} reads does not follow place on {model}; debiasing will hardly help",
+            style="yellow",
+        )
     console.print(
         f"{trend}, from {fit.images} pictures; explains {100 * fit.explained:.0f} % of how "
         f"attention varies with place\nwritten: {out}",

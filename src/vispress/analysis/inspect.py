@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vispress.analysis.sources import SCENE, check_source
 from vispress.api import compress_model, compression_report, remove_compression
 from vispress.bench.model.loaded_model import LoadedModel
 from vispress.bench.tasks.task import Prompt, get_task
@@ -47,19 +48,16 @@ def open_prompt(source: str, question: str | None) -> Prompt:
         ConfigError: The file is refused by `open_picture`, the seed is no number, or a file comes
             without a question.
     """
-    if source.startswith("scene:"):
-        return _scene(source.removeprefix("scene:"), question)
-    if question is None:
-        raise ConfigError("give --question for a picture of your own")
+    check_source(source, question)
+    if source.startswith(SCENE):
+        return _scene(int(source.removeprefix(SCENE)), question)
     image = open_picture(Path(source), source)
-    return Prompt((image,), _asked(question), "")
+    return Prompt((image,), _asked(question or ""), "")
 
 
-def _scene(seed: str, question: str | None) -> Prompt:
-    if not seed.isdecimal():
-        raise ConfigError(f"scene:SEED needs a number >= 0, got scene:{seed}")
+def _scene(seed: int, question: str | None) -> Prompt:
     known = question is None or " " not in question
-    prompt = get_task(question or "attribute" if known else "attribute").draw(1, int(seed))[0]
+    prompt = get_task(question or "attribute" if known else "attribute").draw(1, seed)[0]
     if prompt.videos:
         raise ConfigError(f"{question!r} shows a video; name a task that shows pictures")
     return prompt if known else Prompt(prompt.images, _asked(question or ""), "")

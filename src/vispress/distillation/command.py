@@ -17,6 +17,7 @@ from vispress.cli_options import (
     Loaded,
     Precision,
     Settings,
+    check_early,
     prepare,
     terminal,
 )
@@ -55,17 +56,19 @@ def train_compressor(
     device: Device = "cpu",
     dtype: Precision = "fp32",
 ) -> None:
-    """Train a method's parameters for a model, by its own attention or by answers, and save both.
+    """Train a method's parameters for a model.
 
-    `compress_model(model, config=FOLDER)` has them. The model's weights stay as they are. Stopped,
-    the same command goes on from its last 50 steps.
+    By the model's own attention or by answers; method and parameters are saved in a folder, which
+    `compress_model(model, config=FOLDER)` takes. The model's weights stay as they are. Stopped, the
+    same command goes on from its last 50 steps.
     """
+    check_early(methods=[method], model=model, keep_ratio=keep_ratio)
     prepare()
     from vispress import save_compression
     from vispress.bench.model.loaded_model import DTYPES, load_named_model
     from vispress.distillation.lessons import Pupil, find_lesson
     from vispress.distillation.unfinished import Unfinished
-    from vispress.listing import make_budgeted, parse_options
+    from vispress.method_options import make_budgeted, parse_options
     from vispress.weights import check_writable
 
     lesson = find_lesson(method, stage)

@@ -21,14 +21,15 @@ from typing import Any, Final
 
 from torch import nn
 
-from vispress.bench.model.checkpoints import HUB_ID, load_checkpoint
+from vispress.bench.model.checkpoints import load_checkpoint
 from vispress.bench.model.loaded_model import DTYPES
+from vispress.bench.model.names import HUB_ID
 from vispress.bench.tasks.rows import open_pictures
 from vispress.bench.tasks.task import MARK, Prompt
 from vispress.checks import suggest
 from vispress.errors import CheckpointError, ConfigError, UnsupportedModelError, VispressError
 from vispress.integrations.options import Compression, Tally, read_compression, watch
-from vispress.listing import parse_options
+from vispress.method_options import parse_options
 
 _OURS: Final = ("--model", "--config")
 """Options of `run.py` that the launcher sets, or that would leave out the registered model."""

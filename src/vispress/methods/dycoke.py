@@ -2,18 +2,21 @@
 
 Tao et al., "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", CVPR 2025,
 arXiv:2411.15024.
-Source: the authors' code, read through a specification; no official vectors exist.
+Source: the authors' code (KD-TAO/DyCoke dd74634, Apache-2.0) and its vectors.
 Follows the code: temporal token merging, which prunes. In windows of four frames the second and
 fourth keep the three tenths that are least like (cosine) the first and third, and the third what is
 least like the first; the third of the last window stays whole. Without a budget the count is that.
-A decoding step whose attention in one layer is unlike the last step's chooses what deeper layers
-see of the video; all stays cached (`dynamic`).
-Differs: a step that is like the one before keeps the choice, where the code shows everything
-(`reference_quirks`); 0.7 is hidden (paper; the code's default is 0.8), at least one token chosen,
-several videos ranked together. A budget (ours) is met by what pruned frames keep; one that whole
-frames alone exceed is shared out over these, by change since the whole frame before (the first:
-until the next); one of everything turns the dynamic cache off. Raster order (the code's is its
-ranking's). Newlines stay if they fit. Images pass whole.
+A decoding step whose attention in one layer (2 of 28) is unlike the last step's chooses what the
+layers behind it see of the video; all stays cached (`dynamic`).
+Differs: of an odd number of frames the last stays whole (the code loses it, and fails below five
+frames). A step that is like the one before keeps the choice, where the code shows everything
+(`reference_quirks`). 0.7 is dropped, and hidden (the evaluation's K and the paper's P; the code's
+defaults are 0.3 and 0.8), at least one token chosen, several videos ranked together. The code
+counts a video's last token as text while decoding, and compares a prompt's first step with the last
+one of the prompt before. A budget (ours) is met by what pruned frames keep; one that whole frames
+alone exceed is shared out over these, by change since the whole frame before (the first: until the
+next); one of everything turns the dynamic cache off. Raster order (the code's is its ranking's).
+Newlines stay if they fit. Images pass whole.
 """
 
 from dataclasses import dataclass
@@ -32,6 +35,9 @@ from vispress.methods.base import Compressor, Evidence, check_layer, descending,
 from vispress.methods.cached_selector import CachedSelector, Selection
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
+
+FIRST_BEHIND = 3
+"""The first decoder layer that sees a part, of 28 or of 32."""
 
 
 def references(number: int) -> tuple[list[int], list[bool]]:
@@ -71,7 +77,8 @@ class DyCoke(CachedSelector, Compressor):
         dynamic: Whether deeper layers see a part of the cached video while decoding. Without a KV
             cache (`use_cache=False`) every step is a prefill, which sees all.
         decode_layer: Decoder layer (0-based) whose attention is read then; those behind it see the
-            part. None for the published 3 of 32, scaled by depth.
+            part. None for the published 2 of 28 (the code's L = 3 is the first of those behind),
+            scaled by depth.
         decode_pruned: Fraction hidden from them, in `[0, 1]`.
         similarity: Cosine of a step's attention with the last one's from which the choice stays.
         reference_quirks: Steps that stay see everything, as in the code.
@@ -131,7 +138,7 @@ class DyCoke(CachedSelector, Compressor):
         if not self.dynamic or 1.0 in (self.keep_ratio, self.mean_keep_ratio):
             return None
         if (layer := self.decode_layer) is None:
-            layer = min(scaled_layer(3, num_layers), num_layers - 2)
+            layer = scaled_layer(FIRST_BEHIND, num_layers) - 1
         check_layer("decode_layer", layer, num_layers - 1, low=0)
         share = 1 - self.decode_pruned
         budget = Budget(keep_ratio=share, rounding="floor") if share else Budget(num_tokens=0)

@@ -2,29 +2,31 @@
 
 Fu et al., "FrameFusion: Combining Similarity and Importance for Video Token Reduction on Large
 Vision Language Models", ICCV 2025, arXiv:2501.01986.
-Source: the authors' code, read through a specification; no official vectors exist.
+Source: the authors' code (thu-nics/FrameFusion fbec1d2, MIT) and its vectors.
 Follows the code: at the LLM's input and then layer by layer, hidden states that have a cosine of at
 least 0.6 to the one before at their place are merged into it, and runs of them become the mean in
-the run's first token. Where a layer merges less than a tenth of what is left, or as much as the
-budget asks for, merging ends: then the tokens that receive most attention (of all queries and
-heads) in the layer before stay, as many as make the mean over decoder layers the budget.
+the run's first token. Where a layer merges less than a tenth of what is left (newlines count there,
+too), the next layer prunes: the tokens that the prompt's last token attends to most in the layer
+before (mean over heads) stay, as many as make the mean over decoder layers the budget. Where a
+layer could merge as many as that budget asks for or more, the most alike are, the number merged
+rounded down, and nothing more is done.
 Differs: the code merges and prunes between a layer's attention and its MLP, here that happens
-before the next layer. A survivor stands for its run: what follows it is the next survivor of its
-place (our reading). Merging ends in any case where the budget could else be overspent: before layer
-8 of 28 for 0.3. `num_tokens` (ours) is what is left in the end. Newlines are never merged, and kept
-within the budget. Images pass whole.
+before the next layer; its budget is of 28 layers for every LLM, here of the LLM's own. Merging ends
+in any case where the budget could else be overspent: before layer 8 of 28 for 0.3. `num_tokens`
+(ours) is what is left in the end. Newlines are never merged, and a prune keeps them within the
+budget, where the code ranks them. Images pass whole.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vispress.budget import Budget, ratio_for_mean, ratio_left
-from vispress.checks import check_number
+from vispress.checks import check_choice, check_number
 from vispress.kinds import Need, Positions, Queries, Signal, Stage
 from vispress.methods._parts.clustering.owners import mean_plan
 from vispress.methods._parts.geometry.segments import GEOMETRY
@@ -59,6 +61,11 @@ class MeanBudgetTracker:
         ratio = min(1.0, ratio_left(mean, self.shares, num_layers))
         return Budget(keep_ratio=ratio).resolve(entered)
 
+    def room(self, mean: float, num_layers: int) -> float:
+        """Find the fraction of what is left that may still be merged, for this mean over layers."""
+        share, layers = (self.shares or (1.0,))[-1], num_layers - len(self.shares)
+        return max(0.0, 1 - (mean * num_layers - math.fsum(self.shares)) / (layers * share))
+
     def after(self, left: int, entered: int, least: float) -> "MeanBudgetTracker":
         """Track one more layer, which sees `left` tokens.
 
@@ -90,11 +97,13 @@ class FrameFusion(Compressor):
     Args:
         threshold: Cosine from which a token is merged into the one before it, in `[-1, 1]`.
         least: Merging ends where it takes less than this share of what is left, in `[0, 1]`.
+        queries: Whose attention ranks tokens in the prune: the prompt's `"last"` token, as in the
+            code; the `"last_four"` (mean), as in the code for Qwen2-VL; or `"all"` (ours).
     """
 
     summary: ClassVar[str] = "of videos: means of what stays the same, then the most attended"
     paper: ClassVar[str] = "Fu et al., ICCV 2025, arXiv:2501.01986"
-    evidence: ClassVar[Evidence] = "reconstructed"
+    evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY | {Signal.QUERY_ATTENTION, Signal.DEPTH}
     whole: ClassVar[bool] = True
     needs: ClassVar[Need | None] = "video"
@@ -104,10 +113,12 @@ class FrameFusion(Compressor):
 
     threshold: float = 0.6
     least: float = 0.1
+    queries: Literal["last", "last_four", "all"] = "last"
 
     def validate(self) -> None:
         check_number("threshold", self.threshold, low=-1.0, high=1.0)
         check_number("least", self.least, low=0.0, high=1.0)
+        check_choice("queries", self.queries, ("last", "last_four", "all"))
 
     @property
     def mean(self) -> float:
@@ -122,13 +133,13 @@ class FrameFusion(Compressor):
         first = Placement(stage=Stage.PRE_LLM, budget=Budget(keep_ratio=1.0), adaptive=True)
         if self.mean == 1.0:
             return (replace(first, adaptive=False),)
-        end = Budget(keep_ratio=self.mean)
+        end = Budget(keep_ratio=self.mean, rounding="ceil")
         if self.num_tokens is not None:
             end = Budget(num_tokens=self.num_tokens)
         else:
             ratio_for_mean(self.mean, 1, num_layers)  # refuses what cannot be met
         last = last_layer(self.mean, num_layers)
-        inside = replace(first, stage=Stage.IN_LLM, queries=Queries.ALL)
+        inside = replace(first, stage=Stage.IN_LLM, queries=Queries(self.queries))
         middle = (replace(inside, layer=layer) for layer in range(1, last))
         return first, *middle, replace(inside, layer=last, budget=end)
 
@@ -142,7 +153,9 @@ class FrameFusion(Compressor):
         last = last_layer(self.mean, depth)
         entered = tokens.num_entered or tokens.num_original
         count = tokens.num_visual
-        goal = self.num_tokens or tracker.goal(self.mean, depth, entered)
+        goal, most = tracker.goal(self.mean, depth, entered), tracker.room(self.mean, depth) * count
+        if self.num_tokens is not None:
+            goal, most = self.num_tokens, float(count - self.num_tokens)
         goal = min(goal, num_keep, count)
 
         video = frames(tokens, self.name, pruned=bool(tokens.memory))
@@ -150,11 +163,13 @@ class FrameFusion(Compressor):
         if layer == last or num_keep < count or not tracker.merging:
             newlines_stay = len(video.split(goal)[1]) > 0
             owner, left = self._pruned(tokens, place, goal, newlines_stay)
+            over = [True] * tokens.batch
         else:
-            owner, left = self._merged(tokens, place, goal)
+            owner, left, over = self._merged(tokens, place, most)
 
         memory = tuple(
-            tracker.after(own, entered, self.least).memory(last, over=own == goal) for own in left
+            tracker.after(own, entered, self.least).memory(last, over=ends)
+            for own, ends in zip(left, over, strict=True)
         )
         if min(left) == count:
             whole = full_index(tokens.batch, count, owner.device)
@@ -173,11 +188,14 @@ class FrameFusion(Compressor):
         return torch.full_like(place, -1).scatter(1, kept, kept), [goal] * tokens.batch
 
     def _merged(
-        self, tokens: VisualTokens, place: Int[Tensor, "B N"], goal: int
-    ) -> tuple[Int[Tensor, "B N"], list[int]]:
-        """Merge what stays the same, down to the goal at most: owners, and what is left."""
+        self, tokens: VisualTokens, place: Int[Tensor, "B N"], most: float
+    ) -> tuple[Int[Tensor, "B N"], list[int], list[bool]]:
+        """Merge what stays the same, `most` of it: owners, what is left, and whether all is done.
+
+        `most` is no integer where a mean over layers asks for it.
+        """
         alike = likeness(upcast(tokens.features), place)
         found = (alike >= self.threshold).sum(dim=1).tolist()  # waits once for the device
-        count = tokens.num_visual
-        left = [max(goal, count - merges) for merges in found]
-        return run_starts(alike, place, [count - own for own in left]), left
+        merges = [min(many, max(0, int(most))) for many in found]
+        left = [tokens.num_visual - own for own in merges]
+        return run_starts(alike, place, merges), left, [many >= most for many in found]

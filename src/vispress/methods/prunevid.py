@@ -2,37 +2,79 @@
 
 Huang et al., "PruneVid: Visual Token Pruning for Efficient Video Large Language Models", Findings
 of ACL 2025, arXiv:2412.16117.
-Source: the authors' code and a port, read through a specification; no official vectors exist.
+Source: the authors' code (Visual-AI/PruneVid b12600c, for PLLaVA, CC BY-NC-SA 4.0; facts alone are
+used) and its vectors.
 Follows the code: scenes are clusters (DPC-KNN) of the frames' means, a quarter as many as frames,
 made into runs; a place whose tokens have a mean cosine above 0.8 over a scene is averaged over it;
 the averages of a scene, and the others of each frame, are merged into half as many clusters (14 or
-fewer stay). Of each of these groups, 0.4 are kept behind layer 10 of 32, by the largest attention
-(over heads and words) that any word behind the video pays them there.
-Differs: a budget (ours) has every group merged to the same share; a video whose averages are fewer
-than that keeps fewer. Averages stand in the first frame of their scene, in raster order. Layers in
-front of the second stage keep their KV cache. The densities have no noise. Newlines are kept within
-the budget. Images pass whole. With no word behind the video the earlier tokens of groups stay.
+fewer stay). Of each of these groups 0.4 are kept behind layer 10 of 32, rounded down, which is
+nothing of two: those with the largest attention (over heads and words) that any word behind the
+video pays them there.
+Differs: a budget (ours) has every group merged, and later kept, to the same share, to its count; a
+video whose averages are fewer than that keeps fewer. One token stays where the code would keep
+none. Averages stand in the first frame of their scene, in raster order. Layers in front of the
+second stage keep their KV cache, where the code cuts all. Videos of fewer than seven frames work.
+The densities have no noise. Newlines are kept within the budget. Images pass whole. With no word
+behind the video the earlier tokens of groups stay.
 """
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from vispress.budget import Budget, scaled_layer
+from vispress.budget import Budget, allocate, scaled_layer
 from vispress.checks import check_integer, check_number
+from vispress.devices import sent
 from vispress.methods._parts.geometry.segments import GEOMETRY
 from vispress.methods._parts.schedules.stage_budgets import pair_budgets
 from vispress.methods._parts.video import groups as parts
 from vispress.methods._parts.video.frames import frames
-from vispress.methods.base import Compressor, Evidence, check_layer, upcast
+from vispress.methods.base import (
+    Compressor,
+    Evidence,
+    check_layer,
+    descending,
+    top_indices,
+    top_per_segment,
+    upcast,
+)
 from vispress.registry import register_method
 from vispress.types import Need, Placement, Queries, Signal, Stage, TokenPlan, VisualTokens
 
 PUBLISHED_LAYER = 11
 NEIGHBOURS = 7
+
+
+def top_of_groups(
+    score: Float[Tensor, "N"], group: Int[Tensor, "N"], share: float, num_keep: int
+) -> Int[Tensor, "K"]:
+    """Find the highest scores of each group, as many as a share of it has, rounded down.
+
+    Args:
+        score: Higher = kept.
+        group: On the host; number of each token's group, -1 for newlines, which stay.
+        share: Of each group.
+        num_keep: The most that may stay; of all groups less, where that is not enough.
+
+    Returns:
+        Ascending; the best token of all where no group keeps one.
+    """
+    numbers, sizes = torch.unique(group[group >= 0], return_counts=True)
+    few = [int(share * size) for size in sizes.tolist()]
+    if not any(few):
+        best = int(
+            descending(score[None].masked_fill(sent(group < 0, score.device), -torch.inf))[0, 0]
+        )
+        few[int((numbers == group[best]).nonzero())] = 1
+    lines = torch.where(group < 0)[0][: max(0, num_keep - sum(few))]
+    kept = [sent(lines, score.device)]
+    for number, count in zip(numbers, allocate(num_keep - len(lines), few), strict=True):
+        places = sent(torch.where(group == number)[0], score.device)
+        kept.append(places[top_indices(score[None, places], count)[0]])
+    return torch.cat(kept).sort().values
 
 
 @final
@@ -45,7 +87,8 @@ class PruneVid(Compressor):
         scenes: Scenes that are looked for, as a fraction of the frames, in `[0, 1]`.
         threshold: Mean cosine above which a place stays the same, in `[-1, 1]`.
         merged: Without a budget: clusters, as a fraction of a group, in `[0, 1]`.
-        attended: What the second stage keeps of the first, in `[0.01, 1]`.
+        attended: What the second stage keeps of the first, in `[0.01, 1]`; without a budget of each
+            group.
         layer: Decoder layer before which it acts, at least 1; None for 11 of 32, scaled.
     """
 
@@ -104,7 +147,7 @@ class PruneVid(Compressor):
 
         def merge(row: int, group: parts.Group, few: int) -> tuple[Tensor, Tensor]:
             into = parts.clusters(group.tokens(x[row]), few, NEIGHBOURS)
-            return into, parts.cluster_weights(into, 0.0)
+            return into, parts.mean_weights(into)
 
         share = self.merged if self.adaptive else 1.0
         counts = [parts.shares(own, count, share) for own in groups]
@@ -115,10 +158,23 @@ class PruneVid(Compressor):
         return parts.static_groups(x, self.scenes, self.threshold, NEIGHBOURS)
 
     def attend(self, tokens: VisualTokens, num_keep: int) -> TokenPlan:
-        """Keep the most attended of each group: the second stage."""
+        """Keep the most attended of each group: the second stage. Waits once for the device."""
         assert tokens.input_embeddings is not None
+        assert tokens.query_attention is not None
         video = frames(tokens, self.name, pruned=True)
         groups = self.groups(video.of(upcast(tokens.input_embeddings)))
-        if self.adaptive:
-            num_keep = min(num_keep, max(1, round(self.attended * tokens.num_visual)))
-        return parts.most_attended(tokens, video, groups, num_keep)
+        attention = upcast(tokens.query_attention).flatten(1, 2)
+        if not attention.shape[1]:
+            attention = attention.new_zeros(tokens.batch, 1, tokens.num_visual)
+        score = attention.amax(dim=1)
+        number = torch.full((tokens.batch, tokens.num_original), -1, device=tokens.index.device)
+        for b, own in enumerate(groups):
+            for i, group in enumerate(own):
+                number[b, video.places[group.frame : group.frame + group.length, group.places]] = i
+        group_of = number.gather(1, tokens.index).cpu()
+        if not self.adaptive:
+            return TokenPlan(keep=top_per_segment(score, group_of, num_keep))
+        rows = zip(score, group_of, strict=True)
+        kept = tuple(top_of_groups(own, group, self.attended, num_keep) for own, group in rows)
+        alike = len({len(row) for row in kept}) == 1
+        return TokenPlan(keep=torch.stack(kept) if alike else kept)

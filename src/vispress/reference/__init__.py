@@ -9,9 +9,10 @@ Packages, each of which knows only those below it:
 * `evaluation`: held-out questions, and exact match of what a model answers
 * `model`: two architectures, their processors and checkpoints
 * `world`: drawn scenes and clips, and questions about them
+* `folders`: where what is shipped lies
 
-The shipped checkpoints and compressors lie beside these. `vispress.reference.processor` is the
-public path of `model.processor`.
+The demo's checkpoint and compressor lie beside these, the others in `vispress-references`.
+`vispress.reference.processor` is the public path of `model.processor`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,18 +49,25 @@ def load(
         Qwen model has its pictures between two marks.
 
     Raises:
-        CheckpointError: A file of the checkpoint is missing or damaged.
-        ConfigError: `architecture` is unknown, or has no model that was trained on videos.
+        CheckpointError: A file of the checkpoint is missing or damaged, or it is in the
+            distribution `vispress-references`, which is not installed.
+        ConfigError: `architecture` is unknown, or has no model that was trained on videos; or
+            pillow is missing, which its processor needs.
     """
+    from vispress.extras import PICTURES, check_packages
+
+    check_packages(PICTURES, "the reference model's processor")
     import torch
 
     from vispress.checks import check_choice
-    from vispress.reference.model.checkpoint import SHIPPED_BY_NAME, SHIPPED_CLIPS, read
+    from vispress.reference.folders import SHIPPED_BY_NAME, SHIPPED_CLIPS, installed
 
     check_choice("architecture", architecture, SHIPPED_BY_NAME)
     if clips:
         check_choice("architecture with clips=True", architecture, ("qwen2_5_vl",))
-    folder = SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture]
+    from vispress.reference.model.checkpoint import read
+
+    folder = installed(SHIPPED_CLIPS if clips else SHIPPED_BY_NAME[architecture])
     return read(folder, dtype=dtype or torch.float32)
 
 
@@ -76,13 +84,14 @@ def compressor(*, architecture: str = "llava") -> "Path":
         A folder as `save_compression` writes it.
 
     Raises:
+        CheckpointError: It is in the distribution `vispress-references`, which is not installed.
         ConfigError: `architecture` is unknown.
     """
     from vispress.checks import check_choice
-    from vispress.reference.model.checkpoint import COMPRESSORS
+    from vispress.reference.folders import COMPRESSORS, installed
 
     check_choice("architecture", architecture, COMPRESSORS)
-    return COMPRESSORS[architecture]
+    return installed(COMPRESSORS[architecture])
 
 
 def heldout(
@@ -100,8 +109,12 @@ def heldout(
         with the visual tokens that hold its evidence. Equal arguments give equal questions.
 
     Raises:
-        ConfigError: `kind` is unknown or `n` is not positive.
+        ConfigError: `kind` is unknown or `n` is not positive; or a package is missing that draws
+            scenes.
     """
+    from vispress.extras import SCENES, check_packages
+
+    check_packages(SCENES, "drawing scenes")
     from vispress.reference.evaluation.evaluate import held_out
 
     return [

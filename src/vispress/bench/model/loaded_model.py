@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 
 from vispress.bench.model.multi_turn import converse
+from vispress.bench.model.names import REFERENCES
 from vispress.bench.tasks.task import Prompt
 from vispress.errors import ConfigError
 
@@ -19,9 +20,6 @@ DTYPES: Final[dict[Dtype, torch.dtype]] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-REFERENCES: Final = ("reference", "reference-qwen", "reference-qwen-clips")
-"""Models that are shipped."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,10 @@ def load_named_model(
         ConfigError: The folder or the device does not exist.
         UnsupportedModelError: No adapter knows the checkpoint's architecture.
     """
-    from vispress.reference.model.checkpoint import SHIPPED, SHIPPED_CLIPS, SHIPPED_QWEN, read
+    from vispress.reference.folders import shipped_folder
+    from vispress.reference.model.checkpoint import read
 
-    shipped = dict(zip(REFERENCES, (SHIPPED, SHIPPED_QWEN, SHIPPED_CLIPS), strict=True))
-    folder = shipped.get(name, Path(name))
+    folder = shipped_folder(name) if name in REFERENCES else Path(name)
     if name not in REFERENCES and not _is_reference(folder):
         from vispress.bench.model.checkpoints import load_checkpoint
 

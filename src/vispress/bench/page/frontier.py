@@ -81,7 +81,12 @@ class Plot:
 
 
 def highlighted(results: Results) -> dict[str, int]:
-    """Choose the methods that get a colour, with their slots: `COLOUR_RULE` says which."""
+    """Choose the methods that get a colour, with their slots: all of a small plan's.
+
+    Of more than there are colours, those that `COLOUR_RULE` says.
+    """
+    if len(shown := _methods(results)) <= HIGHLIGHTED:
+        return {name: slot for slot, name in enumerate(shown)}
     better: dict[str, int] = {}
     for test in results.summary.comparisons:
         if test.against == "random" and test.significant and test.difference.mean > 0:
@@ -93,6 +98,15 @@ def highlighted(results: Results) -> dict[str, int]:
     order.sort(key=lambda name: (-better[name], beaten[name]))
     chosen = set(order[:HIGHLIGHTED])
     return {name: i for i, name in enumerate(n for n in results.groups if n in chosen)}
+
+
+def colour_rule(results: Results) -> str:
+    """Say which methods get a colour."""
+    return "all methods" if len(_methods(results)) <= HIGHLIGHTED else COLOUR_RULE
+
+
+def _methods(results: Results) -> list[str]:
+    return [name for name in results.groups if name not in results.controls]
 
 
 def overview(results: Results, axis: Axis, *, wide: bool) -> Plot | None:

@@ -8,6 +8,7 @@ import torch
 
 from vispress.api import compression_report
 from vispress.bench.model.loaded_model import LoadedModel, load_named_model
+from vispress.bench.model.names import REFERENCES
 from vispress.bench.page.exhibits import Exhibit, Shot, exhibit, shot_of
 from vispress.bench.page.questions import Pick, failures, samples, shown_cells, strangers
 from vispress.bench.page.results import Results
@@ -20,7 +21,8 @@ from vispress.bench.results.stored import Stored
 from vispress.bench.results.summary import BLIND
 from vispress.bench.run.applied_cell import apply_cell
 from vispress.bench.run.engine import Advance
-from vispress.bench.tasks.task import Prompt, get_task
+from vispress.bench.tasks.task import Prompt, Task, get_task, register_task
+from vispress.bench.tasks.yaml_task import stored_task
 from vispress.errors import ConfigError, VispressError
 
 Shots = dict[tuple[str, str, int], tuple[Shot, ...]]
@@ -91,15 +93,17 @@ def _cells(results: Results) -> list[Stored]:
 
 def _draw(results: Results, tasks: set[str], notes: list[str]) -> Questions:
     """Draw all questions of the tasks; those that are not what was asked are left out."""
-    prompts = {}
+    prompts, scores = {}, {}
     for task in results.plan["tasks"]:
         if task not in tasks:
             continue
         try:
-            prompts[task] = get_task(task).draw(results.plan["questions"], results.plan["seed"])
+            known = _task(results, task)
+            prompts[task] = known.draw(results.plan["questions"], results.plan["seed"])
+            scores[task] = known.score
         except ConfigError as error:
             notes.append(f"{task}: its questions cannot be drawn here ({error})")
-    foreign = strangers(results, prompts)
+    foreign = strangers(results, prompts, scores)
     if foreign:
         notes.append(
             f"{listed(foreign)}: the questions drawn here are not those that were asked (the "
@@ -108,10 +112,19 @@ def _draw(results: Results, tasks: set[str], notes: list[str]) -> Questions:
     return {task: asked for task, asked in prompts.items() if task not in foreign}
 
 
+def _task(results: Results, name: str) -> Task:
+    """Find a task by name, or make it again, known by its name, as the plan described it."""
+    source = results.plan.get("sources", {}).get(name)
+    if source is None:
+        return get_task(name)
+    folder = results.manifest["tasks"][name].get("folder", ".")
+    return register_task(stored_task(source, Path(folder)))
+
+
 def _loaded(results: Results, device: str | torch.device, notes: list[str]) -> LoadedModel | None:
     """Load the plan's model, if it is here and has the weights that were measured."""
     name = results.plan["model"]
-    if name != "reference" and not Path(name).is_dir():
+    if name not in REFERENCES and not Path(name).is_dir():
         notes.append(f"kept tokens are not shown: the model {name!r} is not at hand")
         return None
     loaded = load_named_model(name, device, results.plan["dtype"])
@@ -130,7 +143,11 @@ def _cells_again(results: Results, notes: list[str]) -> dict[str, Cell]:
     try:
         plan = plan_from_mapping(stored_plan(results.plan), "the stored plan")
     except VispressError as error:
-        notes.append(f"kept tokens are not shown: the stored plan cannot be made here ({error})")
+        files = [f"--import {name}" for name in results.plan.get("imports", {})]
+        hint = f"; it was run with {' '.join(files)}" if files else ""
+        notes.append(
+            f"kept tokens are not shown: the stored plan cannot be made here ({error}{hint})"
+        )
         return {}
     made = {cell.key: cell for cell in plan.cells()}
     stored = {cell["key"]: cell for cell in results.plan["cells"]}

@@ -8,7 +8,7 @@ from vispress.bench.page.results import Results
 from vispress.bench.plan.cells import UNCOMPRESSED
 from vispress.bench.results.stored import Stored
 from vispress.bench.results.summary import BLIND
-from vispress.bench.tasks.task import Prompt
+from vispress.bench.tasks.task import RIGHT, Prompt, Score
 
 FAILURES = 8
 _PER_TASK = 2
@@ -91,18 +91,26 @@ def failures(results: Results) -> list[Pick]:
     ]
 
 
-def strangers(results: Results, prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
-    """Find tasks whose stored marks do not fit the questions as they are drawn now."""
+def strangers(
+    results: Results, prompts: Mapping[str, Sequence[Prompt]], scores: Mapping[str, Score]
+) -> list[str]:
+    """Find tasks whose stored marks do not fit the questions as they are drawn now.
+
+    Args:
+        results: A folder.
+        prompts: By task.
+        scores: How each task scores an answer.
+    """
     return [
         task
         for task, asked in prompts.items()
-        if any(not _fits(cell["tasks"][task], asked) for cell in results.answered)
+        if any(not _fits(cell["tasks"][task], asked, scores[task]) for cell in results.answered)
     ]
 
 
-def _fits(stored: Stored, prompts: Sequence[Prompt]) -> bool:
+def _fits(stored: Stored, prompts: Sequence[Prompt], score: Score) -> bool:
     marks = zip(stored["right"], stored["answers"], prompts, strict=True)
-    return all((mark == "1") == (answer == prompt.answer_text) for mark, answer, prompt in marks)
+    return all((mark == "1") == (score(answer, prompt) >= RIGHT) for mark, answer, prompt in marks)
 
 
 def _methods(results: Results) -> list[Stored]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vispress.bench.page.axes import AXES
-from vispress.bench.page.frontier import COLOUR_RULE, overview
+from vispress.bench.page.frontier import colour_rule, overview
 from vispress.bench.page.gallery import Gallery, gallery
 from vispress.bench.page.geometry import MARKERS
 from vispress.bench.page.heat import heat_maps
@@ -109,7 +109,7 @@ def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
         "baseline": results.baseline is not None,
         "findings": findings(results),
         "plots": plots,
-        "colour_rule": COLOUR_RULE,
+        "colour_rule": colour_rule(results),
         "panels": panels(results),
         "markers": MARKERS,
         "heat_maps": maps,

@@ -97,12 +97,22 @@ def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def stored_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Reduce a stored plan to what a user would write: without its cells spelt out."""
-    return {name: value for name, value in plan.items() if name != "cells"}
+    """Reduce a stored plan to what a run takes: without its cells spelt out.
+
+    Files that it imported are left out, too: who reads results runs nobody's code.
+    """
+    return {k: v for k, v in plan.items() if k not in ("cells", "sources", "imports")}
 
 
 def _yaml(plan: Mapping[str, Any]) -> str:
-    """Write the plan as a file that `vispress bench` takes."""
+    """Write the plan as a file that `vispress bench` takes, with the tasks that it described."""
     import yaml
 
-    return yaml.safe_dump(stored_plan(plan), sort_keys=False, allow_unicode=True, width=96)
+    described = {
+        name: {key: value for key, value in source.items() if key != "fingerprint"}
+        for name, source in plan.get("sources", {}).items()
+    }
+    tasks = [described.get(name, name) for name in plan["tasks"]]
+    imported = {"import": sorted(plan["imports"])} if plan.get("imports") else {}
+    written = imported | stored_plan(plan) | {"tasks": tasks}
+    return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=96)

@@ -9,13 +9,15 @@ from typing import Any, cast, get_args
 from vispress.bench.model.loaded_model import DTYPES, Dtype
 from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, cells_of
 from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
+from vispress.bench.plan.files import plan_path
 from vispress.bench.plan.provenance import digest
 from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.bench.tasks.yaml_task import register_entry
-from vispress.checks import check_choice, check_integer, suggest
+from vispress.checks import check_choice, check_integer
 from vispress.errors import ConfigError
 from vispress.types import Positions
-from vispress.yaml_files import check_keys, read_yaml, shipped_files
+from vispress.user_code import import_files
+from vispress.yaml_files import check_keys, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,9 @@ class Plan:
             pooling, down-sampling and oracle at every keep ratio, no image and VTW; `"none"` adds
             nothing.
         dtype: Of weights and computation.
+        imports: Python files of the user's that were run, by name, with the beginning of each one's
+            SHA-256. In YAML it is `import`, a list of paths that start at the plan: they are run
+            when the plan is read, and register methods or tasks that it names.
 
     Raises:
         ConfigError: A value is out of range, or a task is unknown.
@@ -86,6 +91,7 @@ class Plan:
     overrides: Overrides = field(default_factory=dict)
     controls: Controls = "standard"
     dtype: Dtype = "fp32"
+    imports: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("questions", "batch_size", "max_new_tokens"):
@@ -118,7 +124,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data, with every cell spelt out."""
-        data = asdict(self) | {"cells": [cell.to_dict() for cell in self.cells()]}
+        data = asdict(self)
+        if not self.imports:  # plans without code of the user's keep their hash
+            del data["imports"]
+        data |= {"cells": [cell.to_dict() for cell in self.cells()]}
         sources = {name: get_task(name).source for name in self.tasks}
         data |= (
             {"sources": datasets} if (datasets := {k: v for k, v in sources.items() if v}) else {}
@@ -130,32 +139,22 @@ class Plan:
         return digest(self.to_dict())
 
 
-def plan_path(name: str) -> Path:
-    """Find the file of a plan: a path, or the name of a shipped one.
-
-    Raises:
-        ConfigError: There is neither.
-    """
-    if (path := Path(name)).is_file():
-        return path
-    shipped = shipped_files("bench")
-    if name not in shipped:
-        raise ConfigError(f"no plan {name!r}: no such file, and {suggest(name, sorted(shipped))}")
-    return shipped[name]
-
-
-def load_plan(source: str | Path, **overrides: Any) -> Plan:
+def load_plan(source: str | Path, *, imports: Sequence[Path] = (), **overrides: Any) -> Plan:
     """Read a plan.
 
     Args:
         source: A file, or the name of a shipped plan.
+        imports: Python files to run first, beside those that the plan names.
         **overrides: Fields that replace the file's, where not None.
 
     Raises:
         ConfigError: The file is missing or malformed; see also `Plan`.
     """
     path = plan_path(str(source))
+    run = import_files(imports)
     plan = plan_from_mapping(read_yaml(path, "the plan"), str(path))
+    if run:
+        plan = replace(plan, imports={**plan.imports, **run})
     changes = {name: value for name, value in overrides.items() if value is not None}
     return replace(plan, **changes) if changes else plan
 
@@ -166,14 +165,22 @@ def plan_from_mapping(data: Any, where: str = "plan") -> Plan:
     Raises:
         ConfigError: A key is unknown, missing or of the wrong type; see also `Plan`.
     """
-    data = check_keys(data, Plan, where)
+    data = check_keys(data, Plan, where, written={"imports": "import"})
+    base = Path(where).parent if Path(where).is_file() else Path()
+    data["imports"] = import_files(_paths(data.pop("import", None) or [], where), base)
     if data.get("methods") == ALL:
         data["methods"] = [ALL]
     for name in ("tasks", "methods", "keep_ratios"):
         if not isinstance(data.get(name), list):
             raise ConfigError(f"{where}: {name} must be a list, got {data.get(name)!r}")
         data[name] = tuple(data[name])
-    base = Path(where).parent if Path(where).is_file() else Path()
     data["tasks"] = tuple(register_entry(entry, base) for entry in data["tasks"])
     data["timing"] = Timing(**check_keys(data.get("timing") or {}, Timing, f"{where}, timing"))
     return Plan(**data)
+
+
+def _paths(value: Any, where: str) -> list[str]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        raise ConfigError(f"{where}: import must be a list of Python files, got {value!r}")
+    return listed

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from vispress.bench.results.cost_rows import Cost
+from vispress.bench.results.sheet import Sheet
 from vispress.bench.results.stats import Quantiles
 
 _COLUMNS = (
@@ -13,23 +13,21 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def cost_table(rows: Sequence[tuple[str, Cost]], batch: int) -> Table:
+def cost_table(rows: Sequence[tuple[str, Cost]], batch: int) -> Sheet:
     """Make the table of times and sizes; below each its ratio to the uncompressed model's.
 
     Args:
         rows: Names and costs.
         batch: Prompts in the timed batch, at most.
     """
-    table = Table(
+    table = Sheet(
         title=f"cost: milliseconds of a batch of {batch}, below x uncompressed (p20-p80)",
         caption="TTFT: from pixels to the first token = encoder (with projector) + prefill and a "
         "little between; choosing: the method less a replay of what it kept, below in % of the "
         "uncompressed prefill; peak: of the batch up to its first token, beyond weights and "
         "inputs; KV and GMAC (visual tokens, 3-matrix MLP): of a prompt",
+        columns=("method", *_COLUMNS),
     )
-    table.add_column("method", no_wrap=True)
-    for name in _COLUMNS:
-        table.add_column(name, justify="right")
     for name, cost in rows:
         table.add_row(
             name,

@@ -97,13 +97,13 @@ _PLAN = record(
         "dtype": choice(*DTYPES),
         "cells": items(_ASKED, least=1),
     },
-    {"sources": table(_SETTINGS)},
+    {"sources": table(_SETTINGS), "imports": table(text())},
 )
 MANIFEST = record(
     {
         "identity": IDENTITY,
         "plan": _PLAN,
-        "tasks": table(record({"chance": _SHARE, "needs": text()})),
+        "tasks": table(record({"chance": _SHARE, "needs": text()}, {"folder": text()})),
         "created": _moment,
     },
     {"joined": items(IDENTITY, least=2)},

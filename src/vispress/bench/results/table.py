@@ -3,13 +3,18 @@
 from statistics import fmean
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from vispress.bench.results.cost_table import cost_table
 from vispress.bench.results.ranking import Ranking
+from vispress.bench.results.sheet import Sheet
 from vispress.bench.results.stats import Interval
 from vispress.bench.results.summary import BLIND, Row, Summary
+
+_OVERVIEW = (
+    "method", "asked", "kept, mean", "at the end", "accuracy %", "gap closed %", "hard %",
+    "loyalty %", "TTFT x", "KV cache x",
+)  # fmt: skip
 
 
 def tables(summary: Summary) -> RenderableType:
@@ -29,9 +34,9 @@ def tables(summary: Summary) -> RenderableType:
     return Group(*parts)
 
 
-def _overview(summary: Summary) -> Table:
+def _overview(summary: Summary) -> Sheet:
     plan = summary.plan
-    table = Table(
+    table = Sheet(
         title=f"{plan['model']}: {plan['questions']} questions a task, {len(plan['tasks'])} tasks",
         caption="asked: "
         + (
@@ -42,20 +47,8 @@ def _overview(summary: Summary) -> Table:
         + "; kept: visual tokens of an image; TTFT: from pixels to first token, x uncompressed, "
         "p20-p80; gap closed: 0 is random, 100 the oracle; hard: questions that a smaller picture "
         "of as many tokens loses, and how many; loyalty: answers as uncompressed; intervals: 95 %",
+        columns=_OVERVIEW,
     )
-    table.add_column("method")
-    for name in (
-        "asked",
-        "kept, mean",
-        "at the end",
-        "accuracy %",
-        "gap closed %",
-        "hard %",
-        "loyalty %",
-        "TTFT x",
-        "KV cache x",
-    ):
-        table.add_column(name, justify="right")
     previous = ""
     for row in summary.rows:
         if previous and row.group != previous:
@@ -84,11 +77,9 @@ def _overview_cells(row: Row) -> list[str]:
     ]
 
 
-def _by_task(summary: Summary) -> Table:
-    table = Table(title="accuracy % by task (95 % interval below)")
-    table.add_column("method", no_wrap=True)
-    for task in summary.chance:
-        table.add_column(task, justify="right")
+def _by_task(summary: Summary) -> Sheet:
+    title = "accuracy % by task (95 % interval below)"
+    table = Sheet(title=title, caption="", columns=("method", *summary.chance))
     for row in summary.rows:
         if row.tasks is not None:
             cells = [_stacked(row.tasks[task]) for task in summary.chance]
@@ -119,15 +110,15 @@ def ranking_text(ranking: Ranking) -> Text:
     return text
 
 
-def _against_controls(summary: Summary) -> Table:
-    table = Table(
+def _against_controls(summary: Summary) -> Sheet:
+    table = Sheet(
         title="methods less controls at equal budget, accuracy in points (95 % interval)",
         caption="paired sign-flip test, Holm-corrected over methods; = where nothing is shown at "
         "5 %. Random is the best control where no other is named; the best is chosen on the same "
         "answers, which favours it",
+        columns=("method", "asked", "against", "difference", "p", "verdict"),
+        words=("against", "verdict"),
     )
-    for name in ("method", "asked", "against", "difference", "p", ""):
-        table.add_column(name, justify="right" if name in ("asked", "difference", "p") else "left")
     for test in summary.comparisons:
         gap = test.difference
         verdict = "=" if not test.significant else "better" if gap.mean > 0 else "worse"

@@ -19,7 +19,7 @@ from vispress.bench.results.stats import bootstrap_mean
 from vispress.bench.results.store import ResultsFolder, open_results
 from vispress.bench.run.applied_cell import answer, changes_encoder, check_cell, compressors
 from vispress.bench.run.budget_check import KeptTokens
-from vispress.bench.tasks.task import Prompt, Task, get_task
+from vispress.bench.tasks.task import RIGHT, Prompt, Task, get_task
 from vispress.bench.timing.cost import measure_cost, timed_batch
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
 
@@ -218,7 +218,7 @@ def _scored(
     scored: dict[str, Any] = {
         "questions": len(scores),
         **asdict(bootstrap_mean([scores], seed=seed)),
-        "right": "".join("1" if score >= 0.5 else "0" for score in scores),
+        "right": "".join("1" if score >= RIGHT else "0" for score in scores),
         "answers": answers,
     }
     if not set(scores) <= {0.0, 1.0}:
@@ -257,4 +257,8 @@ def _refusals(plan: Plan, loaded: LoadedModel) -> dict[str, str]:
 
 def _cards(plan: Plan) -> dict[str, Any]:
     tasks = [get_task(name) for name in plan.tasks]
-    return {task.name: {"chance": task.chance, "needs": task.needs} for task in tasks}
+    cards = {}
+    for task in tasks:
+        where = {} if task.folder is None else {"folder": task.folder}
+        cards[task.name] = {"chance": task.chance, "needs": task.needs} | where
+    return cards

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vispress.checks import suggest
 from vispress.errors import ConfigError
+from vispress.extras import SCENES, check_packages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,11 @@ class Prompt:
         return " / ".join((self.answer, *(answer for _, answer in self.followups)))
 
 
+Score = Callable[[str, Prompt], float]
+RIGHT: Final = 0.5
+"""The least score of what counts as right."""
+
+
 def exact(prediction: str, prompt: Prompt) -> float:
     """Score 1.0 if the model's words are the answer, letter by letter, else 0.0."""
     return float(prediction == prompt.answer_text)
@@ -73,15 +79,17 @@ class Task:
         source: What decides the questions beside the name (a dataset and how it is read), as plain
             data; None where the name and the commit decide. It is part of a plan's identity.
         shows: What its prompts show.
+        folder: Where paths of its description start, None where the name and the commit decide.
     """
 
     name: str
     needs: str
     chance: float
     draw: Callable[[int, int], list[Prompt]]
-    score: Callable[[str, Prompt], float] = exact
+    score: Score = exact
     source: Mapping[str, Any] | None = None
     shows: Literal["pictures", "videos"] = "pictures"
+    folder: str | None = None
 
 
 _TASKS: dict[str, Task] = {}
@@ -120,7 +128,12 @@ def register_task(task: Task) -> Task:
 
 
 def all_tasks() -> dict[str, Task]:
-    """List every task by name, the reference model's first."""
+    """List every task by name, the reference model's first.
+
+    Raises:
+        ConfigError: A package is missing that draws their pictures.
+    """
+    check_packages(SCENES, "the benchmark's own tasks")
     from vispress.reference.world.clips import CLIP_CHANCE
     from vispress.reference.world.episodes import EPISODE_CHANCE
     from vispress.reference.world.questions import CHANCE

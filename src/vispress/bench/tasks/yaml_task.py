@@ -181,7 +181,25 @@ def task_from_yaml(description: YamlTask, base: Path) -> Task:
         draw=partial(draw, description, base),
         score=partial(score, METRICS[description.metric]),
         source=json.loads(json.dumps(source)),
+        folder=str(base.absolute()),
     )
+
+
+def stored_task(source: Mapping[str, Any], folder: Path) -> Task:
+    """Make a task again from what a run stored of it.
+
+    Args:
+        source: As `Task.source` was.
+        folder: Where its paths start.
+
+    Raises:
+        ConfigError: The description is damaged, or the dataset is gone or another one now.
+    """
+    description = {key: value for key, value in source.items() if key != "fingerprint"}
+    task = task_from_yaml(parse_yaml_task(description, "the stored task"), folder)
+    if task.source != source:
+        raise ConfigError(f"{source.get('dataset')} is not what it was: its fingerprint differs")
+    return task
 
 
 def _read(path: Path) -> tuple[YamlTask, Path]:

@@ -14,13 +14,6 @@ from vispress.errors import CheckpointError
 from vispress.model_folders import load_model, read_settings
 from vispress.reference.model.architecture import ARCHITECTURES, Architecture
 
-_HOME: Final = Path(__file__).parents[1]
-SHIPPED: Final = _HOME / "checkpoint"
-SHIPPED_QWEN: Final = _HOME / "checkpoint_qwen2_5_vl"
-SHIPPED_CLIPS: Final = _HOME / "checkpoint_qwen2_5_vl_clips"
-SHIPPED_BY_NAME: Final = {"llava": SHIPPED, "qwen2_5_vl": SHIPPED_QWEN}
-COMPRESSORS: Final = {"llava": _HOME / "compressor", "qwen2_5_vl": _HOME / "compressor_qwen2_5_vl"}
-"""What was trained for the shipped models by `vispress train-compressor`."""
 FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
 
 

@@ -256,6 +256,8 @@ def _asking_rows(queries: Queries, image: Image, asking: Tensor) -> list[int]:
         return list(prompt.ends[:1])
     if queries is Queries.ENDS:
         return list(prompt.ends)
+    if queries is Queries.LAST_FOUR:
+        return image.text_after.tolist()[-4:] or list(prompt.ends[:1])
     if queries is Queries.TEXT_AFTER:
         return image.text_after.tolist()
     whole = asking[image.sample, prompt.start : prompt.stop].nonzero()[:, 0] + prompt.start

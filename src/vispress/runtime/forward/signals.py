@@ -7,15 +7,15 @@ from torch import Tensor
 
 from vispress.devices import sent
 from vispress.methods.base import Compressor, upcast
-from vispress.runtime.encoder.capture import projector_function
 from vispress.runtime.forward.attention_reads import AttentionRead, attention_layers
 from vispress.runtime.forward.bucket_view import BucketView, on_device, pick, stacked
+from vispress.runtime.forward.encoder_signals import FROM_ENCODER, encoder_signals
 from vispress.runtime.forward.prompt_context import context_of
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.modules import module_of
 from vispress.runtime.tokens.images import Bucket, numbered
 from vispress.runtime.tokens.live_tokens import LiveTokens
-from vispress.types import ATTENTION_SIGNALS, Placement, Signal, Transition, VisualTokens
+from vispress.types import Placement, Signal, Transition, VisualTokens
 from vispress_kernels import Backend
 from vispress_kernels.gather_tokens import gather_tokens_many
 
@@ -44,7 +44,9 @@ def visual_tokens(
     reads = frozenset() if parts else method.signals()
     sample, view = bucket.sample.unsqueeze(1), BucketView(bucket)
     first = bucket.images[0]
-    signals = _encoder_signals(state, method, bucket, reads)
+    signals: dict[str, Any] = {}
+    if reads & FROM_ENCODER:
+        signals = encoder_signals(state.plan, method, bucket.images, bucket.index, reads)
     asked = placement.queries is not None and bucket.reads_attention(compressor)
     if asked and Signal.QUERY_ATTENTION in reads:
         signals["query_attention"] = _query_attention(state, placement, view)
@@ -95,45 +97,6 @@ def visual_tokens(
         backend=state.plan.backend,
         **signals,
     )
-
-
-def _encoder_signals(
-    state: ForwardState, method: Compressor, bucket: Bucket, reads: frozenset[Signal]
-) -> dict[str, Any]:
-    adapter = state.plan.adapter
-    device = bucket.index.device
-    out: dict[str, Any] = {}
-
-    def per_image(values: list[Tensor], axis: int) -> Tensor:
-        """Images to rows; only the tokens that are still there."""
-        whole = on_device(stacked(values), device)
-        if bucket.num_visual == bucket.images[0].num_visual:
-            return whole
-        return pick(whole, axis, bucket.index, state.plan.backend)
-
-    for signal in ATTENTION_SIGNALS:
-        if signal in reads:
-            layers = state.plan.encoder_layers(method, signal)
-            values = [i.capture.attention(signal, layers, i.number) for i in bucket.images]
-            out[signal.value] = per_image(values, values[0].ndim)
-    if Signal.VISION_KEYS in reads:
-        (*_, layer) = state.plan.encoder_layers(method, Signal.VISION_KEYS)
-        out["vision_keys"] = per_image([i.capture.keys(layer, i.number) for i in bucket.images], 2)
-    if Signal.VISION_FEATURES in reads:
-        inputs = [i.capture.vision_features(i.number) for i in bucket.images]
-        out["vision_features"] = per_image(inputs, 1)
-    if Signal.ENCODER_GROUPS in reads:
-        alone = torch.arange(bucket.images[0].num_visual, device=device)
-        groups = [i.capture.encoder_groups(i.number) for i in bucket.images]
-        values = [alone if group is None else group.to(device) for group in groups]
-        out["encoder_groups"] = per_image(values, 1)
-    if Signal.PROJECTOR in reads:
-        out["projector"] = projector_function(adapter)
-        two_layer = adapter.two_layer()
-        out["two_layer"] = None if two_layer is None else two_layer.to(device)
-    if Signal.PADDING in reads and adapter.square_encoder() is not None:
-        out["padding"] = per_image([i.capture.padding(i.number) for i in bucket.images], 1)
-    return out
 
 
 def _query_attention(state: ForwardState, placement: Placement, view: BucketView) -> Tensor:

@@ -93,7 +93,8 @@ class Plan:
             bound.placement.images != "all" for bound in placements
         )
         self.by_text = bool(signals & {Signal.TEXT_EMBEDDINGS, Signal.TEXT_STATES}) or any(
-            bound.placement.queries is Queries.TEXT_AFTER for bound in placements
+            bound.placement.queries in (Queries.TEXT_AFTER, Queries.LAST_FOUR)
+            for bound in placements
         )
         self.reads_ends = any(bound.placement.queries is Queries.ENDS for bound in placements)
 

@@ -23,8 +23,8 @@ from vispress.methods._parts.video.scenes import (
     saving_scenes,
     scenes_of,
 )
-from vispress.methods.base import descending, top_per_segment, upcast
-from vispress.types import TokenPlan, VisualTokens
+from vispress.methods.base import descending
+from vispress.types import TokenPlan
 
 FEW = 14
 """Groups of so many tokens are not merged, unless a budget asks for it."""
@@ -78,17 +78,20 @@ def groups_of(
 
 
 @torch.no_grad()
-def saving_groups(x: Float[Tensor, "B F t D"], threshold: float) -> list[list[Group]]:
+def saving_groups(
+    x: Float[Tensor, "B F t D"], threshold: float, longest: int = 1024
+) -> list[list[Group]]:
     """Make HoliTom's groups, of the cut that saves most; waits once for the device.
 
     Args:
         x: Tokens, at least fp32.
         threshold: Cosine above which a place is the same in two frames.
+        longest: Frames of a run at most.
     """
     same = (adjacent_cosine(x) > threshold).cpu()
     found = []
     for own in same:
-        scenes, _ = saving_scenes(own)
+        scenes, _ = saving_scenes(own, longest)
         static = torch.zeros(x.shape[1:3], dtype=torch.bool)
         for start, end in scenes:
             if end - start > 1:
@@ -118,26 +121,6 @@ def static_groups(
     ]
     static = (torch.stack(same) > threshold).cpu()
     return [groups_of(row, own, x.device) for row, own in zip(cuts, static, strict=True)]
-
-
-def most_attended(
-    tokens: VisualTokens, video: Frames, groups: Sequence[Sequence[Group]], num_keep: int
-) -> TokenPlan:
-    """Keep of each group in proportion what any head and word attends to most.
-
-    Newlines stay; the earlier tokens do where there is no word. Waits once for the device.
-    """
-    assert tokens.query_attention is not None
-    attention = upcast(tokens.query_attention).flatten(1, 2)
-    if not attention.shape[1]:
-        attention = attention.new_zeros(tokens.batch, 1, tokens.num_visual)
-    number = torch.full((tokens.batch, tokens.num_original), -1, device=tokens.index.device)
-    for b, own in enumerate(groups):
-        for i, group in enumerate(own):
-            number[b, video.places[group.frame : group.frame + group.length, group.places]] = i
-    return TokenPlan(
-        keep=top_per_segment(attention.amax(dim=1), number.gather(1, tokens.index).cpu(), num_keep)
-    )
 
 
 def shares(groups: Sequence[Group], num_keep: int, merged: float = 1.0) -> tuple[int, ...]:
@@ -173,12 +156,26 @@ def beside_top(
     return owner
 
 
-def cluster_weights(owner: Int[Tensor, "n"], own: float) -> Float[Tensor, "n"]:
-    """Weigh a centre itself by `own`, and by `1 - own` the mean of its cluster, itself included."""
+def _sizes(owner: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    """Count the members of each token's cluster; 0 and more for tokens that are in none."""
     into, member = owner.clamp(min=0), (owner >= 0).long()
-    size = torch.zeros_like(owner).scatter_add(0, into, member)[into].clamp(min=1)
+    return torch.zeros_like(owner).scatter_add(0, into, member)[into]
+
+
+def mean_weights(owner: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Weigh all members of a cluster alike, its centre too."""
+    return 1 / _sizes(owner).clamp(min=1).float()
+
+
+def centre_weights(owner: Int[Tensor, "n"], own: float) -> Float[Tensor, "n"]:
+    """Weigh a centre by `own`, and by `1 - own` the mean of the others; by 1 where there are none.
+
+    Others are the cluster's members but for the centre.
+    """
+    others = _sizes(owner) - 1
     centre = owner == torch.arange(len(owner), device=owner.device)
-    return own * centre.float() + (1 - own) / size.float()
+    beside = (1 - own) / others.clamp(min=1).float()
+    return torch.where(centre, torch.where(others > 0, own, 1.0), beside)
 
 
 def merge_groups(

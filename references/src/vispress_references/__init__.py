@@ -1,0 +1,1 @@
+"""Checkpoints that `vispress` loads by name; there is no code here."""

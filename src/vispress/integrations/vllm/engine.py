@@ -1,0 +1,79 @@
+"""Settings of an engine that compression would get wrong, refused at start-up."""
+
+from typing import Any, Final
+
+from vispress.errors import ConfigError, UnsupportedModelError
+from vispress.integrations.vllm.spec import Spec
+
+_ROTARY_BASE: Final = 10000.0
+"""Of every vision encoder of Qwen's that vLLM runs, whatever its configuration says."""
+
+
+def check_engine(spec: Spec, config: Any) -> None:
+    """Refuse settings of an engine that do not go with compression.
+
+    Args:
+        spec: What is asked.
+        config: vLLM's configuration.
+
+    Raises:
+        ConfigError: Names the setting and what works.
+    """
+    name = spec.method.name
+    multimodal = config.model_config.multimodal_config
+    reads = spec.plan.encoder_signals or spec.method.signals() & {"projector"}
+    if config.parallel_config.tensor_parallel_size > 1 and reads:
+        raise ConfigError(
+            f"{name} reads {', '.join(sorted(reads))}, of which each process has a part under "
+            "tensor parallelism; set tensor_parallel_size=1, or a method that reads features alone"
+        )
+    if getattr(multimodal, "enable_mm_embeds", False):
+        raise ConfigError(
+            "enable_mm_embeds takes features that no encoder of the engine has seen; leave it out "
+            "of an engine that compresses"
+        )
+    if getattr(multimodal, "video_pruning_rate", None):
+        raise ConfigError(
+            f"video_pruning_rate={multimodal.video_pruning_rate} prunes, too: leave it out, or "
+            f"{name} (vispress has vLLM's own pruning as the method 'evs')"
+        )
+    if getattr(config.compilation_config, "cudagraph_mm_encoder", False):
+        raise ConfigError(
+            "cudagraph_mm_encoder runs the encoder past what vispress puts around it; set it to "
+            "False"
+        )
+
+
+def check_places(config: Any) -> None:
+    """Refuse what would give kept tokens of a model with three-axis positions other places.
+
+    Args:
+        config: vLLM's configuration.
+
+    Raises:
+        ConfigError: Names the setting and what works.
+        UnsupportedModelError: vLLM would run the vision encoder otherwise than transformers.
+    """
+    vision = config.model_config.hf_config.vision_config
+    base = (getattr(vision, "rope_parameters", None) or {}).get("rope_theta", _ROTARY_BASE)
+    if float(base) != _ROTARY_BASE:
+        raise UnsupportedModelError(
+            f"the vision encoder has the rotary base {base:g}, and vLLM runs all with "
+            f"{_ROTARY_BASE:g}: its features, and what is kept, would be others"
+        )
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ConfigError(
+            "positions of kept tokens come from the encoder, which the first pipeline stage alone "
+            "runs; set pipeline_parallel_size=1"
+        )
+    mode = config.compilation_config.cudagraph_mode
+    if mode is not None and mode.mixed_mode().name == "FULL":
+        raise ConfigError(
+            "cudagraph_mode=FULL records prefills with the positions of other prompts; set it to "
+            "FULL_AND_PIECEWISE or PIECEWISE"
+        )
+    if config.speculative_config is not None:
+        raise ConfigError(
+            "speculative decoding embeds pictures again, without the positions of kept tokens; "
+            "leave speculative_config out"
+        )

@@ -1,0 +1,161 @@
+"""Requests of an engine that compresses: short prompts, and names that tell compressors apart."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.processing import PromptReplacement
+
+from vispress.adapters.base import Modality
+from vispress.errors import UnsupportedMethodError
+from vispress.integrations.vllm.press import TEXT
+from vispress.integrations.vllm.spec import Layout, Spec, read_spec
+
+_OWN: Final = "vispress_texts"
+"""Our option among those of a processor: rows of `TEXT` by modality."""
+
+
+class ShortPrompts:
+    """Put before a processor of vLLM's: its prompts have a place for each token that is kept.
+
+    A method that reads the prompt is handed its text with each picture, and the text is part of the
+    picture's name: nothing that one question left in a cache is found by another.
+    """
+
+    info: Any
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
+        self.vispress: Spec | None = read_spec(info.get_hf_config())
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """As vLLM's, with the prompt's text beside each picture where it is read."""
+        spec = self.vispress
+        if spec is not None:
+            _check_modalities(spec, inputs.mm_data_items.get_all_counts())
+        if spec is not None and spec.reads_text:
+            options = {**inputs.hf_processor_mm_kwargs, _OWN: _texts(spec, inputs.prompt)}
+            inputs = replace(inputs, hf_processor_mm_kwargs=options)
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        own = inputs.hf_processor_mm_kwargs.get(_OWN, {})
+        plain = replace(inputs, hf_processor_mm_kwargs=_without(inputs.hf_processor_mm_kwargs))
+        hashes = super()._get_mm_hashes(plain)  # type: ignore[misc]
+        if self.vispress is None:
+            return hashes
+        salt = self.vispress.salt
+        return {
+            modality: [
+                "-".join([name, salt, *_digest(own.get(modality), i)])
+                for i, name in enumerate(names)
+            ]
+            for modality, names in hashes.items()
+        }
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
+        options = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)  # type: ignore[misc]
+        if _OWN not in options:
+            return options
+        missing = {
+            modality: [rows[i] for i, there in enumerate(mm_is_cached[modality]) if not there]
+            for modality, rows in options[_OWN].items()
+            if modality in mm_is_cached
+        }
+        return {**options, _OWN: missing}
+
+    def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        made = super()._get_hf_mm_inputs(mm_items, _without(hf_kwargs))  # type: ignore[misc]
+        for modality, count in mm_items.get_all_counts().items():
+            rows = hf_kwargs.get(_OWN, {}).get(modality)
+            if rows and count:
+                made.passthrough_data[f"{TEXT}_{modality}"] = torch.tensor(rows)
+        return made
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
+        fields = super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs))  # type: ignore[misc]
+        own = {
+            f"{TEXT}_{modality}": MultiModalFieldConfig.batched(modality)
+            for modality in ("image", "video")
+            if f"{TEXT}_{modality}" in hf_inputs
+        }
+        return {**fields, **own}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        options = _without(hf_processor_mm_kwargs)
+        updates: Sequence[Any] = super()._get_prompt_updates(mm_items, options, out_mm_kwargs)  # type: ignore[misc]
+        if self.vispress is None:
+            return updates
+        return [
+            PromptReplacement(
+                modality=update.modality,
+                target=update.target,
+                replacement=partial(_shortened, self.vispress, update, out_mm_kwargs),
+            )
+            if update.modality in ("image", "video")
+            else update
+            for update in updates
+        ]
+
+
+def _without(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != _OWN}
+
+
+def _check_modalities(spec: Spec, counts: Mapping[str, int]) -> None:
+    for modality, count in counts.items():
+        if count and modality not in spec.modalities:
+            raise UnsupportedMethodError(
+                f"{modality}s of {spec.adapter.family} cannot be compressed in vLLM; set "
+                f'limit_mm_per_prompt={{"{modality}": 0}}'
+            )
+
+
+def _texts(spec: Spec, prompt: Sequence[int]) -> dict[str, list[list[int]]]:
+    """Rows of `TEXT` by modality, from a prompt with one placeholder for each picture."""
+    kinds: dict[int, Modality] = {i: kind for kind, i in spec.adapter.placeholders().items()}
+    words = [token for token in prompt if token not in kinds]
+    rows: dict[str, list[list[int]]] = {}
+    seen = 0
+    for token in prompt:
+        if token in kinds:
+            rows.setdefault(kinds[token], []).append([len(words) - seen, *words])
+        else:
+            seen += 1
+    return rows
+
+
+def _digest(rows: Sequence[Sequence[int]] | None, item: int) -> list[str]:
+    """A name of the text that an item is seen with; none where no text is read."""
+    if rows is None:
+        return []
+    return [hashlib.sha256(repr(list(rows[item])).encode()).hexdigest()[:16]]
+
+
+def _shortened(spec: Spec, update: Any, items: Any, item: int) -> Any:
+    """The tokens that stand for a picture, without those that will have been dropped."""
+    details = update.resolve(item).content
+    full = list(details.full)
+    shows = [True] * len(full) if details.is_embed is None else details.is_embed(full).tolist()
+    modality: Modality = update.modality
+    visual = sum(shows)
+    layout: Layout = (None, None)
+    if spec.needs_layout:
+        layout = _layout(spec, modality, visual, items[modality][item])
+    left, short = spec.count(modality, visual, layout), []
+    for token, visible in zip(full, shows, strict=True):
+        left -= visible
+        if not visible or left >= 0:
+            short.append(token)
+    return replace(details, full=short)
+
+
+def _layout(spec: Spec, modality: Modality, visual: int, item: Any) -> Layout:
+    call = MultiModalKwargsItems({modality: [item]}).get_data()
+    return spec.adapter.layouts(modality, [visual], call)[0]

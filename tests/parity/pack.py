@@ -1,0 +1,40 @@
+"""Pack a folder of vectors as `data` has them: `python -m tests.parity.pack FOLDER`.
+
+One stored `.npz` a method, compressed as a whole: names and shapes of hundreds of small arrays cost
+more apart than what is in them. Of large files some cases are left out.
+"""
+
+import io
+import lzma
+import sys
+from pathlib import Path
+
+import numpy as np
+
+DATA = Path(__file__).parent / "data"
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 2, "pb": 2}]
+"""For numbers of four bytes."""
+
+LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "framefusion": ("many_merges", "no_text_around"),
+    "prunevid": ("mostly_static", "odd_17_frames"),
+}
+"""By file, cases that are too large for the repository. Each was green when its file was packed:
+`VISPRESS_PARITY_DIR=FOLDER pytest tests/parity` runs them again.
+"""
+
+
+def pack(path: Path) -> bytes:
+    """Compress what the repository keeps of a file of vectors."""
+    left_out = LEFT_OUT.get(path.stem, ())
+    with np.load(path, allow_pickle=False) as file:
+        kept = {name: file[name] for name in file.files if name.split("/")[0] not in left_out}
+    stored = io.BytesIO()
+    np.savez(stored, **kept)
+    return lzma.compress(stored.getvalue(), format=lzma.FORMAT_XZ, filters=FILTERS)
+
+
+if __name__ == "__main__":
+    names = sys.argv[2:] or [path.name.split(".")[0] for path in DATA.glob("*.npz.xz")]
+    for name in sorted(names):
+        (DATA / f"{name}.npz.xz").write_bytes(pack(Path(sys.argv[1]) / f"{name}.npz"))

@@ -1,0 +1,55 @@
+"""Every other family that is served, with methods that read each kind of signal."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.serving import families
+from tests.serving.harness import Prompt, check, engine, on_transformers
+
+SIGNALS = ("divprune", "visionzip", "cdpruner", "zoo_prune")
+"""Features; attention and keys, merged; the prompt's text; the projector."""
+SERVED = {
+    "qwen2_vl": ({"method": "divprune"},),
+    "qwen2_5_vl": ({"method": "divprune"},),
+    "qwen3_vl": ({"method": "divprune"},),
+}
+SIZES = ((40, 40), (24, 64), (72, 32), (48, 40), (40, 24))
+
+
+def picture(number: int, size=None) -> Image.Image:
+    height, width = size or SIZES[number % len(SIZES)]
+    draw = np.random.default_rng(number)
+    noise = draw.integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height))
+
+
+def prompts(family: str, processor) -> list[Prompt]:
+    """One picture, two, five of all sizes, text behind them and alone; no picture twice."""
+    mark = families.MARK[family]
+    pictures = [picture(number) for number in range(11)]
+    return [
+        *(Prompt(f"{mark}what is {number}?", (pictures[number],)) for number in range(4)),
+        Prompt(f"a {mark} and {mark} differ?", tuple(pictures[4:6])),
+        Prompt(f"{mark} {mark}is {mark}{mark} or {mark} red?", tuple(pictures[6:11])),
+        Prompt("no picture at all"),
+    ]
+
+
+CASES = [
+    pytest.param(family, asked, id=f"{family}-{asked['method']}")
+    for family, methods in SERVED.items()
+    for asked in methods
+]
+
+
+@pytest.mark.parametrize(("family", "asked"), CASES)
+def test_as_on_transformers(family, asked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(family)
+    model, processor = families.save(family, folder)
+    asked = asked | {"keep_ratio": 0.4}
+    shown = prompts(family, processor)
+    expected = on_transformers(model, processor, shown, asked)
+    limits = {"image": 5} | ({"video": 0} if family == "qwen3_vl" else {})
+    with engine(folder, processor, asked, limit_mm_per_prompt=limits) as made:
+        check(made, shown, expected)
