@@ -109,7 +109,8 @@ def _panel(axes: Any, picture: NDArray[np.float64], view: View) -> None:
                 _frame(axes, picture, token, light.shape, _OUTLINE, inset=0.06, width=0.7)
         title += f"{view.image.num_kept} of {view.image.num_visual} at the end, "
         title += f"mean {100 * view.mean_keep_ratio:.0f} %\n"
-    axes.set_title(f"{title}“{view.answer}”", fontsize=9)
+    said = f"“{view.answer}”" if view.answer else ""
+    axes.set_title(f"{title}{said}", fontsize=9)
 
 
 def _frame(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from vispress.analysis.sources import check_source
+from vispress.analysis.sources import SCENE, check_source
 from vispress.cli_options import Device, Imports, Model, check_early, prepare, terminal
+from vispress.errors import ConfigError
 from vispress.user_code import import_files
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ def show(
     ] = None,
     out: Annotated[Path, typer.Option(help="The picture.")] = Path("kept.png"),
     model: Model = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="A vision encoder's folder: tokens are chosen without a language model."),
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a side, with --encoder; its own otherwise.")
+    ] = None,
     device: Device = "cpu",
     imports: Imports = None,
 ) -> None:
@@ -35,14 +43,57 @@ def show(
 
     The model's answers stand beside them.
     """
-    check_source(image, question)
+    check_source(image, "no question" if encoder is not None else question)
+    if encoder is not None and image.startswith(SCENE):
+        raise ConfigError("--encoder is for photographs; a drawn scene is for the reference model")
     check_early(methods=() if imports else method, model=model, keep_ratio=keep_ratio)
     import_files(imports or ())
     from vispress.method_options import make_all, parse_options
 
     given = {"keep_ratio": keep_ratio, "num_tokens": num_tokens, "layer": layer}
     values = {k: v for k, v in given.items() if v is not None} | parse_options(option or [])
-    draw(image, question, make_all(method, values), out, model or "reference", device)
+    chosen = make_all(method, values)
+    if encoder is not None:
+        draw_encoded(Path(image), chosen, out, encoder, side)
+    else:
+        draw(image, question, chosen, out, model or "reference", device)
+
+
+def draw_encoded(
+    image: Path, chosen: "list[Compressor]", out: Path, encoder: Path, side: int | None
+) -> None:
+    """Draw what compressors keep of a photograph by what a vision encoder alone gives.
+
+    Args:
+        image: The picture.
+        chosen: The compressors.
+        out: The drawing.
+        encoder: As `load_encoder` takes it.
+        side: Likewise.
+    """
+    prepare()
+    from vispress.analysis.encoder_tokens import choose, load_encoder
+    from vispress.analysis.inspect import View
+    from vispress.analysis.overlay import draw_views
+    from vispress.picture_files import open_picture
+
+    console = terminal()
+    picture = open_picture(image, str(image))
+    with console.status("asking the encoder"):
+        tokens, seen = load_encoder(encoder, side).see(picture)
+        found = [(method, choose(method, tokens)) for method in chosen]
+    views = [
+        View(f"{method.name} ({'merges' if method.merges else 'prunes'})", "", kept, share)
+        for method, kept in found
+        for share in (kept.num_kept / kept.num_visual,)
+    ]
+    table = Table("method", "kept")
+    for view in views:
+        assert view.image is not None
+        table.add_row(view.title, f"{view.image.num_kept} of {view.image.num_visual}")
+    console.print(table)
+    draw_views(seen, views, image.name, out)
+    console.print(f"written: {out}", soft_wrap=True)
 
 
 def draw(
