@@ -107,7 +107,8 @@ def _tokens(model: Any, pixels: Tensor) -> VisualTokens:
     count, length = rows * rows, out.last_hidden_state.shape[1]
     first = length - count  # [CLS] and registers stand in front
     features, attention = out.last_hidden_state[:, first:], out.attentions[-1]
-    by_head = [key[:, first:].unflatten(-1, (attention.shape[1], -1)) for key in keys]
+    heads = attention.shape[1]
+    by_head = [key[:, first:].reshape(1, count, heads, -1) for key in keys]
     return VisualTokens(
         features=features,
         index=full_index(1, count, features.device),
