@@ -18,7 +18,8 @@ from vispress.bench.tasks.task import Prompt
 from vispress.cli import main
 from vispress.errors import CheckpointError, VispressError
 from vispress.integrations.options import read_compression
-from vispress.reference.model.checkpoint import SHIPPED, read
+from vispress.reference.folders import SHIPPED
+from vispress.reference.model.checkpoint import read
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
