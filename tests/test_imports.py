@@ -45,6 +45,9 @@ FLOORS: dict[str, int] = {
     "vispress.runtime": 3,
     "vispress.weights": 4,
     "vispress.report": 4,
+    "vispress.report_builder": 4,
+    "vispress.report_html": 4,
+    "vispress.report_view": 4,
     "vispress.api": 4,
     "vispress.capturing": 4,
     "vispress": 4,  # the public names

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,7 +11,9 @@ from vispress.adapters.base import ModelAdapter, find_adapter
 from vispress.chain import share_mean
 from vispress.config import Config
 from vispress.errors import CompressionStateError
-from vispress.report import CompressionReport, build_report
+from vispress.report import CompressionReport
+from vispress.report_builder import build_report
+from vispress.report_view import ReportView as ReportView
 from vispress.request import Method, Request, check_signals, resolve
 from vispress.types import Positions
 from vispress.versions import check_versions
@@ -172,7 +175,7 @@ def remove_compression(model: M) -> M:
 @contextmanager
 def compressed(
     model: nn.Module, method: Method | Sequence[Method] | None = None, **options: Any
-) -> Iterator["ReportView"]:
+) -> Iterator[ReportView]:
     """`compress_model` for the length of a `with` block.
 
     Args:
@@ -184,14 +187,14 @@ def compressed(
         A view that reads like the report of the last prefill (and keeps the last one afterwards).
     """
     compress_model(model, method, **options)
-    view = ReportView(model)
+    view = ReportView(partial(compression_report, model))
     try:
         yield view
     except BaseException:
-        view._close()
+        view.close()
         attachment_of(model).detach()  # what failed has no backward
         raise
-    view._close()
+    view.close()
     remove_compression(model)
 
 
@@ -206,43 +209,6 @@ def compression_report(model: nn.Module) -> CompressionReport:
             tokens.
     """
     return build_report(*attachment_of(model).turns.last())
-
-
-class ReportView:
-    """Reads like the `CompressionReport` of the model's last prefill, at the time of reading."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model: nn.Module | None = model
-        self._last: CompressionReport | CompressionStateError | None = None
-
-    def _close(self) -> None:
-        if self._model is not None:
-            try:
-                self._last = compression_report(self._model)
-            except CompressionStateError as error:
-                self._last = error.with_traceback(None)
-        self._model = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.report, name)
-
-    @property
-    def report(self) -> CompressionReport:
-        """The report itself.
-
-        Raises:
-            CompressionStateError: As `compression_report`.
-        """
-        if self._model is not None:
-            return compression_report(self._model)
-        if not isinstance(self._last, CompressionReport):
-            raise CompressionStateError(f"{self._last}; the block has ended")
-        return self._last
-
-    def __str__(self) -> str:
-        return str(self.report)
 
 
 def attachment_of(model: nn.Module) -> Any:
