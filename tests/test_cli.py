@@ -103,7 +103,9 @@ def test_the_version_is_told():
         (["show", "scene:1", "--method", "fastv", "--set", "layer"], "--set needs KEY=VALUE"),
         (["show", "scene:1", "--method", "fastv", "--keep-ratio", "2"], "must be a number in"),
         (["show", "scene:1", "--method", "fastv", "--model", "MODEL"], "needs a budget"),
-        (["search", "gready"], "strategy must be one of 'greedy', 'sigmoid'"),
+        (["search", "gready"], "strategy must be one of 'greedy', 'sigmoid', 'withdrawal'"),
+        (["search", "withdrawal", "--keep-ratio", "0.5"], "a withdrawal search takes no budget"),
+        (["search", "withdrawal", "--method", "fastv"], "withdrawal searches the layer of vtw"),
         (["search", "greedy", "--flops", "0.5"], "takes no budget"),
         (["search", "sigmoid"], "give --keep-ratio or --flops"),
         (["search", "--model", "org/name"], "--task is needed"),
@@ -240,6 +242,9 @@ def test_search_writes_a_schedule_that_compresses(monkeypatch, capsys, tmp_path,
     found = load_config(out / "schedule.yaml")
     assert (found.name, found.queries, found.midpoint is None) == ("layerwise", "text", False)
     assert "sigmoid, 0.6 of tokens: kl" in (out / "schedule.yaml").read_text()
+    assert run_main(monkeypatch, "search", "withdrawal", *arguments, "--tolerance", "9") == 0
+    assert load_config(out / "schedule.yaml").layer == 1
+    assert "withdrawal, tolerance 9: reverse_kl" in (out / "schedule.yaml").read_text()
 
 
 def test_report_makes_a_page_where_it_is_asked(monkeypatch, capsys, tmp_path):

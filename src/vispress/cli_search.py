@@ -13,14 +13,15 @@ from vispress.errors import ConfigError
 if TYPE_CHECKING:
     from vispress.bench.search.objective import ScheduleObjective, SearchResult
 
-STRATEGIES = ("greedy", "sigmoid")
+STRATEGIES = ("greedy", "sigmoid", "withdrawal")
 _OWN_TASKS = ("attribute", "place", "existence", "needle", "digit", "reading", "where", "relation")
 
 Strategy = Annotated[
     str,
     typer.Argument(
         help="'greedy': the least rate of each layer within --tolerance. 'sigmoid': the best "
-        "sigmoid under --keep-ratio or --flops, by Bayesian optimisation."
+        "sigmoid under --keep-ratio or --flops, by Bayesian optimisation. 'withdrawal': the first "
+        "layer before which all visual tokens may leave (VTW), within --tolerance."
     ),
 ]
 Name = Annotated[
@@ -29,7 +30,12 @@ Name = Annotated[
 Tasks = Annotated[
     list[str] | None, typer.Option(help="Repeat; the reference model has tasks of its own.")
 ]
-Measure = Annotated[str, typer.Option(help="'kl' (of the first token), 'loyalty' or 'accuracy'.")]
+Measure = Annotated[
+    str | None,
+    typer.Option(
+        help="'kl' (of the first token), 'reverse_kl' (withdrawal's), 'loyalty' or 'accuracy'."
+    ),
+]
 Method = Annotated[
     str, typer.Option(help="Greedy: a method with layers and ratios, whose ranking is used.")
 ]
@@ -37,7 +43,10 @@ Options = Annotated[
     list[str] | None, typer.Option("--set", help="KEY=VALUE, a hyper-parameter (YAML).")
 ]
 Tolerance = Annotated[
-    float, typer.Option(help="Greedy: nats of KL, or share of accuracy or loyalty, to lose.")
+    float | None,
+    typer.Option(
+        help="Nats of KL, or share of accuracy or loyalty, to lose: greedy 0.005, withdrawal 0.003."
+    ),
 ]
 Ratio = Annotated[
     float | None, typer.Option(help="Sigmoid: mean of visual tokens over layers, in (0, 1].")
@@ -53,10 +62,10 @@ def search(
     model: Name = "reference",
     task: Tasks = None,
     questions: Annotated[int, typer.Option(help="Of each task, to calibrate on.")] = 25,
-    metric: Measure = "kl",
+    metric: Measure = None,
     method: Method = "layerwise",
     option: Options = None,
-    tolerance: Tolerance = 0.005,
+    tolerance: Tolerance = None,
     keep_ratio: Ratio = None,
     flops: Flops = None,
     trials: Annotated[int, typer.Option(help="Sigmoid: how many are tried.")] = 40,
@@ -72,27 +81,36 @@ def search(
     from vispress.bench.model.names import REFERENCES
 
     unit, share = _budget(strategy, keep_ratio, flops)
+    withdraws = strategy == "withdrawal"
+    if withdraws and (method != "layerwise" or option):
+        raise ConfigError("withdrawal searches the layer of vtw; leave --method and --set out")
     if not task and model not in REFERENCES:
         raise ConfigError(f"--task is needed for the model {model!r}; GQA, say, is --task gqa")
     check_early(methods=[method], model=model, keep_ratio=keep_ratio)
     prepare()
     from vispress.bench.search.greedy import SearchRequest
     from vispress.bench.search.objective import Calibration
+    from vispress.bench.search.withdrawal import TOLERANCE
     from vispress.method_options import parse_options
 
     values = parse_options(option or [])
     calibration = Calibration(
         tasks=tuple(task or _OWN_TASKS),
-        metric=metric,  # type: ignore[arg-type]
+        metric=metric or ("reverse_kl" if withdraws else "kl"),  # type: ignore[arg-type]
         questions=questions,
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
     # what is wrong with the options shows before the model is loaded
-    request = SearchRequest.of(
-        method, values, unit, share, tolerance=tolerance, trials=trials, seed=seed
-    )
+    if withdraws:
+        tolerance = TOLERANCE if tolerance is None else tolerance
+        request = SearchRequest(withdraws=True, tolerance=tolerance)
+    else:
+        tolerance = 0.005 if tolerance is None else tolerance
+        request = SearchRequest.of(
+            method, values, unit, share, tolerance=tolerance, trials=trials, seed=seed
+        )
     _search(request, calibration, out, model, device)
 
 
@@ -101,8 +119,8 @@ def _budget(strategy: str, keep_ratio: float | None, flops: float | None) -> tup
     given = {"tokens": keep_ratio, "flops": flops}
     found = [(unit, share) for unit, share in given.items() if share is not None]
     check_choice("strategy", strategy, STRATEGIES)
-    if strategy == "greedy" and found:
-        raise ConfigError("a greedy search takes no budget, its --tolerance says when to stop")
+    if strategy != "sigmoid" and found:
+        raise ConfigError(f"a {strategy} search takes no budget, its --tolerance says when to stop")
     if strategy == "sigmoid" and len(found) != 1:
         raise ConfigError("a sigmoid needs one budget: give --keep-ratio or --flops")
     return found[0] if found else (None, 1.0)

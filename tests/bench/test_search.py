@@ -17,11 +17,12 @@ from vispress.bench.search.greedy import (
     search_greedy,
 )
 from vispress.bench.search.notes import add_note, read_notes
-from vispress.bench.search.objective import Calibration, ScheduleObjective
+from vispress.bench.search.objective import Calibration, ScheduleObjective, divergence
 from vispress.bench.search.sigmoid import search_sigmoid
+from vispress.bench.search.withdrawal import search_withdrawal
 from vispress.config import load_config
 from vispress.errors import BudgetError, ConfigError
-from vispress.methods import Layerwise, NoImage
+from vispress.methods import VTW, Layerwise, NoImage
 
 SMALL = Calibration(tasks=("count", "attribute"), questions=3, batch_size=2, max_new_tokens=2)
 
@@ -90,6 +91,58 @@ def test_other_rankings_follow_the_same_schedule():
     assert 0.0 not in grid_for("pyramiddrop")
     assert scheduled("layerwise", queries="text")([1.0, 1.0, 0.5]).queries == "text"
     assert request.most(7) == 6 * 4
+
+
+# --- withdrawal
+
+
+class Withdrawn(Told):
+    """An objective that knows what every layer of withdrawal is worth."""
+
+    uncompressed = 0.0
+
+    def __init__(self, *worth):
+        super().__init__()
+        self.worth, self.num_layers = worth, len(worth)
+
+    def least(self, tolerance):
+        return -tolerance
+
+    def value(self, method, what=""):
+        self.asked.append(method.layer)
+        return self.worth[method.layer]
+
+
+def test_withdrawal_finds_the_first_layer_that_is_good_enough():
+    told = Withdrawn(-9, -5, -0.5, -0.002, -0.4, 0)  # a later layer may be worse again
+    request = SearchRequest(withdraws=True, tolerance=0.003)
+    assert request.search(told).method.layer == 3
+    assert told.asked == [1, 2, 3, 3]
+    assert (request.most(6), request.most(32), request.words) == (
+        5,
+        27,
+        "withdrawal, tolerance 0.003",
+    )
+    # deep models are searched from layer 5 on, as in the code
+    assert search_withdrawal(Withdrawn(*[0.0] * 11)).method.layer == 5
+
+
+def test_divergence_the_other_way_is_withdrawals(subject):
+    reverse = ScheduleObjective(subject, replace(SMALL, metric="reverse_kl"))
+    assert reverse.uncompressed == 0.0
+    found = [reverse.value(VTW(layer=layer)) for layer in (1, 3)]
+    plain = ScheduleObjective(subject, SMALL).value(VTW(layer=1))
+    assert found[0] < found[1] <= 0
+    assert found[0] != plain
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    assert float(divergence(p, q)) == pytest.approx(0.510826, abs=1e-6)
+    assert float(divergence(q, p)) == pytest.approx(0.368064, abs=1e-6)
+
+
+@pytest.mark.refusal
+def test_withdrawal_that_never_is_good_enough_is_refused():
+    with pytest.raises(ConfigError, match="needed in every layer: the best withdrawal is worth -1"):
+        search_withdrawal(Withdrawn(*range(-11, 0)))
 
 
 @pytest.mark.refusal

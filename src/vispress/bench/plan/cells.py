@@ -22,8 +22,16 @@ UNCOMPRESSED: Final = "none"
 BUDGETS: Final = ("keep_ratio", "num_tokens", "mean_keep_ratio")
 _OWN: Final[dict[str, type[Made]]] = {"oracle": Oracle, "downsample": Downsample}
 """Controls that are the benchmark's own: they need its prompts or its pictures."""
+BOUNDS: Final = ("no_image", "vtw")
+"""Methods whose count is fixed: they stand beside those that are compared at a budget, VTW too,
+which is a published one."""
 _OWN_KEYS = ("label", "seeds", "keep_ratios")
 _LABEL = re.compile(r"(?!.*--)[\w.+=][\w.+=-]*")
+
+
+def is_control(method: Compressor | type[Compressor]) -> bool:
+    """Tell whether a method is one that others are compared with."""
+    return method.evidence == "control" or method.name in BOUNDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class Cell:
     @property
     def control(self) -> bool:
         """Whether all of it are controls; False for the uncompressed model."""
-        flags = [method.evidence == "control" for method in self.chain]
+        flags = [is_control(method) for method in self.chain]
         return self.picture is not None or (bool(flags) and all(flags))
 
     def to_dict(self) -> dict[str, Any]:

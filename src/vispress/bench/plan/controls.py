@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from vispress.bench.plan.cells import Entry
+from vispress.bench.plan.cells import BOUNDS, Entry, is_control
 from vispress.checks import suggest
 from vispress.errors import ConfigError
 from vispress.methods.gist_evictor import GistEvictor
@@ -25,7 +25,6 @@ _AT_A_BUDGET: Final[tuple[Entry, ...]] = (
     "downsample",
     "oracle",
 )
-_WITHOUT: Final[tuple[Entry, ...]] = ("no_image", "vtw")
 
 
 def expand(methods: Sequence[Entry], overrides: Overrides) -> Iterator[tuple[Entry, bool]]:
@@ -38,13 +37,13 @@ def expand(methods: Sequence[Entry], overrides: Overrides) -> Iterator[tuple[Ent
     Raises:
         ConfigError: Overrides without `all`, or of something that is not one of it.
     """
-    others = ("control", "composition")
     known = {name: get_method(name) for name in list_methods()}
     # questions of tasks have no gist tokens, and the models were not trained with any
     names = [
         name
         for name, method in known.items()
-        if method.evidence not in others and not issubclass(method, GistEvictor)
+        if not (is_control(method) or method.evidence == "composition")
+        and not issubclass(method, GistEvictor)
     ]
     if overrides and ALL not in methods:
         raise ConfigError("overrides are for the methods of `all`, which the plan does not list")
@@ -72,7 +71,7 @@ def with_controls(methods: Sequence[Entry], *, budgets: bool) -> list[Entry]:
     """
     entries = [_three_seeds(entry) for entry in methods]
     listed = {_group(entry) for entry in entries}
-    standard = (*_AT_A_BUDGET, *_WITHOUT) if budgets else _WITHOUT
+    standard = (*_AT_A_BUDGET, *BOUNDS) if budgets else BOUNDS
     return entries + [entry for entry in standard if _group(entry) not in listed]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from vispress.bench.search.objective import ScheduleObjective, SearchResult
 from vispress.bench.search.sigmoid import Unit, search_sigmoid, sigmoid_of
+from vispress.bench.search.withdrawal import candidates, search_withdrawal
 from vispress.config import make_compressor
 from vispress.errors import ConfigError
 from vispress.methods import Layerwise
@@ -27,16 +28,18 @@ class SearchRequest:
     """A search to run; its options are checked before there is a model.
 
     Args:
+        withdraws: Withdrawal: the layer of VTW is searched.
         make: Greedy: the method that follows rates by layer.
         grid: Greedy: rates to try.
         host: Sigmoid: hyper-parameters that are not searched.
-        unit: Sigmoid: of the share; None for a greedy search.
+        unit: Sigmoid: of the share; None for the others.
         share: Sigmoid: the budget, in `(0, 1]`.
-        tolerance: Greedy: what may be lost.
+        tolerance: Greedy and withdrawal: what may be lost.
         trials: Sigmoid: how many.
         seed: Sigmoid: of the trials.
     """
 
+    withdraws: bool = False
     make: Callable[[Sequence[float]], Compressor] | None = None
     grid: tuple[float, ...] = ()
     host: Layerwise | None = None
@@ -64,16 +67,22 @@ class SearchRequest:
     @property
     def words(self) -> str:
         """The request in words, for the head of the file."""
+        if self.withdraws:
+            return f"withdrawal, tolerance {self.tolerance:g}"
         if self.unit is None:
             return f"greedy, tolerance {self.tolerance:g}"
         return f"sigmoid, {self.share:g} of {self.unit}"
 
     def most(self, num_layers: int) -> int:
         """Count the schedules that are tried, at most."""
+        if self.withdraws:
+            return len(candidates(num_layers))
         return self.trials if self.make is None else greedy_steps(num_layers, self.grid)
 
     def search(self, objective: ScheduleObjective, storage: Path | None = None) -> SearchResult:
-        """Search as requested; see `search_greedy` and `search_sigmoid`."""
+        """Search as requested; see `search_greedy`, `search_sigmoid` and `search_withdrawal`."""
+        if self.withdraws:
+            return search_withdrawal(objective, tolerance=self.tolerance)
         if self.make is not None:
             return search_greedy(objective, self.make, tolerance=self.tolerance, grid=self.grid)
         assert self.unit is not None

@@ -27,7 +27,13 @@ from vispress.config import save_config, to_mapping
 from vispress.flops import flops, visual_per_layer
 from vispress.methods.base import Compressor
 
-Metric = Literal["accuracy", "loyalty", "kl"]
+Metric = Literal["accuracy", "loyalty", "kl", "reverse_kl"]
+_DIVERGENCES = ("kl", "reverse_kl")
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Compute KL(p || q) in nats of log-probabilities `[..., V]`, at least 0."""
+    return (p.exp() * (p - q)).sum(dim=-1).clamp(min=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,8 @@ class Calibration:
         tasks: Names of tasks.
         metric: `"accuracy"`: mean score, tasks weighing the same. `"loyalty"`: share of answers
             that are word for word the uncompressed model's. `"kl"`: minus the mean divergence (in
-            nats) of the first answer token from the uncompressed model's.
+            nats) of the first answer token from the uncompressed model's, KL(uncompressed ||
+            compressed). `"reverse_kl"`: KL(compressed || uncompressed).
         questions: For each task, at least 1.
         seed: Of questions.
         batch_size: Prompts a batch.
@@ -141,14 +148,14 @@ class ScheduleObjective:
 
     @property
     def uncompressed(self) -> float:
-        """The metric of the uncompressed model: 1 for loyalty, 0 for KL."""
+        """The metric of the uncompressed model: 1 for loyalty, 0 for divergences."""
         return self._mean(self._uncompressed(), self._uncompressed())
 
     def least(self, tolerance: float) -> float:
         """Compute the value still good enough: a share of accuracy less, or so many nats."""
         check_number("tolerance", tolerance, low=0.0)
         whole = self.uncompressed
-        return whole - tolerance * (1.0 if self.calibration.metric == "kl" else whole)
+        return whole - tolerance * (1.0 if self.calibration.metric in _DIVERGENCES else whole)
 
     # --- costs
 
@@ -191,7 +198,7 @@ class ScheduleObjective:
 
     def _outputs(self, cell: Cell, what: str) -> Iterator[Any]:
         """Run every batch: answers, or log-probabilities `[B, V]` of first tokens on the host."""
-        run = self._first_tokens if self.calibration.metric == "kl" else self._answers
+        run = self._first_tokens if self.calibration.metric in _DIVERGENCES else self._answers
         for batch in self.batches:
             with (
                 self._memory.shown(batch, anew=changes_encoder(cell)) as inputs,
@@ -227,9 +234,9 @@ class ScheduleObjective:
         return fmean(map(fmean, tasks.values()))
 
     def _scores(self, batch: Batch, output: Any, reference: Any) -> list[float]:
-        if self.calibration.metric == "kl":
-            divergence = (reference.exp() * (reference - output)).sum(dim=-1)
-            return (-divergence.clamp(min=0)).tolist()  # type: ignore[no-any-return]
+        if self.calibration.metric in _DIVERGENCES:
+            pair = (reference, output) if self.calibration.metric == "kl" else (output, reference)
+            return (-divergence(*pair)).tolist()
         if self.calibration.metric == "loyalty":
             return [float(a == b) for a, b in zip(output, reference, strict=True)]
         score = get_task(batch.task).score
