@@ -149,9 +149,10 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.forward.base_model": 13,
         "vispress.runtime.forward.prefill": 13,
         "vispress.runtime.footprint": 12,
-        "vispress.runtime.attachment": 14,
-        "vispress.runtime.graphs": 15,
-        "vispress.runtime": 16,
+        "vispress.runtime.forward.chunks": 14,
+        "vispress.runtime.attachment": 15,
+        "vispress.runtime.graphs": 16,
+        "vispress.runtime": 17,
     },
 }
 """Floors inside a part of the house; there imports for type checkers count, too."""

@@ -86,6 +86,5 @@ def check_ends(lengths: Tensor, available: Sequence[int]) -> None:
         if length > most:
             raise ConfigError(
                 f"{PROMPT_LENGTHS}[{row}] is {length}, but sample {row} has {most} tokens; "
-                "count tokens without padding, one for each visual token. (generate counts right: "
-                "then the prompt came in pieces, by prefill_chunk_size, which is not supported)"
+                "count tokens without padding, one for each visual token"
             )

@@ -346,8 +346,10 @@ def test_a_cache_that_is_no_transformers_cache_is_refused() -> None:
 
 @pytest.mark.parametrize("method", ["fastv", "divprune"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in QWEN])
-def test_chunked_prefill_is_refused_by_name(family: str, method: str) -> None:
-    """Older transformers lose the image by themselves in it: then there is nothing to compress."""
+def test_chunked_prefill_compresses_or_is_refused_by_name(family: str, method: str) -> None:
+    """Older transformers lose the image by themselves in it: then there is nothing to compress.
+    What newer ones are given is in `test_chunked_prefill.py`.
+    """
     model = model_of(family)
     inputs = make_inputs(family, [Sample([Text(3), Image(4, 4), Text(3)])])
     blind = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
@@ -367,6 +369,10 @@ def test_chunked_prefill_is_refused_by_name(family: str, method: str) -> None:
     with compressed(model, method, **settings(family, method)):
         if loses_the_image:
             assert torch.equal(chunked(inputs), chunked(blind))
+        elif method == "divprune":
+            chunked(inputs)
+            image = compression_report(model).samples[0].images[0]
+            assert image.num_kept < image.num_visual
         else:
             with pytest.raises(VispressError, match="prefill_chunk_size"):
                 chunked(inputs)

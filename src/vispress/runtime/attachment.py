@@ -15,9 +15,9 @@ from vispress.prompts import PROMPT_LENGTHS
 from vispress.request import Request
 from vispress.runtime.encoder.capture import watch_pixels, watch_projector
 from vispress.runtime.footprint import Footprint
-from vispress.runtime.forward import prefill
+from vispress.runtime.forward import chunks, prefill
 from vispress.runtime.forward.base_model import current_call, run_base, run_encoder
-from vispress.runtime.forward.dynamic_decode import DynamicDecodeCall, decode_step
+from vispress.runtime.forward.dynamic_decode import decode_step
 from vispress.runtime.forward.expand import expand_step
 from vispress.runtime.forward.feed_forward import feed_layer
 from vispress.runtime.forward.gating import gate_layer
@@ -107,6 +107,7 @@ class Attachment:
         if self.owner is not None:
             self._hook(self.owner.register_forward_pre_hook(self._owner_starts, with_kwargs=True))
             self._undo += patch_generation(self.owner, base)
+            self._wrap(self.owner, "_prefill", chunks.run, self)
         self.hear_owner()
         for modality in adapter.placeholders():
             self._wrap(base, f"get_{modality}_features", self._encodes, modality)
@@ -242,8 +243,7 @@ class Attachment:
                 more = decode_step(self.plan, current_call(self.plan), module, kwargs)
                 if more is not None:
                     return args, kwargs | more
-            step = StaticDecodeCall.of(self.plan, self.stages, kwargs)
-            if step is not None:
+            if (step := StaticDecodeCall.of(self.plan, self.stages, kwargs)) is not None:
                 return args, kwargs | {RUNNING: step}
         starts = self._starts_outside if torch.compiler.is_compiling() else self._prefill_starts
         return starts(module, args, kwargs)
@@ -252,7 +252,8 @@ class Attachment:
         if self._footprint.measured:
             MEASURED.set(None)
         call = current_call(self.plan) or ModelCall(self.plan, {})
-        running, kwargs = prefill.begin(self.plan, self.stages, call, module, args, kwargs)
+        begin = prefill.begin if call.chunks is None else chunks.begin
+        running, kwargs = begin(self.plan, self.stages, call, module, args, kwargs)
         if running is None:
             return None
         running.begin(self._footprint)
@@ -260,8 +261,6 @@ class Attachment:
 
     def _language_model_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         running = kwargs.get(RUNNING)
-        if isinstance(running, DynamicDecodeCall):
-            return None
         if isinstance(running, StaticDecodeCall):
             return expand_step(running.cache, output)
         if not isinstance(running, Running) or running.hooks is not self._footprint:
@@ -272,9 +271,10 @@ class Attachment:
         return ends(running, output)
 
     def _prefill_ends(self, running: Running, output: Any) -> Any:
-        output, record = prefill.finish(running, output)
-        self.turns.note(running.state, record)
-        running.state.release()
+        finish = prefill.finish if running.chunks is None else chunks.finish
+        output, state, record = finish(running, output)
+        self.turns.note(state, record)
+        state.release()
         return output
 
     _starts_outside, _ends_outside = outside(_prefill_starts), outside(_prefill_ends)

@@ -26,7 +26,7 @@ from vispress.runtime.forward.model_call import (
     capture_of,
     remember,
 )
-from vispress.runtime.forward.owner import is_traced, prompt_ends
+from vispress.runtime.forward.owner import GENERATING, is_traced, prompt_ends
 from vispress.runtime.hooks.attention import current_sink, watching
 from vispress.runtime.hooks.compiling import between, outside
 from vispress.runtime.hooks.instance_patch import Original
@@ -113,6 +113,11 @@ def _prepare(
     call = ModelCall(plan, by_name(type(base).forward, (base, *args), kwargs))
     given = None if lengths is None else as_lengths(lengths)
     call.labels, call.shift_labels, call.prompt_lengths = prompt_ends(base, given, call.rows)
+    generating = GENERATING.get()
+    if generating is not None and generating.base is base:
+        call.chunks = generating.chunks
+    if call.chunks is not None and call.chunks.running is not None:
+        return call, args, kwargs
     # ahead of the prompt's lengths: a chunk of a prompt is refused as what it is
     for modality, output in (call.arguments.get("mm_encoder_outputs") or {}).items():
         if output is not None:

@@ -53,7 +53,11 @@ def decode_step(
         return None
     assert cache is not None
     plain = plan.uniform and not (plan.remembering.methods or module.training)
-    if not plain or (call is not None and call.captures) or not amid_turn(plan.adapter.base):
+    if (
+        not plain
+        or (call is not None and (call.captures or call.chunks is not None))
+        or not amid_turn(plan.adapter.base)
+    ):
         return None
     maps = kwargs.get("output_attentions")
     if module.config.output_attentions if maps is None else maps:

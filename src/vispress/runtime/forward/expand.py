@@ -61,6 +61,8 @@ def _expand(hidden: Tensor, rows: LiveTokens, backend: Backend) -> Tensor:
     """`[B, P, D]` to `[B, Q, D]`: dropped places carry the nearest earlier survivor."""
     if rows.whole or hidden.shape[1] != rows.size:
         return hidden
+    if not rows.size:
+        return hidden.new_zeros(len(hidden), rows.length, hidden.shape[2])
     return gather_rows(hidden, rows.to(hidden.device).place, backend)
 
 

@@ -53,6 +53,8 @@ class LayerPatch(InstancePatch):
                         kwargs["position_embeddings"] = moved
             else:
                 args, kwargs = self.wrapper(original.module, args, kwargs)
+                if not args[0].shape[1]:
+                    return args[0]  # no row is left of a chunk
         if original.previous is not None:
             return original.previous(*args, **kwargs)
         return type(original.module).forward(original.module, *args, **kwargs)

@@ -33,6 +33,7 @@ class ModelCall:
         shift_labels: `[B, Q]`, one place ahead, likewise.
         prompt_lengths: `[B]` int64 on the host (packed rows: one a document), tokens before each
             answer, padding not counted, those in the cache counted; None where nobody said.
+        chunks: Of a prompt that `generate` prefills in several calls (`forward.chunks.Chunks`).
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class ModelCall:
     labels: Tensor | None = None
     shift_labels: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    chunks: Any = None
     _fetched: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
@@ -139,10 +141,9 @@ def capture_of(plan: Plan, modality: Modality, output: Any) -> EncoderCapture:
             capture = latest
     if capture is None:
         raise CompressionStateError(
-            f"{modality} features were computed apart from this forward (chunked prefill with "
-            "prefill_chunk_size, or before compress_model): the signals that compression "
-            "reads are "
-            "missing. Pass pixel values, or let generate encode them"
+            f"{modality} features were computed apart from this forward (cut into chunks by "
+            "hand, or before compress_model): the signals that compression reads are missing. Pass "
+            "pixel values, or let generate encode them; its prefill_chunk_size makes chunks, too"
         )
     if capture.asked != plan.asked_of_encoder:
         raise CompressionStateError(

@@ -51,12 +51,16 @@ class Generating:
         arguments: By name; of embeddings that come with ids and sizes of images, its forward is
             told no more than the embeddings.
         begun: Whether one of its forwards ran.
+        in_chunks: Whether it prefills a prompt in several forwards.
+        chunks: What was chosen for them, where the prompt has pictures (`forward.chunks.Chunks`).
     """
 
     base: nn.Module
     prompt_lengths: Tensor | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     begun: bool = False
+    in_chunks: bool = False
+    chunks: Any = None
 
 
 # Contexts, because what stands between these calls and the base model (heads, wrappers, loops of
@@ -265,6 +269,12 @@ def amid_turn(base: nn.Module) -> bool:
     """Tell whether a single token behind others would go on with a turn, not begin one."""
     generating = GENERATING.get()
     return generating is None or generating.base is not base or generating.begun
+
+
+def amid_chunks(base: nn.Module) -> bool:
+    """Tell whether a call is part of a prompt that `generate` prefills in several."""
+    generating = GENERATING.get()
+    return generating is not None and generating.base is base and generating.in_chunks
 
 
 def prompt_ends(

@@ -85,7 +85,7 @@ def begin(
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
         check_cache(cache, plan.windows)
-    state = _make_state(plan, call, given, cache, embeds, trains)
+    state = make_state(plan, call, given, cache, embeds, trains)
     if cache is not None and state.past:
         plan.remembering.check(cache)
     length = state.past + embeds.shape[1]
@@ -96,8 +96,10 @@ def begin(
         with full_precision():
             setup.find(plan, state, call, embeds, documents, ends)
         warn_of_taught_images(ends, state.layout)
-    running = given[RUNNING] = Running(state, _open(stages, state))
+    running = given[RUNNING] = Running(state, open_stages(stages, state))
     if captures:
+        if plan.trained:
+            running.remarks.append(partial(untrained, plan.adapter, plan.methods))
         given["inputs_embeds"] = _before_llm(running, module, given, embeds)
         given["input_ids"] = None
         if cache is not None:
@@ -109,7 +111,7 @@ def begin(
     return running, given
 
 
-def _open(
+def open_stages(
     stages: Sequence[RuntimeStage], state: ForwardState
 ) -> list[tuple[frozenset[Stage], StageCall]]:
     """Open the stages that have something to do in a call; each may refuse its cache."""
@@ -132,7 +134,7 @@ def _caches(module: Any, given: Mapping[str, Any], trains: bool) -> bool:
     return bool(use_cache) and not checkpointing
 
 
-def _make_state(
+def make_state(
     plan: Plan,
     call: ModelCall,
     given: Mapping[str, Any],
@@ -140,6 +142,7 @@ def _make_state(
     embeds: Tensor,
     trains: bool,
 ) -> ForwardState:
+    """Make the state of a call in which every row is there."""
     B, Q = embeds.shape[:2]
     past = 0 if cache is None else int(cache.get_seq_length())
     mask = given.get("attention_mask")
@@ -160,9 +163,10 @@ def _make_state(
     # decode steps read one flag, prefills read rows: what was fetched ahead is not waited for
     read = mask_2d if mask_2d is None or not call.captures else call.on_host(mask_2d)
     if mask_2d is None and mask_4d:
-        read = mask_2d = _mask_2d(mask, past, B)
+        read = mask_2d = masks.shown(mask, past, B)
     shown = None if read is None else read[:, past : past + Q]
-    valid = None if shown is None or Q == 1 or is_true_throughout(shown) else shown.bool()
+    step = Q == 1 and call.chunks is None  # its token is no padding
+    valid = None if shown is None or step or is_true_throughout(shown) else shown.bool()
     if read is not None and valid is None and (past == 0 or is_true_throughout(read)):
         mask_2d = None
     if past and mask_2d is None:
@@ -191,20 +195,6 @@ def _make_state(
         position_ids=position_ids if position_ids.ndim == 2 else None,
         trains=trains,
     )
-
-
-def _mask_2d(mask: Any, past: int, batch: int) -> Tensor | None:
-    """Which logical positions are real, read off a 4-D mask: a real token sees itself."""
-    if isinstance(mask, dict):  # that of a sliding window has no columns for what is out of it
-        given = (m for m in mask.values() if isinstance(m, Tensor))
-        mask = max(given, key=lambda m: m.shape[-1], default=None)
-    if not isinstance(mask, Tensor):
-        return None
-    seen = masks.allowed(mask)
-    out = max(0, past + seen.shape[1] - seen.shape[2])
-    own = seen.diagonal(offset=past - out, dim1=-2, dim2=-1)
-    real = torch.cat([seen[:, :, : past - out].any(dim=1), own], dim=1)
-    return torch.nn.functional.pad(real, (out, 0), value=True).expand(batch, -1)
 
 
 def _before_llm(running: Running, module: Any, given: dict[str, Any], embeds: Tensor) -> Tensor:
@@ -236,6 +226,8 @@ def enter_layer(
     for change in running.kwargs:
         kwargs = change(number, hidden, kwargs)
     state.rotary = kwargs.get("position_embeddings")
+    if not hidden.shape[1] and (held := state.cache_layer(number)) is not None:
+        held.store_nothing()  # a chunk of which nothing is left passes its layers by
     return hidden, kwargs
 
 
@@ -249,11 +241,11 @@ def leave_layer(running: Running, number: int, out: Tensor) -> Tensor:
 def _take_placements(running: Running, entering: Entering) -> Tensor:
     """Give the hidden states that enter a decoder layer behind its placements: rows go here."""
     state, number, hidden = running.state, entering.number, entering.hidden
-    if not state.images:
-        return hidden
-    if number == 0:
+    if number == 0 and (state.images or not state.untouched):
         rows = state.rows_before(0).to(hidden.device)
         return hidden if rows.whole else gather_rows(hidden, rows.index, state.plan.backend)
+    if not state.images:
+        return hidden
     placements = state.plan.placements_at.get(number)
     if placements is None:
         return hidden
@@ -282,18 +274,18 @@ def _itself(saved: Tensor) -> Tensor:
     return saved
 
 
-def finish(running: Running, output: Any) -> tuple[Any, PrefillRecord | None]:
+def finish(running: Running, output: Any) -> tuple[Any, ForwardState, PrefillRecord | None]:
     """Expand the output to the logical length; leave a record of a prefill for reports.
 
     Returns:
-        What the language model gives (None: as it is), and the record, if images came.
+        What the language model gives (None: as it is), the call's state, and the record, if
+        images came.
     """
     state = running.state
     for call in running.calls:
         if call.end is not None:
             call.end()
-    remarks = [call.remarks for call in running.calls if call.remarks is not None]
-    if state.plan.trained:
-        remarks.append(partial(untrained, state.plan.adapter, state.plan.methods))
-    record = PrefillRecord.of(state, kv_bytes(state.cache), remarks) if state.images else None
-    return expand_output(state, output), record
+    record = None
+    if state.images:
+        record = PrefillRecord.of(state, kv_bytes(state.cache), running.remarks)
+    return expand_output(state, output), state, record

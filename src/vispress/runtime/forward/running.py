@@ -58,8 +58,11 @@ class Running:
         self.leaves = [call.leave for call in self.calls if call.leave is not None]
         own = [call.own_from for call in self.calls if call.own_from is not None]
         state.own_from = min(own, default=None)
+        self.remarks = [call.remarks for call in self.calls if call.remarks is not None]
         self.hooks: object = None
         """Stands for the hooks that the call was begun with."""
+        self.chunks: Any = None
+        """Of a chunk: `forward.chunks.Chunks`."""
         self.again = False
         """Whether a checkpointed layer has run a second time: the backward is there, or over."""
         self._attended: set[int] = set()
@@ -192,6 +195,8 @@ def add_deepstack(original: Original, hidden: Tensor, visual: Tensor, embeds: An
     """
     if isinstance(embeds, CarriedEmbeds):
         state, embeds = embeds.state, embeds.embeds
+        if not hidden.shape[1]:
+            return hidden
         if not state.untouched:
             return live_deepstack(state.last, hidden, visual, embeds, state.plan.backend)
     result: Tensor = original(hidden, visual, embeds)

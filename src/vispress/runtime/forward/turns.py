@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vispress.errors import CompressionStateError
-from vispress.runtime.forward.owner import begins_turn
+from vispress.runtime.forward.owner import amid_chunks, begins_turn
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.cache_layers import kv_bytes
@@ -63,7 +63,7 @@ class Turns:
         """Note a call that compression had a part in; `record` if it brought visual tokens."""
         rows, length = state.rows[0][1].index.shape
         begins = begins_turn(state.plan.adapter.base, length, fresh=state.past == 0)
-        if record is None and not begins:
+        if record is None and not begins and not amid_chunks(state.plan.adapter.base):
             return
         before = _turn_of(state.cache, state.past)
         number, total = max(1, before.number + begins), state.past + length
@@ -102,13 +102,14 @@ class Turns:
         """
         length, cache = int(output[0].shape[1]), cache_of(given)
         # ahead of a static cache's length, which would be waited for
-        if not begins_turn(plan.adapter.base, length, fresh=cache is None):
+        begins = begins_turn(plan.adapter.base, length, fresh=cache is None)
+        if not begins and not amid_chunks(plan.adapter.base):
             return
         if cache is None and not isinstance(output, tuple):
             cache = cache_of(output)
         total = length if cache is None else int(cache.get_seq_length())
         before = _turn_of(cache, total - length)
-        self._end(Turn(before.number + 1, total), cache)
+        self._end(Turn(max(1, before.number + begins), total), cache)
 
     def _end(self, turn: Turn, cache: Cache | None) -> None:
         self._last = turn

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from vispress.errors import UnsupportedModelError
 from vispress.methods.cache_evictor import CachePlan
 from vispress.runtime.hooks.head_shards import HeadShards
+from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress_kernels.merge_tokens import merge_tokens
 
@@ -133,6 +134,24 @@ def cut_layer(layer: CompressedLayerMixin, local: Tensor, slots: Slots) -> None:
     layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
     layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[-1]))
     layer.slots = slots
+
+
+def pack(cache: Cache) -> None:
+    """Let slots go that hold nothing and that no row of the batch needs: chunks leave some.
+
+    Growing layers alone: a sliding one lets go of its own.
+    """
+    found: dict[int, tuple[Slots, tuple[Tensor, Slots]]] = {}
+    for layer in cache.layers:
+        if type(layer) is not CompressedDynamicLayer or layer.slots.valid is None:
+            continue
+        slots = layer.slots
+        if id(slots) not in found:  # layers that hold the same share one object
+            none = torch.zeros_like(layer.slots.positions, dtype=torch.bool)[:, None]
+            found[id(slots)] = slots, staying_slots(slots, none, (0,) * len(none))
+        local, packed = found[id(slots)][1]
+        if packed.size < slots.size:
+            cut_layer(layer, local, packed)
 
 
 def refuse_fixed(name: str, cache: Cache | None) -> None:

@@ -1,10 +1,11 @@
-"""What releases of transformers changed about KV caches: the keyword, and how they are reset."""
+"""What releases of transformers changed about KV caches: keyword, resets, prefills in chunks."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import utils as generation
 from transformers.models.llama.modeling_llama import LlamaModel
 
 OLD: Final = "past_key_values"
@@ -14,6 +15,9 @@ CACHE: Final = "cache" if "cache" in inspect.signature(LlamaModel.forward).param
 
 GROWING_LAYERS_FORGET: Final = "reset" in vars(DynamicLayer)
 """Whether `reset` empties them; transformers 5.17 zeroes keys and values and keeps their length."""
+
+CHUNKS_HAVE_PICTURES: Final = hasattr(generation, "_slice_mm_encoder_output")
+"""Whether chunks of a prompt (`prefill_chunk_size`) are given features; 5.17 loses the pictures."""
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Cache | None:

@@ -188,6 +188,10 @@ class CompressedLayerMixin(CacheLayerMixin):
         """Take back what was expected of a call that ended before the layer was reached."""
         self.pending = None
 
+    def store_nothing(self) -> None:
+        """Take in what was expected, tokens of which none has a row."""
+        self.slots = self._take_pending()
+
     def coming(self) -> Tensor:
         """`[B, P]` logical positions of the slots, those of the chunk to be stored included."""
         return (self.slots if self.pending is None else self.pending).positions

@@ -294,6 +294,6 @@ def _mismatch(found: int, capture: "EncoderCapture") -> CompressionStateError:
     return CompressionStateError(
         f"{found} {capture.modality} placeholders do not fit features of {list(capture.counts)} "
         "tokens: a "
-        "compressed prefill must see whole images (chunked prefill, prefill_chunk_size, is not "
-        "supported)"
+        "compressed prefill must see whole images (generate's prefill_chunk_size sees to that; "
+        "chunks made by hand do not)"
     )

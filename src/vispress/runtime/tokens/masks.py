@@ -1,6 +1,7 @@
 """Attention masks of short layers: cut from the full sequence's, or made where these are plain."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,20 @@ def allowed(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.any(dim=1)
     return (mask > BLOCKED).any(dim=1)
+
+
+def shown(mask: Any, past: int, batch: int) -> Tensor | None:
+    """Which logical positions are real, read off a 4-D mask: a real token sees itself."""
+    if isinstance(mask, dict):  # that of a sliding window has no columns for what is out of it
+        given = (m for m in mask.values() if isinstance(m, Tensor))
+        mask = max(given, key=lambda m: m.shape[-1], default=None)
+    if not isinstance(mask, Tensor):
+        return None
+    seen = allowed(mask)
+    out = max(0, past + seen.shape[1] - seen.shape[2])
+    own = seen.diagonal(offset=past - out, dim1=-2, dim2=-1)
+    real = torch.cat([seen[:, :, : past - out].any(dim=1), own], dim=1)
+    return torch.nn.functional.pad(real, (out, 0), value=True).expand(batch, -1)
 
 
 def make_mask(
