@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 from zlib import crc32
@@ -18,6 +19,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # tiny models: threads cost more than they bring, and workers run side by side
 torch.set_num_threads(1)
+
+PLAIN = (str, int, float, type(None))
+"""Values of parameters that ids are made of."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,7 +66,7 @@ def names_itself(parameters: Any) -> bool:
     """Whether a case's id is made of its values, not of its place among all."""
     found = getattr(parameters, "values", parameters)
     values = found if isinstance(found, tuple) else (found,)
-    plain = all(isinstance(one, str | int | float | None) for one in values)
+    plain = all(isinstance(one, PLAIN) for one in values)
     return plain or getattr(parameters, "id", None) is not None
 
 
@@ -114,7 +118,8 @@ def thins(item: pytest.Item) -> pytest.Mark | None:
 def some_of_each(items: list[pytest.Item], *, one: bool = False) -> list[pytest.Item]:
     """Choose as many cases of each test function as its mark says, or one: always the same ones.
 
-    They lie evenly among all of them, so that no family or method is met alone.
+    They lie evenly among all of them, and meet the values of each parameter alike: no family,
+    method or side is left out as long as there are as many cases.
     """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -123,10 +128,35 @@ def some_of_each(items: list[pytest.Item], *, one: bool = False) -> list[pytest.
     for name, found in cases.items():
         mark = thins(found[0])
         wanted = 1 if one or mark is None else mark.kwargs.get("cases", 1)
-        count = min(wanted, len(found))
-        first = crc32(name.encode())  # not always the first ones
-        chosen += [found[(first + i * len(found) // count) % len(found)] for i in range(count)]
+        chosen += evenly(found, min(wanted, len(found)), crc32(name.encode()))
     return chosen
+
+
+def evenly(items: list[pytest.Item], count: int, first: int) -> list[pytest.Item]:
+    """So many of the cases of a test, from a place on that is not always the first."""
+    values = [values_of(item) for item in items]
+    met, left, chosen = Counter[object](), list(range(len(items))), []
+    for number in range(count):
+        even = first + number * len(items) // count
+
+        def rank(place: int, even: int = even) -> tuple[int, int]:
+            return sum(met[value] for value in values[place]), (place - even) % len(items)
+
+        place = min(left, key=rank)
+        left.remove(place)
+        met.update(values[place])
+        chosen.append(items[place])
+    return chosen
+
+
+def values_of(item: pytest.Item) -> list[tuple[str, object]]:
+    """What tells a case from others of its test, by parameter."""
+    case = getattr(item, "callspec", None)
+    parameters = {} if case is None else case.params
+    return [
+        (name, value if isinstance(value, PLAIN) else id(value))
+        for name, value in parameters.items()
+    ]
 
 
 GEMMA3 = ("test_law13_masks", "test_sliding_cache", "test_softmax_scores", "test_decoder_kinds")

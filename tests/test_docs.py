@@ -39,12 +39,18 @@ def sources() -> list[Path]:
 
 
 @cache
+def trees() -> dict[Path, ast.Module]:
+    """What is written in each of them."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources()}
+
+
+@cache
 def words() -> frozenset[str]:
     """Every name, attribute, parameter, keyword and string of the sources."""
     found: set[str] = set()
-    for path in sources():
+    for path, tree in trees().items():
         found |= {path.stem, path.parent.name}
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree):
             for field in ("name", "id", "attr", "arg"):
                 found.add(str(getattr(node, field, "")))
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -56,8 +62,7 @@ def words() -> frozenset[str]:
 def members() -> dict[str, frozenset[str]]:
     """What stands directly in each class and module of the sources, by its short name."""
     found: dict[str, set[str]] = {}
-    for path in sources():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for path, tree in trees().items():
         home = path.parent if path.stem == "__init__" else path.with_suffix("")
         inside = {child.stem for child in home.iterdir()} if home.is_dir() else set[str]()
         found.setdefault(home.name, set()).update(inside, _names(tree))

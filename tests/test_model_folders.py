@@ -292,6 +292,7 @@ def loose_loads(source):
     return found
 
 
+@pytest.mark.slow
 def test_everything_loads_through_model_folders():
     own = ROOT / "src" / "vispress" / "model_folders.py"
     others = {path for path in SOURCES if path != own}

@@ -1,10 +1,12 @@
 """What pytest runs by default, with `--quick`, with `-m full`, and by node id."""
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.conftest import evenly
 from tests.conftest import pytest_collection_modifyitems as choose
 from tests.conftest import pytest_generate_tests as generate
 
@@ -61,6 +63,23 @@ def test_by_default_what_is_full_and_most_that_is_slow_is_left_out() -> None:
 def test_some_cases_lie_evenly_among_all() -> None:
     places = [int(item.nodeid[-2]) for item in run() if item.name == "some"]
     assert sorted(place % 2 for place in places) in ([0, 0, 0], [1, 1, 1])
+
+
+@pytest.mark.parametrize("count", [6, 12, 15, 21])
+def test_some_cases_meet_the_values_of_each_parameter_alike(count: int) -> None:
+    """Every second of these cases is on the left, every third of three: steps of an even length
+    would leave the others out.
+    """
+    values = {"family": "abc", "padding": ("left", "right"), "size": (1, 2, 3, 4, 5)}
+    cases = [dict(zip(values, one, strict=True)) for one in product(*values.values())]
+    items: Any = [SimpleNamespace(callspec=SimpleNamespace(params=case)) for case in cases]
+    for first in range(len(cases)):
+        chosen = [item.callspec.params for item in evenly(items, count, first)]
+        assert len({tuple(case.values()) for case in chosen}) == count
+        for name, found in values.items():
+            times = [sum(case[name] == value for case in chosen) for value in found]
+            assert max(times) - min(times) <= 2, (name, times)
+            assert min(times) >= 1
 
 
 def test_quick_runs_one_case_of_each_and_no_slow_one() -> None:

@@ -53,6 +53,7 @@ def test_forward_has_logits_on_which_differences_show(family: str, padding: str)
     assert (masked - logits)[0, first[-1] + 1 :].abs().max() > 0.5
 
 
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_never_stops_early_and_draws_no_placeholder(family: str) -> None:
     model, inputs = build(family), make_inputs(family, BATCH, padding="left")

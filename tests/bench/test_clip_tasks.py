@@ -175,6 +175,7 @@ def test_less_than_a_token_a_step_is_refused(qwen, prompts, inputs):
 # --- memory and cost
 
 
+@pytest.mark.slow
 def test_the_encoder_runs_once_for_all_cells(qwen, prompts):
     calls = []
     visual = qwen.model.model.visual
@@ -197,7 +198,7 @@ def test_the_encoder_runs_once_for_all_cells(qwen, prompts):
         handle.remove()
 
 
-@pytest.mark.slow(cases=3)
+@pytest.mark.slow(cases=1)
 @pytest.mark.parametrize("method", VIDEO_METHODS)
 def test_a_replay_keeps_what_was_kept(qwen, method):
     """Also where rows of a batch keep other counts, and some are done before others."""

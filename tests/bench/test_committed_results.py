@@ -51,6 +51,7 @@ def test_there_are_results():
     assert {"offline", "offline_clips", "offline_qwen"} <= set(ARCHIVED) <= set(FOLDERS)
 
 
+@pytest.mark.some(cases=2)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_folder_can_be_read(unpacked, name):
     manifest, cells = read_results(unpacked(name))

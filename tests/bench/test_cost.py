@@ -235,6 +235,7 @@ def test_reading_signals_is_part_of_choosing(measure):
         assert cost["overhead_ms"]["median"] > random, method
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -260,7 +261,7 @@ def test_a_replay_keeps_the_same_tokens_every_time(subject, prompts, method, opt
     assert reports[0].kv_bytes == reports[2].kv_bytes
 
 
-@pytest.mark.some(cases=16)
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize("method", [m for m in list_methods() if get_method(m).needs is None])
 def test_every_method_can_be_replayed(subject, prompts, method):
     budget = {"mean_keep_ratio": 0.6} if get_method(method).takes_budget else {}

@@ -209,6 +209,7 @@ def test_only_what_nothing_contradicts_is_accepted(tried, name):
     assert refused > 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [MANIFEST, pytest.param(CELL, marks=pytest.mark.full), REFUSED])
 def test_what_is_accepted_is_shown_without_a_traceback(tried, name, tmp_path):
     folder = make_folder(tmp_path / "r")

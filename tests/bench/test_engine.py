@@ -106,6 +106,7 @@ def test_every_cell_is_stored_with_where_it_comes_from(finished):
     assert any("scaled to 4 layers" in note for note in data["notes"])
 
 
+@pytest.mark.slow
 def test_uncompressed_and_blind_cells_say_what_they_are(finished):
     cells = {key: json.loads(path.read_text()) for key, path in stored(finished[1]).items()}
     assert cells["none"]["kept"]["ratio_at_end"] == 1.0
@@ -121,6 +122,7 @@ def test_uncompressed_and_blind_cells_say_what_they_are(finished):
     assert 0 < ratio["p20"] <= ratio["median"] <= ratio["p80"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     plan, out = finished
     before = {key: path.stat().st_mtime_ns for key, path in stored(out).items()}
@@ -131,12 +133,13 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     assert sum(counted) == len(KEYS) * 2 * 4
 
 
+@pytest.mark.slow
 def test_another_plan_is_refused_on_the_same_folder(finished, make_plan):
     with pytest.raises(ResultsError, match="results of another run: plan"):
         run(make_plan(seed=5), finished[1])
 
 
-@pytest.mark.slow(cases=3)
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("point", [0, 1, 2, 4, 6, 9])
 def test_stopping_anywhere_loses_nothing_and_repeats_nothing(
     finished, make_plan, tmp_path, monkeypatch, point
@@ -247,6 +250,7 @@ def test_timed_batches_have_no_padding(subject):
     assert bool(subject.encode(batch)["attention_mask"].all())
 
 
+@pytest.mark.slow
 def test_tables_show_chance_blind_and_seeds(finished):
     from rich.console import Console
 
@@ -259,6 +263,7 @@ def test_tables_show_chance_blind_and_seeds(finished):
     assert "48.0 of 144" in text
 
 
+@pytest.mark.slow
 def test_summaries_and_plots_are_written(finished, tmp_path):
     summary = summarise(finished[1])
     write_summary(summary, tmp_path)

@@ -51,7 +51,7 @@ def ending(subject, monkeypatch):
 
 
 # a method that does not read the text keeps the same tokens in every turn
-@pytest.mark.slow(cases=3)
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("method", [None, "divprune", "avg_pool"])
 def test_turns_say_what_the_whole_history_gives_anew(ending, method):
     def run():

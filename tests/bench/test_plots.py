@@ -8,6 +8,7 @@ from vispress.bench.results import plots
 from vispress.bench.results.summary import summarise
 
 
+@pytest.mark.some(cases=1)
 @pytest.mark.parametrize("count", [3, 12, 30])
 def test_the_legend_is_inside_the_figure(tmp_path, monkeypatch, count):
     drawn = []

@@ -202,6 +202,7 @@ def test_questions_without_evidence_leave_the_oracle_out(make_plan, tmp_path, mo
     assert rows["divprune"].gap_closed is None
 
 
+@pytest.mark.slow
 def test_methods_of_all_that_do_not_fit_are_listed_with_the_reason(make_plan, tmp_path):
     plan = make_plan(tasks=["count"], methods="all", keep_ratios=[0.2], questions=1)
     explicit = make_plan(methods=[{"method": "pyramiddrop", "layers": [1, 2, 9]}])

@@ -99,6 +99,7 @@ def test_images_are_explained_and_the_model_is_left_as_it_was(
     torch.testing.assert_close(alone.attention, found[5].attention, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_relevance_lies_where_the_evidence_is(loaded: LoadedModel) -> None:
     asked = [one for one in training_prompts(16, 3) if one.evidence and one.evidence[0]]
     shares = [
@@ -172,6 +173,7 @@ def test_states_are_those_of_the_image_and_the_last_prompt_token(
     assert matched == len(regions)
 
 
+@pytest.mark.slow
 def test_regions_lie_where_the_evidence_is(loaded: LoadedModel) -> None:
     asked = [one for one in training_prompts(30, 3) if one.evidence and one.evidence[0]]
     heads = sharpest_heads(loaded, asked[:8])

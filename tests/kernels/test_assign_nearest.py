@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 SHAPES = [(1, 1, 1, 1), (2, 37, 11, 100), (1, 70, 701, 33), (0, 4, 3, 8), (2, 0, 3, 8)]
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("B", "N", "M", "D"), SHAPES)
 def test_kernel_against_reference(randn, assert_accurate, B, N, M, D, dtype):

@@ -62,6 +62,7 @@ def run_probe(hide, extra=""):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_without_triton_everything_imports_and_the_reference_runs():
     refused, summary = run_probe(["triton"])
     assert "not installed" in refused

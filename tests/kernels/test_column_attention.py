@@ -75,6 +75,7 @@ def test_packed_segments_are_as_alone(randn, device, backend):
     torch.testing.assert_close(packed, torch.cat(alone, -1))
 
 
+@pytest.mark.some(cases=2)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("few", [1, 1000])
 def test_blocks_inside_a_segment_and_across(

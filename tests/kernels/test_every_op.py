@@ -29,6 +29,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.some(cases=26)
 @pytest.mark.parametrize("N", [1, 37, *LARGE])
 @pytest.mark.parametrize("op", OPS)
 def test_odd_sizes(randn, assert_accurate, op, N):
@@ -47,6 +48,7 @@ ONE_AND_ALL = [
 ]
 
 
+@pytest.mark.some(cases=20)
 @pytest.mark.parametrize(("K", "dtype"), ONE_AND_ALL, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_one_and_all_are_kept(randn, assert_accurate, op, K, dtype):
@@ -65,6 +67,7 @@ def test_nothing_to_do(randn, op, B, N, K):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.some(cases=14)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_strides_do_not_matter(randn, op, dtype):

@@ -55,6 +55,7 @@ def test_programs_of_several_blocks(agree, monkeypatch, most):
     agree()
 
 
+@pytest.mark.some(cases=2)
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("blocks", [4, 1024])
 def test_a_launch_a_step_chooses_the_same(agree, monkeypatch, blocks):

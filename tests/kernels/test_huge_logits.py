@@ -37,6 +37,7 @@ def masks_of(name, device):
     return {}, places.new_ones(S, S, dtype=torch.bool)
 
 
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize("mask", ["none", "causal", "valid", "packed"])
 @pytest.mark.parametrize(
     "factor", [pytest.param(30.0, marks=FULL), 3e3, pytest.param(1.9e4, marks=FULL), 1e7]
@@ -54,6 +55,7 @@ def test_columns_of_random_fp32_add_up(randn, device, factor, mask):
     assert (out * counts <= allowed.sum(dim=0) * (1 + 1e-6)).all()
 
 
+@pytest.mark.some(cases=7)
 @pytest.mark.parametrize("mask", ["none", "causal", "valid", "packed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("power", [pytest.param(4, marks=FULL), 13])
@@ -67,6 +69,7 @@ def test_columns_of_equal_logits_share(randn, device, assert_accurate, power, dt
     assert_accurate(ours, reference, column_attention(q.double(), k.double(), scale=0.5, **options))
 
 
+@pytest.mark.some(cases=7)
 @pytest.mark.parametrize("mean_heads", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("power", [4, 13])

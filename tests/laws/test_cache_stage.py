@@ -129,7 +129,7 @@ def facts(report: Any, inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [report.alive(i)[:, :length] for i in layers], cached
 
 
-@pytest.mark.some(cases=18)
+@pytest.mark.some(cases=10)
 @pytest.mark.parametrize("chain", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_equals_the_masked_model(family: str, chain: str) -> None:

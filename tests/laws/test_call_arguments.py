@@ -31,6 +31,7 @@ def reads_encoder(family: str, method: str) -> bool:
     return bool(reads) or compressor.changes_encoder()
 
 
+@pytest.mark.some(cases=2)
 @pytest.mark.parametrize("family", TOWERS)
 def test_another_encoder_layer_is_honoured_or_refused(family: str) -> None:
     """Methods that read nothing of the encoder give what a model with that config gives."""

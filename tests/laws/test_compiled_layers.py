@@ -16,9 +16,10 @@ METHODS = ("divprune", "fastv", "cmai")
 OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pyramiddrop", *OTHERS])
 def test_compiled_layers_give_the_same_and_are_one_graph_each(method: str) -> None:
-    model = build("llava", dtype=torch.float32)
+    model = build("llava", dtype=torch.float32, layers=4)
     inputs = make_inputs("llava", [Sample([Text(5), Image(4, 4), Text(7)])], dtype=torch.float32)
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     torch._dynamo.reset()

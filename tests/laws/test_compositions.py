@@ -72,6 +72,7 @@ def inputs_with_padding(family: str, only: int | None = None) -> dict[str, Any]:
     return inputs
 
 
+@pytest.mark.some(cases=30)
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_compositions_equal_the_masked_model(family: str, name: str) -> None:
     model, inputs = model_of(family), inputs_with_padding(family)
@@ -81,7 +82,7 @@ def test_compositions_equal_the_masked_model(family: str, name: str) -> None:
     assert_equals_oracle(model, inputs, result)
 
 
-@pytest.mark.some(cases=20)
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_compositions_in_a_batch_give_what_they_give_alone(family: str, name: str) -> None:
     model, batch = model_of(family), inputs_with_padding(family)
@@ -97,7 +98,7 @@ def test_compositions_in_a_batch_give_what_they_give_alone(family: str, name: st
         assert (together[index][real] - alone).abs().max() < 1e-9
 
 
-@pytest.mark.some(cases=20)
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_compositions_leave_nothing_behind(family: str, name: str) -> None:

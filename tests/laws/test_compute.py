@@ -197,6 +197,7 @@ def by_layer(heads: Any = INACTIVE) -> dict[int, Any]:
     return {number: own for number, own in enumerate(heads) if own}
 
 
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", NAMES)

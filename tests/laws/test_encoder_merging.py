@@ -133,6 +133,7 @@ def merges_of(method: ToMe, adapter: Any, inputs: Any, lines: list[Line]) -> lis
     return found
 
 
+@pytest.mark.some(cases=14)
 @pytest.mark.parametrize(
     "method",
     [Fixed(num_tokens=1), Fixed(num_tokens=3), ToMe(num_tokens=11)],

@@ -19,7 +19,7 @@ def flash() -> Iterator[None]:
         yield
 
 
-@pytest.mark.some(cases=14)
+@pytest.mark.some(cases=8)
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("method", ["fastv", "divprune", "pyramiddrop", "transprune"])
 @pytest.mark.parametrize("family", FAMILIES)

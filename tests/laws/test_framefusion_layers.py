@@ -66,6 +66,7 @@ def test_videos_of_different_lengths_are_what_they_are_alone(family: str, paddin
     assert_each_as_alone(family, {"method": merging(family)}, batch, singles)
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", VIDEO)
 def test_checkpointing_repeats_what_was_decided(family: str, reentrant: bool) -> None:
@@ -172,6 +173,7 @@ def test_another_signal_of_all_queries_is_refused() -> None:
         compress_model(model_of("llava"), AsksForTheWrongMean())
 
 
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -77,6 +77,7 @@ def shared_of(model: Any) -> Gates:
     return Gates(SPARED, {}, 0.0, placeholders, weight)
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_router_equals_the_formula(family: str) -> None:
     """Prefill, decoding, loss and gradients, the router's among them."""
@@ -109,6 +110,7 @@ def test_a_shared_router_equals_the_formula(family: str) -> None:
     assert all(found[name].any() for name in found if "vispress_modules" in name)
 
 
+@pytest.mark.some(cases=10)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_equals_the_formula(family: str, padding: str) -> None:
@@ -142,6 +144,7 @@ def test_every_decode_step_equals_the_formula(family: str) -> None:
     assert torch.equal(expected.argmax(-1), tokens)
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_equal_the_formula(family: str, padding: str) -> None:
@@ -186,6 +189,7 @@ def calls_checkpointed(model: Any, *, reentrant: bool) -> Iterator[None]:
 PLACES = {"forward": checkpointing, "call": calls_checkpointed}
 
 
+@pytest.mark.some(cases=7)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_change_no_gradient(family: str, place: str) -> None:
@@ -203,6 +207,7 @@ def test_checkpoints_change_no_gradient(family: str, place: str) -> None:
     assert all(got[name].abs().sum() > 0 for name in routers - of_last(routers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_reentrant_checkpoint_is_refused_by_name(place: str) -> None:
     model, inputs = build("llava"), inputs_of("llava")
@@ -309,6 +314,7 @@ def test_threads_do_not_take_each_others_gates() -> None:
             assert all(pool.map(run, [0, 1] * 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["layer", "mlp"])
 def test_compiled_modules_scale_as_plain_ones(part: str) -> None:
     model, inputs = build("llava"), inputs_of("llava")

@@ -114,6 +114,7 @@ def hiding_model(
             handle.remove()
 
 
+@pytest.mark.some(cases=8)
 @pytest.mark.parametrize("hide", ["visual", "prefix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefill_and_decoding_equal_the_whole_masked_sequence(family: str, hide: str) -> None:
@@ -209,6 +210,7 @@ def test_several_tokens_either_padding_and_eager(attn: str, hide: str, padding: 
     assert (got - expected)[inputs["attention_mask"].bool()].abs().max() < EXACT
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize("again", [None, True, False], ids=["once", "reentrant", "not reentrant"])
 @pytest.mark.parametrize("hide", ["visual", "prefix"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -218,6 +218,7 @@ class RaggedInLLM(Ragged):
         return (Placement(stage=Stage.IN_LLM, budget=self.budget(num_layers), layer=2),)
 
 
+@pytest.mark.some(cases=14)
 @pytest.mark.parametrize("more", [-3, -1, 1, 5])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_count_than_asked_is_an_error(family: str, more: int) -> None:

@@ -231,7 +231,7 @@ def test_hooks_of_a_layer_that_run_again_repeat_what_was_decided(
         assert report.mean_keep_ratio < 1
 
 
-@pytest.mark.some(cases=3)
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", sorted(MASKING))
 def test_removal_before_a_backward_that_needs_the_masks_is_refused(
@@ -390,7 +390,7 @@ def with_lora(model: Any) -> Any:
     return wrapped
 
 
-@pytest.mark.some(cases=8)
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize(
     ("family", "method"),
     cases(
@@ -445,7 +445,7 @@ def test_lora_with_gradient_checkpointing_gives_the_same_gradients(
     assert_equal(got, expected)
 
 
-@pytest.mark.some(cases=20)
+@pytest.mark.some(cases=10)
 @pytest.mark.parametrize("method", [method for family, method in CASES if family == "llava"])
 def test_an_optimiser_step_moves_what_it_should(method: str) -> None:
     """A training loop of three steps: losses fall, and the model is still compressed."""

@@ -100,6 +100,7 @@ def test_a_method_for_other_input_is_refused_with_its_reason(family: str, method
     )
 
 
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize(
     ("family", "method"), [(f, m) for f in WITHOUT_CLS for m in CLS_METHODS if fits(f, m)]
 )

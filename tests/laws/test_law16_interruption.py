@@ -152,7 +152,7 @@ def left_behind() -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow(cases=4)
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_the_next_call_is_a_fresh_models(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
@@ -181,6 +181,7 @@ def test_the_next_call_is_a_fresh_models(family: str, method: str) -> None:
     assert differences(answers(model, family), plain) == []
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize(("family", "method"), CASES[:5])
 def test_later_calls_of_a_generate_may_be_interrupted(family: str, method: str) -> None:
     """Also the calls of decoding, and those of generation without a cache."""
@@ -216,6 +217,7 @@ def test_two_models_do_not_meet_over_an_interrupt() -> None:
         assert differences(answers(first, "llava"), one) == []
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("method", ["fastv", "transprune", "tome"])
 def test_nothing_of_the_call_is_kept_alive(method: str) -> None:
     model, inputs = model_of("llava"), inputs_of("llava")

@@ -101,7 +101,7 @@ def test_saved_and_loaded_in_a_new_process_it_keeps_the_same(method: str, tmp_pa
     assert done.stdout.split() == [seen(model, family)], done.stderr
 
 
-@pytest.mark.some(cases=24)
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize(("method", "family"), FITTING)
 def test_a_folder_is_a_method_and_its_parameters(method: str, family: str, tmp_path: Path) -> None:
     model = compressed_anew(family, make(family, method))
@@ -200,6 +200,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.some(cases=9)
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_does_not_fit_is_named_and_nothing_is_attached(case: str, tmp_path: Path) -> None:
     save_compression(compressed_anew("llava", PMoD()), tmp_path)
@@ -339,6 +340,7 @@ def test_gradients_go_where_the_module_is_now() -> None:
     assert all(found[name].any() for name in own(model) if ".5." not in name)
 
 
+@pytest.mark.some(cases=18)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("method", TRAINED)

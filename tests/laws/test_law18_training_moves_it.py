@@ -16,6 +16,7 @@ def test_every_lesson_has_its_minute() -> None:
     assert set(MINUTES) == {f"{one.method} {one.stage}" for one in all_lessons()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=() if n == BY_DEFAULT else pytest.mark.full) for n in MINUTES],

@@ -67,6 +67,7 @@ def assert_equals_oracle(
     assert (found.logits - other)[real].abs().max() > 0.1
 
 
+@pytest.mark.some(cases=14)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,6 +146,7 @@ def test_what_is_left_of_an_image_stands_where_it_stood(family: str) -> None:
     assert (found.logits - expected)[rows].abs().max() < EXACT
 
 
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize("cache", ["dynamic", "static", None])
 @pytest.mark.parametrize("family", NAMES)
 def test_what_is_decoded_sees_all(family: str, cache: str | None) -> None:
@@ -265,6 +267,7 @@ def turn(inputs: dict[str, Any], cache: Any, more: Tensor) -> dict[str, Any]:
     return {"input_ids": more, "attention_mask": mask, CACHE: cache}
 
 
+@pytest.mark.slow
 def test_a_turn_of_text_sees_all_and_one_with_images_is_refused() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
     more = torch.full((3, 4), 9)

@@ -27,6 +27,7 @@ def fine_loss(model: Any, inputs: Any) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize(("family", "method"), [pytest.param(*case, id=case[0]) for case in CASES])
 def test_gradients_of_new_tokens_are_true(family: str, method: HICom) -> None:
     """Central differences along the parameters and the projector.

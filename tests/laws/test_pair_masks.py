@@ -74,7 +74,7 @@ ON_TWO = ("llava", "qwen2_5_vl")
 """Families of the chains that differ in the method alone."""
 
 
-@pytest.mark.some(cases=9)
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize(
     ("family", "chain"),
     [(f, c) for f in FAMILIES for c in CHAINS if c in ("alone", "after_vmtc") or f in ON_TWO],
@@ -118,7 +118,7 @@ def test_eager_masks_what_sdpa_masks() -> None:
     assert (found[0] - found[1]).abs().max() < EXACT
 
 
-@pytest.mark.some(cases=7)
+@pytest.mark.some(cases=4)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -142,6 +142,7 @@ def test_beams_and_samples_with_a_cache_are_those_without(
     assert torch.equal(found[0], found[1])
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_assisted_decoding_equals_greedy(family: str) -> None:
     model, inputs = model_of(family), make_inputs(family, [Sample([Text(3), Image(4, 4), Text(9)])])

@@ -82,7 +82,7 @@ def expected_of(
     return found
 
 
-@pytest.mark.some(cases=9)
+@pytest.mark.some(cases=5)
 @pytest.mark.parametrize("ahead", [False, True], ids=["as_it_ran", "ahead"])
 @pytest.mark.parametrize("asked", [Queries.LAST, Queries.TEXT_AFTER])
 @pytest.mark.parametrize("family", FAMILIES)

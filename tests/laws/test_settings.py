@@ -24,7 +24,7 @@ def prompts(family: str, count: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.slow(cases=3)
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fastv", "fastervlm", "transprune"])
 def test_eight_threads_share_one_model(method: str) -> None:
     """State belongs to the call: eight threads get what each would get alone."""

@@ -37,7 +37,7 @@ def feed(model: Any, tokens: torch.Tensor, held: Any) -> torch.Tensor:
         return model(input_ids=tokens, **{CACHE: held}).logits  # type: ignore[no-any-return]
 
 
-@pytest.mark.some(cases=24)
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize("window", [3, WINDOW, 200])
 @pytest.mark.parametrize("method", ["divprune", "fastv", "pyramiddrop", "lvlm_csp"])
 @pytest.mark.parametrize("name", NAMES)

@@ -133,6 +133,7 @@ def test_newlines_are_not_merged_and_stay_within_the_budget():
     assert method.plan(asked, 2).keep.tolist() == [[2, 3]]  # too few for it and a token a frame
 
 
+@pytest.mark.some(cases=6)
 @pytest.mark.parametrize("mean", [0.2, 0.3, 0.45, 0.8])
 @pytest.mark.parametrize("num_layers", [6, 28, 32])
 def test_the_mean_over_layers_is_met_whatever_the_video(mean, num_layers):

@@ -25,6 +25,7 @@ def test_golden_vector():
     torch.testing.assert_close(paper, A + 0.096 * variance, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_long_run_is_compared_in_blocks(monkeypatch):
     x = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
     whole = cosine_variance(x)

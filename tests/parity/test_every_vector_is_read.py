@@ -5,6 +5,7 @@ import inspect
 import itertools
 from pathlib import Path
 
+import pytest
 from tests.parity.vectors import FOLDER, READ, load
 
 HERE = Path(__file__).parent
@@ -132,6 +133,7 @@ def what_is_read():
     return frozenset(READ)
 
 
+@pytest.mark.slow
 def test_every_key_is_read_or_says_why_not():
     read = what_is_read()
     unexplained, listed_but_read = [], []

@@ -24,6 +24,7 @@ def batch_of(layout, pictures=6):
     return stream[ROUND.index(layout)]
 
 
+@pytest.mark.some(cases=3)
 @pytest.mark.parametrize("layout", sorted(COST))
 def test_each_packed_thread_equals_the_thread_alone(layout):
     model, batch = tiny(), batch_of(layout)

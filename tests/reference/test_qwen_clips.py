@@ -205,6 +205,7 @@ def test_it_goes_on_where_it_stopped(trained):
     assert (out / "clips" / "log.jsonl").read_text().startswith(before)
 
 
+@pytest.mark.slow
 def test_a_start_of_another_architecture_is_refused(trained, tmp_path):
     _, settings, _ = trained
     export(build_model(reference_config(vision_layers=2, text_layers=1), seed=0), tmp_path / "c")

@@ -39,6 +39,7 @@ def test_a_run_leaves_checkpoint_card_curves_and_accuracy(trained):
     assert (out / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_trained_again(trained):
     out, scores = trained
     before = (out / "checkpoint" / "model.safetensors").read_bytes()
@@ -46,6 +47,7 @@ def test_finished_stages_are_not_trained_again(trained):
     assert (out / "checkpoint" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_damaged_state_is_named(trained, tmp_path):
     state = tmp_path / "vision" / "state.safetensors"
     state.parent.mkdir()
@@ -55,6 +57,7 @@ def test_damaged_state_is_named(trained, tmp_path):
         train_reference(tmp_path, **SHORT, **TINY)
 
 
+@pytest.mark.slow
 def test_state_of_other_settings_is_refused(trained):
     with pytest.raises(ConfigError, match="seed"):
         train_reference(trained[0], seed=1, **SHORT, **TINY)
