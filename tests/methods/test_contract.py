@@ -43,6 +43,7 @@ OTHER_SETTINGS = {
     "adsc": [{"mode": "1d"}, {"offset": "first"}],
     "cdpruner": [{"relevance": "none"}],
     "dycoke": [{"num_tokens": 7}],
+    "fastvid": [{"num_tokens": 7}, {"variant": "video"}, {"variant": "video", "retained": 0.6}],
     "flashvlm": [{"gating": True}],
     "quadtree_merge": [{"theta": 1.5}, {"num_tokens": 7}],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],

@@ -6,8 +6,9 @@ from tests.methods.helpers import make_tokens, only
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vispress.methods import FastVID
+from vispress.methods._parts.video.frames import Frames
 from vispress.methods._parts.video.scenes import dynamic_scenes
-from vispress.methods.fastvid import anchor_frames, centres, fold_into
+from vispress.methods.fastvid import anchor_frames, centres, fold_into, published_shares
 from vispress.types import CropLayout
 
 EIGHT = torch.tensor(
@@ -41,6 +42,63 @@ def test_golden_anchors(length, frames, each):
     # what does not divide is lost in the code, and the last frame's here
     assert [share for _, share in found][1:] == [each] * (len(frames) - 1)
     assert sum(share for _, share in found) == 7 * length
+
+
+def test_published_counts_of_both_variants():
+    """The worked example of the vectors: eight of a frame, three of them merged."""
+    seven = [(0, 7)]
+    (one,) = published_shares(seven, 40, 8, 0.4, 4, "onevision")
+    assert one == ([5] * 7, [(6, 10), (2, 10)])  # 21 do not divide: one is lost
+    (other,) = published_shares(seven, 40, 8, 0.4, 4, "video")
+    assert other == ([5, 5, 5, 5, 5, 5, 4], [(6, 11), (2, 11)])
+    # remainders: to earlier frames, and to later anchors
+    (other,) = published_shares([(0, 5)], 40, 7, 0.4, 2, "video")
+    assert other == ([5, 4, 4, 4, 4], [(4, 5), (2, 5), (0, 4)])
+    # an anchor holds no more than what does not stand out
+    (full,) = published_shares([(0, 8)], 10, 8, 0.5, 8, "video")
+    assert full == ([4] * 8, [(7, 6)])
+
+
+def test_without_a_budget_counts_are_the_codes():
+    tokens = make_tokens(2, grid=(5, 4, 5))
+    plan = FastVID(retained=0.4, scenes=1, threshold=-1.0, anchor_step=3).plan(tokens, 100)
+    # eight of twenty: five of each frame, and fifteen in two anchors, of which one is lost
+    assert plan.counts == (39, 39)
+    plan = FastVID(retained=0.4, scenes=1, threshold=-1.0, anchor_step=3, variant="video").plan(
+        tokens, 100
+    )
+    assert plan.counts == (40, 40)
+    assert FastVID(retained=0.0).plan(tokens, 100).counts == (5, 5)
+
+
+def test_an_anchors_own_centres_are_no_members_of_the_other_variant():
+    """One frame, nothing stands out: its two centres hold the two others."""
+    x = torch.tensor([[[4.0, 0], [0, 4], [1, 0.1], [0.1, 1]]])
+    attention, scene = torch.zeros(1, 4), [(0, 1)]
+    found = {}
+    for variant in ("onevision", "video"):
+        method = FastVID(context=1.0, variant=variant, alpha=0.0)
+        values, kept = method.fold(x, attention, scene, 2)
+        found[variant] = values[0, kept.sort().values]
+    keep = kept.sort().values
+    members = [place for place in range(4) if place not in keep.tolist()]
+    flat = x[0]
+    by = [keep[int((torch.nn.functional.cosine_similarity(flat[m], flat[keep])).argmax())]
+          for m in members]  # fmt: skip
+    assert sorted(int(place) for place in by) == keep.tolist()
+    for slot, place in enumerate(keep.tolist()):
+        member = flat[members[[int(b) for b in by].index(place)]]
+        torch.testing.assert_close(found["video"][slot], (flat[place] + member) / 2)
+        both = flat[place] / 3 + 2 / 3 * (flat[place] + member) / 2
+        torch.testing.assert_close(found["onevision"][slot], both)
+
+
+def test_newlines_of_rows_that_keep_a_token_stay():
+    # two frames of two rows of two, a newline behind each row
+    places = torch.tensor([[0, 1, 3, 4], [6, 7, 9, 10]])
+    video = Frames(places, torch.tensor([2, 5, 8, 11]))
+    assert video.with_row_newlines(torch.tensor([7, 0])).tolist() == [0, 2, 10, 11]
+    assert video.with_row_newlines(torch.tensor([2, 3])).tolist() == [3, 4, 5]
 
 
 def test_anchors_stand_closer_where_they_cannot_hold_their_share():

@@ -16,6 +16,7 @@ FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 2, "pb": 2}]
 """For numbers of four bytes."""
 
 LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "fastvid": ("ov_typical", "ov_long_segments"),
     "framefusion": ("many_merges", "no_text_around"),
     "prunevid": ("mostly_static", "odd_17_frames"),
 }

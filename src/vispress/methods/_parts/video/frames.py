@@ -51,6 +51,17 @@ class Frames:
         kept = self.places.flatten()[picked]
         return torch.cat([kept, newlines.expand(len(picked), -1)], dim=1).sort(dim=1).values
 
+    def with_row_newlines(self, picked: Int[Tensor, "n"]) -> Int[Tensor, "K"]:
+        """Join `picked`, places of all frames in a row, with newlines of rows that keep a token."""
+        kept = self.places.flatten()[picked]
+        if not len(self.newlines):
+            return kept.sort().values
+        total = self.places.numel() + len(self.newlines)
+        up_to = torch.zeros(total, dtype=torch.int64, device=kept.device)
+        up_to = up_to.index_fill(0, kept, 1).cumsum(dim=0)[self.newlines]
+        before = torch.cat([up_to.new_zeros(1), up_to[:-1]])
+        return torch.cat([kept, self.newlines[up_to > before]]).sort().values
+
 
 def check_whole(tokens: VisualTokens, name: str) -> None:
     """Refuse videos that were pruned before.
