@@ -225,6 +225,7 @@ def test_bench_writes_tables_and_plots(monkeypatch, capsys, tmp_path, request):
     assert "--force" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_search_writes_a_schedule_that_compresses(monkeypatch, capsys, tmp_path, request):
     from vispress.config import load_config
 

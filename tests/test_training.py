@@ -407,7 +407,7 @@ def test_the_best_checkpoint_brings_its_compressor(tmp_path: Path) -> None:
     assert card["methods"] == ["pmod"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_trainer_of_the_library_adds_losses_and_logs_what_was_kept(
     tmp_path: Path, accumulation: int
@@ -461,7 +461,7 @@ def reading(seen: set[int]) -> Penalised:
     return Reading()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("alone", ["compute_loss_func", "label_smoothing_factor"])
 def test_a_loss_outside_of_the_model_does_not_show_answers_to_methods(
     tmp_path: Path, alone: str
@@ -507,7 +507,7 @@ class FusingBoth(CompressionTrainer, Fusing):
     """Both."""
 
 
-@pytest.mark.slow(cases=2)
+@pytest.mark.slow(cases=3)
 @pytest.mark.parametrize("by", ["callback", "trainer", "neither"])
 def test_a_forward_that_a_trainer_puts_in_place_hides_no_labels(tmp_path: Path, by: str) -> None:
     seen: set[int] = set()

@@ -191,6 +191,7 @@ def write_task(folder):
     (folder / "mine.yaml").write_text(yaml.safe_dump(task))
 
 
+@pytest.mark.slow
 def test_bench_runs_a_folder_on_a_local_dataset(folder, tmp_path, monkeypatch, capsys):
     from vispress.cli import app
 

@@ -51,7 +51,7 @@ def test_there_are_results():
     assert {"offline", "offline_clips", "offline_qwen"} <= set(ARCHIVED) <= set(FOLDERS)
 
 
-@pytest.mark.some(cases=2)
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_folder_can_be_read(unpacked, name):
     manifest, cells = read_results(unpacked(name))
@@ -59,6 +59,7 @@ def test_every_folder_can_be_read(unpacked, name):
     assert [cell["cell"] for cell in cells] == (planned if name in ARCHIVED else [])
 
 
+@pytest.mark.slow
 def test_a_second_run_of_some_cells_can_be_read(unpacked, tmp_path):
     manifest, _ = read_results(unpacked("offline_qwen"))
     extract(RESULTS / "offline_qwen" / "again.tar.xz", tmp_path)
@@ -139,6 +140,7 @@ def test_distilled_voco_tokens_answer_on_the_reference_model():
 TUNED = {"pmod": "0.5", "gamma_mod": "0.5", "voco": "0.111", "voco_distilled": "0.111"}
 
 
+@pytest.mark.slow
 def test_tables_of_trained_compressors_are_the_scripts(tmp_path, capsys):
     for name in ("relevance", "trained"):
         extract(RESULTS / name / "runs.tar.xz", tmp_path)

@@ -107,6 +107,7 @@ def test_loyalty_counts_equal_answers_right_or_wrong():
     assert loyalty(seeds, base) == [[0.5, 1.0]]
 
 
+@pytest.mark.slow
 def test_a_run_reports_loyalty_and_comparisons(make_plan, tmp_path):
     from rich.console import Console
 

@@ -36,6 +36,7 @@ def run(part: Any, **shards: list[str]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in part.rows}
 
 
+@pytest.mark.slow
 def test_every_shard_has_a_process_and_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
     part = part_in(tmp_path)
     part.row("a1", lambda: {"old": True})
@@ -46,6 +47,7 @@ def test_every_shard_has_a_process_and_what_is_there_is_not_measured_again(tmp_p
     assert part.not_reached == []
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_error_row_and_another_goes_on(tmp_path: Path) -> None:
     rows = run(part := part_in(tmp_path), a=["a1", "a2 dies", "a3 last", "a4"])
     assert "exit code 9" in rows["a2 dies"]["error"]
@@ -54,6 +56,7 @@ def test_a_process_that_dies_is_an_error_row_and_another_goes_on(tmp_path: Path)
     assert part.not_reached == []
 
 
+@pytest.mark.slow
 def test_a_shard_whose_processes_keep_dying_is_given_up(tmp_path: Path) -> None:
     names = [f"a{n} dies" for n in range(5)]
     rows = run(part := part_in(tmp_path), a=names)

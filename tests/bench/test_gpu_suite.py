@@ -263,6 +263,7 @@ def test_laws_run_where_a_method_fits_and_every_law_early() -> None:
 # --- the models
 
 
+@pytest.mark.slow(cases=4)
 @pytest.mark.parametrize(
     ("name", "billions"),
     [

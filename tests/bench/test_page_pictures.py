@@ -64,6 +64,7 @@ def test_the_page_with_pictures_is_whole_and_loads_nothing(html):
     assert len(html.encode()) < 1_000_000
 
 
+@pytest.mark.slow
 def test_pictures_make_the_same_bytes_too(folder, html, tmp_path):
     again = write_page(folder, tmp_path / "page.html")
     assert again.read_text() == html

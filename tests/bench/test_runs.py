@@ -44,6 +44,7 @@ def beside_controls(tmp_path_factory, checkpoint):
     return plan, out
 
 
+@pytest.mark.slow
 def test_controls_stand_beside_every_method(beside_controls):
     out = beside_controls[1]
     cells = {key: json.loads(path.read_text()) for key, path in stored(out).items()}
@@ -217,6 +218,7 @@ def test_methods_of_all_that_do_not_fit_are_listed_with_the_reason(make_plan, tm
     assert rows["divprune"].accuracy is not None
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(make_plan, tmp_path, monkeypatch):
     plan = make_plan()
     synced = []

@@ -11,7 +11,6 @@ ROWS = {row["name"]: row for row in json.loads(scale.OUT.read_text())["rows"]}
 SMALL, LARGE = 2048, 8192
 
 
-@pytest.mark.some(cases=8)
 @pytest.mark.parametrize("method", JUDGED)
 def test_memory_of_scorers_and_video_methods_grows_with_the_tokens(method: str) -> None:
     row = scale.measure(method, "64", (SMALL, LARGE), limit_s=60.0)

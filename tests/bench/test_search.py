@@ -167,6 +167,7 @@ def test_what_a_search_cannot_use_is_refused():
 # --- values
 
 
+@pytest.mark.slow
 def test_divergence_is_that_of_the_first_answer_token(objective):
     assert objective.uncompressed == 0.0
     assert objective.value(Layerwise(keep_ratio=1.0)) == 0.0
@@ -186,6 +187,7 @@ def test_divergence_is_that_of_the_first_answer_token(objective):
     assert objective.least(0.25) == -0.25
 
 
+@pytest.mark.slow
 def test_loyalty_and_accuracy_are_of_whole_answers(subject):
     loyal = ScheduleObjective(subject, replace(SMALL, metric="loyalty"))
     assert loyal.uncompressed == loyal.value(Layerwise(keep_ratio=1.0)) == 1.0
@@ -214,6 +216,7 @@ def test_costs_are_shares_of_all_visual_tokens(objective):
     assert objective.share_of_flops(half) == pytest.approx((cost(144) + cost(72)) / 2 / cost(144))
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_without_the_model(subject, tmp_path, monkeypatch):
     log, make = tmp_path / "values.jsonl", scheduled("layerwise")
     first = search_greedy(ScheduleObjective(subject, SMALL, log), make, tolerance=0.05)
@@ -259,6 +262,7 @@ def test_notes_that_cannot_be_kept_are_named(tmp_path):
         list(read_notes(tmp_path, "me"))
 
 
+@pytest.mark.slow
 def test_what_is_found_is_a_file_that_compresses(objective, tmp_path):
     found = search_greedy(objective, scheduled("layerwise"), tolerance=0.05)
     assert found.value >= objective.least(0.05)

@@ -31,6 +31,7 @@ def examples(number: int = 60) -> list[Heard]:
     return found
 
 
+@pytest.mark.slow
 def test_the_divergence_falls_on_what_is_held_out_too() -> None:
     heard, told = examples(200), list[float]()
     curve = distil(

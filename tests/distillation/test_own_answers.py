@@ -77,6 +77,7 @@ def test_the_lower_half_counts_for_nothing() -> None:
     assert label(torch.zeros(4)).tolist() == [0.0] * 4
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("trains", [True, False], ids=["", "frozen"])
 def test_images_are_explained_and_the_model_is_left_as_it_was(
     loaded: LoadedModel, prompts: list[Prompt], trains: bool
@@ -146,6 +147,7 @@ def test_cells_are_marked_by_the_highest_attention_and_its_box() -> None:
     assert first[6] == 0
 
 
+@pytest.mark.slow
 def test_states_are_those_of_the_image_and_the_last_prompt_token(
     loaded: LoadedModel, prompts: list[Prompt]
 ) -> None:

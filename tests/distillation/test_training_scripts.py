@@ -20,6 +20,7 @@ from vispress.reference import compressor
 FIRST, NEXT = "covipal attention", "covipal answers"
 
 
+@pytest.mark.slow
 def test_a_lesson_goes_on_from_one_that_was_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def by_relevance(order, relevance, found):
     return order[found:] == [i for i in most if i not in order[:found]][: len(order) - found]
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_rounding_is_no_gain_where_the_rank_is_below_the_width(randn, backend):
     x, relevance = randn(6, 20, 3) @ randn(3, 40), randn(6, 20).abs()

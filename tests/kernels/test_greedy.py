@@ -41,10 +41,12 @@ def streamed(monkeypatch):
     monkeypatch.setattr("vispress_kernels.maxmin_select.kernel.MOST", 0)
 
 
+@pytest.mark.slow(cases=2)
 def test_held_products(agree):
     agree()
 
 
+@pytest.mark.slow(cases=2)
 # interpreted programs run one after the other: there, one that meets nobody
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("most", [1, 3] if torch.cuda.is_available() else [1])

@@ -192,7 +192,6 @@ READS: list[tuple[Any, bool]] = [
 ]
 
 
-@pytest.mark.some(cases=10)
 @pytest.mark.parametrize(("how", "refused"), READS)
 def test_what_the_host_reads_of_values_is_refused(how: Any, refused: bool) -> None:
     x, ids, mask = torch.randn(3), torch.tensor([1, 5, 2]), torch.tensor([True, False, True])

@@ -408,6 +408,7 @@ def test_a_video_has_one_run_behind_its_last_frame(family: str) -> None:
         assert torch.equal(generate(model, inputs).sequences, answer)
 
 
+@pytest.mark.slow
 def test_a_new_word_learns_to_stand_for_pictures() -> None:
     """What two pictures are is told by their tokens of a word alone, behind which they are gone."""
     torch.manual_seed(0)

@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(family: str, method: s
     assert_equal(got, expected, ROUNDED)
 
 
-@pytest.mark.some(cases=2)
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_a_packed_row_changes_no_gradient(family: str, reentrant: bool) -> None:

@@ -200,7 +200,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.some(cases=9)
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_does_not_fit_is_named_and_nothing_is_attached(case: str, tmp_path: Path) -> None:
     save_compression(compressed_anew("llava", PMoD()), tmp_path)

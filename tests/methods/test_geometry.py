@@ -170,7 +170,6 @@ def test_shares_of_frames_and_newlines_add_up(number, size, newlines, data):
     assert count <= number * size
 
 
-@pytest.mark.some(cases=36)
 @pytest.mark.parametrize("method", READERS)
 def test_the_budget_is_met_on_every_geometry(method):
     @FEW
@@ -186,7 +185,6 @@ WHOLE_ONLY = {"avg_pool", "fourier", "hicom", "quadtree_merge", *VIDEO_ONLY}
 """Methods that refuse what another one pruned before."""
 
 
-@pytest.mark.some(cases=22)
 @pytest.mark.parametrize(
     "method",
     [
@@ -216,7 +214,6 @@ def test_the_budget_is_met_on_what_another_method_left(method):
     holds()
 
 
-@pytest.mark.some(cases=2)
 @pytest.mark.parametrize("options", [{}, {"mode": "1d"}, {"offset": "first"}, {"stride": 3}])
 def test_adsc_meets_each_of_its_budgets(options):
     @settings(FEW, max_examples=50)

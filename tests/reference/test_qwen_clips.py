@@ -117,6 +117,7 @@ def test_pictures_and_videos_share_a_prompt():
 # --- packing
 
 
+@pytest.mark.slow
 def test_each_packed_question_equals_the_question_alone():
     """Positions in time, too: the model finds its own for the lone question."""
     model, batch = tiny(), ClipStream(QWEN, 0, 1, 7, 1)[ROUND.index("clip")]
