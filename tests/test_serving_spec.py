@@ -135,6 +135,8 @@ def engine_config(**changed):
         "parallel_config.tensor_parallel_size": 1,
         "parallel_config.pipeline_parallel_size": 1,
         "compilation_config.cudagraph_mm_encoder": False,
+        "lora_config.enable_tower_connector_lora": False,
+        "compilation_config.compile_mm_encoder": False,
         "compilation_config.cudagraph_mode": None,
         "speculative_config": None,
     }
@@ -157,7 +159,9 @@ def engine_config(**changed):
         ({"tensor_parallel_size": 2}, "reads cls_attention"),
         ({"enable_mm_embeds": True}, "no encoder of the engine has seen"),
         ({"video_pruning_rate": 0.5}, "'evs'"),
+        ({"enable_tower_connector_lora": True}, "of the LLM work"),
         ({"cudagraph_mm_encoder": True}, "set it to False"),
+        ({"compile_mm_encoder": True}, "set it to False"),
     ],
 )
 def test_settings_of_an_engine_that_are_refused(config, setting, words):

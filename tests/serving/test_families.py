@@ -7,12 +7,14 @@ from PIL import Image
 from tests.serving import families
 from tests.serving.harness import Prompt, check, engine, on_transformers
 
-SIGNALS = ("divprune", "visionzip", "cdpruner", "zoo_prune")
-"""Features; attention and keys, merged; the prompt's text; the projector."""
+FOUR = "features; attention (and keys, merged, where there is [CLS]); the text; the projector"
 SERVED = {
-    "qwen2_vl": ({"method": "divprune"},),
-    "qwen2_5_vl": ({"method": "divprune"},),
-    "qwen3_vl": ({"method": "divprune"},),
+    "llava_next": ("divprune", "visionzip", "cdpruner", "zoo_prune"),
+    "llava_onevision": ("divprune", "ensemble", "cdpruner", "zoo_prune"),
+    "qwen2_vl": ("divprune", "ensemble", "cdpruner", "zoo_prune"),
+    "qwen2_5_vl": ("divprune", "ensemble", "cdpruner", "zoo_prune"),
+    "qwen3_vl": ("divprune", "ensemble", "cdpruner", "zoo_prune"),
+    "internvl": ("divprune", "visionzip", "cdpruner", "zoo_prune"),
 }
 SIZES = ((40, 40), (24, 64), (72, 32), (48, 40), (40, 24))
 
@@ -36,20 +38,18 @@ def prompts(family: str, processor) -> list[Prompt]:
     ]
 
 
-CASES = [
-    pytest.param(family, asked, id=f"{family}-{asked['method']}")
-    for family, methods in SERVED.items()
-    for asked in methods
-]
+@pytest.fixture(scope="module", params=SERVED)
+def served(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return (request.param, folder, *families.save(request.param, folder))
 
 
-@pytest.mark.parametrize(("family", "asked"), CASES)
-def test_as_on_transformers(family, asked, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(family)
-    model, processor = families.save(family, folder)
-    asked = asked | {"keep_ratio": 0.4}
+@pytest.mark.parametrize("number", range(4), ids=["features", "attention", "text", "projector"])
+def test_as_on_transformers(served, number):
+    family, folder, model, processor = served
+    asked = {"method": SERVED[family][number], "keep_ratio": 0.4}
     shown = prompts(family, processor)
     expected = on_transformers(model, processor, shown, asked)
-    limits = {"image": 5} | ({"video": 0} if family == "qwen3_vl" else {})
+    limits = {"image": 5} | ({"video": 0} if family in ("qwen3_vl", "internvl") else {})
     with engine(folder, processor, asked, limit_mm_per_prompt=limits) as made:
         check(made, shown, expected)

@@ -8,6 +8,8 @@ from vispress.integrations.vllm.spec import Spec
 _ROTARY_BASE: Final = 10000.0
 """Of every vision encoder of Qwen's that vLLM runs, whatever its configuration says."""
 
+_CROPS: Final = "anyres_max_9"
+
 
 def check_engine(spec: Spec, config: Any) -> None:
     """Refuse settings of an engine that do not go with compression.
@@ -37,11 +39,17 @@ def check_engine(spec: Spec, config: Any) -> None:
             f"video_pruning_rate={multimodal.video_pruning_rate} prunes, too: leave it out, or "
             f"{name} (vispress has vLLM's own pruning as the method 'evs')"
         )
-    if getattr(config.compilation_config, "cudagraph_mm_encoder", False):
+    if getattr(config.lora_config, "enable_tower_connector_lora", False):
         raise ConfigError(
-            "cudagraph_mm_encoder runs the encoder past what vispress puts around it; set it to "
-            "False"
+            "enable_tower_connector_lora counts the encoder's rows by those that are kept; leave "
+            "it out (adapters of the LLM work)"
         )
+    for setting in ("cudagraph_mm_encoder", "compile_mm_encoder"):
+        if getattr(config.compilation_config, setting, False):
+            raise ConfigError(
+                f"{setting} runs the vision encoder past what vispress puts around it; set it to "
+                "False"
+            )
 
 
 def check_places(config: Any) -> None:
@@ -76,4 +84,38 @@ def check_places(config: Any) -> None:
         raise ConfigError(
             "speculative decoding embeds pictures again, without the positions of kept tokens; "
             "leave speculative_config out"
+        )
+
+
+def check_crops(config: Any) -> None:
+    """Refuse a limit of crops that vLLM does not look at.
+
+    Args:
+        config: vLLM's configuration, of LLaVA-OneVision.
+
+    Raises:
+        UnsupportedModelError: Names it.
+    """
+    limit = getattr(config.model_config.hf_config, "vision_aspect_ratio", _CROPS)
+    if limit != _CROPS:
+        raise UnsupportedModelError(
+            f"vision_aspect_ratio={limit!r}: vLLM packs the crops of every LLaVA-OneVision by "
+            f"{_CROPS!r}"
+        )
+
+
+def check_last_layer(spec: Spec) -> None:
+    """Refuse a feature layer that vLLM does not look at.
+
+    Args:
+        spec: What is asked, of an InternVL.
+
+    Raises:
+        UnsupportedModelError: Names it.
+    """
+    layer, last = spec.adapter.feature_layer(), len(spec.adapter.encoder_attentions()) - 1
+    if layer != last:
+        raise UnsupportedModelError(
+            f"features come from layer {layer} of the vision encoder, and vLLM takes those of the "
+            f"last one, {last}, of every InternVL"
         )

@@ -5,10 +5,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.models import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
+from vllm.model_executor.models import (
+    interns1,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vispress.integrations.vllm.engine import check_engine, check_places
+from vispress.integrations.vllm.engine import (
+    check_crops,
+    check_engine,
+    check_last_layer,
+    check_places,
+)
 from vispress.integrations.vllm.places import RIDING, inside, laid_out, read, written
 from vispress.integrations.vllm.press import Press, modality_of
 from vispress.integrations.vllm.processing import ShortPrompts
@@ -28,7 +41,7 @@ class Compressed:
         spec = read_spec(vllm_config.model_config.hf_config)
         if spec is not None:
             check_engine(spec, vllm_config)
-            watch = Watch(spec.plan, self.encoder_attentions(), self.projector())
+            watch = Watch(spec.plan, self.encoder_attentions(), self.projector_entry())
             self.vispress = Press(spec, watch, self.get_language_model().embed_input_ids)
 
     def encoder_attentions(self) -> Sequence[nn.Module]:
@@ -39,11 +52,23 @@ class Compressed:
         """The module between encoder and LLM."""
         raise NotImplementedError
 
+    def projector_entry(self) -> nn.Module:
+        """The module that is called with what the projector is."""
+        return self.projector()
+
     def embed_multimodal(self, **call: Any) -> Any:
         """As vLLM's, with the rows that are kept."""
         if self.vispress is None:
             return super().embed_multimodal(**call)  # type: ignore[misc]
-        return self._handed(self.vispress.embed(super().embed_multimodal, call), call)  # type: ignore[misc]
+        handed: list[Tensor] = []
+        for part in self._apart(call):
+            kept = self.vispress.embed(super().embed_multimodal, part)  # type: ignore[misc]
+            handed += self._handed(kept, part)
+        return handed
+
+    def _apart(self, call: dict[str, Any]) -> list[dict[str, Any]]:
+        """The encoder calls that vispress understands, for one of vLLM's."""
+        return [call]
 
     def _handed(self, kept: Sequence[tuple[Tensor, Tensor]], call: dict[str, Any]) -> list[Tensor]:
         """What the engine caches of kept rows and their raster indices."""
@@ -51,18 +76,14 @@ class Compressed:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """As vLLM's, from folders of newer releases of transformers, too."""
-        loaded = super().load_weights(_renamed(weights))  # type: ignore[misc]
+        loaded = super().load_weights(self._renamed(weights))  # type: ignore[misc]
         if self.vispress is not None:
             self.vispress.weights_loaded(self.projector())
         return loaded
 
-
-def _renamed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """transformers saves CLIP and SigLIP towers without `vision_model` since 5.17."""
-    old, new = "vision_tower.", "vision_tower.vision_model."
-    for name, weight in weights:
-        short = name.replace(new, old, 1)
-        yield short.replace(old, new, 1), weight
+    def _renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """Weights by the names that vLLM knows."""
+        return weights
 
 
 class Towered(Compressed):
@@ -78,6 +99,35 @@ class Towered(Compressed):
     def projector(self) -> nn.Module:
         """The MLP."""
         return self.multi_modal_projector
+
+    def _renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Towers are saved without `vision_model` since transformers 5.17."""
+        old, new = "vision_tower.", "vision_tower.vision_model."
+        for name, weight in weights:
+            yield name.replace(new, old, 1).replace(old, new, 1), weight
+
+
+class AnyRes(Towered):
+    """LLaVA's with crops: vLLM pads their number to that of the largest picture of a request."""
+
+    def _apart(self, call: dict[str, Any]) -> list[dict[str, Any]]:
+        """The call with the crops that pictures have."""
+        assert self.vispress is not None
+        if modality_of(call) == "video":
+            pixels = call["pixel_values_videos"]
+            if isinstance(pixels, Tensor):
+                return [call]
+            return [_item(call, number) for number in range(len(pixels))]
+        crops = [len(one) for one in self.vispress.spec.adapter.sequences("image", call, 0)]
+        pixels = [own[:count] for own, count in zip(call["pixel_values"], crops, strict=True)]
+        return [{**call, "pixel_values": pixels if len({*crops}) > 1 else torch.stack(pixels)}]
+
+
+def _item(call: dict[str, Any], number: int) -> dict[str, Any]:
+    """One item of a call, as a call of its own."""
+    one = slice(number, number + 1)
+    own = {name: value[one] for name, value in call.items()}
+    return {**own, "pixel_values_videos": call["pixel_values_videos"][number][None]}
 
 
 class Packed(Compressed):
@@ -166,6 +216,39 @@ class Llava(Towered, llava.LlavaForConditionalGeneration):
     """LLaVA-1.5."""
 
 
+@_processor(llava_next.LlavaNextForConditionalGeneration)
+class LlavaNext(AnyRes, llava_next.LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT."""
+
+
+@_processor(llava_onevision.LlavaOnevisionForConditionalGeneration)
+class LlavaOnevision(AnyRes, llava_onevision.LlavaOnevisionForConditionalGeneration):
+    """LLaVA-OneVision."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.vispress is not None:
+            check_crops(vllm_config)
+
+
+@_processor(interns1.InternS1ForConditionalGeneration)
+class InternVL(Towered, interns1.InternS1ForConditionalGeneration):
+    """InternVL as transformers has it; tokens are kept of each tile."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.vispress is not None:
+            check_last_layer(self.vispress.spec)
+
+    def encoder_attentions(self) -> Sequence[nn.Module]:
+        """Those of InternViT."""
+        return [layer.attention.attn for layer in self.vision_tower.encoder.layer]
+
+    def _renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """As they are."""
+        return weights
+
+
 @_processor(qwen2_vl.Qwen2VLForConditionalGeneration)
 class Qwen2VL(Packed, qwen2_vl.Qwen2VLForConditionalGeneration):
     """Qwen2-VL."""
@@ -174,6 +257,10 @@ class Qwen2VL(Packed, qwen2_vl.Qwen2VLForConditionalGeneration):
 @_processor(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration)
 class Qwen25VL(Packed, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
+
+    def projector_entry(self) -> nn.Module:
+        """The merger's norm: the merger itself, made to be compiled, calls no hooks."""
+        return self.visual.merger.ln_q  # type: ignore[no-any-return]
 
 
 @_processor(qwen3_vl.Qwen3VLForConditionalGeneration)

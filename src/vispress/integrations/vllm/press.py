@@ -95,28 +95,33 @@ class Press:
         Returns:
             Of each item `[K, D + E]` values and `[K]` raster indices.
         """
-        modality = modality_of(call)
+        modality, spec = modality_of(call), self.spec
         plain = {name: value for name, value in call.items() if not name.startswith(TEXT)}
         with self._watch.watching() as sink:
             features = list(encode(**plain))
         if not features:
             return []
         self._see_padding(sink, plain)
-        main = [each[:, : self._width] for each in features]
-        capture = EncoderCapture(self.spec.adapter, modality, main, plain, sink)
+        owners, parts = [], []
+        for item, own in enumerate(features):
+            count = spec.parts(modality, len(own))
+            owners += [item] * count
+            parts += own.chunk(count)
+        main = [part[:, : self._width] for part in parts]
+        capture = EncoderCapture(spec.adapter, modality, main, plain, sink)
         texts = call.get(f"{TEXT}_{modality}")
         groups: dict[tuple[object, ...], list[Shown]] = {}
-        for number, own in enumerate(features):
+        for number, (item, part) in enumerate(zip(owners, parts, strict=True)):
             after, text = 0, None
             if texts is not None:
-                after, text = int(texts[number][0]), texts[number][1:]
-            one = Shown(capture, number, own, capture.layouts[number], text, after)
+                after, text = int(texts[item][0]), texts[item][1:]
+            one = Shown(capture, number, part, capture.layouts[number], text, after)
             groups.setdefault(one.likeness(), []).append(one)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for group in groups.values():
             values, keep = self.cut(group, modality)
             found |= {one.number: (values[i], keep[i]) for i, one in enumerate(group)}
-        return [found[number] for number in range(len(features))]
+        return _joined(found, owners, [len(part) for part in parts])
 
     def cut(self, group: Sequence[Shown], modality: Modality) -> tuple[Tensor, Tensor]:
         """Keep what the method keeps of items of one shape.
@@ -204,6 +209,21 @@ class Press:
         adapter = self.spec.adapter
         if Signal.PADDING in self.spec.plan.encoder_signals and adapter.square_encoder():
             sink.padding = adapter.padding(call["pixel_values"])
+
+
+def _joined(
+    found: Mapping[int, tuple[Tensor, Tensor]], owners: Sequence[int], sizes: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Rows and raster indices of each item, from those of its parts."""
+    values: dict[int, list[Tensor]] = {}
+    kept: dict[int, list[Tensor]] = {}
+    before: dict[int, int] = {}
+    for number, item in enumerate(owners):
+        rows, keep = found[number]
+        values.setdefault(item, []).append(rows)
+        kept.setdefault(item, []).append(keep + before.get(item, 0))
+        before[item] = before.get(item, 0) + sizes[number]
+    return [(torch.cat(values[item]), torch.cat(kept[item])) for item in values]
 
 
 def _at(values: Tensor, keep: Tensor) -> Tensor:

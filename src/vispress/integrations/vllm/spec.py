@@ -94,6 +94,13 @@ class Spec:
         """Whether the count of kept tokens follows from more than the number of tokens."""
         return not self.method.exact
 
+    def parts(self, modality: Modality, num_visual: int) -> int:
+        """Count the images that vispress takes an item of vLLM's for: InternVL's are tiles."""
+        if self.adapter.family != "internvl":
+            return 1
+        tiles, _ = self.adapter.merged_images(modality, {}, [num_visual], geometry=False)
+        return len(tiles)
+
     @cached_property
     def _modules(self) -> nn.Module | None:
         made = make_modules(self.adapter, self.plan.methods)
@@ -115,7 +122,7 @@ class Spec:
         return self.placement.budget.resolve(num_visual) >= num_visual
 
     def count(self, modality: Modality, num_visual: int, layout: Layout = (None, None)) -> int:
-        """Tell how many tokens stay of an image or video, before the encoder has seen it.
+        """Tell how many tokens stay of an image, tile or video, before the encoder has seen it.
 
         Args:
             modality: Image or video.
