@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 INTEGRATIONS ?= .venv-integrations
 SERVING ?= .venv-serving
+DOCS ?= .venv-docs
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test quick full check style integrations serving
+.PHONY: install demo test quick full check style integrations serving docs
 
 install: $(VENV)/.installed
 
@@ -54,6 +55,17 @@ $(SERVING)/.installed: constraints.txt pyproject.toml tests/serving/requirements
 	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-r tests/serving/requirements.txt -e .
 	$(SERVING)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
+docs: $(DOCS)/.installed  ## the site, in site/: a page a method; warnings are errors
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 PYTHONPATH=src:kernels:. $(DOCS)/bin/python -m mkdocs build --strict
+
+# on top of VENV, as integrations are
+$(DOCS)/.installed: $(VENV)/.installed docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(BIN)/python -c "import sysconfig as s; print(f'import site; site.addsitedir({s.get_path(\"purelib\")!r})')" \
+		> $$($(DOCS)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/below.pth
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
 	touch $@
 
 style: install  ## format in place

@@ -14,13 +14,15 @@ from textwrap import dedent
 import pytest
 
 from tests.test_imports import INNER
+from vispress.registry import list_methods
 
 ROOT = Path(__file__).parents[1]
 HOMES = (ROOT, ROOT / "src" / "vispress", ROOT / "src" / "vispress" / "runtime")
 """Where a path may begin."""
 SOURCES = (ROOT / "src", ROOT / "kernels", ROOT / "tests")
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
+DOCS = ROOT / "docs"
+ARCHITECTURE = DOCS / "architecture.md"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"])
 FILE = re.compile(r"[\w.<>-]+(/[\w.<>-]*)+|[\w-]+\.(py|md|yaml|json|toml)")
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 OUTSIDE = ("nn", "torch", "copy", "transformers")
@@ -128,10 +130,19 @@ def test_its_links_lead_somewhere(page: Path) -> None:
         if "://" in path:
             continue
         target = page.parent / path
+        if page.parent == DOCS and (path == "api.md" or target.parent == DOCS / "methods"):
+            assert target.stem in ("api", "index", *list_methods()), link  # `docs/generate.py`
+            continue
         assert target.exists(), link
         if anchor:
             titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """`make docs` holds the same, for pages that are made too."""
+    listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted([*(page.name for page in DOCS.glob("*.md")), "api.md"])
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     from vispress.doctor import Family
     from vispress.method_facts import MethodFacts
 
-_PLACES = (
-    ("in the encoder", ("in the encoder",)),
-    ("before the LLM", ("before the LLM",)),
-    ("in the LLM", ("before layer", "around", "in layers", "as configured")),
-    ("in attention and the KV cache", ("in attention", "in the KV cache")),
-)
-"""Headings, and how what stands under them begins to say where it acts."""
-
 Name = Annotated[str | None, typer.Argument(help="Of one method, to read all about it.")]
 Which = Annotated[
     str | None,
@@ -89,8 +81,10 @@ def _refused(model: str, every: "list[MethodFacts]", known: "list[Family]") -> d
 
 def _list(every: "list[MethodFacts]", console: Console) -> None:
     """Print a line or two a method, under where it acts first."""
+    from vispress.listing import PLACES
+
     left = list(every)
-    for heading, beginnings in _PLACES:
+    for heading, beginnings in PLACES:
         here = [facts for facts in left if facts.acts.startswith(beginnings)]
         left = [facts for facts in left if facts not in here]
         if here:

@@ -1,6 +1,7 @@
 """What a method does, where and by what: in words, from its class."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from vispress.budget import PUBLISHED_DEPTH
 from vispress.errors import BudgetError, ConfigError
@@ -10,6 +11,14 @@ from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method, list_methods
 from vispress.types import Placement, Stage
+
+PLACES: Final = (
+    ("in the encoder", ("in the encoder",)),
+    ("before the LLM", ("before the LLM",)),
+    ("in the LLM", ("before layer", "around", "in layers", "as configured")),
+    ("in attention and the KV cache", ("in attention", "in the KV cache")),
+)
+"""Headings, and how what stands under them begins to say where it acts."""
 
 _DEPTH = PUBLISHED_DEPTH
 

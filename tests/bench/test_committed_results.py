@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from benchmarks import distil_voco, trained_table
+from benchmarks import distil_voco, method_table, trained_table
 from benchmarks.fine_tune import with_gists
 from tests.bench.stored import change
 
@@ -105,6 +105,18 @@ def test_every_folder_can_be_joined(unpacked, tmp_path, name):
     assert [cell["key"] for cell in cells] == keys
     # joined once, it can be joined again
     assert merge_runs([out, halves[0]], tmp_path / "again") == len(keys) - len(keys[1::2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "offline_clips" else pytest.mark.full) for n in ARCHIVED],
+)
+def test_the_table_by_method_says_what_the_cells_say(name):
+    told = method_table.TABLE.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert [told[0], *(line for line in told if line.startswith(f"{name},"))] == (
+        method_table.table((name,)).splitlines(keepends=True)
+    )
 
 
 TRAINED = sorted(path.parent for path in RESULTS.glob("trained/**/modules.safetensors"))

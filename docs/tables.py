@@ -1,0 +1,240 @@
+"""Tables of the docs site, from committed results: `docs/generate.py` puts them into pages."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import tests.laws.selection as selection
+from benchmarks.method_table import RESULTS, TABLE
+from benchmarks.speed_table import MODELS, speed_markdown
+
+ROOT: Final = Path(__file__).parents[1]
+SWEEPS: Final = {
+    "offline": "LLaVA, 14 tasks of 1000 questions, 144 visual tokens",
+    "offline_qwen": "Qwen2.5-VL, 9 tasks of 1000 questions, 64 visual tokens",
+    "offline_clips": "Qwen2.5-VL on clips of 12 frames, 2 tasks of 1000 questions",
+}
+"""Committed sweeps on the reference models."""
+LEADERS: Final = 6
+"""Rows of a table of leaders."""
+CONTROLS: Final = ("none", "random", "uniform", "uniform-1d", "avg_pool", "max_norm", "downsample",
+                   "oracle", "no_image", "vtw")  # fmt: skip
+
+
+@cache
+def _scores() -> tuple[dict[str, str], ...]:
+    with TABLE.open(encoding="utf-8") as file:
+        return tuple(csv.DictReader(file))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _accuracy(row: dict[str, str]) -> str:
+    return f"{row['accuracy']} ({row['low']} to {row['high']})"
+
+
+def _p(text: str) -> str:
+    return text if float(text) >= 0.001 else "< 0.001"
+
+
+# --- what pages ask for
+
+
+def sweep(name: str) -> str:
+    """Every method and control of a sweep, by keep ratio; best at 0.222 first."""
+    rows = [row for row in _scores() if row["sweep"] == name]
+    ratios = sorted({row["keep_ratio"] for row in rows} - {""}, reverse=True)
+    found = {(row["method"], row["keep_ratio"]): row["accuracy"] for row in rows}
+    names = sorted(
+        {row["method"] for row in rows if row["keep_ratio"]},
+        key=lambda method: -float(found.get((method, "0.222"), 0)),
+    )
+    return _table(
+        ("method", *ratios),
+        ((_link(method), *(found.get((method, r), "") for r in ratios)) for method in names),
+    )
+
+
+def leaders(name: str, *ratios: str) -> str:
+    """The methods of a sweep that are furthest ahead of random, and the controls, by keep ratio."""
+    rows = []
+    for ratio in ratios:
+        here = [r for r in _scores() if (r["sweep"], r["keep_ratio"]) == (name, ratio)]
+        methods = [r for r in here if r["p_holm"] and r["method"] not in CONTROLS]
+        methods = sorted(methods, key=lambda row: -float(row["accuracy"]))[:LEADERS]
+        best = "; ".join(f"{_link(row['method'])} {row['accuracy']}" for row in methods)
+        control = {row["method"]: row["accuracy"] for row in here}
+        rows.append((ratio, best, control.get("random", ""), control.get("uniform", "")))
+    return _table(("keep ratio", "ahead, accuracy", "random", "grid"), rows)
+
+
+def speed() -> str:
+    """What compression saves on a GPU."""
+    return speed_markdown() + "\n"
+
+
+def shipped_plans() -> str:
+    """Plans that `vispress bench` knows by name, and what their first lines say."""
+    rows = []
+    for path in sorted((ROOT / "configs" / "bench").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        comment = " ".join(re.findall(r"^# ?(.*)$", text.split("\nmodel")[0], re.MULTILINE))
+        rows.append((f"`{path.stem}`", re.split(r"(?<=\.) ", comment)[0]))
+    return _table(("plan", "is"), rows)
+
+
+def shipped_tasks() -> str:
+    """Tasks over datasets that plans know by name."""
+    files = sorted((ROOT / "configs" / "tasks").glob("*.yaml"))
+    return _table(
+        ("task", "is"),
+        ((f"`{f.stem}`", f.read_text("utf-8").splitlines()[0].lstrip("# ")) for f in files),
+    )
+
+
+TABLES: Final[dict[str, Callable[..., str]]] = {
+    "sweep": sweep,
+    "leaders": leaders,
+    "speed": speed,
+    "shipped-plans": shipped_plans,
+    "shipped-tasks": shipped_tasks,
+}
+
+
+def _link(method: str) -> str:
+    page = method if method not in CONTROLS else ""
+    return f"[`{method}`](methods/{page}.md)" if page else f"`{method}`"
+
+
+# --- what a method's page says of it
+
+
+def scores_of(name: str) -> str:
+    """What it scored in the sweeps, beside random."""
+    parts = []
+    for where, title in SWEEPS.items():
+        here = [row for row in _scores() if row["sweep"] == where]
+        random = {row["keep_ratio"]: row["accuracy"] for row in here if row["method"] == "random"}
+        rows = [
+            (
+                row["keep_ratio"] or "its own",
+                _accuracy(row),
+                random.get(row["keep_ratio"], ""),
+                *_against_random(row),
+            )
+            for row in here
+            if row["method"] == name
+        ]
+        if rows:
+            source = f"[{where}](../../benchmarks/results/{where}/README.md)"
+            uncompressed = next(row["accuracy"] for row in here if row["method"] == "none")
+            head = ("keep ratio", "accuracy (95 %)", "random", "less random (95 %)", "p (Holm)")
+            text = f"{title} ({source}); uncompressed {uncompressed} %:"
+            parts.append(f"{text}\n\n{_table(head, rows)}")
+    return "\n".join(parts)
+
+
+def _against_random(row: dict[str, str]) -> tuple[str, str]:
+    if not row["p_holm"]:
+        return "", ""
+    low, high = row["less_random_low"], row["less_random_high"]
+    return f"{row['less_random']} ({low} to {high})", _p(row["p_holm"])
+
+
+def trained_of(name: str) -> str:
+    """Its rows in the table of trained compressors."""
+    text = (RESULTS / "trained" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| {name}(?:[ ,][^|]*)? \| [\d.]+ \| [\d.]+ \| .*; .*$", text, re.M)
+    if not rows:
+        return ""
+    head = "| method | keep ratio | accuracy | others: accuracy, it less theirs (95 %), p by Holm |"
+    link = "[how](../../benchmarks/results/trained/README.md)"
+    table = "\n".join([head, "|---|---|---|---|", *rows])
+    return f"Trained on a reference model ({link}):\n\n{table}\n"
+
+
+def speeds_of(name: str) -> str:
+    """Its rows of the committed run on a GPU."""
+    path = RESULTS / "gpu-nvidia-h200" / "models.json"
+    rows = [
+        (
+            MODELS[row["model"]],
+            str(row["batch"]),
+            f"{row['visual_tokens']:,} to {row['kept_at_last_layer']:,}",
+            " to ".join(
+                f"{row['prefill_ms'][way]['median']:.0f}" for way in ("uncompressed", "compressed")
+            ),
+            f"{row['prefill_speedup']:.2f}",
+            f"{row['ttft_speedup']:.2f}",
+        )
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if row.get("method") == name and "prefill_speedup" in row
+    ]
+    if not rows:
+        return ""
+    head = ("model", "batch", "visual tokens", "prefill, ms", "times", "first token, times")
+    link = "[one H200](../../benchmarks/results/gpu-nvidia-h200/README.md)"
+    return f"On {link}, bf16:\n\n{_table(head, rows)}"
+
+
+def adds(name: str) -> str:
+    """How many operations it adds to a prefill."""
+    calls: dict[str, dict[str, int]] = json.loads(
+        (ROOT / "tests" / "laws" / "calls.json").read_text(encoding="utf-8")
+    )
+    found = [f"{number[name]} ({family})" for family, number in calls.items() if name in number]
+    if not found:
+        return ""
+    link = "[counts](../../tests/laws/calls.json)"
+    what = "Operations that it adds to a prefill of a tiny model, outside kernels"
+    return f"{what}: {', '.join(found)} ({link})."
+
+
+@cache
+def _laws() -> dict[str, set[int]]:
+    """Laws by the methods that their tests name, in the whole product of methods and families."""
+    default = selection.chosen
+    # which cases run by default is worked out by forwards, and does not matter here
+    selection.chosen = lambda *_, **__: set()
+    try:
+        found: dict[str, set[int]] = {}
+        for path in sorted((ROOT / "tests" / "laws").glob("test_law[0-9]*.py")):
+            for method in _methods_of(import_module(f"tests.laws.{path.stem}")):
+                found.setdefault(method, set()).add(int(path.stem[8:10]))
+    finally:
+        selection.chosen = default
+    return found
+
+
+def _methods_of(module: Any) -> set[str]:
+    """Methods that a law's parametrised tests take by name."""
+    found = set()
+    for test in vars(module).values():
+        for mark in getattr(test, "pytestmark", ()):
+            if mark.name != "parametrize":
+                continue
+            names = mark.args[0]
+            names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
+            if "method" in names:
+                place = list(names).index("method")
+                values = [getattr(case, "values", case) for case in mark.args[1]]
+                found |= {value[place] if len(names) > 1 else value for value in values}
+    return {name for name in found if isinstance(name, str)}
+
+
+def laws_of(name: str) -> list[tuple[int, str]]:
+    """Numbers of the laws that meet a method by name, and their anchors in the page of laws."""
+    text = (ROOT / "docs" / "laws.md").read_text(encoding="utf-8")
+    anchors = {
+        int(number): f"{number}-{re.sub(r'[^a-z0-9 -]', '', title.lower()).replace(' ', '-')}"
+        for number, title in re.findall(r"^## (\d+)\. (.+)$", text, re.MULTILINE)
+    }
+    return [(law, anchors[law]) for law in sorted(_laws().get(name, ()))]
