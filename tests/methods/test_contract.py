@@ -45,7 +45,11 @@ OTHER_SETTINGS = {
     "dycoke": [{"num_tokens": 7}],
     "fastvid": [{"num_tokens": 7}, {"variant": "video"}, {"variant": "video", "retained": 0.6}],
     "flashvlm": [{"gating": True}],
-    "quadtree_merge": [{"theta": 1.5}, {"num_tokens": 7}],
+    "quadtree_merge": [
+        {"theta": 1.5},
+        {"num_tokens": 7},
+        {"theta": 0.9, "linkage": "average"},
+    ],
     "prumerge": [{"plus": True}, {"num_tokens": 7}, {"num_tokens": 7, "plus": True}],
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],

@@ -6,7 +6,7 @@ from tests.methods.helpers import make_tokens, merged, only
 
 from vispress.errors import ConfigError
 from vispress.methods import QuadtreeMerge
-from vispress.methods._parts.geometry.quadtree import tree_of
+from vispress.methods._parts.geometry.quadtree import average_linkage, tree_of
 from vispress.types import VisualTokens, full_index
 
 A, B = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -98,8 +98,48 @@ def test_without_a_budget_the_image_decides():
     assert not QuadtreeMerge(num_tokens=3).placements(32)[0].adaptive
 
 
+def test_average_linkage_merges_some_parts_of_a_cell():
+    plan = QuadtreeMerge(linkage="average").plan(picture(["ac", "aa"]), 4)
+    assert cells(plan) == {0: [0, 2, 3], 1: [1]}
+    torch.testing.assert_close(plan.weight, torch.tensor([[1 / 3, 1, 1 / 3, 1 / 3]]))
+    # two pairs; a cell in parts is none that could merge further, those of one part are
+    plan = QuadtreeMerge(linkage="average").plan(picture(["abaa", "abaa", "aabb", "aaaa"]), 16)
+    assert cells(plan) == {
+        0: [0, 4],
+        1: [1, 5],
+        2: [2, 3, 6, 7, 8, 9, 12, 13],
+        10: [10, 11],
+        14: [14, 15],
+    }
+    torch.testing.assert_close(plan.weight[0, [2, 8]], torch.tensor([1 / 8, 1 / 8]))
+    plan = QuadtreeMerge(linkage="average", max_depth=1).plan(picture(["aaaa"] * 2), 8)
+    assert plan.keep.tolist() == [[0, 2]]
+
+
+def test_linkage_is_by_means_of_pairs():
+    # on a line at 0, 1, 2.2: 2.2 is 1.2 from its nearest, 1.7 from both on average
+    x = torch.tensor([0.0, 1.0, 2.2])
+    distance = (x[:, None] - x).abs()
+    assert average_linkage(distance, 1.5).tolist() == [0, 0, 2]
+    assert average_linkage(distance, 1.71).tolist() == [0, 0, 0]
+    assert average_linkage(distance, 0.9).tolist() == [0, 1, 2]
+    assert average_linkage(distance, 9.0, torch.tensor([True, False, True])).tolist() == [0, 1, 0]
+
+
+def test_average_linkage_of_odd_edges():
+    plan = QuadtreeMerge(linkage="average").plan(picture(["aaa", "aaa", "aaa"]), 9)
+    weights = [1 / 16, 1 / 16, 1 / 8, 1 / 16, 1 / 16, 1 / 8, 1 / 8, 1 / 8, 1 / 4]
+    torch.testing.assert_close(plan.weight, torch.tensor([weights]))
+
+
+@pytest.mark.refusal
+def test_average_linkage_takes_no_budget():
+    with pytest.raises(ConfigError, match="linkage='average' takes no budget"):
+        QuadtreeMerge(linkage="average", num_tokens=4)
+
+
 @pytest.mark.refusal
 def test_bad_hyper_parameters_are_refused():
-    for bad in ({"theta": 2.1}, {"max_depth": 0}):
+    for bad in ({"theta": 2.1}, {"max_depth": 0}, {"linkage": "single"}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             QuadtreeMerge(**bad)

@@ -103,6 +103,9 @@ UNREAD = {
 comparable, and flags say which those are.
 """
 
+CASES_UNREAD = {("dc2", "tree_"): "the division of pixels, which no method here does"}
+"""By file and the beginning of their names, cases that no test reads, and why."""
+
 
 def calls(function):
     """Arguments of each call that pytest makes of a parametrised test."""
@@ -140,6 +143,8 @@ def test_every_key_is_read_or_says_why_not():
     for method in FILES:
         listed, unread = UNREAD.get(method, {}), set()
         for name, case in load(method).items():
+            if any(method == own and name.startswith(begin) for own, begin in CASES_UNREAD):
+                continue
             left = {key for key in case if (method, name, key) not in read}
             unread |= left
             ties = bool(dict.get(case, "flag/ties"))

@@ -101,3 +101,70 @@ def merged_cells(
     gone = sent(tree.children - 1, cost.device)[order]
     needed = gone.cumsum(dim=1) - gone < (tree.cell.shape[1] - num_keep)[:, None]
     return chosen | torch.empty_like(chosen).scatter(1, order, needed)
+
+
+def average_linkage(
+    distance: Float[Tensor, "*B m m"], theta: float, active: Bool[Tensor, "*B m"] | None = None
+) -> Int[Tensor, "*B m"]:
+    """Cluster a few items agglomeratively, by the mean distance between members of two clusters.
+
+    Args:
+        distance: Symmetric.
+        theta: Clusters that are at most so far apart are joined, the nearest first.
+        active: Items that take part; None for all.
+
+    Returns:
+        The first item of each one's cluster; itself where it takes no part.
+    """
+    m = distance.shape[-1]
+    number = torch.arange(m, device=distance.device)
+    pairs = number[:, None] < number
+    if active is not None:
+        pairs = pairs & active[..., None] & active[..., None, :]
+    label = number.expand(distance.shape[:-1])
+    for _ in range(m - 1):
+        member = F.one_hot(label, m).to(distance)
+        size = member.sum(dim=-2)  # 0 but for first items
+        both = size[..., None] * size[..., None, :]
+        mean = member.mT @ distance @ member / both.clamp(min=1)
+        near, pair = mean.where(pairs & (both > 0), float("inf")).flatten(-2).min(dim=-1)
+        joins = (near <= theta)[..., None] & (label == (pair % m)[..., None])
+        label = torch.where(joins, (pair // m)[..., None], label)
+    return label
+
+
+def linked_cells(
+    x: Float[Tensor, "b n D"], size: tuple[int, int], theta: float, depth: int
+) -> tuple[Int[Tensor, "b n"], Float[Tensor, "b n"]]:
+    """Merge the parts of cells by average linkage, level by level, of parts that are one token.
+
+    Returns:
+        The token that each one goes to, and its weight there.
+    """
+    (h, w), batch = size, len(x)
+    row = torch.arange(h, device=x.device).repeat_interleave(w)
+    col = torch.arange(w, device=x.device).repeat(h)
+    owner = torch.arange(h * w, device=x.device).repeat(batch, 1)
+    weight = torch.ones(owner.shape, device=x.device)
+    mean, whole, half = x.view(batch, h, w, -1), x.new_ones(batch, h, w, 1), 1
+    for present in tree_of(size).present[:depth]:
+        there = sent(present, x.device)
+        parts, one = _quarters(mean), _quarters(whole)[..., 0] > 0
+        towards = unit(parts)
+        distance = 1 - towards @ towards.mT
+        distance = F.threshold(distance, zero_distance(distance.dtype), 0.0)
+        label = average_linkage(distance, theta, one)
+        members = F.one_hot(label, 4).sum(dim=-2).gather(-1, label)
+        # of each token: its cell, its part of the cell, and the part that this one joins
+        cell = (slice(None), row // (2 * half), col // (2 * half))
+        part = (row // half % 2 * 2 + col // half % 2).expand(batch, -1)[..., None]
+        into = label[cell].gather(-1, part)[..., 0]
+        first = (row // (2 * half) * 2 + into // 2) * half * w
+        first = first + (col // (2 * half) * 2 + into % 2) * half
+        merged = one[cell].gather(-1, part)[..., 0]
+        owner = torch.where(merged, first, owner)
+        weight = torch.where(merged, weight / members[cell].gather(-1, part)[..., 0], weight)
+        mean = parts.sum(dim=-2) / there.sum(dim=-1, keepdim=True)
+        alike = (label == 0) & one | ~there
+        whole, half = alike.all(dim=-1, keepdim=True).to(x), 2 * half
+    return owner, weight
