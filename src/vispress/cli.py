@@ -117,6 +117,13 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Seed of questions and bootstrap.")] = None,
     device: Device = "cpu",
     imports: Imports = None,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Other processes with this command, started at any time (a job array), take part.",
+        ),
+    ] = False,
     force: Force = False,
 ) -> None:
     """Measure accuracy, tokens, time and cache of methods.
@@ -135,10 +142,10 @@ def bench(
 
     overrides: dict[str, Any] = {"model": model, "questions": questions, "seed": seed}
     made = load_plan(plan, imports=imports or (), batch_size=batch_size, **overrides)
-    _bench(made, out, device, force)
+    _bench(made, out, device, force, share=share)
 
 
-def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
+def _bench(plan: "Plan", out: Path, device: str, force: bool, *, share: bool = False) -> None:
     from vispress.bench.results.shards import this_shard
     from vispress.bench.run.engine import run
     from vispress.bench.run.progress import progress_bar
@@ -147,7 +154,7 @@ def _bench(plan: "Plan", out: Path, device: str, force: bool) -> None:
     console = terminal() if shard.leader else Console(quiet=True)
     try:
         with progress_bar(plan, console, processes=shard.world) as advance:
-            run(plan, out, device=device, force=force, advance=advance, shard=shard)
+            run(plan, out, device=device, force=force, advance=advance, shard=shard, share=share)
     except KeyboardInterrupt:
         console.print(f"\nstopped; the same command goes on from what is in {out}")
         raise typer.Exit(130) from None

@@ -23,7 +23,8 @@ from vispress.bench.results import files
 from vispress.bench.results.csv_rows import csv_text
 from vispress.bench.results.files import ResultsError
 from vispress.bench.results.merge_runs import merge_runs
-from vispress.bench.results.store import MANIFEST, ResultsFolder, open_results, read_results
+from vispress.bench.results.opening import open_results
+from vispress.bench.results.store import MANIFEST, ResultsFolder, read_results
 from vispress.bench.results.summary import summarise
 from vispress.bench.results.table import tables
 

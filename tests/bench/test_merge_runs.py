@@ -5,7 +5,8 @@ from tests.bench.stored import IDENTITY, change, restamp, write_results
 
 from vispress.bench.results.files import ResultsError
 from vispress.bench.results.merge_runs import merge_runs
-from vispress.bench.results.store import open_results, read_results
+from vispress.bench.results.opening import open_results
+from vispress.bench.results.store import read_results
 from vispress.bench.results.summary import summarise
 
 LATER = {"commit": "ba9876543210"}

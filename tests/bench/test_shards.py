@@ -18,8 +18,9 @@ from tests.bench.test_engine import results, stored
 
 from vispress.bench.results import shards
 from vispress.bench.results.files import ResultsError
+from vispress.bench.results.opening import open_results
 from vispress.bench.results.shards import Shard, this_shard
-from vispress.bench.results.store import ResultsFolder, open_results
+from vispress.bench.results.store import ResultsFolder
 from vispress.bench.run import engine
 from vispress.bench.run.engine import run
 from vispress.errors import ConfigError
@@ -227,3 +228,109 @@ def test_real_processes_go_on_without_one_that_is_killed(make_plan, tmp_path):
     assert processes[0].returncode == 0
     run(plan, tmp_path / "one")
     assert results(out) == results(tmp_path / "one")
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Four questions of two tasks in batches of two: four batches, a part each."""
+    monkeypatch.setattr("vispress.bench.run.parts.QUESTIONS", 2)
+
+
+@pytest.mark.slow
+def test_parts_of_cells_are_shared_out_and_give_the_cells_of_one(
+    make_plan, tmp_path, meeting, monkeypatch, small_parts
+):
+    plan = make_plan(batch_size=2, questions=4, methods=[])  # one cell
+    monkeypatch.setattr("vispress.bench.run.parts.QUESTIONS", 10**6)
+    run(plan, tmp_path / "one")
+    monkeypatch.setattr("vispress.bench.run.parts.QUESTIONS", 2)
+    ran, both = [], threading.Barrier(2, timeout=60)
+    original = engine.answer_part
+
+    def watched(*arguments):
+        me, batches = threading.get_ident(), arguments[4]
+        if me not in {who for who, _ in ran}:
+            ran.append((me, tuple((batch.task, batch.places) for batch in batches)))
+            both.wait()  # each has a part in its hands
+        else:
+            ran.append((me, tuple((batch.task, batch.places) for batch in batches)))
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "answer_part", watched)
+    out, counted = tmp_path / "two", [[], []]
+
+    def process(rank):
+        mine = counted[rank]
+        return lambda: run(
+            plan, out, shard=Shard(rank, 2, rank), advance=lambda _, number: mine.append(number)
+        )
+
+    assert together(process(0), process(1)) == [None, None]
+    assert len({part for _, part in ran}) == len(ran) == 4  # none twice
+    assert len({who for who, _ in ran}) == 2
+    assert results(out) == results(tmp_path / "one")
+    assert not list((out / ".parts").glob("*"))
+    total = len(plan.cells()) * plan.questions * len(plan.tasks)
+    assert [sum(numbers) for numbers in counted] == [total, total]
+
+
+def test_a_stopped_run_keeps_its_parts_and_makes_damaged_ones_anew(
+    make_plan, tmp_path, monkeypatch, small_parts
+):
+    plan = make_plan(batch_size=2, questions=4, methods=["divprune"], controls="none")
+    original, ran = engine.answer_part, []
+
+    def stops(*arguments):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(arguments[1].key)
+        return original(*arguments)
+
+    monkeypatch.setattr(engine, "answer_part", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, tmp_path / "r")
+    parts = sorted((tmp_path / "r" / ".parts").glob("*"))
+    assert len(parts) == 3
+    data = json.loads(parts[0].read_text())
+    data["batches"][0]["answers"] = data["batches"][0]["answers"][:1]
+    parts[0].write_text(json.dumps(data))
+    parts[1].write_text(parts[1].read_text()[:-40])
+    again = []
+    monkeypatch.setattr(engine, "answer_part", lambda *a: (again.append(a[1].key), original(*a))[1])
+    run(plan, tmp_path / "r")
+    assert again.count("none") == 3  # two damaged, one missing
+    run(plan, tmp_path / "one")
+    assert results(tmp_path / "r") == results(tmp_path / "one")
+
+
+def test_runs_that_share_a_folder_need_no_launcher(make_plan, tmp_path, meeting, small_parts):
+    plan = make_plan(batch_size=2, questions=4, methods=["divprune"])
+    out = tmp_path / "r"
+    assert together(*[lambda: run(plan, out, share=True)] * 2) == [None, None]
+    run(plan, tmp_path / "one")
+    assert results(out) == results(tmp_path / "one")
+    assert not list(out.glob(".lock-*"))
+    run(plan, out, share=True)  # alone, and nothing is left to do
+    run(plan, out)
+
+
+def test_who_shares_and_who_does_not_keep_out_of_each_others_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("vispress.bench.results.locks._GATE", 0.1)
+    with open_results(tmp_path, IDENTITY, MANIFEST, share=True):
+        with open_results(tmp_path, IDENTITY, MANIFEST, share=True):
+            pass
+        with pytest.raises(ResultsError, match="another run holds"):
+            open_results(tmp_path, IDENTITY, MANIFEST).__enter__()
+        other = IDENTITY | {"commit": "d"}
+        for force in (False, True):
+            with pytest.raises(ResultsError, match="other processes are at it"):
+                open_results(tmp_path, other, MANIFEST, share=True, force=force).__enter__()
+    with open_results(tmp_path, IDENTITY, MANIFEST):  # noqa: SIM117
+        with pytest.raises(ResultsError, match="another run holds"):
+            open_results(tmp_path, IDENTITY, MANIFEST, share=True).__enter__()
+    with pytest.raises(ResultsError, match="leave --share out"):
+        open_results(tmp_path, IDENTITY, MANIFEST, share=True, shard=Shard(0, 2, 0)).__enter__()
+    # one that was killed holds nothing
+    (tmp_path / ".lock-gone-1-2").touch()
+    with open_results(tmp_path, IDENTITY, MANIFEST, share=True):
+        assert len(list(tmp_path.glob(".lock-*"))) == 1

@@ -12,12 +12,13 @@ from tests.bench.stored import change, restamp, write_results
 from vispress.bench.plan.plan import Plan
 from vispress.bench.results import files, locks
 from vispress.bench.results.files import ResultsError
-from vispress.bench.results.store import MANIFEST, open_results, read_results
+from vispress.bench.results.opening import open_results
+from vispress.bench.results.store import MANIFEST, read_results
 
 HOLD = """
 import json, sys, time
 from pathlib import Path
-from vispress.bench.results.store import open_results
+from vispress.bench.results.opening import open_results
 manifest = json.loads(sys.argv[2])
 with open_results(Path(sys.argv[1]), manifest.pop("identity"), manifest):
     print("held", flush=True)

@@ -20,7 +20,7 @@ from vispress.bench.plan.plan import plan_from_mapping
 from vispress.bench.results.stored import Stored
 from vispress.bench.results.summary import BLIND
 from vispress.bench.run.applied_cell import apply_cell
-from vispress.bench.run.engine import Advance
+from vispress.bench.run.parts import Advance
 from vispress.bench.tasks.task import Prompt, Task, get_task, register_task
 from vispress.bench.tasks.yaml_task import stored_task
 from vispress.errors import ConfigError, VispressError

@@ -21,7 +21,7 @@ from vispress.bench.page.words import accuracy, bounds, counted, listed, percent
 from vispress.bench.plan.cells import UNCOMPRESSED
 from vispress.bench.results.files import write_text
 from vispress.bench.results.summary import BLIND
-from vispress.bench.run.engine import Advance
+from vispress.bench.run.parts import Advance
 
 PAGE = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"

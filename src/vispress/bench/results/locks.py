@@ -5,10 +5,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
 from vispress.bench.results.files import ResultsError, cannot, load_json, write_json
+
+_GATE = 60.0
+"""Seconds that a run waits for others that enter the same folder."""
 
 
 @contextmanager
@@ -34,6 +38,60 @@ def hold(path: Path) -> Iterator[None]:
         with suppress(OSError):
             owner.unlink()
         lock.release()
+
+
+class Joined:
+    """A place among the runs that share a folder, and whether there are others.
+
+    Args:
+        path: The folder.
+        gate: Held until `enter`, so that runs come in one after another.
+    """
+
+    def __init__(self, path: Path, gate: FileLock) -> None:
+        self._gate = gate
+        self.others = False
+        for other in path.glob(".lock-*"):
+            with taken(other) as free:
+                if free:  # of a run that ended or was killed
+                    with suppress(OSError):
+                        other.unlink()
+                self.others |= not free
+        who = f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        self.place = path / f".lock-{who}"
+        self._lock = FileLock(self.place, timeout=0, thread_local=False)
+        _acquired(self._lock)
+
+    def enter(self) -> None:
+        """Let the next one come."""
+        self._gate.release()
+
+    def leave(self) -> None:
+        """Give the place up."""
+        self._gate.release()
+        self._lock.release()
+        with suppress(OSError):
+            self.place.unlink()
+
+
+@contextmanager
+def joined(path: Path) -> Iterator[Joined]:
+    """Take a place in a folder that several runs share; its `enter` is to be called.
+
+    Raises:
+        ResultsError: A run that shares it with nobody has it, or it is not writable.
+    """
+    gate = FileLock(path / ".lock", timeout=_GATE, thread_local=False)
+    if not _acquired(gate):
+        raise _in_use(path)
+    place = None
+    try:
+        place = Joined(path, gate)
+        yield place
+    finally:
+        if place is not None:
+            place.leave()
+        gate.release()
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from typing import Any
 
 from vispress.bench.plan.provenance import now
 from vispress.bench.results.files import ResultsError
-from vispress.bench.results.store import open_results, read_results
+from vispress.bench.results.opening import open_results
+from vispress.bench.results.store import read_results
 from vispress.bench.results.stored import folder_fault, joined_digest
 
 _MAY_DIFFER = frozenset({"methods", "keep_ratios", "overrides", "controls", "cells"})

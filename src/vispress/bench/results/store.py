@@ -4,8 +4,9 @@ A run may be several processes: the first opens the folder, all claim cells. Wha
 (`stored`): a damaged cell is made anew by a run and refused by every reader.
 """
 
+import glob
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from vispress.bench.results.files import (
     load_json,
     write_json,
 )
-from vispress.bench.results.locks import hold, taken
+from vispress.bench.results.locks import taken
 from vispress.bench.results.schema import plain_fault
-from vispress.bench.results.shards import Shard
 from vispress.bench.results.stored import cell_fault, folder_fault, identity_of, manifest_fault
 
 MANIFEST = "run.json"
-ALONE = Shard()
-_MEND = "the same command as before mends it and keeps its cells; --force starts anew"
+_PARTS = ".parts"
+MEND = "the same command as before mends it and keeps its cells; --force starts anew"
 _AGAIN = "delete it and run the benchmark again: only this cell is made anew"
 
 
@@ -65,6 +65,41 @@ class ResultsFolder:
             raise ResultsError(f"cell {key!r} cannot be stored: {fault}")
         write_json(_path_of(self.path, key), full)
 
+    def read_part(self, key: str, number: int) -> Any:
+        """Read a part of an unfinished cell; None where it is missing, damaged or of another run.
+
+        Raises:
+            ResultsError: It is there and cannot be read.
+        """
+        try:
+            data = load_json(self._part(key, number), lambda _: None, "")
+        except DamagedFileError:
+            return None
+        mine = data is not None and data.get("identity") == self.manifest["identity"]
+        return data.get("batches") if data is not None and mine else None
+
+    def write_part(self, key: str, number: int, batches: list[dict[str, Any]]) -> None:
+        """Store a part of an unfinished cell in one step.
+
+        Raises:
+            ResultsError: The disk is full or the folder is gone.
+        """
+        path = self._part(key, number)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot("make the folder", path.parent, error) from error
+        write_json(path, {"identity": self.manifest["identity"], "batches": batches})
+
+    def drop_parts(self, key: str) -> None:
+        """Remove the parts of a cell that is finished."""
+        for path in self.path.glob(f"{_PARTS}/{glob.escape(key)}.part*.json"):
+            with suppress(OSError):
+                path.unlink()
+
+    def _part(self, key: str, number: int) -> Path:
+        return self.path / _PARTS / f"{key}.part{number}.json"
+
     @contextmanager
     def claimed(self, key: str, *, wait: bool) -> Iterator[bool]:
         """Hold a cell against the other processes of the run.
@@ -83,117 +118,13 @@ class ResultsFolder:
             yield mine
 
 
-@contextmanager
-def open_results(
-    path: Path,
-    identity: dict[str, Any],
-    manifest: dict[str, Any],
-    *,
-    force: bool = False,
-    shard: Shard = ALONE,
-) -> Iterator[ResultsFolder]:
-    """Hold the folder for one run; several processes of a run enter together.
-
-    Args:
-        path: Created if missing.
-        identity: Plan hash, commit, version and weights; a folder with another one is refused.
-        manifest: Stored beside the identity, for readers: plan, task cards and time.
-        force: Move results of another identity to `previous-N/` in place of refusing.
-        shard: Which process of the run this is.
-
-    Raises:
-        ResultsError: The folder is in use, of another identity, or not writable; or the plan cannot
-            be stored.
-    """
-    full = {"identity": identity, **manifest}
-    with ExitStack() as stack:
-        if shard.leader:
-            try:
-                stack.enter_context(_opened(path, full, force))
-            except ResultsError as error:
-                shard.tell(str(error))
-                raise
-            shard.tell(None)
-        else:
-            stack.enter_context(_joined(path, identity, shard))
-        yield ResultsFolder(path, full, shared=shard.world > 1)
-
-
-@contextmanager
-def _joined(path: Path, identity: dict[str, Any], shard: Shard) -> Iterator[None]:
-    """Enter a folder that the first process of the run has opened."""
-    if (problem := shard.hear()) is not None:
-        raise ResultsError(problem)
-    known = _load_manifest(path)
-    if known is None or known["identity"] != identity:
-        raise ResultsError(
-            f"process {shard.rank} does not find the run of process 0 in {path}: all processes "
-            "must see one folder, and run one commit, plan and model"
-        )
-    with taken(path / f".lock-{shard.rank}") as mine:
-        if not mine:
-            raise ResultsError(
-                f"another process {shard.rank} works on {path}; give each its own RANK"
-            )
-        yield
-
-
-@contextmanager
-def _opened(path: Path, full: dict[str, Any], force: bool) -> Iterator[None]:
-    """Lock the folder, and see that it is this run's."""
-    if (fault := plain_fault(full) or manifest_fault(full)) is not None:
-        raise ResultsError(f"a run of this plan cannot be stored: {fault}")
-    try:
-        (path / "cells").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot("make the folder", path, error) from error
-    with hold(path):
-        stored, problem = _found(path, full)
-        if problem is not None:
-            if not force:
-                raise ResultsError(
-                    f"{problem}. Choose another folder, or use --force to move what is there to "
-                    "previous-N/ and start anew"
-                )
-            _move_aside(path)
-            stored = None
-        try:
-            for rest in (*path.glob("*.[0-9]*.tmp"), *(path / "cells").glob("*.[0-9]*.tmp")):
-                rest.unlink(missing_ok=True)
-        except OSError as error:
-            raise cannot("clean", path, error) from error
-        if stored is None or {**stored, "created": full["created"]} != full:
-            # run.json is missing, damaged, or says of the tasks what another commit said
-            write_json(path / MANIFEST, full | {"created": (stored or full)["created"]})
-        yield
-
-
-def _found(path: Path, full: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-    """The folder's `run.json` where it is sound, and why the folder is not this run's."""
-    damage = None
-    try:
-        stored = _load_manifest(path)
-    except DamagedFileError as error:
-        stored, damage = None, str(error).removesuffix(f"; {_MEND}")
-    identity = full["identity"]
-    if stored is not None and stored["identity"] == identity:
-        return stored, None
-    # cells say whose the folder is: another plan must not write over them
-    owners = [_owner(file) for file in sorted((path / "cells").glob("*.json"))]
-    owners = [owner for owner in owners if owner is not None] or [_owner(path / MANIFEST)]
-    foreign = [owner for owner in owners if owner is not None and owner != identity]
-    if foreign:
-        return None, f"{path} holds results of another run: {_differences(foreign[0], identity)}"
-    return None, damage if None in owners else None
-
-
 def read_manifest(path: Path) -> dict[str, Any]:
     """What `run.json` says.
 
     Raises:
         ResultsError: There is none, or it is damaged.
     """
-    manifest = _load_manifest(path)
+    manifest = load_manifest(path)
     if manifest is None:
         raise ResultsError(
             f"{path} holds no results: {MANIFEST} is missing; `vispress bench PLAN --out {path}` "
@@ -219,8 +150,12 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return manifest, cells
 
 
-def _load_manifest(path: Path) -> dict[str, Any] | None:
-    """A sound `run.json`; None where there is none."""
+def load_manifest(path: Path) -> dict[str, Any] | None:
+    """Read a sound `run.json`; None where there is none.
+
+    Raises:
+        DamagedFileError: It is there, and damaged.
+    """
 
     def check(data: dict[str, Any]) -> str | None:
         fault, known = manifest_fault(data), identity_of(data)
@@ -228,7 +163,7 @@ def _load_manifest(path: Path) -> dict[str, Any] | None:
             return fault
         return f"{fault} (vispress {known['version']} wrote it, this is {vispress.__version__})"
 
-    return load_json(path / MANIFEST, check, _MEND)
+    return load_json(path / MANIFEST, check, MEND)
 
 
 def _load_cell(path: Path, key: str, manifest: dict[str, Any]) -> dict[str, Any] | None:
@@ -238,7 +173,7 @@ def _load_cell(path: Path, key: str, manifest: dict[str, Any]) -> dict[str, Any]
     def check(data: dict[str, Any]) -> str | None:
         known = identity_of(data)
         if known is not None and known != identity:
-            differs = _differences(known, identity)
+            differs = differences(known, identity)
             return (
                 f"it is of another run than {MANIFEST} ({differs}); where all cells say so, "
                 f"{MANIFEST} is wrong, and its own command mends it"
@@ -248,36 +183,14 @@ def _load_cell(path: Path, key: str, manifest: dict[str, Any]) -> dict[str, Any]
     return load_json(_path_of(path, key), check, _AGAIN)
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
-    """Whose run a file is of, as far as it can be told."""
-    try:
-        data = load_json(path, lambda _: None, "")
-    except DamagedFileError:
-        return None
-    return None if data is None else identity_of(data)
-
-
 def _path_of(path: Path, key: str) -> Path:
     return path / "cells" / f"{key}.json"
 
 
-def _differences(known: dict[str, Any], identity: dict[str, Any]) -> str:
+def differences(known: dict[str, Any], identity: dict[str, Any]) -> str:
+    """Say in which an identity is another one."""
     return ", ".join(
         f"{name} {known[name]} in place of {value}"
         for name, value in identity.items()
         if known[name] != value
     )
-
-
-def _move_aside(path: Path) -> None:
-    number = 1
-    while (aside := path / f"previous-{number}").exists():
-        number += 1
-    try:
-        aside.mkdir()
-        for item in list(path.iterdir()):
-            if not item.name.startswith((".", "previous-")):
-                item.rename(aside / item.name)
-        (path / "cells").mkdir()
-    except OSError as error:
-        raise cannot("move aside", path, error) from error

@@ -129,6 +129,16 @@ class KeptTokens:
         self.end += left
         self.mean += left
 
+    def add_counts(
+        self, images: int, visual: int, end: int, mean: float, *, notes: Sequence[str]
+    ) -> None:
+        """Add what another run counted; fields as they are here."""
+        self.images += images
+        self.visual += visual
+        self.end += end
+        self.mean += mean
+        self.notes |= set(notes)
+
     def to_dict(self) -> dict[str, float]:
         """Convert to averages an image, and shares."""
         images, visual = max(1, self.images), max(1, self.visual)

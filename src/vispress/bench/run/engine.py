@@ -1,32 +1,27 @@
 """Running a plan: every cell once, stored as it finishes, resumed where it stopped."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from random import shuffle
 from typing import Any
 
 import torch
 
 import vispress
 from vispress.adapters.base import find_adapter
-from vispress.bench.model.batches import Batch, Memory, make_batches
+from vispress.bench.model.batches import Batch
 from vispress.bench.model.loaded_model import LoadedModel, load_named_model
 from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.plan import Plan
 from vispress.bench.plan.provenance import commit, now, provenance
+from vispress.bench.results.opening import open_results
 from vispress.bench.results.shards import Shard, this_shard
-from vispress.bench.results.stats import bootstrap_mean
-from vispress.bench.results.store import ResultsFolder, open_results
-from vispress.bench.run.applied_cell import answer, changes_encoder, check_cell, compressors
-from vispress.bench.run.budget_check import KeptTokens
-from vispress.bench.tasks.task import RIGHT, Prompt, Task, get_task
+from vispress.bench.results.store import ResultsFolder
+from vispress.bench.run.applied_cell import check_cell, compressors
+from vispress.bench.run.parts import Advance, Bank, answer_part, fits, put_together
+from vispress.bench.tasks.task import get_task
 from vispress.bench.timing.cost import measure_cost, timed_batch
 from vispress.errors import BudgetError, ConfigError, UnsupportedMethodError
-
-Advance = Callable[[str, int], None]
-"""Called with what is being done and how many questions were finished."""
-
-Questions = Mapping[str, list[Prompt]]
 
 
 def run(
@@ -37,11 +32,12 @@ def run(
     force: bool = False,
     advance: Advance = lambda _what, _questions: None,
     shard: Shard | None = None,
+    share: bool = False,
 ) -> None:
     """Run what is missing of a plan.
 
-    Started as several processes (`accelerate launch`), each takes the next cell that no other has;
-    all return when every cell is finished.
+    Several processes (of `accelerate launch`, or each started alone with `share`) take parts of
+    cells that no other has; all return when every cell is finished.
 
     Args:
         plan: What to do.
@@ -50,6 +46,7 @@ def run(
         force: Move results of another plan, commit or weights aside.
         advance: Progress; a cell found finished counts its questions too.
         shard: Which process this is; by default as the launcher says.
+        share: Whether other runs of the same plan, started at any time, may work on the folder.
 
     Raises:
         ResultsError: The folder is in use, foreign or not writable.
@@ -71,7 +68,9 @@ def run(
         "weights": loaded.weights,
     }
     manifest = {"plan": plan.to_dict(), "tasks": _cards(plan), "created": now()}
-    with open_results(Path(out), identity, manifest, force=force, shard=shard) as folder:
+    with open_results(
+        Path(out), identity, manifest, force=force, shard=shard, share=share
+    ) as folder:
         work = _Work(plan, loaded, folder, advance, _refusals(plan, loaded))
         waiting = [cell for cell in plan.cells() if not work.found(cell)]
         if not waiting:
@@ -82,9 +81,12 @@ def run(
         start = len(waiting) * shard.rank // shard.world
         waiting = waiting[start:] + waiting[:start]
         # first what nobody works on; then wait for the rest, and take over what a dead process left
+        if share:  # the others are not known
+            shuffle(waiting)
         waiting = [cell for cell in waiting if not work.take(cell, wait=False)]
         for cell in waiting:
-            work.take(cell, wait=True)
+            while not work.take(cell, wait=True):  # a part was damaged in the meantime
+                pass
 
 
 class _Work:
@@ -96,11 +98,12 @@ class _Work:
         loaded: LoadedModel,
         folder: ResultsFolder,
         advance: Advance,
-        refused: Mapping[str, str],
+        refused: dict[str, str],
     ) -> None:
         self.plan, self.loaded, self.folder, self.advance = plan, loaded, folder, advance
         self.refused = refused
         self.total = plan.questions * len(plan.tasks)
+        self.counted: dict[str, int] = {}
 
     def draw(self) -> None:
         """Draw the questions; the same for every cell and process."""
@@ -112,11 +115,21 @@ class _Work:
         """Tell whether a cell is finished already."""
         if self.folder.read(cell.key) is None:
             return False
-        self.advance(cell.key, self.total)
+        self._count(cell, self.total)
         return True
+
+    def _count(self, cell: Cell, upto: int) -> None:
+        """Tell how many questions of a cell are known to be finished, if that is news."""
+        known = self.counted.get(cell.key, 0)
+        if upto > known:
+            self.counted[cell.key] = upto
+            self.advance(cell.key, upto - known)
 
     def take(self, cell: Cell, *, wait: bool) -> bool:
         """Finish a cell, unless another process does; whether it is finished."""
+        parts = self.bank.parts()
+        if len(parts) > 1 and cell.key not in self.refused:
+            return self._take_parts(cell, parts, wait=wait)
         with self.folder.claimed(cell.key, wait=wait) as mine:
             if not mine:
                 return False
@@ -124,113 +137,92 @@ class _Work:
                 self._finish(cell)
             return True
 
+    def _take_parts(self, cell: Cell, parts: list[Sequence[Batch]], *, wait: bool) -> bool:
+        """Answer the parts of a cell that nobody has; put all together once they are there."""
+        try:
+            for number, batches in enumerate(parts):
+                if self.found(cell):
+                    return True
+                self._take_part(cell, number, batches, wait=wait)
+        except UnsupportedMethodError as error:
+            self.refused[cell.key] = str(error)
+            return self.take(cell, wait=True)
+        with self.folder.claimed(cell.key, wait=wait) as mine:
+            if not mine:
+                return False
+            if self.found(cell):
+                return True
+            stored = [self._part(cell, number, batches) for number, batches in enumerate(parts)]
+            answered = [part for part in stored if part is not None]
+            if len(answered) < len(parts):
+                return False
+            result = put_together(self.plan, self.bank, answered)
+            result |= cost_of(self.plan, cell, self.loaded, self.bank, self.advance)
+            self._store(cell, result)
+            self._count(cell, self.total)
+            return True
+
+    def _take_part(self, cell: Cell, number: int, batches: Sequence[Batch], *, wait: bool) -> None:
+        with self.folder.claimed(f"{cell.key}.part{number}", wait=wait) as mine:
+            # a cell that was finished in the meantime has no parts any more
+            if not mine or self.found(cell) or self._part(cell, number, batches) is not None:
+                return
+            self.counted[cell.key] = self.counted.get(cell.key, 0) + _size(batches)
+            made = answer_part(self.plan, cell, self.loaded, self.bank, batches, self.advance)
+            self.folder.write_part(cell.key, number, made)
+
+    def _part(
+        self, cell: Cell, number: int, batches: Sequence[Batch]
+    ) -> list[dict[str, Any]] | None:
+        """Read a part that some process has stored; None where it is missing or damaged."""
+        part = self.folder.read_part(cell.key, number)
+        return part if fits(part, batches) else None
+
     def _finish(self, cell: Cell) -> None:
         """Run one cell and store it, with the reason if it cannot be run."""
-        plan, loaded = self.plan, self.loaded
-        result: dict[str, Any]
         reason = self.refused.get(cell.key)
+        result: dict[str, Any] = {}
         if reason is None:
             try:
-                result = run_cell(plan, cell, loaded, self.bank, self.advance)
+                result = run_cell(self.plan, cell, self.loaded, self.bank, self.advance)
             except UnsupportedMethodError as error:
                 # only a batch shows it: pictures without a grid, questions without evidence
                 reason = str(error)
         if reason is not None:
             result = {"refused": reason}
-            self.advance(cell.key, self.total)
-        stamp = {"seed": plan.seed, "provenance": provenance(loaded.model), "finished": now()}
+            self._count(cell, self.total)
+        self._store(cell, result)
+
+    def _store(self, cell: Cell, result: dict[str, Any]) -> None:
+        made = provenance(self.loaded.model)
+        stamp = {"seed": self.plan.seed, "provenance": made, "finished": now()}
         self.folder.write(cell.key, {"cell": cell.to_dict(), **result, **stamp})
+        self.folder.drop_parts(cell.key)
 
 
-@dataclass(frozen=True)
-class Bank:
-    """The questions of a run, in batches that are processed once for all cells.
-
-    Args:
-        questions: By task.
-        batches: All of them, task by task.
-        memory: What of them is the same for all cells.
-    """
-
-    questions: Questions
-    batches: Sequence[Batch]
-    memory: Memory
-
-    @classmethod
-    def of(cls, plan: Plan, loaded: LoadedModel, questions: Questions) -> "Bank":
-        """Lay out the questions of a plan."""
-        size = plan.batch_size
-        batches = [
-            batch
-            for name, prompts in questions.items()
-            for batch in make_batches(loaded, name, prompts, size)
-        ]
-        return cls(questions, batches, Memory(loaded))
+def _size(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.prompts) for batch in batches)
 
 
 def run_cell(
     plan: Plan, cell: Cell, loaded: LoadedModel, bank: Bank, advance: Advance
 ) -> dict[str, Any]:
     """Measure accuracy, kept tokens and cost of one cell, as plain data."""
-    kept = KeptTokens()
-    said: dict[str, list[tuple[str, ...]]] = {
-        name: [()] * len(prompts) for name, prompts in bank.questions.items()
-    }
-    anew = changes_encoder(cell)
-    for batch in bank.batches:
-        with bank.memory.shown(batch, anew=anew) as inputs:
-            answers = answer(
-                cell,
-                loaded,
-                batch.prompts,
-                inputs,
-                max_new_tokens=plan.max_new_tokens,
-                positions=plan.positions,
-                kept=kept,
-            )
-        for place, turns in zip(batch.places, answers, strict=True):
-            said[batch.task][place] = turns
-        advance(f"{cell.key}, {batch.task}", len(batch.prompts))
-    tasks = {
-        name: _scored(get_task(name), prompts, said[name], plan.seed)
-        for name, prompts in bank.questions.items()
-    }
-    result = {"tasks": tasks, "kept": kept.to_dict(), "notes": sorted(kept.notes)}
-    everything = [prompt for prompts in bank.questions.values() for prompt in prompts]
-    if timed := timed_batch(loaded, everything, plan.timing.batch):
-        advance(f"{cell.key}, timing", 0)
-        chain = compressors(cell, loaded, timed, loaded.encode(timed))
-        result["cost"] = measure_cost(
-            loaded, chain, timed, plan, picture=cell.picture, saved=cell.saved
-        )
-    return result
+    answered = answer_part(plan, cell, loaded, bank, bank.batches, advance)
+    return put_together(plan, bank, [answered]) | cost_of(plan, cell, loaded, bank, advance)
 
 
-def _scored(
-    task: Task, prompts: Sequence[Prompt], conversations: Sequence[tuple[str, ...]], seed: int
+def cost_of(
+    plan: Plan, cell: Cell, loaded: LoadedModel, bank: Bank, advance: Advance
 ) -> dict[str, Any]:
-    """Convert a task's scores to what is stored; `scores` only where some are neither 0 nor 1.
-
-    A conversation is right when all of its turns are.
-    """
-    answers = [" / ".join(turns) for turns in conversations]
-    scores = [task.score(a, p) for a, p in zip(answers, prompts, strict=True)]
-    scored: dict[str, Any] = {
-        "questions": len(scores),
-        **asdict(bootstrap_mean([scores], seed=seed)),
-        "right": "".join("1" if score >= RIGHT else "0" for score in scores),
-        "answers": answers,
-    }
-    if not set(scores) <= {0.0, 1.0}:
-        scored["scores"] = scores
-    wanted = [(p.answer, *(answer for _, answer in p.followups)) for p in prompts]
-    if (most := max(map(len, wanted))) > 1:
-        pairs = list(zip(conversations, wanted, strict=True))
-        scored["turns"] = [
-            "".join(str(int(a[turn] == w[turn])) for a, w in pairs if turn < len(w))
-            for turn in range(most)
-        ]
-    return scored
+    """Measure the cost of one cell; nothing where the plan asks for none."""
+    timed = timed_batch(loaded, bank.prompts(), plan.timing.batch)
+    if not timed:
+        return {}
+    advance(f"{cell.key}, timing", 0)
+    chain = compressors(cell, loaded, timed, loaded.encode(timed))
+    cost = measure_cost(loaded, chain, timed, plan, picture=cell.picture, saved=cell.saved)
+    return {"cost": cost}
 
 
 def _refusals(plan: Plan, loaded: LoadedModel) -> dict[str, str]:

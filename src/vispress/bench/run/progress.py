@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from vispress.bench.plan.plan import Plan
-from vispress.bench.run.engine import Advance
+from vispress.bench.run.parts import Advance
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from vispress.bench.plan.cells import Cell
 from vispress.bench.plan.provenance import commit, digest
 from vispress.bench.run.applied_cell import apply_cell, changes_encoder
 from vispress.bench.run.budget_check import check_budget
-from vispress.bench.run.engine import Advance
+from vispress.bench.run.parts import Advance
 from vispress.bench.search.notes import add_note, read_notes
 from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.checks import check_choice, check_integer, check_number
