@@ -32,6 +32,7 @@ UNREAD = {
     "evs": {"out/mrope": POSITIONS},
     "fastervlm": {"out/keep_mask": ANOTHER_ORDER, "out/topk_desc": ANOTHER_ORDER},
     "fastv": {"out/topk_desc": ANOTHER_ORDER, "out/topk_desc_rel": ANOTHER_ORDER},
+    "fourier": {"out/coefficients": "their inverse, which the tokens are, is compared"},
     "framefusion": {"in/attn_rows": "where merging ends all, nothing is pruned"},
     "globalcom2": {
         **dict.fromkeys(

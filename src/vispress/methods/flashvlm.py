@@ -2,11 +2,12 @@
 
 Cai et al., "FlashVLM: Text-Guided Visual Token Selection for Large Multimodal Models", 2025,
 arXiv:2512.20561.
-Source: the code of CaiKaitong, read through a specification; no official vectors exist.
+Source: the code of CaiKaitong (CaiKaitong/FlashVLM e1a80e8, MIT) and its vectors.
 Follows the code: [CLS] attention, and a soft maximum over words of the cosine between projected
 tokens and input embeddings, sharpened by a softmax over tokens and a power, damped but for the top
 0.5 %; joined by a geometric mean. Half of the tokens by that score, half by VisPruner's removal of
-duplicates. All text of the prompt counts; that of earlier turns, in a cache, does not.
+duplicates, where the surviving even-ranked tokens stand, most alike first, before the odd ones in
+the next round. All text of the prompt counts; that of earlier turns, in a cache, does not.
 Differs: scales are those of one image; `gating=True` weighs words by the length of their
 embeddings, as meant (in the code's LLaVA file the weight is always 1). Crops and frames have shares
 in proportion (the released AnyRes path does not run); newlines are kept within the budget.

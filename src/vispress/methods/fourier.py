@@ -2,7 +2,8 @@
 
 Wang et al., "Fourier-VLM: Compressing Vision Tokens in the Frequency Domain for Large
 Vision-Language Models", 2025, arXiv:2508.06038; its newest version is called Fourier Compressor.
-Source: the released compressor (2-D DCT, low-frequency corner, inverse DCT at the reduced size).
+Source: the released compressor (whyisverysmart/Fourier-Compressor 45ab404, Apache-2.0) and its
+vectors: 2-D DCT, low-frequency corner, inverse DCT at the reduced size.
 Follows the code: orthonormal DCT-II along rows and columns of the encoder's map, inverse at the
 size of the corner, at least fp32, before the projector.
 Differs: two small matrix products in place of an FFT; any grid that fits the budget. `rescale` is

@@ -2,7 +2,7 @@
 
 Huang et al., "Mini-Monkey: Alleviating the Semantic Sawtooth Effect for Lightweight MLLMs via
 Complementary Image Pyramid", ICLR 2025, arXiv:2408.02034 (the scale compression mechanism).
-Source: the released code, read through a specification.
+Source: the released code (Yuliang-Liu/Monkey 498e1d9, MIT) and its vectors.
 Follows the code: embeddings run through decoder layers 0 and 1; the score of a detail token is the
 attention of layer 1 that it gets from every token behind the detail, mean over heads and queries;
 the best stay in order, and the LLM runs from layer 0 on what is left, with compact positions.

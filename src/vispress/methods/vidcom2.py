@@ -2,14 +2,16 @@
 
 Liu et al., "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large
 Language Models", EMNLP 2025, arXiv:2505.14454.
-Source: the authors' code, read through a specification; no official vectors exist.
+Source: the authors' code (xuyang-liu16/VidCom2 944a17d, Apache-2.0) and its vectors.
 Follows the code: the half of the channels that varies least over the video; unit tokens; a sum of
 five Gaussians tells how near a token is to the mean of the video and of its frame; frames that are
 far from the video's mean on average get more of the budget (softmax at temperature 0.01); in each
 frame the tokens with the smallest sum of both are kept, one at least.
-Differs: the code rounds each frame's count and so misses the budget by a few tokens; here all
-frames' counts move by one common amount before they are rounded, until the sum is exact. Newlines
-are kept within the budget. Images pass whole.
+Differs: the code rounds each frame's count and so misses the budget by a few tokens, and a ratio of
+1 drops some, too (8 of 64 in the vectors); here all frames' counts move by one common amount before
+they are rounded, until the sum is exact. At the code's count the same tokens are kept. Its file for
+Qwen2-VL takes tokens for indices at this commit, and is not followed. Newlines are kept within the
+budget. Images pass whole.
 """
 
 from dataclasses import dataclass

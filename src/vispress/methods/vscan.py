@@ -2,14 +2,15 @@
 
 Zhang et al., "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models",
 TMLR 2026, arXiv:2505.22654.
-Source: the authors' code, read through a specification; no official vectors exist.
+Source: the authors' code (Tencent/SelfEvolvingAgent a82450e, MIT) and its vectors; its stage in the
+LLM is PyramidDrop's code.
 Follows the code: half of the tokens by the attention of a shallow encoder layer (5 of 24), equally
 many in each of 4 x 4 windows; the others by that of the feature layer, over the whole picture;
 every dropped token is averaged into its most similar kept one (cosine, projected tokens). Before
 layer 16 of 32 the last prompt token's attention in that layer leaves a third.
-Differs: the code loses what the windows do not share out evenly, here the global half has it; crops
-and frames are scanned on their own, newlines stay. `scores="column_mean"` is, but for windows of
-merged tokens, the code's Qwen port.
+Differs: the code loses what the windows do not share out evenly (45 of 58 stay) and fails below 32
+tokens, here the global half has it; crops and frames are scanned on their own, newlines stay.
+`scores="column_mean"` is, but for windows of merged tokens, the code's Qwen port.
 """
 
 from dataclasses import dataclass
