@@ -43,7 +43,6 @@ def far(x, axis, buffer):
     return view
 
 
-@pytest.mark.some(cases=20)
 @pytest.mark.parametrize("axis", [0, -2, -1])
 @pytest.mark.parametrize("op", OPS)
 def test_far_elements_are_found(randn, holes, op, axis):

@@ -1,7 +1,7 @@
-"""The memory law: what an op holds beside its inputs is O(N D + K), at N = 16,384.
+"""The memory law: what an op holds beside its inputs is O(N D + K), at N = 8,192.
 
 Every bound is a sum of parts that the op's own file names, in bytes; a matrix of N x N fp32 numbers
-alone would be 1 GiB here, thirty times the largest bound. Reference and kernel are held to the same
+alone would be 256 MiB here, thirty times the largest bound. Reference and kernel are held to one
 bound; without a GPU the launches are left out, as a kernel allocates nothing.
 """
 
@@ -17,7 +17,7 @@ from vispress_kernels.maxmin_select import maxmin_select
 
 pytest.importorskip("triton")
 
-N, K, D = 16_384, 64, 32
+N, K, D = 8192, 64, 32
 F = 4  # bytes of fp32, in which everything is computed
 TOKENS, KEPT, ROW = F * N * D, F * K * D, F * N
 SMALL = 2**18  # bests, tables, weights of a tiny projector
