@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
 from vispress.prompts import PROMPT_LENGTHS, as_lengths, current_lengths
 from vispress.runtime.forward.model_call import brings_images, by_name
-from vispress.runtime.hooks.compiling import between, outside
+from vispress.runtime.hooks.compiling import between, outside, refuse_export
 from vispress.runtime.hooks.instance_patch import Original, patch_instance
 from vispress.runtime.kv_cache.hf_compat import cache_of
 
@@ -131,9 +131,7 @@ def check_replica(module: nn.Module, attached: nn.Module | None) -> None:
 
 
 def is_traced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call that is compiled is a step without images: nothing to remember, nothing that
-    may break the graph.
-    """
+    """Whether a compiled call is a step without images: nothing to remember, no break allowed."""
     return len(args) < 2 and not brings_images(kwargs)
 
 
@@ -143,6 +141,7 @@ def owner_runs(base: nn.Module, original: Original, *args: Any, **kwargs: Any) -
     call = (base, original, lengths, args, kwargs)
     if not torch.compiler.is_compiling():
         return _run(original, partial(_note, *call), args, kwargs)
+    refuse_export()
     if is_traced(args, kwargs):
         return original(*args, **kwargs)
     return _RUN_BETWEEN(original, partial(_NOTE_OUTSIDE, *call), args, kwargs)

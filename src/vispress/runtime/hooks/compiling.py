@@ -9,12 +9,25 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from vispress.errors import UnsupportedModelError
+
 REASON = (
     "vispress finds pictures and chooses tokens on the host, between graphs: compile with "
-    "fullgraph=False, or each decoder layer by itself (layer.compile())"
+    "fullgraph=False, or each decoder layer by itself (layer.compile()); call "
+    "remove_compression(model) before torch.export"
 )
 """What torch says to who asks for one graph of all."""
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def refuse_export() -> None:
+    """Refuse `torch.export` of a compressed model.
+
+    Raises:
+        UnsupportedModelError: Says what would work.
+    """
+    if torch.compiler.is_exporting():
+        raise UnsupportedModelError(f"torch.export makes one graph of all, and {REASON}")
 
 
 def outside(function: Function) -> Function:

@@ -162,6 +162,10 @@ class GistEviction:
         )
 
 
+_Staying = tuple[Slots, Tensor, tuple[Tensor, Slots]]
+"""What a layer holds, which of it leaves, and what `staying_slots` found."""
+
+
 @dataclass(eq=False)
 class _Hiding:
     """What one call hides and evicts.
@@ -177,16 +181,23 @@ class _Hiding:
     kind: str
     # keys are ids, of what stands beside the value: so it lives, and no other gets its id
     _masks: dict[tuple[int, int, int], tuple[object, Tensor]] = field(default_factory=dict)
-    _cuts: dict[int, tuple[Slots, Tensor, tuple[Tensor, Slots]]] = field(default_factory=dict)
+    _cuts: dict[int, _Staying] = field(default_factory=dict)
+    _staying: dict[int, _Staying] = field(default_factory=dict)  # by layer
 
     def narrow(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take from a layer's mask what its rows do not see."""
-        if self.kind == "flash":
-            return kwargs
+        """Take from a layer's mask what its rows do not see, and find what its cache is to hold.
+
+        Both outside of its graph, where it is compiled: what is found again by an object's id would
+        be traced anew for each call.
+        """
         state, mask = self.state, kwargs.get("attention_mask")
-        rows = state.rows_at(number).to(hidden.device)
         held = state.cache_layer(number)
         after = held.pending if isinstance(held, CompressedLayerMixin) else None
+        if after is not None:
+            self._staying[number] = self._cut(after)
+        if self.kind == "flash":
+            return kwargs
+        rows = state.rows_at(number).to(hidden.device)
         key = id(mask), id(rows), id(after)
         if key not in self._masks:
             columns = rows.index
@@ -215,8 +226,15 @@ class _Hiding:
             return watched.mask
         layer = state.cache.layers[number]
         assert isinstance(layer, CompressedLayerMixin)
-        slots = layer.slots
+        slots, gone, stays = self._staying[number]
+        state.evicted[number] = slots, gone
+        cut_layer(layer, *stays)
+        return watched.mask
+
+    def _cut(self, slots: Slots) -> _Staying:
+        """What stays of slots behind their attention; one object for layers that hold the same."""
         if id(slots) not in self._cuts:
+            state = self.state
             gone = self._until(slots.positions - state.past) != NEVER
             gone = (gone if slots.valid is None else gone & slots.valid)[:, None]
             drops = list(self.sight.texts)
@@ -224,10 +242,7 @@ class _Hiding:
                 for image in bucket.images:
                     drops[image.sample] += bucket.num_visual
             self._cuts[id(slots)] = slots, gone, staying_slots(slots, gone, drops)
-        _, gone, stays = self._cuts[id(slots)]
-        state.evicted[number] = slots, gone
-        cut_layer(layer, *stays)
-        return watched.mask
+        return self._cuts[id(slots)]
 
 
 def _remarks(name: str, sight: Sight) -> Sequence[str]:

@@ -7,7 +7,7 @@ whole sequence (`tokens.pair_masks`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
 
@@ -22,6 +22,7 @@ from vispress.methods.pair_masker import PairMasker
 from vispress.runtime.forward.apply_placement import choose
 from vispress.runtime.forward.decision import Decision
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.kv_cache.pair_memory import PairSlots
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall, Watched
@@ -128,13 +129,22 @@ class _Pairs:
     state: ForwardState
     first: int
     masks: PairMasks
+    here: dict[int, PairSlots] = field(default_factory=dict)
 
     def hold(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Let a masking layer's cache keep every slot: what it remembers counts them."""
+        """Let a masking layer's cache keep every slot: what it remembers counts them.
+
+        Where its tokens stand is found here, outside of its graph where it is compiled: what is
+        found again by an object's id would be traced anew for each call.
+        """
         if number >= self.first:
-            held = self.state.cache_layer(number)
+            state = self.state
+            held = state.cache_layer(number)
             if isinstance(held, CompressedLayerMixin):
                 held.keeps_all = True
+            rows = state.rows_at(number).to(hidden.device)
+            real = None if min(rows.counts) == rows.size else state.row_validity(rows)
+            self.here[number] = self.masks.places(rows, real)
         return kwargs
 
     def attend(self, number: int, watched: Watched) -> Tensor | None:
@@ -142,10 +152,8 @@ class _Pairs:
         state = self.state
         if state.mode != "run" or number < self.first:
             return watched.mask
-        rows = state.rows_at(number).to(watched.query.device)
-        real = None if min(rows.counts) == rows.size else state.row_validity(rows)
         held = None if state.cache is None else state.cache.layers[number]
-        pairs = LayerPairs(self.masks, number, self.masks.places(rows, real), held)
+        pairs = LayerPairs(self.masks, number, self.here[number], held)
         query, key, _, mask, softmax, shards = watched
         return pairs.narrow(query, key, mask, softmax, shards)
 
