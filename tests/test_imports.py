@@ -56,6 +56,7 @@ FLOORS: dict[str, int] = {
     "vispress.reference": 5,
     "vispress.integrations": 5,
     "vispress.cli": 5,
+    "vispress.cli_bench": 5,
     "vispress.cli_options": 5,
     "vispress.cli_search": 5,
     "vispress.doctor": 5,

@@ -20,6 +20,7 @@ from vispress.bench.page.verdicts import findings, places, verdict_tables
 from vispress.bench.page.words import accuracy, bounds, counted, listed, percent, ratio
 from vispress.bench.plan.cells import UNCOMPRESSED
 from vispress.bench.results.files import write_text
+from vispress.bench.results.published import beside_published
 from vispress.bench.results.summary import BLIND
 from vispress.bench.run.parts import Advance
 
@@ -117,6 +118,7 @@ def context(results: Results, shown: Gallery | None) -> Mapping[str, Any]:
         "places": places(results),
         "table": results_table(results),
         "costs": cost_table(results),
+        "published": beside_published(results.summary),
         "cards": task_cards(results),
         "gallery": shown,
         "shown_budget": None if budget is None else ratio(budget),
@@ -157,6 +159,7 @@ def _sections(made: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tasks-heat", "By task", made["heat_maps"]),
         ("tests", "Significance", made["tests"]),
         ("results", "Results", made["table"].lines),
+        ("published", "Published", made["published"]),
         ("cost", "Cost", made["costs"]),
         ("tasks", "Tasks", made["cards"]),
         ("kept", "Kept tokens", True),

@@ -11,6 +11,7 @@ from vispress.bench.plan.cells import UNCOMPRESSED, BudgetMeaning, Cell, Entry, 
 from vispress.bench.plan.controls import ALL, Controls, Overrides, expand, with_controls
 from vispress.bench.plan.files import plan_path
 from vispress.bench.plan.provenance import digest
+from vispress.bench.plan.published import load_published
 from vispress.bench.tasks.task import check_tasks, get_task
 from vispress.bench.tasks.yaml_task import register_entry
 from vispress.checks import check_choice, check_integer
@@ -67,6 +68,8 @@ class Plan:
             pooling, down-sampling and oracle at every keep ratio, no image and VTW; `"none"` adds
             nothing.
         dtype: Of weights and computation.
+        published: What papers print of this model: the name of a file of `configs/published`, which
+            results are shown beside.
         imports: Python files of the user's that were run, by name, with the beginning of each one's
             SHA-256. In YAML it is `import`, a list of paths that start at the plan: they are run
             when the plan is read, and register methods or tasks that it names.
@@ -91,6 +94,7 @@ class Plan:
     overrides: Overrides = field(default_factory=dict)
     controls: Controls = "standard"
     dtype: Dtype = "fp32"
+    published: str | None = None
     imports: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +108,8 @@ class Plan:
         check_tasks([str(task) for task in self.tasks])
         check_choice("controls", self.controls, get_args(Controls))
         check_choice("dtype", self.dtype, tuple(DTYPES))
+        if self.published is not None:
+            load_published(self.published)
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping by method, got {self.overrides!r}")
         self.cells()
@@ -125,8 +131,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain data, with every cell spelt out."""
         data = asdict(self)
-        if not self.imports:  # plans without code of the user's keep their hash
-            del data["imports"]
+        for name in ("published", "imports"):  # plans without these keep their hash
+            if not data[name]:
+                del data[name]
         data |= {"cells": [cell.to_dict() for cell in self.cells()]}
         sources = {name: get_task(name).source for name in self.tasks}
         data |= (

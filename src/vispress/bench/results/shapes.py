@@ -97,7 +97,7 @@ _PLAN = record(
         "dtype": choice(*DTYPES),
         "cells": items(_ASKED, least=1),
     },
-    {"sources": table(_SETTINGS), "imports": table(text())},
+    {"sources": table(_SETTINGS), "imports": table(text()), "published": text()},
 )
 MANIFEST = record(
     {

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from vispress.bench.results.cost_table import cost_table
+from vispress.bench.results.published import beside_published, published_sheet
 from vispress.bench.results.ranking import Ranking
 from vispress.bench.results.sheet import Sheet
 from vispress.bench.results.stats import Interval
@@ -23,6 +24,8 @@ def tables(summary: Summary) -> RenderableType:
     costs = [(_name(row), row.cost) for row in summary.rows if row.cost is not None]
     if costs:
         parts.append(cost_table(costs, summary.plan["timing"]["batch"]))
+    if printed := beside_published(summary):
+        parts.append(published_sheet(printed))
     if summary.comparisons:
         parts.append(_against_controls(summary))
     parts += [ranking_text(ranking) for ranking in summary.rankings]
