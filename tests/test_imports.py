@@ -140,6 +140,8 @@ INNER: dict[str, dict[str, int]] = {
         "vispress.runtime.stages.base": 10,
         "vispress.runtime.forward.running": 11,
         "vispress.runtime.stages": 12,  # each stage
+        "vispress.runtime.forward.dynamic_decode": 12,
+        "vispress.runtime.forward.layer_patch": 12,
         "vispress.runtime.forward.static_decode": 12,
         "vispress.runtime.forward.prefill_record": 12,
         "vispress.runtime.forward.measuring": 12,

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tests.laws.test_calls import Calls
-from tests.tiny import Image, Sample, Text, build, make_inputs
+from tests.tiny import Image, Sample, Text, Video, build, make_inputs
 from transformers.cache_utils import DynamicCache
 
 from vispress import compressed
@@ -33,19 +35,28 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PYTHON, OPERATIONS = 0.05, 2
 """What a step may cost more: a share of the untouched step's Python calls, and operations."""
+CHOOSING = {"cmai": "llava", "dycoke": "llava_onevision"}
+"""Methods that choose at each step, and a family that has what they compress."""
+OLD = Version(transformers.__version__) < Version("5.24")
+"""Whether an untouched step makes a tenth fewer calls, which what is added does not."""
+CHOICE, A_LAYER, PADDED = 0.16 if OLD else 0.15, 17, 4
+"""A share of Python calls for these. CMAI reads each of its layers, where its definition takes so
+many operations (the row of attention, what rows before it saw, the focus, the smallest set that has
+its mass, the mask), and more where a mask hides padding."""
 
 
 @cache
-def deep() -> Any:
-    """A LLaVA of 32 decoder layers."""
-    return build("llava", layers=DEPTH, dtype=torch.float32)
+def deep(family: str) -> Any:
+    """A model of 32 decoder layers."""
+    return build(family, layers=DEPTH, dtype=torch.float32)
 
 
-def steps(model: Any, pad: int) -> Iterator[Callable[[], Any]]:
+def steps(model: Any, pad: int, family: str) -> Iterator[Callable[[], Any]]:
     """Decode steps behind one prefill, each a call to make."""
-    samples = [Sample([Text(5), Image(4, 4), Text(7 + pad)])]
-    samples += [Sample([Text(5), Image(4, 4), Text(7)])] if pad else []
-    inputs = make_inputs("llava", samples, dtype=torch.float32, padding="left")
+    seen = Image(4, 4) if family == "llava" else Video(4, 4, 4)
+    samples = [Sample([Text(5), seen, Text(7 + pad)])]
+    samples += [Sample([Text(5), seen, Text(7)])] if pad else []
+    inputs = make_inputs(family, samples, dtype=torch.float32, padding="left")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     held = DynamicCache(config=model.config.text_config)
     model(**inputs, **{CACHE: held}, logits_to_keep=1)
@@ -65,10 +76,10 @@ def python_calls(run: Callable[[], Any]) -> int:
     return sum(entry[0] for entry in pstats.Stats(profile).stats.values())  # type: ignore[attr-defined]
 
 
-def cost(pad: int) -> tuple[int, int]:
+def cost(pad: int, family: str = "llava") -> tuple[int, int]:
     """Operations and Python calls of a step, once places for it are made."""
     with torch.inference_mode():
-        series = steps(deep(), pad)
+        series = steps(deep(family), pad, family)
         next(series)()
         with Calls() as seen:
             next(series)()
@@ -78,7 +89,7 @@ def cost(pad: int) -> tuple[int, int]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_costs_what_an_untouched_one_does(method: str) -> None:
     operations, python = cost(0)
-    with compressed(deep(), method, **METHODS[method]):
+    with compressed(deep("llava"), method, **METHODS[method]):
         more, slower = cost(0)
     assert more - operations <= OPERATIONS
     assert slower - python <= PYTHON * python
@@ -87,11 +98,22 @@ def test_a_step_costs_what_an_untouched_one_does(method: str) -> None:
 @pytest.mark.parametrize("method", ["divprune", "fastv", "pyramiddrop"])
 def test_a_step_of_a_padded_batch_cuts_a_mask_for_each_group(method: str) -> None:
     operations, python = cost(2)
-    with compressed(deep(), method, **METHODS[method]):
+    with compressed(deep("llava"), method, **METHODS[method]):
         more, slower = cost(2)
         groups = 3 if method == "pyramiddrop" else 1
     assert more - operations <= 2 * groups + OPERATIONS
     assert slower - python <= 1.2 * PYTHON * python
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+@pytest.mark.parametrize("method", CHOOSING)
+def test_a_step_that_chooses_costs_a_choice_more(method: str, pad: int) -> None:
+    operations, python = cost(pad, CHOOSING[method])
+    with compressed(deep(CHOOSING[method]), method):
+        more, slower = cost(pad, CHOOSING[method])
+    each = 24 * (A_LAYER + (PADDED if pad else 0)) if method == "cmai" else 15
+    assert more - operations <= each + 25
+    assert slower - python <= CHOICE * python
 
 
 def main() -> None:
@@ -101,11 +123,20 @@ def main() -> None:
         operations, python = cost(pad)
         out.append(f"{name}: untouched {operations} operations, {python} Python calls a step")
         for method, options in METHODS.items():
-            with compressed(deep(), method, **options):
+            with compressed(deep("llava"), method, **options):
                 more, slower = cost(pad)
-            share = f"{slower - python:+5} calls ({(slower - python) / python:+.1%})"
-            out.append(f"  {method:12} {more - operations:+4} operations, {share}")
+            out.append(line(method, more - operations, slower - python, python))
+        for method, family in CHOOSING.items():
+            operations, python = cost(pad, family)
+            with compressed(deep(family), method):
+                more, slower = cost(pad, family)
+            out.append(line(method, more - operations, slower - python, python))
     sys.stdout.write("\n".join(out) + "\n")
+
+
+def line(method: str, operations: int, calls: int, of: int) -> str:
+    """One method's costs."""
+    return f"  {method:12} {operations:+4} operations, {calls:+5} calls ({calls / of:+.1%})"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Steps of one token, which have a way of their own, give what a chunk of them does."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from tests.laws.emulated_flash import emulating, running_flash
 from tests.laws.table import make
-from tests.tiny import Image, Sample, Text, build, make_inputs
+from tests.tiny import Image, Sample, Text, Video, build, make_inputs
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -25,6 +27,7 @@ RAGGED = [
 ]
 UNPADDED = [Sample([Text(5), Image(4, 4), Text(9)]), Sample([Text(50)])]
 """Of one length, without a mask, and shorter by what one image loses."""
+VIDEOS = [Sample([Text(5), Video(4, 4, 4), Text(7)]), Sample([Text(3), Video(4, 4, 4), Text(2)])]
 METHODS = ("divprune", "fastv", "pyramiddrop", "prumerge")
 
 
@@ -55,15 +58,8 @@ def places(mask: Tensor, ids: Tensor, cache: Any) -> dict[str, Any]:
 
 def check(model: Any, turns: list[Any], method: str, count: int = 4, **options: Any) -> None:
     """Compare both ways; the steps must take the way of their own."""
-    taken, make_one = [], DynamicDecodeCall.make
     ids = words(len(turns[0]), count)
-
-    def noting(call: DynamicDecodeCall, kwargs: Any) -> Any:
-        taken.append(call)
-        return make_one(call, kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, compressed(model, make("llava", method), **options):
-        patch.setattr(DynamicDecodeCall, "make", noting)
+    with noting_steps() as taken, compressed(model, make("llava", method), **options):
         steps = behind(model, turns, ids, alone=True)
         assert len(taken) == count
         chunk = behind(model, turns, ids, alone=False)
@@ -146,6 +142,57 @@ def test_beams_take_their_shifts_along() -> None:
     with compressed(model, make("llava", "divprune"), positions="compact"):
         cached = model.generate(**inputs, **options)
         assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+CHOSEN = [
+    ("cmai", "llava", [ONE], "sdpa"),
+    ("cmai", "llava", [RAGGED, PADDED], "sdpa"),
+    ("cmai", "llava", [RAGGED], "eager"),
+    ("dycoke", "llava_onevision", [VIDEOS], "sdpa"),
+    ("dycoke", "llava_onevision", [VIDEOS], "eager"),
+]
+
+
+@pytest.mark.parametrize(("method", "family", "turns", "attn"), CHOSEN)
+def test_what_is_chosen_at_each_step_has_the_bits_of_the_general_way(
+    method: str, family: str, turns: list[Any], attn: str
+) -> None:
+    model, found = build(family, attn=attn, dtype=torch.float32), []
+    options: dict[str, Any] = {"mass": 0.6} if method == "cmai" else {"similarity": 1.0}
+    with compressed(model, method, **options):
+        for general in (False, True):
+            cache, mask = DynamicCache(config=model.config.text_config), torch.ones(0)
+            logits = []
+            for samples in turns:
+                inputs = make_inputs(family, samples, padding="left", dtype=torch.float32)
+                own = inputs.pop("attention_mask")
+                mask = torch.cat([mask, own], dim=1) if len(mask) else own
+                told = places(mask, inputs["input_ids"], cache)
+                with torch.no_grad():
+                    model(**inputs, attention_mask=mask, **told)
+                for word in words(len(mask), 4).split(1, dim=1):
+                    mask = torch.cat([mask, torch.ones_like(word)], dim=1)
+                    told = {"attention_mask": mask, **places(mask, word, cache)}
+                    with torch.set_grad_enabled(general), noting_steps() as taken:
+                        logits.append(model(input_ids=word, **told).logits.detach())
+                    assert len(taken) == (not general)
+                mask[:, -2] = 0  # what a later step does not see
+            found.append(torch.cat(logits))
+    assert torch.equal(*found)
+
+
+@contextmanager
+def noting_steps() -> Iterator[list[Any]]:
+    """Collect the steps that take the way of their own."""
+    taken, make_one = list[Any](), DynamicDecodeCall.make
+
+    def noting(call: DynamicDecodeCall, kwargs: Any) -> Any:
+        taken.append(call)
+        return make_one(call, kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DynamicDecodeCall, "make", noting)
+        yield taken
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,7 @@
 """Laws 1, 2, 7, 9 and 10 for masked pairs: rows equal the model with a mask made by hand."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -210,19 +211,21 @@ def test_tokens_taken_back_of_samples_with_fewer_words_leave_no_trace() -> None:
         assert (step(caches[0]) - step(caches[1])).abs().max() < 1e-9
 
 
-def test_padding_of_a_cropped_cache_hides_no_pair_of_the_first_slot() -> None:
+@pytest.mark.parametrize("words", [1, 2])  # a step has a way of its own
+def test_padding_of_a_cropped_cache_hides_no_pair_of_the_first_slot(words: int) -> None:
     """One sample has two images, the other one, which begins at slot 0."""
     model = model_of("llava")
     two = Sample([Text(2), Image(), Text(2), Image(), Text(4)])
     one = Sample([Image(), Text(44)], bare=True)
     inputs, alone = (make_inputs("llava", [two, one], only=only) for only in (None, 1))
-    token, found = torch.tensor([[7]]), []
+    token, found = torch.full((1, words), 7), []
     with compressed(model, CMAI(layer=1, mass=1e-6)), torch.no_grad():
         for given in (inputs, alone):
             batch, cache = len(given["input_ids"]), DynamicCache()
             model(**given, **{CACHE: cache})
             cache.crop(-1)
-            step = {"attention_mask": given["attention_mask"], CACHE: cache}
+            mask = torch.nn.functional.pad(given["attention_mask"], (0, words - 1), value=1)
+            step = {"attention_mask": mask, CACHE: cache}
             found.append(model(input_ids=token.expand(batch, -1), **step).logits[-1])
     assert (found[0] - found[1]).abs().max() < 1e-9
 
@@ -325,16 +328,17 @@ def test_a_layer_that_runs_again_masks_what_it_masked() -> None:
 
 
 def test_layers_share_what_is_the_same_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vispress.runtime.tokens import pair_masks
+    from vispress.runtime.tokens import pair_masks, pair_steps
 
     made: list[Any] = []
-    shared = pair_masks._Shared
+    shared = pair_masks._Shared, pair_steps._SharedStep
 
-    def make(*of: Any) -> Any:
-        made.append(shared(*of))
+    def make(kind: Any, *of: Any) -> Any:
+        made.append(kind(*of))
         return made[-1]
 
-    monkeypatch.setattr(pair_masks, "_Shared", make)
+    monkeypatch.setattr(pair_masks, "_Shared", partial(make, shared[0]))
+    monkeypatch.setattr(pair_steps, "_SharedStep", partial(make, shared[1]))
     model, inputs = model_of("llava"), inputs_of("llava")
     token, cache = torch.full((3, 1), 9), DynamicCache()
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
@@ -345,7 +349,7 @@ def test_layers_share_what_is_the_same_in_all(monkeypatch: pytest.MonkeyPatch) -
         held: list[Any] = cache.layers[1:]
     assert len({id(layer.pairs.slots) for layer in held}) == 1
     assert len({id(layer.slots) for layer in held}) == 1
-    assert len(made) == 2  # one a call
+    assert list(map(type, made)) == [*shared]  # one a call
 
 
 def test_the_report_says_what_was_masked() -> None:

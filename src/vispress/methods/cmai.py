@@ -71,7 +71,6 @@ class CMAI(PairMasker, Compressor):
     def pair_masker(self) -> PairMasker | None:
         return None if self.mass == 1.0 else self
 
-    @torch.no_grad()
     def keep_pairs(self, text: Tensor, image: Tensor) -> Bool[Tensor, "B R N"]:
         focus = text @ image
         ranked, order = focus.sort(dim=2, descending=True, stable=True)

@@ -20,7 +20,7 @@ class PairMasker(ABC):
         """Choose the visual tokens that each text row still attends to, in one layer.
 
         Rows are decided each on its own, so that a token fed alone is masked as in its sequence;
-        nothing may be fetched from the device.
+        nothing may be fetched from the device. Called without gradients, in each layer and step.
 
         Args:
             text: Attention of the last R of T text rows to all T, post-softmax over all keys of

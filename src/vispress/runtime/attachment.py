@@ -240,7 +240,7 @@ class Attachment:
         embeds = kwargs.get("inputs_embeds")
         if not args and embeds is not None and embeds.shape[1] == 1:
             if not torch.compiler.is_compiling():  # which can read no context
-                more = decode_step(self.plan, current_call(self.plan), module, kwargs)
+                more = decode_step(self.plan, self.stages, current_call(self.plan), module, kwargs)
                 if more is not None:
                     return args, kwargs | more
             if (step := StaticDecodeCall.of(self.plan, self.stages, kwargs)) is not None:

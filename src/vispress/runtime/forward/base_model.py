@@ -44,7 +44,7 @@ def current_call(plan: Plan) -> ModelCall | None:
 
 def run_base(
     plan: Plan,
-    decoder: Sequence[nn.Module],
+    decoder: tuple[nn.Module, ...],
     original: Original,
     args: Sequence[Any],
     kwargs: dict[str, Any],
@@ -95,7 +95,7 @@ def _run(
 
 def _prepare(
     plan: Plan,
-    decoder: Sequence[nn.Module],
+    decoder: tuple[nn.Module, ...],
     args: Sequence[Any],
     kwargs: dict[str, Any],
     lengths: Any,
@@ -104,7 +104,7 @@ def _prepare(
     """Give the entry of a call, and what the forward is to be called with."""
     adapter = plan.adapter
     now = (adapter.language_model, *adapter.decoder_layers)
-    if len(now) != len(decoder) or any(a is not b for a, b in zip(now, decoder, strict=True)):
+    if now != decoder:  # modules are equal where they are the same
         raise CompressionStateError(
             "decoder layers were exchanged after compress_model: nothing would be compressed; "
             "call remove_compression(model) and compress again"

@@ -2,11 +2,12 @@
 
 A step is the most frequent call there is, so it costs next to nothing here: its masks and tables
 are transformers' own wherever a short layer needs no others, and layers find theirs in a list.
-Whatever is not plain (a chunk, windows, methods that choose at each step, attention maps) goes the
-general way through `prefill`.
+A method that chooses at each step is shown the attention that it reads, and changes what layers
+find. Whatever is not plain (a chunk, windows, attention maps) goes the general way through
+`prefill`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,7 @@ from vispress.runtime.kv_cache.dynamic import CompressedDynamicLayer, Forgetting
 from vispress.runtime.kv_cache.hf_compat import cache_of
 from vispress.runtime.kv_cache.slots import Slots
 from vispress.runtime.plan.plan import Plan
+from vispress.runtime.stages.base import RuntimeStage, StepAttend
 from vispress.runtime.tokens import masks
 
 _GROWING: Final = {DynamicLayer, ForgettingLayer, CompressedDynamicLayer}
@@ -31,12 +33,17 @@ _OFFSETS: Final = "_vispress_offsets"
 
 
 def decode_step(
-    plan: Plan, call: ModelCall | None, module: Any, kwargs: Mapping[str, Any]
+    plan: Plan,
+    stages: Sequence[RuntimeStage],
+    call: ModelCall | None,
+    module: Any,
+    kwargs: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     """Recognise a call of one token on a growing cache that was compressed.
 
     Args:
         plan: What is asked of the model.
+        stages: The stages of its chain.
         call: What the base model was called with, if it was.
         module: The language model.
         kwargs: Its keyword arguments; embeddings of one token among them.
@@ -52,9 +59,9 @@ def decode_step(
     if CompressedDynamicLayer not in kinds or not kinds <= _GROWING:
         return None
     assert cache is not None
-    plain = plan.uniform and not (plan.remembering.methods or module.training)
     if (
-        not plain
+        not plan.uniform
+        or module.training
         or (call is not None and (call.captures or call.chunks is not None))
         or not amid_turn(plan.adapter.base)
     ):
@@ -71,6 +78,8 @@ def decode_step(
             return None  # too short a mask is refused where all calls are
     plan.remembering.check(cache)
     step = DynamicDecodeCall(plan, cache, ids)
+    if plan.remembering.methods and not step.open(stages):
+        return None
     if step.shifts and (ids is None or ids.ndim != 2 or not plan.fixed_rotary):
         return None
     step.given_whole = mask is not None and mask.ndim > 2
@@ -98,7 +107,13 @@ class DynamicDecodeCall:
     """No stage computes the attention of a decode step."""
 
     def __init__(self, plan: Plan, cache: Cache, position_ids: Tensor | None) -> None:
-        self.plan, self.position_ids = plan, position_ids
+        self.plan, self.position_ids, self._cache = plan, position_ids, cache
+        self.watched = range(0)
+        """Layers whose attention a stage is shown."""
+        self.shown: StepAttend | None = None
+        """Is shown it."""
+        self.functions: dict[str, Any] = {}
+        """Attention functions that were looked up in the step, by implementation."""
         self.slots: list[Slots] = []
         """What compressed layers hold behind the step, each once."""
         self._group = [_PLAIN] * len(cache.layers)
@@ -117,6 +132,20 @@ class DynamicDecodeCall:
         """Whether the cache lacks tokens that a mask hid."""
         self.by_layer: list[dict[str, Any]] | None = None
         """What differs from the keyword arguments that transformers made, once it is known."""
+
+    def open(self, stages: Sequence[RuntimeStage]) -> bool:
+        """Open the stage that goes on while decoding; tells whether a prepared step can have it."""
+        on = [stage for stage in stages if stage.remembers is not None]
+        device = self.slots[0].positions.device.type
+        if len(on) > 1 or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+            return False
+        for stage in on:
+            if stage.open_step is None:
+                return False
+            opened = stage.open_step(self.plan, self._cache, self)
+            if opened is not None:
+                self.watched, self.shown = opened
+        return True
 
     def to(self, *args: Any, **kwargs: Any) -> "DynamicDecodeCall":
         """Itself: accelerate's hooks move keyword arguments between devices."""
@@ -158,6 +187,10 @@ class DynamicDecodeCall:
                 changed["attention_mask"] = _mask(given, slots, kind)
             changes[number] = changed
         self.by_layer = [changes[group] for group in self._group]
+        if self.watched:  # their attention is handed the keyword
+            watched = [changed | {OBSERVER: self} for changed in changes]
+            for layer in self.watched:
+                self.by_layer[layer] = watched[self._group[layer]]
         return self.by_layer
 
     def model_kwargs(self, cache: Cache) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class Running:
         calls: What the stages do in it, in order, and the stages whose placements each carries out.
     """
 
+    shown: Final = None
+    """It is no prepared step: watched attention comes to `attend`."""
+
     def __init__(
         self, state: ForwardState, calls: Sequence[tuple[frozenset[Stage], StageCall]] = ()
     ) -> None:

@@ -20,6 +20,8 @@ class StaticDecodeCall:
 
     attention: Final = None
     """No stage computes the attention of a decode step."""
+    shown: Final = None
+    """It is no prepared step: watched attention comes to `attend`."""
 
     def __init__(
         self,

@@ -21,8 +21,9 @@ from vispress.precision import full_precision
 _PREFIX = "vispress_watching_"
 OBSERVER: Final = "vispress_running"
 """Keyword argument of a watched decoder layer's attention: the call that runs, whose `attend` is
-shown q, k and mask and gives the mask to use. It rides from the language model down, so that a
-checkpointed layer that runs again and a compiled step find it, and another thread's never does."""
+shown q, k and mask and gives the mask to use; `shown` in its place, in a prepared decode step. It
+rides from the language model down, so that a checkpointed layer that runs again and a compiled step
+find it, and another thread's never does."""
 
 
 class EncoderObserver(Protocol):
@@ -148,8 +149,14 @@ def _watched_attention(
 ) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    running = kwargs.pop(OBSERVER, None)
-    if running is not None:
+    running: Any = None
+    if OBSERVER in kwargs:  # no calls: watched layers of decode steps come here
+        running = kwargs[OBSERVER]
+        del kwargs[OBSERVER]
+    prepared = running is not None and running.shown is not None
+    if prepared:
+        attention_mask = running.shown(module.layer_idx, query, key, attention_mask, kwargs)
+    elif running is not None:
         with full_precision():
             attention_mask = running.attend(
                 module, query, key, value, attention_mask, implementation, kwargs
@@ -164,8 +171,12 @@ def _watched_attention(
                     attention_mask = merge.attend(key, attention_mask, implementation)
     if implementation == "eager":  # not in the registry: each modeling file has its own
         run = sys.modules[_defining_module(module)].eager_attention_forward
+    elif prepared and implementation in running.functions:
+        run = running.functions[implementation]
     else:
         run = ALL_ATTENTION_FUNCTIONS[implementation]
+        if prepared:
+            running.functions[implementation] = run
     if running is None or running.attention is None:
         return run(module, query, key, value, attention_mask, **kwargs)
     return running.attention(
@@ -234,7 +245,8 @@ def attention_rows(
         query, key = query.to(dtype), key.to(dtype)
     grouped = query.reshape(B, key.shape[1], groups * R, D)
     # in place: all heads of many rows are large
-    logits = (grouped @ key.transpose(-1, -2)).mul_(softmax.scaling).view(B, H, R, key.shape[2])
+    logits = (grouped @ key.mT).view(B, H, R, key.shape[2])
+    logits *= softmax.scaling
     if softmax.softcap is not None:
         logits.div_(softmax.softcap).tanh_().mul_(softmax.softcap)
     if allowed is not None and allowed.dtype == torch.bool:

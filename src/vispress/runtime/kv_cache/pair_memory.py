@@ -61,9 +61,11 @@ class PairSlots:
         return self._selected[0][1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class PairMemory:
     """How the text rows of a cache layer attended to its visual tokens, before any mask of pairs.
+
+    Each layer has its own, on which a step of one token writes.
 
     Args:
         slots: Where both stand.

@@ -10,7 +10,7 @@ the spine (`forward.prefill`) runs what is there and names none. `stages.bind_al
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Protocol, final
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -128,6 +128,32 @@ class StageCall:
     remarks: Callable[[], Sequence[str]] | None = None
 
 
+class Prepared(Protocol):
+    """A decode step on a growing cache, whose layers find their keyword arguments in a list."""
+
+    by_layer: list[dict[str, Any]] | None
+    """What differs for each layer, one dictionary for layers that hold the same; a layer takes its
+    own when it is entered."""
+
+
+StepAttend = Callable[[int, Tensor, Tensor, Tensor | None, Mapping[str, Any]], Tensor | None]
+"""Is shown a watched layer's number, query, key, mask and keyword arguments in a prepared step;
+gives the mask to use."""
+
+
+@final
+class StepCall(NamedTuple):
+    """What a stage does in a prepared decode step: of one token, without gradients and autocast.
+
+    Args:
+        layers: Layers whose attention it is shown.
+        attend: Is shown them.
+    """
+
+    layers: range
+    attend: StepAttend
+
+
 @final
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RuntimeStage:
@@ -140,6 +166,8 @@ class RuntimeStage:
         open: Begins a call; None when there is nothing to do in it.
         order: Place among the stages that act on one layer, ascending.
         open_static: Begins a decode step on a static cache, which may be compiled: tensors only.
+        open_step: Begins a prepared decode step, and refuses what it cannot work with; None when
+            there is nothing to do in it.
         refuse: Refuses an attention implementation or a cache that the stage cannot work with, by
             an `UnsupportedModelError`; asked when a model is compressed (without a cache) and at
             each call that it opens.
@@ -157,6 +185,7 @@ class RuntimeStage:
     open: Callable[[ForwardState], StageCall | None]
     order: int
     open_static: Callable[[Plan, Cache], StageCall | None] | None = None
+    open_step: Callable[[Plan, Cache, Prepared], StepCall | None] | None = None
     refuse: Callable[[str | None, Cache | None], None] | None = None
     watched_layers: frozenset[int] = frozenset()
     left_layers: frozenset[int] = frozenset()

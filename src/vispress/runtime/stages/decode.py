@@ -6,26 +6,24 @@ prefill: it sees the whole cache, and the next step is again the first.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from vispress.adapters.base import ModelAdapter
-from vispress.errors import ConfigError, UnsupportedModelError
+from vispress.errors import ConfigError
 from vispress.methods.base import Compressor
 from vispress.methods.cached_selector import CachedSelector, Selection
 from vispress.runtime.forward.state import ForwardState
-from vispress.runtime.hooks.attention import attention_rows
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.plan.plan import Plan
-from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall, Watched
-from vispress.runtime.tokens import masks
+from vispress.runtime.stages.base import Binding, Prepared, RuntimeStage, StageCall, StepCall
+from vispress.runtime.stages.decoding import Decoding
 from vispress.runtime.tokens.images import Image
 from vispress.types import Placement, Stage
 
@@ -50,6 +48,7 @@ def bind(binding: Binding) -> RuntimeStage | None:
         carries=CARRIES,
         open=step.open,
         open_static=step.open_static,
+        open_step=step.open_step,
         order=50,
         watched_layers=frozenset({step.reads}),
         remembers=step.method,
@@ -93,6 +92,10 @@ class DecodeStep:
     def open_static(self, plan: Plan, cache: Cache) -> StageCall | None:
         """Begin a decode step on a static cache."""
         return Decoding.of(self, cache, plan.implementation)
+
+    def open_step(self, plan: Plan, cache: Cache, step: Prepared) -> StepCall | None:
+        """Begin a prepared decode step."""
+        return Decoding.of_step(self, plan, cache, step)
 
 
 def find_decode_step(
@@ -172,129 +175,3 @@ def open_selection(step: DecodeStep, state: ForwardState) -> None:
     )
     held.selection = None
     held.selected([fresh])
-
-
-class Decoding:
-    """The choice in one call that brings text alone.
-
-    Args:
-        step: The placement.
-        cache: Its layer that is read holds a selection.
-        implementation: Attention implementation.
-        valid: `[B, Q]` bool, the call's tokens that are no padding; None for all.
-    """
-
-    def __init__(
-        self, step: DecodeStep, cache: Cache, implementation: str | None, valid: Tensor | None
-    ) -> None:
-        self.step, self.cache, self.valid = step, cache, valid
-        self.kind = masks.check_implementation(implementation)
-        self.hidden: Tensor | None = None  # [B, Q, V] bool, what deeper layers do not see
-        self._masks: dict[tuple[int, int], tuple[Any, ...]] = {}
-
-    @classmethod
-    def of(
-        cls,
-        step: DecodeStep | None,
-        cache: Cache | None,
-        implementation: str | None,
-        valid: Tensor | None = None,
-    ) -> StageCall | None:
-        """The part of the stage in a call; None where there is nothing to choose from."""
-        if step is None or cache is None or len(cache.layers) <= step.reads:
-            return None
-        held = cache.layers[step.reads]
-        if not isinstance(held, CompressedLayerMixin) or held.selection is None:
-            return None
-        call = cls(step, cache, implementation, valid)
-        return StageCall(layer_kwargs=call.layer_kwargs, attend=call.attend)
-
-    def layer_kwargs(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Hide from deeper layers what was not chosen."""
-        if number < self.step.reads:
-            return kwargs
-        held = self.cache.layers[number]
-        assert isinstance(held, CompressedLayerMixin)
-        if number == self.step.reads:
-            if self.kind == "flash" and hidden.shape[1] > 1:
-                raise UnsupportedModelError(
-                    f"{self.step.method.name} chooses anew at each of the {hidden.shape[1]} tokens "
-                    "that are fed at once, and FlashAttention has one mask for all; use 'sdpa', "
-                    "feed them one by one, or compress with dynamic=False"
-                )
-            return kwargs
-        mask = kwargs.get("attention_mask")
-        return kwargs | {"attention_mask": self._narrowed(held.coming(), mask, hidden)}
-
-    def attend(self, number: int, watched: Watched) -> Tensor | None:
-        """Choose, by what the attention of the layer that is read is called with."""
-        if number == self.step.reads:
-            with torch.no_grad():  # no decorator: a graph would break at it
-                self._choose(watched)
-        return watched.mask
-
-    def _choose(self, watched: Watched) -> None:
-        query, key, _, mask, softmax, shards = watched
-        held = self.cache.layers[self.step.reads]
-        assert isinstance(held, CompressedLayerMixin)
-        state = held.selection
-        assert state is not None
-        positions, valid = held.stored()
-        S, V = key.shape[2], state.visual.shape[1]
-        if mask is not None:
-            mask = mask[:, None, None, :S].bool() if mask.ndim == 2 else mask[..., :S]
-        rows = attention_rows(query, key, mask, softmax).mean(dim=1)  # [B, Q, S]
-        rows = rows if shards is None else shards.mean(rows)
-        places = positions if valid is None else positions + (~valid).long() * V
-        places = _padded(places, S, V)  # text behind the last prefill goes to a spare column
-        index = places[:, None].expand(-1, rows.shape[1], -1)
-        spread = rows.new_zeros(*rows.shape[:2], V + 1).scatter(2, index, rows)[..., :V]
-        spread = spread * state.visual[:, None]
-        states = [state]
-        for number in range(spread.shape[1]):
-            states.append(self._next(states[-1], spread[:, number], number))
-        self.hidden = torch.stack([one.visual & ~one.selected for one in states[1:]], dim=1)
-        held.selected(states)
-
-    def _next(self, state: Selection, attention: Tensor, number: int) -> Selection:
-        """The state behind one token; padding changes nothing."""
-        selected = self.step.selector.select_cached(attention, state)
-        begun = torch.ones_like(state.begun)
-        if self.valid is not None:
-            real = self.valid[:, number].to(begun.device)
-            begun = state.begun | real
-            selected = torch.where(real[:, None], selected, state.selected)
-            attention = torch.where(real[:, None], attention, state.attention)
-        return replace(state, attention=attention, selected=selected, begun=begun)
-
-    def _narrowed(self, positions: Tensor, mask: Tensor | None, hidden: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._narrow(positions, mask, hidden)
-        key = (id(positions), id(mask))
-        if key not in self._masks:  # what has the ids is kept with it
-            self._masks[key] = (self._narrow(positions, mask, hidden), positions, mask)
-        narrowed: Tensor = self._masks[key][0]
-        return narrowed
-
-    def _narrow(self, positions: Tensor, mask: Tensor | None, hidden: Tensor) -> Tensor:
-        """The mask without what is hidden; slots behind those in use are masked as they were."""
-        assert self.hidden is not None
-        V, device = self.hidden.shape[2], hidden.device
-        S = positions.shape[1] if mask is None else mask.shape[-1]
-        places = _padded(positions.to(device), S, V)
-        index = places[:, None].expand(-1, self.hidden.shape[1], -1)
-        seen = ~F.pad(self.hidden.to(device), (0, 1)).gather(2, index)  # [B, Q, S]
-        if self.kind == "flash":
-            return seen[:, 0] if mask is None else mask.bool() & seen[:, 0]
-        if mask is None:
-            return masks.as_kind(seen, self.kind, hidden.dtype)
-        if mask.dtype == torch.bool:
-            return mask & seen[:, None]
-        return mask.masked_fill(~seen[:, None], torch.finfo(mask.dtype).min)
-
-
-def _padded(positions: Tensor, size: int, last: int) -> Tensor:
-    """`[B, size]`: positions, none behind `last`, and `last` for slots behind those in use."""
-    if spare := size - positions.shape[1]:  # a fill value would be a constant of a compiled graph
-        positions = F.pad(positions, (0, spare), value=last)
-    return positions.clamp(max=last)

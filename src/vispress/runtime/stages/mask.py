@@ -25,9 +25,18 @@ from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.pair_memory import PairSlots
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
-from vispress.runtime.stages.base import Binding, RuntimeStage, StageCall, Watched
+from vispress.runtime.plan.plan import Plan
+from vispress.runtime.stages.base import (
+    Binding,
+    Prepared,
+    RuntimeStage,
+    StageCall,
+    StepCall,
+    Watched,
+)
 from vispress.runtime.tokens import masks
 from vispress.runtime.tokens.pair_masks import LayerPairs, PairMasks
+from vispress.runtime.tokens.pair_steps import StepPairs
 from vispress.types import Stage
 
 CARRIES = frozenset({Stage.MASK})
@@ -51,6 +60,7 @@ def bind(binding: Binding) -> RuntimeStage | None:
         carries=CARRIES,
         open=step.open,
         order=40,
+        open_step=step.open_step,
         refuse=step.refuse,
         watched_layers=layers,
         remembers=step.method,
@@ -107,6 +117,16 @@ class PairStep:
             attend=pairs.attend,
             remarks=partial(_remarks, self.method.name, pairs.masks),
         )
+
+    def open_step(self, plan: Plan, cache: Cache, step: Prepared) -> StepCall | None:
+        """Begin a prepared decode step on a cache that remembers pairs."""
+        held = cache.layers[self.first]
+        if not isinstance(held, CompressedLayerMixin) or held.pairs is None:
+            return None
+        if masks.check_implementation(plan.implementation) == "flash":
+            self.refuse(plan.implementation, cache)
+        pairs = StepPairs(self.masker, cache.layers, plan.shards)
+        return StepCall(range(self.first, len(cache.layers)), pairs.attend)
 
     def _masks(self, state: ForwardState) -> PairMasks:
         live = state.rows[0][1]
