@@ -13,6 +13,10 @@ import tests.laws.selection as selection
 from benchmarks.method_table import RESULTS, TABLE
 from benchmarks.speed_table import MODELS, speed_markdown
 
+from vispress.kinds import PROMPT_SIGNALS, Signal
+from vispress.listing import where
+from vispress.registry import get_method, list_methods
+
 ROOT: Final = Path(__file__).parents[1]
 SWEEPS: Final = {
     "offline": "LLaVA, 14 tasks of 1000 questions, 144 visual tokens",
@@ -20,10 +24,10 @@ SWEEPS: Final = {
     "offline_clips": "Qwen2.5-VL on clips of 12 frames, 2 tasks of 1000 questions",
 }
 """Committed sweeps on the reference models."""
+QUERIES: Final = {Signal.QUERY_ATTENTION, Signal.MEAN_ATTENTION}
+"""What is read of the LLM's attention, which the text's rows are in."""
 LEADERS: Final = 6
 """Rows of a table of leaders."""
-CONTROLS: Final = ("none", "random", "uniform", "uniform-1d", "avg_pool", "max_norm", "downsample",
-                   "oracle", "no_image", "vtw")  # fmt: skip
 
 
 @cache
@@ -68,7 +72,7 @@ def leaders(name: str, *ratios: str) -> str:
     rows = []
     for ratio in ratios:
         here = [r for r in _scores() if (r["sweep"], r["keep_ratio"]) == (name, ratio)]
-        methods = [r for r in here if r["p_holm"] and r["method"] not in CONTROLS]
+        methods = [r for r in here if r["p_holm"] and float(r["less_random"]) > 0]
         methods = sorted(methods, key=lambda row: -float(row["accuracy"]))[:LEADERS]
         best = "; ".join(f"{_link(row['method'])} {row['accuracy']}" for row in methods)
         control = {row["method"]: row["accuracy"] for row in here}
@@ -79,6 +83,18 @@ def leaders(name: str, *ratios: str) -> str:
 def speed() -> str:
     """What compression saves on a GPU."""
     return speed_markdown() + "\n"
+
+
+def blind() -> str:
+    """Methods that act ahead of the LLM alone and read nothing of the text."""
+    reads_text = PROMPT_SIGNALS | {Signal.INPUT_EMBEDDINGS} | QUERIES
+    rows = []
+    for name in list_methods():
+        cls = get_method(name)
+        ahead = where(cls) in ("before the LLM", "in the encoder")
+        if ahead and not cls.reads & reads_text and cls.evidence not in ("control", "composition"):
+            rows.append((_link(name), cls.summary))
+    return _table(("method", "keeps"), rows)
 
 
 def shipped_plans() -> str:
@@ -101,6 +117,7 @@ def shipped_tasks() -> str:
 
 
 TABLES: Final[dict[str, Callable[..., str]]] = {
+    "blind": blind,
     "sweep": sweep,
     "leaders": leaders,
     "speed": speed,
@@ -110,8 +127,8 @@ TABLES: Final[dict[str, Callable[..., str]]] = {
 
 
 def _link(method: str) -> str:
-    page = method if method not in CONTROLS else ""
-    return f"[`{method}`](methods/{page}.md)" if page else f"`{method}`"
+    known = method in list_methods()
+    return f"[`{method}`](methods/{method}.md)" if known else f"`{method}`"
 
 
 # --- what a method's page says of it
@@ -120,8 +137,8 @@ def _link(method: str) -> str:
 def scores_of(name: str) -> str:
     """What it scored in the sweeps, beside random."""
     parts = []
-    for where, title in SWEEPS.items():
-        here = [row for row in _scores() if row["sweep"] == where]
+    for folder, title in SWEEPS.items():
+        here = [row for row in _scores() if row["sweep"] == folder]
         random = {row["keep_ratio"]: row["accuracy"] for row in here if row["method"] == "random"}
         rows = [
             (
@@ -134,7 +151,7 @@ def scores_of(name: str) -> str:
             if row["method"] == name
         ]
         if rows:
-            source = f"[{where}](../../benchmarks/results/{where}/README.md)"
+            source = f"[{folder}](../../benchmarks/results/{folder}/README.md)"
             uncompressed = next(row["accuracy"] for row in here if row["method"] == "none")
             head = ("keep ratio", "accuracy (95 %)", "random", "less random (95 %)", "p (Holm)")
             text = f"{title} ({source}); uncompressed {uncompressed} %:"

@@ -3,17 +3,29 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from keyword import iskeyword
 from pathlib import Path
 from textwrap import dedent
+from types import ModuleType
 
 import pytest
+import yaml
+from click import Context
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.main import get_command
 
 from tests.test_imports import INNER
+from vispress.bench.plan.plan import plan_from_mapping
+from vispress.bench.tasks.yaml_task import parse_yaml_task
+from vispress.cli import app
+from vispress.config import load_config
+from vispress.reference import load
 from vispress.registry import list_methods
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +37,7 @@ ARCHITECTURE = DOCS / "architecture.md"
 PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"])
 FILE = re.compile(r"[\w.<>-]+(/[\w.<>-]*)+|[\w-]+\.(py|md|yaml|json|toml)")
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-OUTSIDE = ("nn", "torch", "copy", "transformers")
+OUTSIDE = ("nn", "torch", "copy", "transformers", "vllm")
 """Packages of others, whose names are not looked for."""
 
 
@@ -48,8 +60,8 @@ def trees() -> dict[Path, ast.Module]:
 
 @cache
 def words() -> frozenset[str]:
-    """Every name, attribute, parameter, keyword and string of the sources."""
-    found: set[str] = set()
+    """Every name, attribute, parameter, keyword and string of the sources; variables of CI, too."""
+    found = set(re.findall(r"\b[A-Z_]{4,}\b", (ROOT / ".ci" / "run").read_text("utf-8")))
     for path, tree in trees().items():
         found |= {path.stem, path.parent.name}
         for node in ast.walk(tree):
@@ -162,6 +174,60 @@ def test_every_page_is_in_the_navigation() -> None:
 )
 def test_what_is_not_there_is_noticed(quote: str) -> None:
     assert missing(quote)
+
+
+WRITTEN = [page for page in PAGES if page.parent == DOCS and page.name not in ("training.md",)]
+"""Pages whose snippets are run here; those of training are for models that are not shipped."""
+
+
+def blocks_of(page: Path, language: str) -> list[str]:
+    """Fenced blocks in a language."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow(cases=20)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # from 5.24 on, `cache`
+@pytest.mark.parametrize(
+    "page", [p for p in WRITTEN if blocks_of(p, "python")], ids=lambda page: page.name
+)
+def test_its_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One after another, on the model that ships, in place of checkpoints that are fetched."""
+    monkeypatch.chdir(tmp_path)
+    for registry in ("registry._METHODS", "adapters.registry._ADAPTERS"):
+        module, name = registry.rsplit(".", 1)
+        known = getattr(import_module(f"vispress.{module}"), name)
+        monkeypatch.setattr(f"vispress.{registry}", dict(known))
+    model, processor = load()
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+    blocks = blocks_of(page, "python")
+    namespace: dict[str, object] = {"__name__": "page"}
+    monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_its_commands_are_understood(page: Path) -> None:
+    for block in blocks_of(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["vispress"]:
+                command = get_command(app).commands[words[1]]
+                command.make_parser(Context(command)).parse_args(words[2:])
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_its_yaml_is_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in blocks_of(page, "yaml"):
+        data = yaml.safe_load(block)
+        if "tasks" in data:
+            assert plan_from_mapping(data).cells()
+        elif "dataset" in data:
+            assert parse_yaml_task(data, page.name).name == data["name"]
+        else:
+            assert load_config(data)
 
 
 @pytest.mark.slow
