@@ -68,7 +68,7 @@ class InstancePatch:
     @property
     def __code__(self) -> CodeType:
         # torch.export names the places of a forward by it, and then is refused by what we say
-        return self.original.function.__code__  # type: ignore[attr-defined,no-any-return]
+        return self.original.function.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.wrapper is None:
