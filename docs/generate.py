@@ -16,21 +16,13 @@ from tables import TABLES, adds, laws_of, scores_of, speeds_of, trained_of
 
 import vispress
 from vispress.doctor import families
+from vispress.kinds import EVIDENCE
 from vispress.listing import PLACES, method_markdown
 from vispress.method_facts import MethodFacts, Setting, facts_of
 from vispress.registry import list_methods
 
 FAMILIES: Final = families()
 METHODS: Final = {name: facts_of(name, FAMILIES) for name in list_methods()}
-EVIDENCE: Final = {
-    "code": "the authors' code was read and is followed",
-    "paper": "the paper alone was read; no code of the authors' was",
-    "reimplementation": "code of others was read, which reimplements it",
-    "reconstructed": "some details are nowhere published; the page says which",
-    "control": "no method: others are measured against it",
-    "composition": "made of other methods",
-    "own": "ours; nothing was published",
-}
 INDEX: Final = "methods/index.md"
 API: Final = "api.md"
 

@@ -14,6 +14,7 @@ from vispress.bench.model.names import REFERENCES, check_model_name
 from vispress.checks import suggest
 from vispress.cli_options import Imports, Json, quiet, terminal
 from vispress.errors import ConfigError
+from vispress.kinds import EVIDENCE
 from vispress.user_code import import_files
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _tell(facts: "MethodFacts", console: Console) -> None:
         ("acts", facts.acts),
         ("reads", facts.reads),
         ("source", facts.source),
-        ("evidence", facts.evidence),
+        ("evidence", f"{facts.evidence}: {EVIDENCE[facts.evidence]}"),
         ("models", ", ".join(works)),
         *(("not on", gap) for gap in gaps),
     ]

@@ -1,16 +1,35 @@
 """The words of the exchange: where methods act, what they read, whose attention."""
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Literal
+from types import MappingProxyType
+from typing import Final, Literal
 
 Positions = Literal["original", "compact"]
 Need = Literal["anyres", "video"]
 """Kinds of visual input that not every model has: AnyRes crops, videos."""
 Evidence = Literal[
-    "code", "reimplementation", "paper", "reconstructed", "control", "composition", "own"
+    "code", "read", "reimplementation", "paper", "reconstructed", "control", "composition", "own"
 ]
-"""What a method follows: its authors' code, another's, the paper, or what could be made of it; or
-it is a control, a composition of methods, or our own."""
+"""What a method follows; see `EVIDENCE`."""
+EVIDENCE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "code": "numbers of its authors' (or the released) code hold in every test run, at the "
+        "published setting",
+        "read": "its authors' code was read, through a specification; none of its numbers is here",
+        "reimplementation": "numbers of somebody else's code for it hold in every test run",
+        "paper": "the paper's formulas, which say all that is needed; there is no code",
+        "reconstructed": "paper or code leave something open, or need what models lack; its file "
+        "says what is ours",
+        "control": "no method: what methods are compared with",
+        "composition": "made of other methods",
+        "own": "ours",
+    }
+)
+"""What each word promises. `code` is checked: `tests/parity` runs every method that has it on its
+authors' numbers. What a model gives a method (attention, features) is the adapters', with tests of
+their own; where it lacks what the code reads, the method's file says what stands in.
+"""
 Softens = Literal["keys", "features"]
 """What tokens lose in training that would be dropped: weight as keys, or size."""
 

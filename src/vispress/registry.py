@@ -1,4 +1,7 @@
-"""Methods by name: built in, registered by users, or found through entry points."""
+"""Methods by name: built in, registered by users, or found through entry points.
+
+Each says by `evidence` what it follows, in the words that `vispress.kinds.EVIDENCE` defines.
+"""
 
 import difflib
 from collections.abc import Callable, Iterable

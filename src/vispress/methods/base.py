@@ -61,7 +61,8 @@ class Compressor(ABC):
     """One line for tables: what is kept, and why."""
     paper: ClassVar[str]
     """Short citation with arXiv id, or "control", "composition" or "own"."""
-    evidence: ClassVar[Evidence] = "code"
+    evidence: ClassVar[Evidence] = "own"
+    """What it follows, in the words of `vispress.kinds.EVIDENCE`."""
     reads: ClassVar[frozenset[Signal]] = frozenset()
     rounding: ClassVar[Rounding] = "round"
     exact: ClassVar[bool] = True

@@ -27,7 +27,7 @@ from vispress.methods._parts.scoring.trend import (
     published_trend,
     trend_weight,
 )
-from vispress.methods.base import Compressor
+from vispress.methods.base import Compressor, Evidence
 from vispress.methods.fastv import FastV
 from vispress.methods.wrapper import Wrapper
 from vispress.registry import register_method
@@ -55,6 +55,7 @@ class Debias(Wrapper):
 
     summary: ClassVar[str] = "what another method keeps, corrected for position and padding"
     paper: ClassVar[str] = "Zhao et al. 2025, arXiv:2508.17807"
+    evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.QUERY_ATTENTION, Signal.PADDING})
 
     inner: Compressor | str = field(default_factory=FastV)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from vispress.budget import Budget, Rounding, check_ratio, scaled_layer
 from vispress.checks import check_ascending
 from vispress.errors import BudgetError, ConfigError
-from vispress.methods.base import Compressor, check_layer, top_indices, upcast
+from vispress.methods.base import Compressor, Evidence, check_layer, top_indices, upcast
 from vispress.registry import register_method
 from vispress.types import (
     ModuleShape,
@@ -100,6 +100,7 @@ class GammaMoD(Compressor):
 
     summary: ClassVar[str] = "what a learned router chooses, where layers can spare the others"
     paper: ClassVar[str] = "Luo et al., ICLR 2025, arXiv:2410.13859"
+    evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.INPUT_NORM})
     rounding: ClassVar[Rounding] = "ceil"
     trained: ClassVar[bool] = True

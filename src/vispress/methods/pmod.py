@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from vispress.budget import Budget, Rounding, check_ratio
 from vispress.checks import check_choice
 from vispress.errors import BudgetError, ConfigError
-from vispress.methods.base import Compressor, top_indices, upcast
+from vispress.methods.base import Compressor, Evidence, top_indices, upcast
 from vispress.registry import register_method
 from vispress.types import (
     ModuleShape,
@@ -113,6 +113,7 @@ class PMoD(Compressor):
 
     summary: ClassVar[str] = "what a learned router a layer chooses; the others bypass the layer"
     paper: ClassVar[str] = "Zhang et al., ICCV 2025, arXiv:2412.04449"
+    evidence: ClassVar[Evidence] = "code"
     reads: ClassVar[frozenset[Signal]] = frozenset({Signal.DEPTH})
     rounding: ClassVar[Rounding] = "floor"
     trained: ClassVar[bool] = True

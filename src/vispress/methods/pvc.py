@@ -109,7 +109,7 @@ class PVC(Compressor, EncoderPooler):
 
     summary: ClassVar[str] = "windows, pooled between the encoder's layers by learned weights"
     paper: ClassVar[str] = "LLaVA-UHD v3, 2025, arXiv:2511.21150"
-    evidence: ClassVar[Evidence] = "code"
+    evidence: ClassVar[Evidence] = "read"
     reads: ClassVar[frozenset[Signal]] = GEOMETRY
     takes_budget: ClassVar[bool] = False
     exact: ClassVar[bool] = False

@@ -31,7 +31,7 @@ from vispress.errors import ConfigError
 from vispress.kinds import Softens
 from vispress.methods._parts.networks.layers import Dense
 from vispress.methods._parts.scoring.soft_choice import with_sum
-from vispress.methods.base import Compressor, top_indices
+from vispress.methods.base import Compressor, Evidence, top_indices
 from vispress.precision import full_precision
 from vispress.registry import register_method
 from vispress.types import ModuleShape, Placement, Positions, Stage, TokenPlan, VisualTokens
@@ -100,6 +100,7 @@ class VisionSelector(Compressor):
 
     summary: ClassVar[str] = "what trained scores choose, query by mean key"
     paper: ClassVar[str] = "Zhu et al., 2025, arXiv:2510.16598"
+    evidence: ClassVar[Evidence] = "code"
     rounding: ClassVar[Rounding] = "floor"
     trained: ClassVar[bool] = True
     softens: ClassVar[Softens | None] = "features"

@@ -55,7 +55,7 @@ class VoCo(GistEvictor, Compressor):
     summary: ClassVar[str] = "learned tokens behind each image; the image leaves the cache"
     paper: ClassVar[str] = "Ye et al., CVPR 2025, arXiv:2406.12275"
     takes_budget: ClassVar[bool] = False
-    evidence: ClassVar[Evidence] = "code"
+    evidence: ClassVar[Evidence] = "read"
     default_positions: ClassVar[Positions] = "original"
 
     token_id: int | None = None

@@ -82,7 +82,7 @@ class YOPO(Compressor, ComputePruner):
 
     summary: ClassVar[str] = "all at a part of each FFN, then none from half of the LLM's depth"
     paper: ClassVar[str] = "Zhang et al., 2024, arXiv:2410.06169"
-    evidence: ClassVar[Evidence] = "code"
+    evidence: ClassVar[Evidence] = "read"
     takes_budget: ClassVar[bool] = False
     default_positions: ClassVar[Positions] = "original"
 
