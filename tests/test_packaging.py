@@ -75,6 +75,7 @@ def test_the_wheel_holds_every_module_of_both_source_roots(
         assert expected <= distributions["wheel"]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_configuration(distributions: dict[str, set[str]]) -> None:
     configs = {f"vispress/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert "vispress/configs/methods/fastv.yaml" in configs
@@ -91,6 +92,7 @@ MODEL = (
 COMPRESSOR = ("compressor.yaml", "curve.json", "modules.safetensors", "vispress.json")
 
 
+@pytest.mark.slow
 def test_wheel_and_sdist_hold_the_model_of_the_demo(distributions: dict[str, set[str]]) -> None:
     needed = {f"vispress/reference/checkpoint/{name}" for name in MODEL}
     needed |= {f"vispress/reference/compressor/{name}" for name in COMPRESSOR}
@@ -98,6 +100,7 @@ def test_wheel_and_sdist_hold_the_model_of_the_demo(distributions: dict[str, set
     assert {f"src/{name}" for name in needed} <= distributions["sdist"]
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small(files: dict[str, Path]) -> None:
     assert files["wheel"].stat().st_size < 10e6
 
@@ -113,6 +116,7 @@ def test_the_other_models_have_a_distribution_of_their_own(tmp_path: Path) -> No
     assert not [name for name in out["wheel"] if name.endswith(".py") and "__init__" not in name]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_template_of_the_page(distributions: dict[str, set[str]]) -> None:
     home = "vispress/bench/page/templates"
     names = {f"{home}/{path.name}" for path in (ROOT / "src" / home).iterdir()}
@@ -120,12 +124,14 @@ def test_the_wheel_holds_the_template_of_the_page(distributions: dict[str, set[s
     assert names <= distributions["wheel"]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_nothing_else(distributions: dict[str, set[str]]) -> None:
     tops = {name.split("/")[0] for name in distributions["wheel"]}
     assert {re.sub(r"-\d.*", "", top) for top in tops} == {"vispress", "vispress_kernels"}
     assert not [name for name in distributions["wheel"] if "test" in name or "__pycache__" in name]
 
 
+@pytest.mark.slow
 def test_the_sdist_can_build_and_test_itself(distributions: dict[str, set[str]]) -> None:
     needed = {"pyproject.toml", "LICENSE", "src/vispress/api.py", "tests/laws/cases.py"}
     needed |= {"kernels/vispress_kernels/__init__.py", "configs/methods/fastv.yaml"}

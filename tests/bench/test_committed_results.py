@@ -135,6 +135,7 @@ def test_trained_compressors_fit_the_reference_model(folder):
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 1e6
 
 
+@pytest.mark.slow
 def test_distilled_voco_tokens_answer_on_the_reference_model():
     """Without their picture, as measured: the committed file holds what it says."""
     folder = RESULTS / "trained" / "voco_distilled"

@@ -29,10 +29,9 @@ def run(q, k, **kwargs):
 @pytest.mark.some(cases=14)
 @pytest.mark.parametrize("mean_heads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("B", "H", "Hk", "Q", "N", "Dh"), SHAPES)
-def test_kernel_against_reference(
-    randn, device, assert_accurate, B, H, Hk, Q, N, Dh, dtype, mean_heads
-):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_against_reference(randn, device, assert_accurate, shape, dtype, mean_heads):
+    B, H, Hk, Q, N, Dh = shape
     q, k = randn(B, H, Q, Dh, dtype=dtype), randn(B, Hk, N, Dh, dtype=dtype)
     valid = randn(B, N) > -1
     rows = torch.arange(Q, device=device) + max(N - Q, 0)

@@ -379,6 +379,7 @@ def test_threads_share_a_captured_model() -> None:
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow(cases=2)
 @pytest.mark.parametrize("method", [None, "divprune", "fastv"])
 def test_around_a_graph_python_has_little_to_do(
     method: str | None, monkeypatch: pytest.MonkeyPatch
@@ -524,6 +525,7 @@ def test_a_copy_of_a_captured_model_is_not_captured() -> None:
             assert same(prefill(twin, inputs), expected)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_right() -> None:
     model, inputs = build("llava"), batches("llava", ONE)
     expected = [prefill(model, given) for given in inputs]

@@ -53,6 +53,7 @@ def test_a_compiled_forward_gives_the_same(family: str, method: str) -> None:
     assert counters["stats"]["unique_graphs"] == first  # nothing is traced anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["visionzip", pytest.param("fastv", marks=pytest.mark.full)])
 def test_graphs_end_for_choices_alone_and_layers_are_whole(method: str) -> None:
     model, inputs = build("llava", dtype=torch.float32), inputs_of("llava", method)

@@ -89,6 +89,7 @@ def prefill_differs(
         return differences(watched(model, first), watched(model, second))
 
 
+@pytest.mark.some(cases=24)
 @pytest.mark.parametrize(
     ("family", "method", "batch"),
     cases("fixed sequence", every_method=True, turning=["one", "padded"]),
@@ -101,7 +102,7 @@ def test_a_prefill_is_one_unless_its_method_says_why_not(
     assert bool(found) == (compressor.uncapturable() is not None), found
 
 
-@pytest.mark.some(cases=12)
+@pytest.mark.some(cases=7)
 @pytest.mark.parametrize(("family", "method"), VIDEO_CASES)
 def test_so_is_that_of_videos(family: str, method: str) -> None:
     compressor = make(family, method)

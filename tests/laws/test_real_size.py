@@ -194,7 +194,7 @@ def _cases() -> list[Any]:
     return found
 
 
-@pytest.mark.some(cases=16)
+@pytest.mark.slow(cases=8)
 @pytest.mark.parametrize(("model", "method"), _cases())
 def test_a_prefill_of_real_size_asks_for_few_operations(model: str, method: str) -> None:
     more, most = added(model, method)
