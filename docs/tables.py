@@ -24,6 +24,8 @@ SWEEPS: Final = {
     "offline_clips": "Qwen2.5-VL on clips of 12 frames, 2 tasks of 1000 questions",
 }
 """Committed sweeps on the reference models."""
+SUPERSEDED: Final = {"offline_clips": ("dycoke", "framefusion", "holitom", "prunevid")}
+"""By sweep, methods whose rule has been corrected since; the sweep's README says how."""
 QUERIES: Final = {Signal.QUERY_ATTENTION, Signal.MEAN_ATTENTION}
 """What is read of the LLM's attention, which the text's rows are in."""
 LEADERS: Final = 6
@@ -155,6 +157,8 @@ def scores_of(name: str) -> str:
             uncompressed = next(row["accuracy"] for row in here if row["method"] == "none")
             head = ("keep ratio", "accuracy (95 %)", "random", "less random (95 %)", "p (Holm)")
             text = f"{title} ({source}); uncompressed {uncompressed} %:"
+            if name in SUPERSEDED.get(folder, ()):
+                text = f"Before its rule was corrected, which the folder explains. {text}"
             parts.append(f"{text}\n\n{_table(head, rows)}")
     return "\n".join(parts)
 
