@@ -12,7 +12,7 @@ from typing import Final
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from tables import TABLES, adds, laws_of, scores_of, speeds_of, trained_of
+from tables import TABLES, adds, laws_of, papers, published_of, scores_of, speeds_of, trained_of
 
 import vispress
 from vispress.doctor import families
@@ -149,7 +149,8 @@ def _laws(name: str) -> str:
 
 
 def _measured(name: str) -> Sequence[str]:
-    found = [part for part in (scores_of(name), trained_of(name), speeds_of(name)) if part]
+    tables = (scores_of, trained_of, speeds_of, published_of)
+    found = [part for table in tables if (part := table(name))]
     note = "Small drawn scenes rank nothing on photographs: [how to read it](../results.md).\n"
     if not found:
         return ("Not measured yet in a committed sweep.\n",)
@@ -174,12 +175,8 @@ def _text(docstring: str) -> str:
     text = re.sub(r"^(Source|Differs|Reconstructed): ", r"\n**\1.** ", docstring, flags=re.M)
     text = re.sub(r"^(Follows|Control|Composition|Own)\b", r"\n**\1**", text, flags=re.M)
     text = re.sub(r"(?<![\w<(])https?://[^\s,;)]+[^\s,;).]", r"<\g<0>>", text)
-    return _papers(text)
+    return papers(text)
 
 
 def _cell(text: str) -> str:
-    return _papers(text.replace("|", "\\|"))
-
-
-def _papers(text: str) -> str:
-    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[\g<0>](https://arxiv.org/abs/\1)", text)
+    return papers(text.replace("|", "\\|"))

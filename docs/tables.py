@@ -13,9 +13,11 @@ import tests.laws.selection as selection
 from benchmarks.method_table import RESULTS, TABLE
 from benchmarks.speed_table import MODELS, speed_markdown
 
+from vispress.bench.plan.published import load_published
 from vispress.kinds import PROMPT_SIGNALS, Signal
 from vispress.listing import where
 from vispress.registry import get_method, list_methods
+from vispress.yaml_files import shipped_files
 
 ROOT: Final = Path(__file__).parents[1]
 SWEEPS: Final = {
@@ -82,6 +84,21 @@ def leaders(name: str, *ratios: str) -> str:
     return _table(("keep ratio", "ahead, accuracy", "random", "grid"), rows)
 
 
+def published(name: str) -> str:
+    """What papers print of a model: a table a paper, by method and tokens."""
+    model = load_published(name)
+    parts = []
+    for one in model.tables:
+        tokens = sorted({n for row in one.relative.values() for n in row}, reverse=True)
+        rows = (
+            (_link(method), *(str(row[n]) if n in row else "" for n in tokens))
+            for method, row in one.relative.items()
+        )
+        head = (f"{model.model}, of {model.tokens:,} tokens", *map(str, tokens))
+        parts.append(f"{papers(one.source)}:\n\n{_table(head, rows)}")
+    return "\n".join(parts)
+
+
 def speed() -> str:
     """What compression saves on a GPU."""
     return speed_markdown() + "\n"
@@ -122,6 +139,7 @@ TABLES: Final[dict[str, Callable[..., str]]] = {
     "blind": blind,
     "sweep": sweep,
     "leaders": leaders,
+    "published": published,
     "speed": speed,
     "shipped-plans": shipped_plans,
     "shipped-tasks": shipped_tasks,
@@ -149,7 +167,7 @@ def scores_of(name: str) -> str:
                 random.get(row["keep_ratio"], ""),
                 *_against_random(row),
             )
-            for row in here
+            for row in sorted(here, key=lambda row: -float(row["keep_ratio"] or 0))
             if row["method"] == name
         ]
         if rows:
@@ -168,6 +186,26 @@ def _against_random(row: dict[str, str]) -> tuple[str, str]:
         return "", ""
     low, high = row["less_random_low"], row["less_random_high"]
     return f"{row['less_random']} ({low} to {high})", _p(row["p_holm"])
+
+
+def published_of(name: str) -> str:
+    """What papers print of it."""
+    rows = []
+    for file in sorted(shipped_files("published")):
+        model = load_published(file)
+        for one in model.tables:
+            if figures := one.relative.get(name):
+                told = ", ".join(f"{value} at {tokens}" for tokens, value in figures.items())
+                rows.append((model.model, f"{model.tokens:,}", told, papers(one.source)))
+    if not rows:
+        return ""
+    what = "Papers print, in per cent of the whole model's score, at a number of kept tokens:"
+    return f"{what}\n\n{_table(('model', 'tokens', 'relative accuracy', 'paper'), rows)}"
+
+
+def papers(text: str) -> str:
+    """Make arXiv ids links."""
+    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[\g<0>](https://arxiv.org/abs/\1)", text)
 
 
 def trained_of(name: str) -> str:
