@@ -66,6 +66,23 @@ def test_videos_of_different_lengths_are_what_they_are_alone(family: str, paddin
     assert_each_as_alone(family, {"method": merging(family)}, batch, singles)
 
 
+SHORT = [
+    Sample([Text(3), Video(3, 4, 4), Text(6)]),
+    Sample([Text(5), Video(3, 4, 4), Text(2)]),  # fewer than four words behind
+    Sample([Text(4), Video(3, 4, 4)]),  # none: the last token asks, which is visual
+]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_the_last_four_words_rank_in_a_batch_as_alone(padding: str) -> None:
+    family = "qwen2_5_vl"
+    method = make(family, "framefusion", keep_ratio=0.5, threshold=1.0, queries="last_four")
+    singles = [make_inputs(family, SHORT, only=i) for i in range(3)]
+    batch = make_inputs(family, SHORT, padding=padding)
+    assert_each_as_alone(family, {"method": method}, batch, singles)
+    assert_equals_oracle(model_of(family), batch, run(model_of(family), batch, method))
+
+
 @pytest.mark.some(cases=4)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", VIDEO)

@@ -229,8 +229,10 @@ def test_code_is_what_official_numbers_show():
     _, made = run_again()
     promised = {name for name in BUILT_IN if get_method(name).evidence == "code"}
     found = {name: shown(name, made) for name in BUILT_IN}
-    assert promised == {name for name, gap in found.items() if gap is not None}
+    kept = {name for name, gap in found.items() if gap is not None}
+    assert kept <= promised
     if FOLDER == HERE / "data":  # another folder may have other settings
+        assert kept == promised
         assert {name: gap for name, gap in found.items() if gap} == {
             name: set(fields) for name, fields in OTHER_VALUES.items()
         }

@@ -14,7 +14,7 @@ def method_of(case):
         variant=case["param/variant"],
         scenes=case["param/scenes"],
         # the code takes thresholds that no cosine can have
-        threshold=min(1.0, case["param/tau"]),
+        threshold=max(-1.0, min(1.0, case["param/tau"])),
         context=case["param/context"],
         anchor_step=case["param/anchor_step"],
         alpha=case["param/alpha"],
