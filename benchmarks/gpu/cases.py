@@ -11,11 +11,14 @@ from benchmarks.gpu import compiled
 from vispress_kernels.assign_nearest import assign_nearest
 from vispress_kernels.assign_nearest.reference import assign_nearest_reference
 from vispress_kernels.column_attention import column_attention
+from vispress_kernels.cover_select import cover_select
 from vispress_kernels.dct_lowpass import dct_lowpass, lowpass_basis
 from vispress_kernels.dct_lowpass.reference import dct_lowpass_reference
+from vispress_kernels.distinct_select import distinct_select
 from vispress_kernels.dpp_select import dpp_select
 from vispress_kernels.gather_tokens import gather_tokens
 from vispress_kernels.gather_tokens.reference import gather_tokens_reference
+from vispress_kernels.kmeans_starts import kmeans_starts
 from vispress_kernels.maxmin_select import maxmin_select
 from vispress_kernels.merge_tokens import merge_tokens
 from vispress_kernels.merge_tokens.reference import merge_tokens_reference
@@ -274,6 +277,59 @@ def dpp_case(size: Size, device: torch.device) -> Case | None:
     )
 
 
+MOST_WHOLE = 4096
+"""Tokens up to which kernels hold all cosines of a sample; beyond, these ops are plain torch."""
+
+
+def cover_case(size: Size, device: torch.device) -> Case | None:
+    """CATP's cover; the floor counts a row of the held cosines a step, and each step reads all."""
+    if size.N > MOST_WHOLE:
+        return None
+    x, K = _tokens(size, device), _num_keep(size)
+    fit = torch.rand(1, size.N, device=device)
+    return Case(
+        "cover_select",
+        lambda: cover_select(x, fit, K, backend="triton"),
+        lambda: cover_select(x, fit, K, backend="torch"),
+        "flops",
+        *_greedy_floor(x, K),
+        compiled=lambda backend: compiled.cover_select(x, fit, K, backend),
+    )
+
+
+def distinct_case(size: Size, device: torch.device) -> Case | None:
+    """VisPruner's rounds, an eighth of the tokens each; the floor counts pairs of the first."""
+    if size.N > MOST_WHOLE:
+        return None
+    x, K, step = _tokens(size, device), _num_keep(size), max(1, size.N // 8)
+    even = (size.N + 1) // 2
+    return Case(
+        "distinct_select",
+        lambda: distinct_select(x, K, step, backend="triton"),
+        lambda: distinct_select(x, K, step, backend="torch"),
+        "flops",
+        x.numel() * x.element_size() + 4 * even * (size.N - even),
+        2 * size.N * size.N * size.D,
+        compiled=lambda backend: compiled.distinct_select(x, K, step, backend),
+    )
+
+
+def kmeans_case(size: Size, device: torch.device) -> Case | None:
+    """VMTC's starts."""
+    if size.N > MOST_WHOLE:
+        return None
+    x, K = _tokens(size, device), _num_keep(size)
+    drawn = torch.rand(K, device=device, dtype=torch.float64)
+    return Case(
+        "kmeans_starts",
+        lambda: kmeans_starts(x, drawn, backend="triton"),
+        lambda: kmeans_starts(x, drawn, backend="torch"),
+        "flops",
+        *_greedy_floor(x, K),
+        compiled=lambda backend: compiled.kmeans_starts(x, drawn, backend),
+    )
+
+
 CASES: dict[str, Callable[[Size, torch.device], Case | None]] = {
     "gather_tokens": gather_case,
     "merge_tokens": merge_case,
@@ -285,4 +341,7 @@ CASES: dict[str, Callable[[Size, torch.device], Case | None]] = {
     "perturbation_scores": perturbation_case,
     "maxmin_select": maxmin_case,
     "dpp_select": dpp_case,
+    "cover_select": cover_case,
+    "distinct_select": distinct_case,
+    "kmeans_starts": kmeans_case,
 }

@@ -129,3 +129,87 @@ def dpp_select(x: Tensor, relevance: Tensor, num_keep: int, backend: str) -> Cal
         return order
 
     return run
+
+
+def cover_select(x: Tensor, fit: Tensor, num_keep: int, backend: str) -> Call:
+    """One token a step, of similarities that are held."""
+    B, N, _ = x.shape
+    batch = torch.arange(B, device=x.device)
+
+    def step(
+        similar: Tensor, best: Tensor, chosen: Tensor, fit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gain = (similar - best[..., None]).clamp(min=0).sum(1) + fit
+        top, pick = gain.masked_fill(chosen, float("-inf")).max(1)
+        chosen = chosen.index_put((batch, pick), torch.ones_like(chosen[:1, 0]))
+        return top, pick, torch.maximum(best, similar[batch, :, pick]), chosen
+
+    def begin(tokens: Tensor) -> Tensor:
+        unit = unit_rows(tokens)
+        return (unit @ unit.mT).add(1).div(2).clamp(min=0)
+
+    fast, start = _compile(step, backend), torch.compile(begin, backend=backend)
+
+    def run() -> tuple[Tensor, Tensor]:
+        similar = start(x)
+        best, chosen = similar.new_zeros(B, N), torch.zeros(B, N, dtype=torch.bool, device=x.device)
+        order = torch.empty(B, num_keep, dtype=torch.int64, device=x.device)
+        gains = similar.new_empty(B, num_keep)
+        for number in range(num_keep):
+            gains[:, number], order[:, number], best, chosen = fast(similar, best, chosen, fit)
+        return order, gains
+
+    return run
+
+
+def distinct_select(x: Tensor, num_keep: int, step: int, backend: str) -> Call:
+    """One round a step, of cosines that are held; one binary for lists of all lengths."""
+    B, N, _ = x.shape
+    batch = torch.arange(B, device=x.device)[:, None, None]
+
+    def sort(cosine: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+        nearest = cosine[batch, even[:, :, None], odd[:, None]].amax(2)
+        return nearest.sort(dim=1, stable=True, descending=True).indices
+
+    def begin(tokens: Tensor) -> Tensor:
+        unit = unit_rows(tokens)
+        return unit @ unit.mT
+
+    fast = torch.compile(sort, dynamic=True, backend=backend)
+    start = torch.compile(begin, backend=backend)
+
+    def run() -> Tensor:
+        cosine, left = start(x), torch.arange(N, device=x.device).expand(B, -1)
+        while left.shape[1] > num_keep:
+            even, odd = left[:, 0::2].contiguous(), left[:, 1::2].contiguous()
+            drop = min(step, left.shape[1] - num_keep, even.shape[1])
+            left = torch.cat([even.gather(1, fast(cosine, even, odd)[:, drop:]), odd], dim=1)
+        return left
+
+    return run
+
+
+def kmeans_starts(x: Tensor, drawn: Tensor, backend: str) -> Call:
+    """One token a step."""
+    B, N, _ = x.shape
+    batch = torch.arange(B, device=x.device)
+
+    def step(unit: Tensor, distance: Tensor, pick: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        apart = 1 - (unit @ unit[batch, pick][..., None])[..., 0]
+        distance = torch.minimum(apart.clamp(min=0), distance)
+        mass = distance.square().cumsum(1)
+        below = mass[:, :-1].contiguous()
+        return distance, torch.searchsorted(below, mass[:, -1:] * at, right=True)[:, 0]
+
+    fast, start = _compile(step, backend), torch.compile(unit_rows, backend=backend)
+
+    def run() -> Tensor:
+        unit = start(x)
+        pick = (drawn[:1] * N).long().clamp(max=N - 1).expand(B)
+        distance, picks = unit.new_full((B, N), float("inf")), [pick]
+        for number in range(1, len(drawn)):
+            distance, pick = fast(unit, distance, pick, drawn[number])
+            picks.append(pick)
+        return torch.stack(picks, dim=1)
+
+    return run

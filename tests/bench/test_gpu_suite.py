@@ -12,11 +12,20 @@ import torch
 from benchmarks import gpu_suite
 from benchmarks.gpu import shapes
 from benchmarks.gpu.budgets import IMPORTANT, by_importance, fitting, published
-from benchmarks.gpu.cases import SIZES, dpp_case, maxmin_case
+from benchmarks.gpu.cases import (
+    CASES,
+    SIZES,
+    cover_case,
+    distinct_case,
+    dpp_case,
+    kmeans_case,
+    maxmin_case,
+)
 from benchmarks.gpu.forwards import Bench
 from benchmarks.gpu.kernel_tests import _finishes, count
 from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
 from benchmarks.gpu.targets import TARGETS
+from torch.utils._pytree import tree_leaves
 
 from vispress import compression_report, list_methods
 from vispress.methods.cache_evictor import CacheEvictor
@@ -373,6 +382,29 @@ def test_a_greedy_selection_need_not_read_more_than_one_product_and_its_rows() -
     assert [case.flops for case in cases if case] == [product, product]
     rows, columns = 320, 320**2 // 2
     assert [case.bytes - tokens for case in cases if case] == [row * rows, row * (rows + columns)]
+
+
+def test_selections_that_hold_all_cosines_have_a_floor_and_a_limit() -> None:
+    size, meta = SIZES["llava_next"], torch.device("meta")
+    tokens, product = 2 * 2880 * 4096, 2 * 2880**2 * 4096
+    floors = {cover_case: 4 * 2880 * 320, kmeans_case: 4 * 2880 * 320, distinct_case: 2880**2}
+    for make, beside in floors.items():
+        case = make(size, meta)
+        assert case is not None
+        assert (case.bytes - tokens, case.flops) == (beside, product)
+        assert make(SIZES["qwen_16384"], meta) is None
+
+
+@pytest.mark.parametrize("op", ["cover_select", "distinct_select", "kmeans_starts"])
+def test_a_compiled_selection_takes_what_the_reference_does(op: str) -> None:
+    torch.manual_seed(0)
+    case = CASES[op](replace(SIZES["llava15"], N=48, D=32), CPU)
+    assert case is not None
+    assert case.compiled is not None
+    for mine, theirs in zip(
+        tree_leaves(case.compiled("eager")()), tree_leaves(case.reference()), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
 
 
 def check_shapes(parts: dict[str, Any]) -> None:

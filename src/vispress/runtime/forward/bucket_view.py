@@ -18,7 +18,7 @@ class BucketView:
     """What of a call's tensors belongs to a bucket."""
 
     bucket: Bucket
-    _local: dict[int, tuple[LiveTokens, Tensor]] = field(default_factory=dict)
+    _local: list[tuple[LiveTokens, Tensor]] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -40,9 +40,12 @@ class BucketView:
 
     def local(self, rows: LiveTokens) -> Tensor:
         """`[Bk, N]`: rows of the tokens that are still there; several signals ask for them."""
-        if id(rows) not in self._local:  # rows are held beside: their id stays theirs
-            self._local[id(rows)] = rows, self.places(rows, self.bucket.positions)
-        return self._local[id(rows)][1]
+        for known, places in self._local:  # not by id: a graph would be of that object alone
+            if known is rows:
+                return places
+        places = self.places(rows, self.bucket.positions)
+        self._local.append((rows, places))
+        return places
 
     def behind(self, rows: LiveTokens) -> Tensor:
         """`[Bk, T]`: rows of the text behind each image."""
