@@ -1,8 +1,8 @@
 """The README says what the registry says, and its commands exist."""
 
-import ast
 import re
-from contextlib import suppress
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import pytest
 from benchmarks.speed_table import speed_markdown
 
 import vispress
-from vispress.errors import CompressionStateError
-from vispress.listing import method_markdown
-from vispress.reference import heldout, load
+from vispress import cli
+from vispress.listing import family_markdown, method_markdown
+from vispress.registry import list_methods
 
 README = Path(__file__).parents[1] / "README.md"
-TABLES = {"methods": method_markdown, "speed": speed_markdown}
+TABLES = {"families": family_markdown, "speed": speed_markdown}
 
 
 def table_of(name: str) -> re.Pattern[str]:
@@ -47,39 +47,54 @@ def test_every_number_of_the_results_section_has_its_file() -> None:
         assert (README.parent / path).exists(), path
 
 
-def run(block: str, names: dict[str, Any]) -> int:
-    """Run a block of Python statement by statement; gives how often it compressed the model.
-
-    What is compressed is freed first, as the README says, and answers once.
-    """
-    count = 0
-    for statement in ast.parse(block).body:
-        code = ast.unparse(statement)
-        compresses = "compress_model(" in code
-        if compresses or "compressed(" in code:
-            with suppress(CompressionStateError):
-                vispress.remove_compression(names["model"])
-        exec(code, names)
-        if compresses:
-            count += 1
-            names["model"].generate(**names["inputs"], max_new_tokens=1)
-    return count
+def blocks_of(language: str) -> list[str]:
+    text = README.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.slow
-def test_its_python_runs_on_the_model_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(README.parent)
-    model, processor = load()
-    image, prompt, _, _ = heldout("attribute", 1)[0]
-    inputs = processor(images=[image], text=[prompt], return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
-    labels = inputs["input_ids"].clone()
-    labels[:, : length - 1] = -100
-    names = {"model": model, "inputs": inputs, "labels": labels, "length": length - 1}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) > 3
-    # torchao is no package of ours: tests/integrations compress int8 models
-    assert sum(run(block, names) for block in blocks if "torchao" not in block) > 10
+def test_its_python_runs_word_for_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *more = blocks_of("python")
+    assert more
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert "visual tokens" in capsys.readouterr().out
+    for block in more:
+        exec(block, names)
+    vispress.remove_compression(names["model"])
+
+
+@pytest.mark.slow
+def test_its_commands_run_word_for_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that is to be typed, one after another, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks_of("bash") for line in block.splitlines()]
+    typed = [shlex.split(line) for line in lines if line.startswith("vispress ")]
+    assert len(typed) > 4
+    for words in typed:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code, words
+    for file in ("kept.png", "results/report.html", "results/frontier.png"):
+        assert (tmp_path / file).is_file()
+
+
+def test_its_first_screen_is_short_and_its_numbers_are_those_of_files() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 160
+    assert f"{len(list_methods())} methods and controls" in text
+    fastest = [row for row in speed_markdown().splitlines() if "DivPrune" in row]
+    for model, batch, times in (
+        ("LLaVA-1.5-7B", 32, "593 to 126"),
+        ("LLaVA-NeXT-7B", 8, "716 to 114"),
+    ):
+        (row,) = [row for row in fastest if f"{model} | {batch} |" in row]
+        assert times in row
 
 
 @pytest.mark.parametrize("name", ["fastv", "random"])

@@ -23,8 +23,39 @@ PLACES: Final = (
 _DEPTH = PUBLISHED_DEPTH
 
 
+def family_markdown() -> str:
+    """Write the README's table: one row a family, names linked to their sources."""
+    rows: dict[str, list[str]] = {}
+    for name in list_methods():
+        cls = get_method(name)
+        module = cls.__module__.rpartition(".")[2]
+        link = f"[`{name}`](src/vispress/methods/{module}.py)"
+        rows.setdefault(_family(cls), []).append(link)
+    order = [*(heading for heading, _ in PLACES), *_KINDS.values()]
+    lines = ["| acts | methods |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {kind} | {', '.join(rows[kind])} |" for kind in order)])
+
+
+_KINDS: Final = {
+    "anyres": "on AnyRes crops",
+    "video": "on videos",
+    "trained": "with trained parameters",
+    "composition": "compositions",
+    "control": "controls",
+}
+
+
+def _family(cls: type[Compressor]) -> str:
+    """Where a method stands in the README: by what it is made for, or by where it acts."""
+    kind = cls.needs or ("trained" if cls.trained else cls.evidence)
+    if kind in _KINDS:
+        return _KINDS[kind]
+    acts = where(cls)
+    return next(heading for heading, beginnings in PLACES if acts.startswith(beginnings))
+
+
 def method_markdown() -> str:
-    """The README's table: one row a method, from the registry."""
+    """Write a table for the docs: one row a method, from the registry."""
     names = ("method", "", "keeps", "acts", "reads", "source", "evidence")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name in list_methods():
