@@ -35,7 +35,7 @@ SOURCES = (ROOT / "src", ROOT / "kernels", ROOT / "tests")
 DOCS = ROOT / "docs"
 ARCHITECTURE = DOCS / "architecture.md"
 PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"])
-FILE = re.compile(r"[\w.<>-]+(/[\w.<>-]*)+|[\w-]+\.(py|md|yaml|json|toml)")
+FILE = re.compile(r"[\w.<>-]+(/[\w.<>-]*)+|[\w-]+\.(py|md|ya?ml|json|toml)")
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 OUTSIDE = ("nn", "torch", "copy", "transformers", "vllm")
 """Packages of others, whose names are not looked for."""
