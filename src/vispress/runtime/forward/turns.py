@@ -101,12 +101,24 @@ class Turns:
             output: What it gave.
         """
         length, cache = int(output[0].shape[1]), cache_of(given)
-        # ahead of a static cache's length, which would be waited for
-        begins = begins_turn(plan.adapter.base, length, fresh=cache is None)
-        if not begins and not amid_chunks(plan.adapter.base):
-            return
+        fresh = cache is None
         if cache is None and not isinstance(output, tuple):
             cache = cache_of(output)
+        self.note_text(plan.adapter.base, length, cache, fresh=fresh)
+
+    def note_text(self, base: nn.Module, length: int, cache: Cache | None, *, fresh: bool) -> None:
+        """Note the same of a call that may have run without Python.
+
+        Args:
+            base: The base model.
+            length: Tokens of the call.
+            cache: Its KV cache behind it, if it has one.
+            fresh: Whether it was given none.
+        """
+        # ahead of a static cache's length, which would be waited for
+        begins = begins_turn(base, length, fresh=fresh)
+        if not begins and not amid_chunks(base):
+            return
         total = length if cache is None else int(cache.get_seq_length())
         before = _turn_of(cache, total - length)
         self._end(Turn(max(1, before.number + begins), total), cache)

@@ -99,6 +99,21 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def kind_of(cache: Any) -> Hashable:
+    """Give what graphs of one kind of cache share.
+
+    Args:
+        cache: A KV cache, or None.
+    """
+    if cache is None:
+        return None
+    layers = tuple(
+        (type(layer), getattr(layer, "max_cache_len", None), getattr(layer, "sliding_window", None))
+        for layer in cache.layers
+    )
+    return type(cache), layers
+
+
 def weights(model: nn.Module) -> list[Tensor]:
     """List the parameters of a model, each once."""
     return list(model.parameters())

@@ -13,12 +13,18 @@ from vispress.adapters.base import ModelAdapter
 from vispress.runtime.forward.model_call import brings_images, by_name
 from vispress.runtime.forward.owner import amid_turn
 from vispress.runtime.forward.rehearsal import told_lengths
-from vispress.runtime.graphs.arguments import Arguments, special_ids
+from vispress.runtime.graphs.arguments import Arguments, kind_of, special_ids
 from vispress.runtime.graphs.backends import Backend
 from vispress.runtime.graphs.counts import CaptureReport
 from vispress.runtime.graphs.lodging import lodging_of, why_no_lodging
 from vispress.runtime.graphs.prefill import PrefillGraph, Site
-from vispress.runtime.graphs.reasons import has_features, why_no_key, why_no_prefill, why_not
+from vispress.runtime.graphs.reasons import (
+    has_features,
+    why_no_key,
+    why_no_prefill,
+    why_no_text,
+    why_not,
+)
 from vispress.runtime.graphs.steps import MASK, Guest, Step, StepGraph
 from vispress.runtime.graphs.watch import NotFixedError
 from vispress.runtime.hooks.instance_patch import Original, forget, patch_instance, undo_all
@@ -140,18 +146,20 @@ class Captured:
         if steps:
             why = self._why_no_step(given, cache)
         else:
-            why = why_no_prefill(given, cache, plain=site.attachment is None)
-            why = why or self._why_no_plan()
+            why = why_no_prefill(given, cache)
+            why = why or self._why_no_plan(given)
         if why is not None:
             return why
         if given.get("mm_encoder_outputs") is not None:
             given["mm_encoder_outputs"] = None  # an empty one, to be filled
         return self._step(given, cache) if steps else self._prefill(given, cache)
 
-    def _why_no_plan(self) -> str | None:
+    def _why_no_plan(self, given: Mapping[str, Any]) -> str | None:
         """Say why the methods that compress the model have no fixed sequence."""
         attachment = self._site.attachment
-        for method in () if attachment is None else attachment.methods:
+        if attachment is None or not brings_images(given):  # no method touches a text
+            return None if attachment is None else why_no_text(self._site.adapter.base)
+        for method in attachment.methods:
             if why := method.uncapturable():
                 return f"{method.name}: {why}"
         return None
@@ -167,7 +175,7 @@ class Captured:
             None if attachment is None else attachment.plan,
             arguments.key(special),
             told_lengths(),
-            _kind(cache),
+            kind_of(cache),
         )
         made = partial(PrefillGraph, self._site, arguments, special, cache)
         graph = self._graph(key, made)
@@ -175,10 +183,13 @@ class Captured:
             return graph
         out, record = graph.replay(arguments, cache)
         self._counts["prefills"] += 1
-        if attachment is not None and record is not None:
+        if attachment is not None:
             held = cache if cache is not None else cache_of(out) if isinstance(out, dict) else None
-            base = self._site.adapter.base
-            attachment.turns.note_again(base, record, arguments.ids.shape[1], held)
+            base, length = self._site.adapter.base, arguments.ids.shape[1]
+            if record is None:
+                attachment.turns.note_text(base, length, held, fresh=cache is None)
+            else:
+                attachment.turns.note_again(base, record, length, held)
         return (out,)
 
     def _why_no_step(self, given: Mapping[str, Any], cache: Any) -> str | None:
@@ -280,14 +291,3 @@ def _released() -> Captured:
 
 def _encodes_inside(original: Original) -> bool:
     return False
-
-
-def _kind(cache: Any) -> Hashable:
-    """What graphs of one kind of cache share."""
-    if cache is None:
-        return None
-    layers = tuple(
-        (type(layer), getattr(layer, "max_cache_len", None), getattr(layer, "sliding_window", None))
-        for layer in cache.layers
-    )
-    return type(cache), layers

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from vispress.adapters.base import ModelAdapter
 from vispress.adapters.decoder import window_of
 from vispress.runtime.attachment import ATTRIBUTE, Attachment
-from vispress.runtime.forward.model_call import knowing
+from vispress.runtime.forward.model_call import brings_images, knowing
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.rehearsal import rehearsing
 from vispress.runtime.graphs.arguments import Arguments
@@ -108,7 +108,9 @@ class PrefillGraph:
             for (module, name), tensor in before.items():
                 setattr(module, name, tensor)
         self._left = [(*at, one) for at, one in after.items() if before.get(at) is not one]
-        self._record = None if site.attachment is None else site.attachment.turns.last()[1]
+        self._record: PrefillRecord | None = None
+        if site.attachment is not None and brings_images(given.tensors):
+            self._record = site.attachment.turns.last()[1]
 
     def replay(self, given: Arguments, cache: Cache | None) -> tuple[Any, PrefillRecord | None]:
         """Run it on other values.
@@ -118,7 +120,7 @@ class PrefillGraph:
             cache: The call's cache, which is filled.
 
         Returns:
-            What the forward gives, and a record of it where the model is compressed.
+            What the forward gives, and a record of it where something was compressed.
         """
         tensors = given.tensors
         for name in self._written:

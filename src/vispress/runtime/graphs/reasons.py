@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from vispress.runtime.forward.model_call import brings_images
+from vispress.runtime.forward.owner import amid_chunks
 from vispress.runtime.forward.rehearsal import is_supervised
 
 
@@ -41,18 +41,15 @@ def why_not(owner: nn.Module, weights: Sequence[Tensor], given: Mapping[str, Any
     return None
 
 
-def why_no_prefill(given: Mapping[str, Any], cache: Any, *, plain: bool) -> str | None:
+def why_no_prefill(given: Mapping[str, Any], cache: Any) -> str | None:
     """Say why a call of several tokens is no prefill that can be recorded.
 
     Args:
         given: Its keyword arguments.
         cache: Its KV cache, or None.
-        plain: Whether nothing compresses the model.
     """
     if has_features(given):
         return "features of its pictures are given, not the pictures"
-    if not (plain or brings_images(given)):
-        return "it brings no pictures"
     if isinstance(given.get("attention_mask"), dict):
         return "attention_mask is a dictionary of masks"
     if cache is None:
@@ -60,6 +57,15 @@ def why_no_prefill(given: Mapping[str, Any], cache: Any, *, plain: bool) -> str 
     if type(cache) not in (DynamicCache, StaticCache) or getattr(cache, "offloading", False):
         return f"its KV cache is a {type(cache).__name__}; use DynamicCache or StaticCache"
     return None if is_empty(cache) else "its KV cache is not empty, or was used before"
+
+
+def why_no_text(base: nn.Module) -> str | None:
+    """Say why a text that comes to a compressed model is not the whole of a prompt.
+
+    Args:
+        base: The base model.
+    """
+    return "generate prefills its prompt in chunks" if amid_chunks(base) else None
 
 
 def why_no_key(plain: Mapping[str, Any]) -> str | None:
