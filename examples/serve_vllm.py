@@ -37,9 +37,7 @@ def picture(number):
 
 def measure(folder, prompt, asked):
     overrides = {} if asked is None else {"hf_overrides": {"vispress": asked}}
-    llm = LLM(
-        model=folder, max_model_len=1024, block_size=32, enable_prefix_caching=False, **overrides
-    )
+    llm = LLM(folder, enforce_eager=True, block_size=32, enable_prefix_caching=False, **overrides)
     requests = [
         {"prompt": prompt, "multi_modal_data": {"image": picture(number)}}
         for number in range(REQUESTS + 9)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.tiny_models import build
+from vispress.adapters.base import find_adapter
 from vispress.errors import ConfigError, UnsupportedMethodError, VispressError
 from vispress.integrations.vllm import releases
 from vispress.integrations.vllm.engine import check_engine, check_places
-from vispress.integrations.vllm.places import RIDING, read, written
+from vispress.integrations.vllm.places import RIDING, inside, laid_out, read, written
 from vispress.integrations.vllm.refusal import refusing
 from vispress.integrations.vllm.spec import read_spec, servable
 from vispress.registry import list_methods
@@ -130,6 +131,7 @@ def engine_config(**changed):
     """vLLM's configuration as far as it is looked at, in its usual state."""
     usual = {
         "model_config.multimodal_config.enable_mm_embeds": False,
+        "model_config.multimodal_config.get_limit_per_prompt": lambda modality: 1,
         "model_config.multimodal_config.video_pruning_rate": None,
         "model_config.hf_config.vision_config.rope_parameters": None,
         "parallel_config.tensor_parallel_size": 1,
@@ -171,6 +173,13 @@ def test_settings_of_an_engine_that_are_refused(config, setting, words):
         check_engine(spec, engine_config(**setting))
 
 
+def test_videos_that_are_not_served_must_be_left_out():
+    spec = read_spec(asked(build("qwen3_vl", layers=4).config, method="divprune", keep_ratio=0.5))
+    with pytest.raises(UnsupportedMethodError, match=r'limit_mm_per_prompt={"video": 0}'):
+        check_engine(spec, engine_config())
+    check_engine(spec, engine_config(get_limit_per_prompt=lambda modality: modality != "video"))
+
+
 FULL = SimpleNamespace(mixed_mode=lambda: SimpleNamespace(name="FULL"))
 
 
@@ -195,3 +204,36 @@ def test_places_ride_in_any_type(dtype):
     digits = written(found, torch.zeros(1, dtype=dtype))
     assert digits.shape == (4, RIDING)
     assert read(digits).tolist() == found.tolist()
+
+
+def test_short_prompts_are_laid_out_as_whole_ones():
+    model = build("qwen2_5_vl", layers=2)
+    adapter, token = find_adapter(model), model.config.image_token_id
+    grids = [torch.tensor([1, 12, 4]), torch.tensor([1, 4, 6])]  # 6 x 2 and 2 x 3 tokens
+
+    def rule(ids, features):
+        thw = torch.stack([one.data["image_grid_thw"].data for one in features])
+        kinds = (torch.tensor([ids]) == token).int()
+        places, delta = model.model.get_rope_index(
+            torch.tensor([ids]), mm_token_type_ids=kinds, image_grid_thw=thw
+        )
+        return places[:, 0], int(delta)
+
+    def feature(offset, length, grid):
+        data = {"image_grid_thw": SimpleNamespace(data=grid)}
+        place = SimpleNamespace(offset=offset, length=length)
+        return SimpleNamespace(modality="image", data=data, mm_position=place)
+
+    whole = [5, 6, *[token] * 12, 7, *[token] * 6, 8, 9]
+    short = [5, 6, *[token] * 3, 7, *[token] * 2, 8, 9]
+    kept = [torch.tensor([0, 7, 11]), torch.tensor([2, 3])]
+    full, delta = rule(whole, [feature(2, 12, grids[0]), feature(15, 6, grids[1])])
+    # features come in any order
+    features = [feature(6, 2, grids[1]), feature(2, 3, grids[0])]
+    found, short_delta = laid_out(rule, adapter, short, features)
+    call = {"image_grid_thw": torch.stack(grids)}
+    for number, at in enumerate((slice(2, 5), slice(6, 8))):
+        found[:, at] += inside(rule, adapter, "image", call, number)[:, kept[number]]
+    stay = [0, 1, *(2 + kept[0]).tolist(), 14, *(15 + kept[1]).tolist(), 21, 22]
+    assert found.tolist() == full[:, stay].tolist()
+    assert short_delta + len(short) == delta + len(whole)

@@ -82,3 +82,21 @@ def test_refused_at_start_up(llava):
     folder, _, processor = llava
     with pytest.raises(Exception, match=r"fastv acts at in_llm.*serve on llava: .*divprune"):
         Engine(folder, processor, {"method": "fastv", "keep_ratio": 0.5})
+
+
+def test_a_known_picture_beside_a_new_one_where_the_text_is_read(llava):
+    folder, model, processor = llava
+    asked = {"method": "cdpruner", "num_tokens": 18}
+    one, two, three = (prompt.images[0] for prompt in scenes(processor)[:3])
+    text = "<image> the <image> which picture has a red circle ? :"
+    prompts = [Prompt(text, (one, two)), Prompt(text, (one, three)), Prompt(text, (three, two))]
+    wanted = on_transformers(model, processor, prompts, asked)
+    with engine(folder, processor, asked) as made:
+        answers = made.ask(prompts)
+        assert [answer.ids for answer in answers] == [each.ids for each in wanted]
+        # the first picture of a prompt has more text behind it than the second
+        assert [answer.kept for answer in answers] == [
+            wanted[0].kept,
+            wanted[1].kept[1:],
+            wanted[2].kept[:1],
+        ]

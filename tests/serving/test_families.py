@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.serving import families
-from tests.serving.harness import Prompt, check, engine, on_transformers
+from tests.serving.harness import Engine, Prompt, check, engine, on_transformers
 
 FOUR = "features; attention (and keys, merged, where there is [CLS]); the text; the projector"
 SERVED = {
@@ -53,3 +53,11 @@ def test_as_on_transformers(served, number):
     limits = {"image": 5} | ({"video": 0} if family in ("qwen3_vl", "internvl") else {})
     with engine(folder, processor, asked, limit_mm_per_prompt=limits) as made:
         check(made, shown, expected)
+
+
+def test_videos_that_are_not_served_are_refused_at_start_up(tmp_path):
+    _, processor = families.save("qwen3_vl", tmp_path)
+    asked = {"method": "divprune", "keep_ratio": 0.4}
+    limits = {"image": 1, "video": 1}
+    with pytest.raises(Exception, match="videos of qwen3_vl cannot be compressed in vLLM"):
+        Engine(tmp_path, processor, asked, limit_mm_per_prompt=limits)

@@ -1,8 +1,10 @@
 """Settings of an engine that compression would get wrong, refused at start-up."""
 
+from collections.abc import Callable
 from typing import Any, Final
 
-from vispress.errors import ConfigError, UnsupportedModelError
+from vispress.adapters.base import Modality
+from vispress.errors import ConfigError, UnsupportedMethodError, UnsupportedModelError
 from vispress.integrations.vllm.spec import Spec
 
 _ROTARY_BASE: Final = 10000.0
@@ -29,6 +31,7 @@ def check_engine(spec: Spec, config: Any) -> None:
             f"{name} reads {', '.join(sorted(reads))}, of which each process has a part under "
             "tensor parallelism; set tensor_parallel_size=1, or a method that reads features alone"
         )
+    check_modalities(spec, multimodal.get_limit_per_prompt)
     if getattr(multimodal, "enable_mm_embeds", False):
         raise ConfigError(
             "enable_mm_embeds takes features that no encoder of the engine has seen; leave it out "
@@ -49,6 +52,24 @@ def check_engine(spec: Spec, config: Any) -> None:
             raise ConfigError(
                 f"{setting} runs the vision encoder past what vispress puts around it; set it to "
                 "False"
+            )
+
+
+def check_modalities(spec: Spec, count: Callable[[Modality], int]) -> None:
+    """Refuse pictures or videos that vLLM serves and the plug-in does not.
+
+    Args:
+        spec: What is asked.
+        count: How many there are, or may be, of a modality.
+
+    Raises:
+        UnsupportedMethodError: Names the modality and the setting that leaves it out.
+    """
+    for modality in spec.refused:
+        if count(modality):
+            raise UnsupportedMethodError(
+                f"{modality}s of {spec.adapter.family} cannot be compressed in vLLM; set "
+                f'limit_mm_per_prompt={{"{modality}": 0}}'
             )
 
 

@@ -11,7 +11,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.processing import PromptReplacement
 
 from vispress.adapters.base import Modality
-from vispress.errors import UnsupportedMethodError
+from vispress.integrations.vllm.engine import check_modalities
 from vispress.integrations.vllm.press import TEXT
 from vispress.integrations.vllm.spec import Layout, Spec, read_spec
 
@@ -36,7 +36,8 @@ class ShortPrompts:
         """As vLLM's, with the prompt's text beside each picture where it is read."""
         spec = self.vispress
         if spec is not None:
-            _check_modalities(spec, inputs.mm_data_items.get_all_counts())
+            counts = inputs.mm_data_items.get_all_counts()
+            check_modalities(spec, lambda modality: counts.get(modality, 0))
         if spec is not None and spec.reads_text:
             options = {
                 **inputs.hf_processor_mm_kwargs,
@@ -119,15 +120,6 @@ class ShortPrompts:
 
 def _without(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != _OWN}
-
-
-def _check_modalities(spec: Spec, counts: Mapping[str, int]) -> None:
-    for modality, count in counts.items():
-        if count and modality not in spec.modalities:
-            raise UnsupportedMethodError(
-                f"{modality}s of {spec.adapter.family} cannot be compressed in vLLM; set "
-                f'limit_mm_per_prompt={{"{modality}": 0}}'
-            )
 
 
 def _texts(

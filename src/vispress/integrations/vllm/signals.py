@@ -33,7 +33,9 @@ class Watch:
     """
 
     def __init__(self, plan: Plan, attentions: Sequence[nn.Module], projector: nn.Module) -> None:
-        self._plan, self._sink = plan, None
+        self._plan = plan
+        self._sink: EncoderSink | None = None
+        self._projected: list[Tensor] = []
         self._known = plan.adapter.encoder_attentions()
         layers = sorted({*plan.all_encoder_layers, *plan.key_layers})
         if layers and layers[-1] >= len(attentions):
@@ -47,13 +49,10 @@ class Watch:
         if Signal.VISION_FEATURES in plan.encoder_signals:
             projector.register_forward_pre_hook(self._projects)
 
-    _sink: EncoderSink | None
-
     @contextmanager
     def watching(self) -> Iterator[EncoderSink]:
         """Collect from the encoder call inside the block."""
         plan = self._plan
-        self._projected: list[Tensor] = []
         self._sink = sink = EncoderSink(
             plan.adapter,
             plan.encoder_signals,

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from vispress import __version__
 from vispress.adapters.base import Modality, ModelAdapter
 from vispress.api import attachment_of, compress_model, remove_compression
 from vispress.config import from_mapping, load_config, make_compressor, to_mapping
@@ -56,7 +57,8 @@ class Spec:
     Args:
         plan: The method and its placement on a model without weights.
         saved: Parameters of a method that is trained.
-        salt: Names method, fields and parameters: what another one left in a cache is not found.
+        salt: Names method, fields, parameters and version: what another one left in a cache is not
+            found.
     """
 
     plan: Plan
@@ -79,10 +81,9 @@ class Spec:
         return self.plan.adapter
 
     @property
-    def modalities(self) -> frozenset[Modality]:
-        """What is served: vLLM's Qwen3-VL deals a video's tokens out among its timestamps."""
-        found = frozenset(self.adapter.placeholders())
-        return found - {"video"} if self.adapter.family.startswith("qwen3_vl") else found
+    def refused(self) -> tuple[Modality, ...]:
+        """What vLLM serves and the plug-in does not: videos that stand among their timestamps."""
+        return ("video",) if self.adapter.family in ("qwen3_vl", "internvl") else ()
 
     @property
     def reads_text(self) -> bool:
@@ -183,7 +184,8 @@ def read_spec(config: Any) -> Spec | None:
             f"{why}. Methods that vLLM can serve on {plan.adapter.family}: "
             f"{', '.join(servable(plan.adapter))}"
         )
-    words = [to_mapping(asked), plan.placements[0].positions, saved and saved.card.get("sha256")]
+    parameters = None if saved is None else saved.card.get("sha256")
+    words = [__version__, to_mapping(asked), plan.placements[0].positions, parameters]
     text = json.dumps(words, sort_keys=True)
     return Spec(plan, saved, hashlib.sha256(text.encode()).hexdigest()[:16])
 
