@@ -190,7 +190,7 @@ FIRST = {
 """First turns: plain layers that become short ones later, and short ones that grow on."""
 
 
-@pytest.mark.some(cases=8)
+@pytest.mark.some(cases=12)
 @pytest.mark.parametrize(
     ("name", "method", "turn"),
     turning(
