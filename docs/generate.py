@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from met_by import laws_of
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from tables import TABLES, adds, laws_of, papers, published_of, scores_of, speeds_of, trained_of
+from tables import TABLES, adds, own_of, papers, published_of, scores_of, speeds_of, trained_of
 
 import vispress
 from vispress.doctor import families
@@ -149,7 +150,7 @@ def _laws(name: str) -> str:
 
 
 def _measured(name: str) -> Sequence[str]:
-    tables = (scores_of, trained_of, speeds_of, published_of)
+    tables = (scores_of, own_of, trained_of, speeds_of, published_of)
     found = [part for table in tables if (part := table(name))]
     note = "Small drawn scenes rank nothing on photographs: [how to read it](../results.md).\n"
     if not found:
