@@ -6,7 +6,8 @@
 
 Methods that read tokens and signals alone plan for one image (methods for videos: one video) of
 random tokens, width 256, once to keep a quarter of them and once to keep 1,024: CPU time of one
-thread, and the most bytes alive at once beyond what the method is handed (counted in a second run).
+thread, and the most bytes alive at once beyond what the method is handed (counted in a second run);
+a probe through layers, which some ask for, is not counted.
 A size is left out where those before it say that it would take more than `--limit-s`. Exponents are
 between the last two sizes: N^1 is linear, N^2 compares all pairs. Trained networks, compositions,
 merging in the encoder and what acts inside attention are left out.
@@ -43,7 +44,14 @@ from vispress.config import make_compressor  # noqa: E402
 from vispress.context import Context  # noqa: E402
 from vispress.methods.base import Compressor, ScorePruner  # noqa: E402
 from vispress.registry import get_method  # noqa: E402
-from vispress.types import Signal, Stage, TwoLayer, VisualTokens, full_index  # noqa: E402
+from vispress.types import (  # noqa: E402
+    Signal,
+    Stage,
+    Transition,
+    TwoLayer,
+    VisualTokens,
+    full_index,
+)
 
 OUT = ROOT / "benchmarks" / "results" / "scale.json"
 SIZES = (1024, 4096, 16384, 65536, 131072)
@@ -63,8 +71,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings other than `keep_ratio=0.25`, where a method takes no ratio or not that one."""
 MOST_POWER, BRIEF_S = 3.0, 0.1
 """No method grows faster; what takes less time than that is timed thrice, and the least counts."""
-ELSEWHERE = frozenset({"no_image", "vtw", "scm", "debias", "transprune"})
-"""Methods that drop all, ask for a probe, correct others, or read what layers did."""
+ELSEWHERE = frozenset({"no_image", "vtw"})
+"""Methods that drop all."""
+COMPOSED = frozenset({"debias"})
+"""Compositions that add work of their own to the method inside."""
 
 
 class TooLongError(Exception):
@@ -78,7 +88,8 @@ def subjects() -> list[str]:
 
 def _reads_tokens(name: str) -> bool:
     cls = get_method(name)
-    if cls.trained or cls.evidence == "composition" or cls.needs == "anyres" or name in ELSEWHERE:
+    composed = cls.evidence == "composition" and name not in COMPOSED
+    if cls.trained or composed or cls.needs == "anyres" or name in ELSEWHERE:
         return False
     method = compressor(name)
     stages = {place.stage for place in method.placements(32)}
@@ -107,6 +118,15 @@ def tokens_for(method: Compressor, N: int) -> VisualTokens:
     def rows(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator) / N
 
+    def transition(layer: int) -> Transition:
+        return Transition(
+            layer=layer,
+            magnitude=normal(1, 2, N),
+            cosine=normal(1, 2, N),
+            sequence_cosine=normal(1, 2, N + WORDS),
+            sequence_valid=torch.ones(1, N + WORDS, dtype=torch.bool),
+        )
+
     layers = len(method.encoder_layers(24, 22))
     many = () if layers == 1 else (layers,)
     first = method.placements(32)[0]
@@ -126,8 +146,10 @@ def tokens_for(method: Compressor, N: int) -> VisualTokens:
         Signal.IMAGE_NUMBER: lambda: torch.zeros(1, dtype=torch.int64),
         Signal.CONTEXT: lambda: Context(paired_text=normal(1, WIDTH)),
         Signal.DEPTH: lambda: (first.layer, 32),
+        Signal.PADDING: lambda: torch.zeros(1, N),
+        Signal.TRANSITION: lambda: tuple(map(transition, first.transitions)),
     }
-    if first.stage is Stage.IN_LLM:
+    if first.stage is Stage.IN_LLM or first.probe is not None:
         made |= {
             Signal.QUERY_ATTENTION: lambda: rows(1, *asked, HEADS, WORDS, N),
             Signal.MEAN_ATTENTION: lambda: rows(1, N),
