@@ -11,6 +11,7 @@ from torch import nn
 
 from vispress.runtime.forward.handover import Handover
 from vispress.runtime.forward.running import RUNNING, Running
+from vispress.runtime.hooks.compiling import outside
 from vispress.runtime.hooks.instance_patch import Original, patch_instance
 
 FED: ContextVar["tuple[int, weakref.ref[Running]] | None"] = ContextVar(
@@ -39,9 +40,20 @@ def _attention_ran(
 
 
 def _mlp_runs(handover: Handover, original: Original, *args: Any, **kwargs: Any) -> Any:
-    running = None if torch.compiler.is_compiling() else handover.peek(FED)
+    if torch.compiler.is_compiling():
+        if not handover.waiting:  # as in a decode step, whose graph stays whole
+            return original(*args, **kwargs)
+        return _FEEDS_OUTSIDE(handover, original, args, kwargs)
+    return _feeds(handover, original, args, kwargs)
+
+
+def _feeds(handover: Handover, original: Original, args: Any, kwargs: Any) -> Any:
+    running = handover.peek(FED)
     if running is None or running.feed_forward is None:
         return original(*args, **kwargs)
     handover.end(FED)
     (hidden,) = (*args, *kwargs.values())
     return running.feed_forward(handover.number, original.module, original, hidden)
+
+
+_FEEDS_OUTSIDE = outside(_feeds)

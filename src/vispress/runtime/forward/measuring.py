@@ -12,6 +12,7 @@ from vispress.precision import full_precision
 from vispress.runtime.forward.attention_reads import TransitionMeasure
 from vispress.runtime.forward.running import MEASURED, RUNNING, Running
 from vispress.runtime.forward.state import ForwardState
+from vispress.runtime.hooks.compiling import outside
 from vispress_kernels.transition_scores import transition_scores
 
 
@@ -35,13 +36,21 @@ def _attention_ran(number: int, module: nn.Module, args: Any, kwargs: Any, outpu
 @torch.no_grad()
 def _mlp_ran(number: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
-        return
+        _MOVED_OUTSIDE(number, args, kwargs, output)
+    else:
+        _moved(number, args, kwargs, output)
+
+
+def _moved(number: int, args: Any, kwargs: Any, output: Any) -> None:
     measured = MEASURED.get()
     if measured is None:
         return
     MEASURED.set(None)
     if (running := measured()) is not None:
         _note(running.state, number, 1, args, kwargs, output)
+
+
+_MOVED_OUTSIDE = outside(_moved)
 
 
 def _note(state: ForwardState, number: int, part: int, args: Any, kwargs: Any, output: Any) -> None:
