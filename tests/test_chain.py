@@ -28,7 +28,7 @@ def test_the_mean_of_a_chain_counts_each_part_on_what_the_one_before_left():
     chain = [DivPrune(keep_ratio=0.5), FastV(keep_ratio=0.5, layer=8)]
     assert chain_mean(chain, 32) == pytest.approx(0.3125)
     assert chain_mean([PyramidDrop()], 32) == pytest.approx((8 + 4 + 2 + 1) / 32)
-    assert chain_mean([DivPrune(keep_ratio=0.5), VTW()], 32) == pytest.approx(0.25)
+    assert chain_mean([DivPrune(keep_ratio=0.5), VTW()], 32) == pytest.approx(0.5 * 15 / 32)
 
 
 def test_tokens_that_bypass_layers_count_again_behind_them():

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import skimage
 from matplotlib.figure import Figure
-from PIL import Image
 
 from vispress.analysis.encoder_tokens import choose, load_encoder
 from vispress.methods import DivPrune, FasterVLM, VisionZip, VisPruner
+from vispress.picture_files import open_picture
 
 PHOTOGRAPHS = ("coffee.png", "astronaut.png", "rocket.jpg")
 METHODS = {
@@ -34,8 +34,8 @@ def main(folder: Path, out: Path) -> None:
     figure = Figure(figsize=(2.0 * wide, 2.0 * high + 0.3), layout="constrained")
     panels = figure.subplots(high, wide)
     for row, name in zip(panels, PHOTOGRAPHS, strict=True):
-        photograph = Image.open(Path(skimage.__file__).parent / "data" / name)
-        tokens, seen = encoder.see(photograph)
+        photograph = Path(skimage.__file__).parent / "data" / name
+        tokens, seen = encoder.see(open_picture(photograph, name))
         pictures = [("576 tokens", seen)]
         for title, method in METHODS.items():
             kept = choose(method, tokens)

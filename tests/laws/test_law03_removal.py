@@ -68,16 +68,22 @@ class Snapshot:
 
 
 @cache_by_prompts
-def before(family: str) -> tuple[Snapshot, Tensor, Tensor, list[str]]:
-    """A warmed-up model's snapshot (transformers leaves hooks of its own at the first forward)."""
+def plain(family: str) -> tuple[Tensor, Tensor, list[str]]:
+    """What a family's model gives (transformers leaves hooks of its own at the first forward)."""
     model, inputs = model_of(family), inputs_of(family)
     logits, (sequences, _) = logits_of(model, inputs), greedy(model, inputs, 2)
-    return Snapshot(model), logits, sequences, list(model.state_dict())
+    return logits, sequences, list(model.state_dict())
 
 
-def assert_as_before(family: str) -> None:
+def before(family: str) -> Snapshot:
+    """The warmed-up model as it is now: others share it, and transformers leaves marks on it."""
+    plain(family)
+    return Snapshot(model_of(family))
+
+
+def assert_as_before(family: str, snapshot: Snapshot) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    snapshot, logits, sequences, names = before(family)
+    logits, sequences, names = plain(family)
     snapshot.assert_same()
     assert list(model.state_dict()) == names
     assert torch.equal(logits_of(model, inputs), logits)
@@ -88,29 +94,29 @@ def assert_as_before(family: str) -> None:
 @pytest.mark.parametrize(("family", "method"), cases(3))
 def test_forward_and_generate_leave_nothing_behind(family: str, method: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    before(family)
+    snapshot = before(family)
     assert compress_model(model, method, **settings(family, method)) is model
     names = list(model.state_dict())
     logits_of(model, inputs)
     greedy(model, inputs, 2)
     assert remove_compression(model) is model
-    plain = [name for name in names if ".vispress_modules." not in name]
-    assert plain == before(family)[3]
-    assert (plain != names) == get_method(method).trained  # its parameters are the model's
-    assert_as_before(family)
+    own = [name for name in names if ".vispress_modules." not in name]
+    assert own == plain(family)[2]
+    assert (own != names) == get_method(method).trained  # its parameters are the model's
+    assert_as_before(family, snapshot)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chains_and_repeated_rounds_leave_nothing_behind(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    before(family)
+    snapshot = before(family)
     chain = [DivPrune(keep_ratio=0.6), FastV(keep_ratio=0.5, layer=2), TransPrune(layers=(3, 4, 5))]
     for _ in range(2):
         with compressed(model, chain):
             logits_of(model, inputs)
         with compressed(model, chain[1]):
             pass
-    assert_as_before(family)
+    assert_as_before(family, snapshot)
 
 
 def raise_in_decoder(model: Any) -> Callable[[], None]:
@@ -150,7 +156,7 @@ def test_an_exception_inside_the_forward_leaves_nothing_behind(
     family: str, method: str, place: Callable[[Any], Callable[[], None]]
 ) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    before(family)
+    snapshot = before(family)
     expected = decoder_alone(model)
     with compressed(model, method, **settings(family, method)):
         good = logits_of(model, inputs)
@@ -165,26 +171,26 @@ def test_an_exception_inside_the_forward_leaves_nothing_behind(
         # and the compressed model goes on as if nothing had happened, as does its decoder by itself
         assert torch.equal(decoder_alone(model), expected)
         assert torch.equal(logits_of(model, inputs), good)
-    assert_as_before(family)
+    assert_as_before(family, snapshot)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_removal_after_a_failed_forward_needs_no_good_one(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    before(family)
+    snapshot = before(family)
     compress_model(model, "fastv", keep_ratio=0.4)
     undo = raise_in_decoder(model)
     with pytest.raises(ArithmeticError):
         logits_of(model, inputs)
     undo()
     remove_compression(model)
-    assert_as_before(family)
+    assert_as_before(family, snapshot)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exception_inside_the_with_block_removes_the_compression(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    before(family)
+    snapshot = before(family)
 
     def interrupted() -> None:
         with compressed(model, "fastv", keep_ratio=0.4):
@@ -193,22 +199,22 @@ def test_an_exception_inside_the_with_block_removes_the_compression(family: str)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert_as_before(family)
+    assert_as_before(family, snapshot)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refused_call_attaches_nothing(family: str) -> None:
     model = model_of(family)
-    before(family)
+    snapshot = before(family)
     for bad in ({"layer": 99}, {"positions": "sideways"}, {"nonsense": 1}, {"backend": "quantum"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             compress_model(model, "fastv", keep_ratio=0.4, **bad)  # type: ignore[arg-type]
-    assert_as_before(family)
+    assert_as_before(family, snapshot)
 
 
 def test_a_second_compression_names_the_way_out_and_changes_nothing() -> None:
     model, inputs = model_of("llava"), inputs_of("llava")
-    before("llava")
+    snapshot = before("llava")
     compress_model(model, "fastv", keep_ratio=0.4)
     good = logits_of(model, inputs)
     with pytest.raises(CompressionStateError, match=r"fastv.*remove_compression"):
@@ -217,7 +223,7 @@ def test_a_second_compression_names_the_way_out_and_changes_nothing() -> None:
         compressed(model, "divprune", keep_ratio=0.4).__enter__()
     assert torch.equal(logits_of(model, inputs), good)
     remove_compression(model)
-    assert_as_before("llava")
+    assert_as_before("llava", snapshot)
 
 
 def test_removal_twice_and_reports_after_it_are_refused() -> None:
@@ -232,6 +238,7 @@ def test_removal_twice_and_reports_after_it_are_refused() -> None:
 
 def test_two_compressed_models_do_not_meet() -> None:
     first, second = model_of("llava"), model_of("llava_onevision")
+    snapshot = before("llava")
     inputs = {name: inputs_of(name) for name in ("llava", "llava_onevision")}
     with compressed(first, "fastv", keep_ratio=0.4):
         alone = logits_of(first, inputs["llava"])
@@ -241,12 +248,12 @@ def test_two_compressed_models_do_not_meet() -> None:
             kept = [i.num_kept / i.num_visual for s in other.samples for i in s.images]
             assert min(kept) > 0.5
         assert torch.equal(logits_of(first, inputs["llava"]), alone)
-    before("llava")[0].assert_same()
+    snapshot.assert_same()
 
 
 def test_a_remnant_is_noticed() -> None:
     model = model_of("llava")
-    snapshot = before("llava")[0]
+    snapshot = before("llava")
     layer = model.model.language_model.layers[1]
     handle = layer.register_forward_pre_hook(lambda *_: None)
     path = "model.language_model.layers.1"
