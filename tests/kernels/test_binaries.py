@@ -16,7 +16,7 @@ ALL = 61
 """Of all kernels: 100 prompts asked for 107 while every count was specialised."""
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sizes_share_binaries():
     found = json.loads(run_apart(str(PROBE)))
     # all but max-min without its products, and DPP a step a launch, on more samples than cores

@@ -40,7 +40,7 @@ def free_port() -> int:
     ],
 )
 def test_two_processes_equal_one(suite: str, tmp_path: Path) -> None:
-    run_suite(suite, tmp_path)
+    run_suite(suite, tmp_path, least=6 if suite == "spread" else 12)
 
 
 def run_suite(suite: str, tmp_path: Path, least: int = 12) -> None:

@@ -292,7 +292,7 @@ def test_layers_that_merge_are_not_checkpointed_and_checkpointed_again_afterward
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_an_exception_inside_the_encoder_leaves_nothing_behind(family: str) -> None:
     model, inputs = model_of(family), inputs_of(family)
-    before(family)
+    snapshot = before(family)
     block = find_adapter(model).encoder_blocks()[1]
 
     def fail(*_: Any) -> None:
@@ -305,7 +305,7 @@ def test_an_exception_inside_the_encoder_leaves_nothing_behind(family: str) -> N
             logits_of(model, inputs)
         handle.remove()
         assert torch.equal(logits_of(model, inputs), good)
-    assert_as_before(family)
+    assert_as_before(family, snapshot)
 
 
 # --- what is refused
