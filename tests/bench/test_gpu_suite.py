@@ -348,7 +348,7 @@ def test_every_method_runs_at_its_published_budget(name: str) -> None:
 # --- the dry run
 
 
-@pytest.mark.slow
+@pytest.mark.full  # and in CI
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without CUDA only")
 def test_a_dry_run_writes_every_part_and_a_second_measures_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

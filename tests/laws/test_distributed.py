@@ -36,7 +36,7 @@ def free_port() -> int:
     [
         pytest.param("tensor_parallel", marks=pytest.mark.full),
         pytest.param("data_parallel", marks=pytest.mark.full),
-        "spread",
+        pytest.param("spread", marks=pytest.mark.full),  # and in CI
     ],
 )
 def test_two_processes_equal_one(suite: str, tmp_path: Path) -> None:
