@@ -157,6 +157,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted([*(page.name for page in DOCS.glob("*.md")), "api.md"])
 
 
+@pytest.mark.slow(cases=10)
 @pytest.mark.parametrize(
     "quote",
     [

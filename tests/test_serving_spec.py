@@ -82,6 +82,7 @@ def test_a_refusal_names_what_works(config):
         read_spec(asked(config, method="fastv", keep_ratio=0.5))
 
 
+@pytest.mark.slow
 def test_every_method_is_served_or_refused_by_name(config):
     spec = read_spec(asked(config, method="divprune", keep_ratio=0.25))
     works = servable(spec.adapter)

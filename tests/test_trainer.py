@@ -288,6 +288,7 @@ def test_groups_of_a_trainer_have_their_rates(tmp_path: Path) -> None:
     assert (model.lm_head.weight - weight).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_a_trainer_adds_the_divergence_from_its_teacher(tmp_path: Path) -> None:
     """As a loop by hand; the teacher does not hear VoCo tokens, which mean nothing to it."""
     model, teacher = (build("llava", dtype=torch.float32) for _ in range(2))

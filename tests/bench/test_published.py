@@ -114,6 +114,7 @@ def plan_with(changes):
     return plan_from_mapping(base | changes)
 
 
+@pytest.mark.slow
 def test_the_command_runs_it_on_a_local_task(tmp_path, monkeypatch, capsys, checkpoint):
     from tests.tiny_checkpoints import picture
 

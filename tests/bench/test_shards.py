@@ -274,6 +274,7 @@ def test_parts_of_cells_are_shared_out_and_give_the_cells_of_one(
     assert [sum(numbers) for numbers in counted] == [total, total]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_parts_and_makes_damaged_ones_anew(
     make_plan, tmp_path, monkeypatch, small_parts
 ):
@@ -303,6 +304,7 @@ def test_a_stopped_run_keeps_its_parts_and_makes_damaged_ones_anew(
     assert results(tmp_path / "r") == results(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_runs_that_share_a_folder_need_no_launcher(make_plan, tmp_path, meeting, small_parts):
     plan = make_plan(batch_size=2, questions=4, methods=["divprune"])
     out = tmp_path / "r"
