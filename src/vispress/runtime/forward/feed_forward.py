@@ -47,7 +47,9 @@ def _mlp_runs(handover: Handover, original: Original, *args: Any, **kwargs: Any)
     return _feeds(handover, original, args, kwargs)
 
 
-def _feeds(handover: Handover, original: Original, args: Any, kwargs: Any) -> Any:
+def _feeds(
+    handover: Handover, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     running = handover.peek(FED)
     if running is None or running.feed_forward is None:
         return original(*args, **kwargs)
