@@ -49,7 +49,7 @@ class Choice:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is dropped, changed or gated."""
+        """Tell whether nothing is dropped, changed or gated."""
         return not any(self.drop_counts) and not self.changes and not self.gates
 
 
@@ -209,7 +209,7 @@ def _members(assign: Tensor, slots: int) -> Tensor:
 
 
 def asks(state: ForwardState, step: BoundPlacement) -> bool:
-    """Whether a placement reads attention to decide about any bucket."""
+    """Tell whether a placement reads attention to decide about any bucket."""
     return any(
         not _passes(step, bucket) and bucket.reads_attention(step.compressor)
         for bucket in state.buckets
@@ -217,7 +217,7 @@ def asks(state: ForwardState, step: BoundPlacement) -> bool:
 
 
 def asks_prompt(step: BoundPlacement) -> bool:
-    """Whether a placement decides by the text around an image: a prompt must have an end then."""
+    """Tell whether a placement decides by the text around an image: a prompt must end then."""
     return step.placement.queries is not None or bool(step.method.signals() & PROMPT_SIGNALS)
 
 
@@ -238,7 +238,7 @@ def unasked(state: ForwardState, placements: Iterable[BoundPlacement]) -> Sequen
 
 
 def _passes(step: BoundPlacement, bucket: Bucket) -> bool:
-    """Whether all tokens of a bucket stay, without a look at them."""
+    """Tell whether all tokens of a bucket stay, without a look at them."""
     placement, first = step.placement, bucket.images[0]
     if bucket.passes(step.method.needs) or bucket.over(step.compressor):
         return True
