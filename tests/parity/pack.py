@@ -20,6 +20,10 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "fastvid": ("ov_typical", "ov_long_segments"),
     "flashvlm": ("batch2",),
     "framefusion": ("many_merges", "no_text_around"),
+    "hiprune": (
+        *("llava576_t192", "anyres_t128_each", "alpha_half", "no_anchor", "retain_one"),
+        *("retain_all", "border_anchors", "ties", "qwen_maps_3x4"),
+    ),
     "prunevid": ("mostly_static", "odd_17_frames"),
     "scm": ("typical_2x3", "large_1x4"),
     "vidcom2": ("r15",),

@@ -51,6 +51,12 @@ UNREAD = {
             ("out/crop_wh", "param/image_w", "param/image_h"), "the layout is that of unpad_mask"
         ),
     },
+    "hiprune": {
+        **dict.fromkeys(
+            ("out/keep_mask", "out/register_desc", "out/register_count"), ANOTHER_ORDER
+        ),
+        **dict.fromkeys(("in/input_ids", "param/image_token_id", "out/sequence_mask"), POSITIONS),
+    },
     "holitom": dict.fromkeys(
         ("out/keep_sorted", "out/position_ids_after", "param/text_len"), POSITIONS
     ),
