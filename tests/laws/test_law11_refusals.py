@@ -69,6 +69,7 @@ def test_families_without_cls_are_the_ones_meant() -> None:
         "globalcom2",
         "holov",
         "prumerge",
+        "scope",
         "visionzip",
         "vispruner",
         "vmtc",

@@ -74,6 +74,11 @@ DECLARED = {
         "without a budget each of five crops decides its own count, one after the other",
         {"llava_next_7b": 370},
     ),
+    "scope": Declared(
+        "picks one token after another, each by what those before it do not cover: 8 operations a "
+        "pick, and crops of another size are covered apart",
+        {"llava_1_5_7b": 600, "llava_next_7b": 1050, "qwen2_5_vl_7b": 1300},
+    ),
     "sparsevlm": Declared(
         "finds raters, ranks, clusters what is dropped and numbers positions anew at three depths, "
         "each time for what the depth before left: 90 operations each",

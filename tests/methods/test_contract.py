@@ -54,6 +54,7 @@ OTHER_SETTINGS = {
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],
     "catp": [{"text_weight": 0.0}],
+    "scope": [{"alpha": 0.0}],
     "tome": [{"inflect": -0.5}],
     "globalcom2": [{"logits": False}],
     "prunevid": [{"num_tokens": 7}, {"keep_ratio": 0.4, "threshold": 0.0}, {"threshold": 0.0}],
@@ -125,7 +126,7 @@ def chosen(rule):
 
 def ranks(method):
     """Whether the method orders tokens by something in the bucket."""
-    greedy = method.name in ("catp", "cdpruner", "divprune", "zoo_prune")
+    greedy = method.name in ("catp", "cdpruner", "divprune", "scope", "zoo_prune")
     return greedy or (isinstance(method, ScorePruner) and method.name != "random")
 
 

@@ -40,6 +40,7 @@ from vispress.methods.random_ import Random as Random
 from vispress.methods.random_mix import RandomMix as RandomMix
 from vispress.methods.relevance_dpp import RelevanceDPP as RelevanceDPP
 from vispress.methods.scm import SCM as SCM
+from vispress.methods.scope import SCOPE as SCOPE
 from vispress.methods.sd_rpn import SDRPN as SDRPN
 from vispress.methods.sparsevlm import SparseVLM as SparseVLM
 from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
