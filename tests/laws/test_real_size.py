@@ -70,6 +70,11 @@ DECLARED = {
         "positions of the rows that run anew: 43 (30) operations each",
         {"llava_1_5_7b": 1205, "llava_next_7b": 1210, "qwen2_5_vl_7b": 715},
     ),
+    "mmtok": Declared(
+        "picks one token after another, each by what those before it do not cover: 8 operations a "
+        "pick, and crops of another size are covered apart",
+        {"llava_1_5_7b": 700, "llava_next_7b": 1100, "qwen2_5_vl_7b": 1300},
+    ),
     "prumerge": Declared(
         "without a budget each of five crops decides its own count, one after the other",
         {"llava_next_7b": 370},

@@ -54,6 +54,7 @@ OTHER_SETTINGS = {
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],
     "catp": [{"text_weight": 0.0}],
+    "mmtok": [{"alpha": 0.0}],
     "scope": [{"alpha": 0.0}],
     "tome": [{"inflect": -0.5}],
     "globalcom2": [{"logits": False}],
@@ -126,7 +127,7 @@ def chosen(rule):
 
 def ranks(method):
     """Whether the method orders tokens by something in the bucket."""
-    greedy = method.name in ("catp", "cdpruner", "divprune", "scope", "zoo_prune")
+    greedy = method.name in ("catp", "cdpruner", "divprune", "mmtok", "scope", "zoo_prune")
     return greedy or (isinstance(method, ScorePruner) and method.name != "random")
 
 

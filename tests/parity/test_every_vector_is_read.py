@@ -121,6 +121,8 @@ comparable, and flags say which those are.
 
 CASES_UNREAD = {
     ("dc2", "tree_"): "the division of pixels, which no method here does",
+    ("mmtok", "keywords"): "words of a question, of which a method sees the tokens",
+    ("mmtok", "padding_patches"): "how much of a patch is padding, which the adapters say",
     ("scope", "add"): "attention added in place of multiplied, which was not published",
 }
 """By file and the beginning of their names, cases that no test reads, and why."""

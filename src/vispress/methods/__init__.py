@@ -28,6 +28,7 @@ from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.layerwise import Layerwise as Layerwise
 from vispress.methods.lvlm_csp import LVLMCSP as LVLMCSP
 from vispress.methods.max_norm import MaxNorm as MaxNorm
+from vispress.methods.mmtok import MMTok as MMTok
 from vispress.methods.no_image import NoImage as NoImage
 from vispress.methods.per_image import PerImage as PerImage
 from vispress.methods.pmod import PMoD as PMoD
