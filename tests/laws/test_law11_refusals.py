@@ -67,6 +67,7 @@ def test_families_without_cls_are_the_ones_meant() -> None:
         "fastervlm",
         "flashvlm",
         "globalcom2",
+        "hired",
         "holov",
         "prumerge",
         "scope",

@@ -54,6 +54,7 @@ OTHER_SETTINGS = {
     "sparsevlm": [{"rank_scale": 1.0}],
     "sparsevlm_plus": [{"heads": 1}],
     "catp": [{"text_weight": 0.0}],
+    "hired": [{"marks": "cells"}],
     "mmtok": [{"alpha": 0.0}],
     "scope": [{"alpha": 0.0}],
     "tome": [{"inflect": -0.5}],

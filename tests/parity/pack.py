@@ -24,6 +24,10 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("llava576_t192", "anyres_t128_each", "alpha_half", "no_anchor", "retain_one"),
         *("retain_all", "border_anchors", "ties", "qwen_maps_3x4"),
     ),
+    "hired": (
+        *("next_2x2_r20", "tall_1x3_r10", "wide_padding_2x2", "alpha_025", "tiny_budget"),
+        *("newline_kept", "llava15_r0333"),
+    ),
     "mmtok": ("llava576_t64", "odd_105_t33", "alpha_0", "one_word_keep_one", "alpha_2"),
     "prunevid": ("mostly_static", "odd_17_frames"),
     "scm": ("typical_2x3", "large_1x4"),

@@ -57,6 +57,15 @@ UNREAD = {
         ),
         **dict.fromkeys(("in/input_ids", "param/image_token_id", "out/sequence_mask"), POSITIONS),
     },
+    "hired": {
+        **dict.fromkeys(
+            ("in/features", "out/tokens_out"),
+            "which tokens are kept is compared; the official code lays crops out transposed",
+        ),
+        **dict.fromkeys(
+            ("param/image_h", "param/image_w", "param/newline"), "of the layout, which is ours"
+        ),
+    },
     "holitom": dict.fromkeys(
         ("out/keep_sorted", "out/position_ids_after", "param/text_len"), POSITIONS
     ),
@@ -121,6 +130,7 @@ comparable, and flags say which those are.
 
 CASES_UNREAD = {
     ("dc2", "tree_"): "the division of pixels, which no method here does",
+    ("hired", "attention"): "[CLS] attention is the adapters', which have tests of their own",
     ("mmtok", "keywords"): "words of a question, of which a method sees the tokens",
     ("mmtok", "padding_patches"): "how much of a patch is padding, which the adapters say",
     ("scope", "add"): "attention added in place of multiplied, which was not published",

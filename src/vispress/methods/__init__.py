@@ -23,6 +23,7 @@ from vispress.methods.gamma_mod import GammaMoD as GammaMoD
 from vispress.methods.globalcom2 import GlobalCom2 as GlobalCom2
 from vispress.methods.hicom import HICom as HICom
 from vispress.methods.hiprune import HiPrune as HiPrune
+from vispress.methods.hired import HiRED as HiRED
 from vispress.methods.holitom import HoliTom as HoliTom
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.layerwise import Layerwise as Layerwise
