@@ -9,7 +9,7 @@ from tests.methods.test_divprune import GOLDEN
 
 from vispress.errors import ConfigError
 from vispress.methods import CDPruner
-from vispress.methods.cdpruner import text_relevance
+from vispress.methods.cdpruner import blended_select, text_relevance
 from vispress_kernels.dpp_select import dpp_select
 
 
@@ -79,8 +79,47 @@ def test_newlines_stay_and_set_no_scale():
     assert torch.equal(CDPruner().plan(replace(tokens, features=loud), 14).keep, plan.keep)
 
 
+def test_worked_example_of_the_blend():
+    # cosine .5, relevance 1 and 0, w = .5: [[1, .25], [.25, .5]]; a third like the second but apart
+    x = torch.linalg.cholesky(torch.tensor([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1.0]]))[None]
+    similarity = torch.tensor([[1.0, 0, 0]])
+    # first 1; then .5 - .25^2 = .4375 and .5
+    assert blended_select(x, similarity, 0.5, 3).tolist() == [[0, 2, 1]]
+    # without relevance all are alike, with it alone the others are nothing
+    assert blended_select(x, similarity, 0.0, 3)[0, 0] == 0
+
+
+def test_openvino_selects_in_halves_each_scaled_alone():
+    tokens = make_tokens(2, 21)
+    keep = CDPruner(variant="openvino").plan(tokens, 7).keep
+    assert ((keep < 10).sum(dim=1) == 3).all()
+    mean = tokens.text_embeddings.mean(dim=1)[..., None]
+    cosine = (torch.nn.functional.normalize(tokens.features, dim=2) @ mean)[..., 0] / mean.norm(
+        dim=1
+    )
+    for part, count, kept_part in (
+        (slice(10), 3, keep[:, :3]),
+        (slice(10, 21), 4, keep[:, 3:] - 10),
+    ):
+        alone = blended_select(tokens.features[:, part], cosine[:, part], 0.5, count)
+        assert torch.equal(alone.sort(dim=1).values, kept_part)
+    (row,) = CDPruner(variant="openvino").plan(make_tokens(1, 21), 1).keep.tolist()
+    assert row[0] >= 10  # the second half has what does not share out
+
+
+def test_openvino_reads_the_whole_prompt():
+    tokens = make_tokens(1, 20)
+    fewer = replace(tokens, text_after=1)
+    same = [CDPruner(variant="openvino").plan(t, 8).keep for t in (tokens, fewer)]
+    assert torch.equal(*same)
+    alike = CDPruner(variant="openvino", relevance="none").plan(tokens, 8).keep
+    assert not torch.equal(alike, same[0])
+    unweighted = CDPruner(variant="openvino", relevance_weight=0.0).plan(tokens, 8).keep
+    assert torch.equal(alike, unweighted)
+
+
 @pytest.mark.refusal
 def test_bad_hyper_parameters_are_refused():
-    for bad in ({"relevance": "clip"}, {"negate": 1}):
+    for bad in ({"relevance": "clip"}, {"negate": 1}, {"variant": "ov"}, {"relevance_weight": 0.5}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             CDPruner(**bad)

@@ -41,7 +41,7 @@ COUNTS = [1, 2, 7, 13, -1]
 OTHER_SETTINGS = {
     "layerwise": [{"queries": "text"}],
     "adsc": [{"mode": "1d"}, {"offset": "first"}],
-    "cdpruner": [{"relevance": "none"}],
+    "cdpruner": [{"relevance": "none"}, {"variant": "openvino"}],
     "dycoke": [{"num_tokens": 7}],
     "fastvid": [{"num_tokens": 7}, {"variant": "video"}, {"variant": "video", "retained": 0.6}],
     "flashvlm": [{"gating": True}],
@@ -127,7 +127,9 @@ def chosen(rule):
 
 
 def ranks(method):
-    """Whether the method orders tokens by something in the bucket."""
+    """Whether the method orders tokens by something in the bucket, and all of them together."""
+    if getattr(method, "variant", None) == "openvino":  # halves
+        return False
     greedy = method.name in ("catp", "cdpruner", "divprune", "mmtok", "scope", "zoo_prune")
     return greedy or (isinstance(method, ScorePruner) and method.name != "random")
 

@@ -29,6 +29,10 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("newline_kept", "llava15_r0333"),
     ),
     "mmtok": ("llava576_t64", "odd_105_t33", "alpha_0", "one_word_keep_one", "alpha_2"),
+    "openvino_cdpruner": (
+        *("image_split_w05", "image_whole_w05", "weight_0", "weight_1", "frames4"),
+        "fallback_kernel",
+    ),
     "prunevid": ("mostly_static", "odd_17_frames"),
     "scm": ("typical_2x3", "large_1x4"),
     "scope": ("llava576_t64", "anyres5_t160"),

@@ -7,8 +7,8 @@ Follows the code: the thumbnail of an AnyRes image has `alpha` of the budget; of
 share `1 - alpha` that [CLS] attends to most in encoder layer 0 is marked, and the crops share the
 rest by how many marks each has, truncated; tokens are those that [CLS] attends to most in the layer
 that gives the features. The code counts marks in bands of the thumbnail, as many as there are crops
-(what crop lies there plays no part); `marks="cells"` counts them where the crop lies, as the paper has
-it.
+(what crop lies there plays no part); `marks="cells"` counts them where a crop lies, as the paper
+does.
 Differs: the budget is met exactly, newlines included: what truncation loses goes to each
 sub-image's next tokens in turn; any number of crops works (the code needs one that divides the
 thumbnail's tokens) and crops lie where they were cut (the code exchanges rows and columns). Images
