@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
+import vispress
 from tests.bench.conftest import checkpoint  # noqa: F401  (a fixture)
 from vispress import cli, cli_options, doctor, registry, versions
 from vispress.errors import UnsupportedVersionError
@@ -80,7 +81,7 @@ def test_methods_are_json_for_programs():
 
 
 def test_the_version_is_told():
-    assert run_app("--version").strip() == f"vispress {version('vispress')}"
+    assert run_app("--version").strip() == f"vispress {vispress.__version__}"
 
 
 @pytest.mark.parametrize(
