@@ -92,7 +92,7 @@ def published(name: str) -> str:
             (_link(method), *(str(row[n]) if n in row else "" for n in tokens))
             for method, row in one.relative.items()
         )
-        head = (f"{model.model}, of {model.tokens:,} tokens", *map(str, tokens))
+        head = (f"{model.model}, of {model.whole}", *map(str, tokens))
         parts.append(f"{papers(one.source)}:\n\n{_table(head, rows)}")
     return "\n".join(parts)
 
@@ -194,7 +194,7 @@ def published_of(name: str) -> str:
         for one in model.tables:
             if figures := one.relative.get(name):
                 told = ", ".join(f"{value} at {tokens}" for tokens, value in figures.items())
-                rows.append((model.model, f"{model.tokens:,}", told, papers(one.source)))
+                rows.append((model.model, model.whole.removesuffix(" tokens"), told, papers(one.source)))
     if not rows:
         return ""
     what = "Papers print, in per cent of the whole model's score, at a number of kept tokens:"

@@ -32,11 +32,19 @@ class Published:
         model: Its name.
         tokens: Visual tokens of a picture.
         tables: One a paper.
+        per_cent: Whether tokens are per cent of a video's, whose frames differ by paper; `tokens`
+            is 100 then.
     """
 
     model: str
     tokens: int
     tables: tuple[PublishedTable, ...]
+    per_cent: bool = False
+
+    @property
+    def whole(self) -> str:
+        """What all tokens are called: 576 tokens, or 100 % of them."""
+        return "100 % of the tokens" if self.per_cent else f"{self.tokens:,} tokens"
 
     def budgets(self, method: str) -> list[int]:
         """List the tokens at which a method is printed, most first."""
@@ -58,4 +66,4 @@ def load_published(name: str) -> Published:
     for number, one in enumerate(data["tables"]):
         table = check_keys(one, PublishedTable, f"{files[name]}, tables[{number}]")
         tables.append(PublishedTable(**{"relative": {}, "scores": {}} | table))
-    return Published(model=data["model"], tokens=data["tokens"], tables=tuple(tables))
+    return Published(**data | {"tables": tuple(tables)})
