@@ -194,7 +194,8 @@ def published_of(name: str) -> str:
         for one in model.tables:
             if figures := one.relative.get(name):
                 told = ", ".join(f"{value} at {tokens}" for tokens, value in figures.items())
-                rows.append((model.model, model.whole.removesuffix(" tokens"), told, papers(one.source)))
+                whole = model.whole.removesuffix(" tokens")
+                rows.append((model.model, whole, told, papers(one.source)))
     if not rows:
         return ""
     what = "Papers print, in per cent of the whole model's score, at a number of kept tokens:"
