@@ -320,18 +320,20 @@ def test_families_are_those_of_the_adapters():
     assert [family.name for family in doctor.families()] == list_families()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "new_method"])
+@pytest.mark.parametrize("name", ["quickstart", "new_method", "new_model"])
 def test_examples_run(name, monkeypatch, capsys, request):
     from vispress import reference
+    from vispress.adapters.registry import _ADAPTERS
     from vispress.reference.model.checkpoint import read
 
     folder = request.getfixturevalue("checkpoint")
     monkeypatch.setattr(reference, "load", lambda: read(folder))
-    known = dict(registry._METHODS)
+    known, adapters = dict(registry._METHODS), dict(_ADAPTERS)
     try:
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
     finally:
-        # an example's method must not show up in other tests
-        registry._METHODS.clear()
-        registry._METHODS.update(known)
+        # what an example registers must not show up in other tests
+        for table, before in ((registry._METHODS, known), (_ADAPTERS, adapters)):
+            table.clear()
+            table.update(before)
     assert "visual tokens" in capsys.readouterr().out

@@ -1,7 +1,11 @@
 """Model families; importing this package registers the built-in adapters."""
 
+from vispress.adapters import cohere2_vision as cohere2_vision
 from vispress.adapters import internvl as internvl
 from vispress.adapters import llava as llava
 from vispress.adapters import llava_next as llava_next
+from vispress.adapters import llava_next_video as llava_next_video
 from vispress.adapters import llava_onevision as llava_onevision
+from vispress.adapters import qwen_omni as qwen_omni
 from vispress.adapters import qwen_vl as qwen_vl
+from vispress.adapters import vipllava as vipllava

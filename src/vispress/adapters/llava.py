@@ -33,7 +33,7 @@ class LlavaAdapter(TowerAdapter):
 
     def encoder_grids(
         self, modality: Modality, call: Mapping[str, Any]
-    ) -> Sequence[tuple[int, int]]:
+    ) -> Sequence[tuple[int, int]] | None:
         """The raster of pixels of any size."""
         return [self._grid(call["pixel_values"]) if call else (self._side, self._side)]
 

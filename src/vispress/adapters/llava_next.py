@@ -17,7 +17,7 @@ class LlavaNextAdapter(AnyResAdapter):
 
     def encoder_grids(
         self, modality: Modality, call: Mapping[str, Any]
-    ) -> Sequence[tuple[int, int]]:
+    ) -> Sequence[tuple[int, int]] | None:
         """The raster of a crop."""
         return [(self._side, self._side)]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vispress.adapters.anyres import AnyResAdapter
 from vispress.adapters.base import Modality, raster, register_adapter
-from vispress.adapters.towers import Layout
+from vispress.adapters.towers import Layout, video_pixels
 from vispress.errors import UnsupportedModelError
 from vispress.types import CropLayout
 
@@ -76,7 +76,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         """One a crop or frame."""
         if modality == "image":
             return super().sequences(modality, call, length)
-        videos, frames = _video_pixels(call).shape[:2]
+        videos, frames = video_pixels(call).shape[:2]
         return [[length] * frames] * videos
 
     def pack(
@@ -85,7 +85,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         """Images as AnyRes; frames are pooled, joined and closed by a newline (zeros)."""
         if modality == "image":
             return super().pack(modality, values, call)
-        videos = _video_pixels(call).shape[0]
+        videos = video_pixels(call).shape[0]
         pooled = self.base.apply_pooling(values)
         joined = pooled.reshape(videos, -1, pooled.shape[-1])
         return tuple(torch.cat([video, video.new_zeros(1, video.shape[-1])]) for video in joined)
@@ -96,7 +96,7 @@ class LlavaOnevisionAdapter(AnyResAdapter):
         """Crops of images; frames of videos are segments."""
         if modality == "image":
             return super().layouts(modality, counts, call)
-        frames, side = _video_pixels(call).shape[1], -(-self._side // 2)
+        frames, side = video_pixels(call).shape[1], -(-self._side // 2)
         row, col = raster(side, side)
         end = torch.tensor([-1])
         layout = CropLayout(
@@ -111,9 +111,3 @@ class LlavaOnevisionAdapter(AnyResAdapter):
                     f"{frames} frames of {side} x {side} and a newline"
                 )
         return [(None, layout) for _ in counts]
-
-
-def _video_pixels(call: Mapping[str, Any]) -> Tensor:
-    """`[videos, frames, 3, H, W]`; the argument was called `pixel_values` until 5.17."""
-    pixels = call.get("pixel_values_videos")
-    return call["pixel_values"] if pixels is None else pixels  # type: ignore[no-any-return]

@@ -20,7 +20,13 @@ from vispress.adapters.two_layers import of_transformers, patch_norm, two_layer
 from vispress.errors import UnsupportedModelError
 from vispress.types import TwoLayer
 
-MERGERS = ("PatchMerger", "Qwen2_5_VLPatchMerger", "Qwen3VLVisionPatchMerger")
+MERGERS = (
+    "PatchMerger",
+    "Qwen2_5_VLPatchMerger",
+    "Qwen3VLVisionPatchMerger",
+    "Qwen2_5OmniPatchMerger",
+    "Qwen3OmniMoeVisionPatchMerger",
+)
 """Mergers of transformers: a norm of patches (or of all of a token's), and a two-layer MLP."""
 
 

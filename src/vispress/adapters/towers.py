@@ -18,6 +18,7 @@ Layout = tuple[tuple[int, int, int] | None, CropLayout | None]
 TWO_LAYER = (
     "LlavaMultiModalProjector",
     "LlavaNextMultiModalProjector",
+    "LlavaNextVideoMultiModalProjector",
     "LlavaOnevisionMultiModalProjector",
 )
 """Projectors of transformers whose forward is `linear_2(act(linear_1(x)))`."""
@@ -145,3 +146,9 @@ class TowerAdapter(ModelAdapter):
             and len(layers) > 0
             and hasattr(layers[0], "self_attn")
         )
+
+
+def video_pixels(call: Mapping[str, Any]) -> Tensor:
+    """`[videos, frames, 3, H, W]`; the argument was called `pixel_values` until 5.17."""
+    pixels = call.get("pixel_values_videos")
+    return call["pixel_values"] if pixels is None else pixels  # type: ignore[no-any-return]

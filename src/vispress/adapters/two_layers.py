@@ -11,7 +11,7 @@ _GELU: dict[str, Literal["gelu", "gelu_tanh"]] = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
 }
-_RMS = ("Qwen2_5_VLRMSNorm", "Qwen2RMSNorm")
+_RMS = ("Qwen2_5_VLRMSNorm", "Qwen2RMSNorm", "Qwen2_5OmniRMSNorm")
 
 
 def two_layer(
