@@ -68,6 +68,7 @@ class Signal(StrEnum):
     FINAL_NORM = "final_norm"
     INPUT_NORM = "input_norm"
     TRANSITION = "transition"
+    UPDATE_NORM = "update_norm"
     GRID = "grid"
     CROPS = "crops"
     IMAGE_COUNT = "image_count"

@@ -98,6 +98,8 @@ class VisualTokens:
         final_norm: The LLM's norm behind its last layer; maps `[..., D]` to `[..., D]`.
         input_norm: The norm in front of the attention of the layer that the placement acts before.
         transition: One entry a measured layer so far, ascending.
+        update_norm: `[B, N]` fp32; L2 norm of what the decoder layer in front of the placement
+            added to each token's hidden state. None before the LLM.
         grid: `(t, h, w)` when the N0 original tokens are a plain raster, else None.
         crops: Geometry when they are not.
         image_count: Images in the sample that each bucket row belongs to, `[B]` int64.
@@ -138,6 +140,7 @@ class VisualTokens:
     final_norm: Callable[[Tensor], Tensor] | None = None
     input_norm: Callable[[Tensor], Tensor] | None = None
     transition: tuple[Transition, ...] | None = None
+    update_norm: Float[Tensor, "B N"] | None = None
     grid: tuple[int, int, int] | None = None
     crops: CropLayout | None = None
     image_count: Int[Tensor, "B"] | None = None

@@ -47,6 +47,7 @@ READ = ATTENTION_SIGNALS | {
     Signal.MEAN_ATTENTION,
     Signal.KEY_NORMS,
     Signal.TRANSITION,
+    Signal.UPDATE_NORM,
 }
 """What the runtime computes from what modules are called with."""
 TRAINED = (
@@ -147,7 +148,7 @@ class Replayed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         read, observe, scores = AttentionRead.read, EncoderSink.observe, measuring.transition_scores
-        replayed = self
+        norms, replayed = measuring.update_norms, self
 
         def read_again(own: AttentionRead, *args: Any) -> None:
             twin = copy(own)
@@ -179,6 +180,13 @@ class Replayed:
                 replayed.compare(got, expected)
             return found
 
+        def norms_again(before: Tensor, behind: Tensor) -> Tensor:
+            found = norms(before, behind)
+            with full_precision():
+                replayed.compare(found, norms(upcast(before), upcast(behind)))
+            return found
+
+        monkeypatch.setattr(measuring, "update_norms", norms_again)
         monkeypatch.setattr(AttentionRead, "read", read_again)
         monkeypatch.setattr(EncoderSink, "observe", observe_again)
         monkeypatch.setattr(measuring, "transition_scores", scores_again)

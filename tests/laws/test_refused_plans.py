@@ -100,6 +100,11 @@ NORMS = frozenset({Signal.KEY_NORMS})
         ("set Placement.queries", None, {}),
         ("set Placement.transitions", frozenset({Signal.TRANSITION}), {}),
         (r"\[0, 2\), got 2", frozenset({Signal.TRANSITION}), {"transitions": (1, 2)}),
+        (
+            "no layer has moved",
+            frozenset({Signal.UPDATE_NORM}),
+            {"stage": Stage.PRE_LLM, "layer": 0},
+        ),
         ("no layer has run", None, {"stage": Stage.PRE_LLM, "layer": 0, "queries": Queries.LAST}),
         (
             "of one layer, got attention_depth=2",

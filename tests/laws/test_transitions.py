@@ -1,5 +1,6 @@
-"""What a method is told of a layer's transitions is what that layer's modules did to its rows."""
+"""What a method is told of a layer's transitions and updates is what it did to its rows."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,3 +72,42 @@ def test_transitions_are_those_of_the_layers_that_ran(family: str) -> None:
                 apart = one[:, :, None] - rows[:, None, valid]
                 assert float(apart.abs().amin(dim=-1).max()) < 1e-9
     assert set(whole) == {True, False}
+
+
+@pytest.mark.some(cases=3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_updates_are_what_the_layer_before_added(family: str) -> None:
+    model, inputs = cases.model_of(family), make_inputs(family, SAMPLES, padding="left")
+    layers: Any = find_adapter(model).decoder_layers
+    spy, arrived, entered, method = cases.Spy(), {}, {}, cases.make(family, "v2drop")
+
+    def note(into: dict[int, Tensor], number: int, _: Any, args: Any, kwargs: Any) -> None:
+        into[number] = args[0] if args else kwargs["hidden_states"]
+
+    compress_model(model, spy.watch(method))
+    hooks = []
+    for number, layer in enumerate(layers):
+        # in front of a layer all rows arrive; behind its placements some enter
+        for module, into in ((layer, arrived), (layer.input_layernorm, entered)):
+            watch = partial(note, into, number)
+            hooks.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+    try:
+        cases.logits_of(model, inputs)
+    finally:
+        remove_compression(model)
+        for hook in hooks:
+            hook.remove()
+    image = inputs["input_ids"] == IMAGE_ID
+    stages = [place.layer for place in method.placements(len(layers))]
+    # no text is read: both samples are one bucket
+    shown = [(row, tokens) for tokens, _ in spy.seen for row in range(tokens.batch)]
+    assert len(shown) == len(stages) * len(SAMPLES)
+    for number, (row, tokens) in enumerate(shown):
+        stage = stages[number // len(SAMPLES)]
+        norms = (arrived[stage] - entered[stage - 1])[row].norm(dim=-1).float()
+        if stage == stages[0]:
+            own = norms[image[row].nonzero()[:, 0]]
+            torch.testing.assert_close(tokens.update_norm[row], own)
+        else:  # rows have gone since
+            apart = tokens.update_norm[row][:, None] - norms[None]
+            assert float(apart.abs().amin(dim=-1).max()) < 1e-5

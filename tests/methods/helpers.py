@@ -149,6 +149,7 @@ def make_tokens(
         text_states=normal(B, queries, dim).to(dtype),
         final_norm=TinyNorm(normal(dim)),
         input_norm=TinyNorm(torch.ones(dim)),
+        update_norm=torch.rand(B, N, generator=torch.Generator().manual_seed(seed + 1)),
         transition=tuple(transition(layer) for layer in transitions),
         grid=grid,
         crops=crops,
@@ -243,6 +244,7 @@ def take(tokens, keep):
         query_attention=None,
         mean_attention=tokens.mean_attention[rows, keep],  # a probe runs on what is left
         rotary_prior=None,
+        update_norm=tokens.update_norm[rows, keep],
         transition=None,
     )
 

@@ -136,7 +136,8 @@ def ranks(method):
 
 def acts_before_the_llm(method):
     """Whether the method reads nothing that only the LLM's layers give."""
-    return not method.signals() & {Signal.QUERY_ATTENTION, Signal.KEY_NORMS, Signal.TRANSITION}
+    inside = {Signal.QUERY_ATTENTION, Signal.KEY_NORMS, Signal.TRANSITION, Signal.UPDATE_NORM}
+    return not method.signals() & inside
 
 
 def counts_by_shape(method):

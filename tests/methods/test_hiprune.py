@@ -83,6 +83,8 @@ def test_missing_neighbours_are_nobody():
 
 def test_layers_of_the_encoder():
     assert HiPrune().encoder_layers(24, 22) == (8, 22)
+    assert HiPrune().encoder_layers(32, 31) == (15, 31)
+    assert HiPrune().encoder_layers(27, 25) == (9, 25)
     assert HiPrune(object_layer=15).encoder_layers(32, 31) == (15, 31)
     assert HiPrune(object_layer=30).encoder_layers(24, 22) == (22,)
     one = make_tokens(1, grid=GRID)

@@ -36,6 +36,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "prunevid": ("mostly_static", "odd_17_frames"),
     "scm": ("typical_2x3", "large_1x4"),
     "scope": ("llava576_t64", "anyres5_t160"),
+    "v2drop": ("llava_long_text", "qwen_typical"),
     "vidcom2": ("r15",),
     "vscan": ("t192", "t64_divides", "t101_odd", "batch2_t96", "least_32"),
 }

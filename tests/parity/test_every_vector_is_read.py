@@ -108,6 +108,7 @@ UNREAD = {
         ),
     },
     "tome": {"out/unmerged_wavg": "the official code ignores the order of a distillation token"},
+    "v2drop": {"out/final_positions": POSITIONS},
     "visionzip": {
         "out/all_indices": ANOTHER_ORDER,
         "param/contextual": ANOTHER_VARIANT,

@@ -49,6 +49,7 @@ from vispress.methods.sparsevlm_plus import SparseVLMPlus as SparseVLMPlus
 from vispress.methods.tome import ToMe as ToMe
 from vispress.methods.transprune import TransPrune as TransPrune
 from vispress.methods.uniform import Uniform as Uniform
+from vispress.methods.v2drop import V2Drop as V2Drop
 from vispress.methods.vidcom2 import VidCom2 as VidCom2
 from vispress.methods.vision_selector import VisionSelector as VisionSelector
 from vispress.methods.visionzip import VisionZip as VisionZip

@@ -5,14 +5,15 @@ Vision-Language Models", 2025, arXiv:2508.00553.
 Source: https://github.com/Danielement321/HiPrune at 6e83a12 (MIT).
 Follows the code: a token's score in an encoder layer is the mean attention that it receives from
 all rows, [CLS] included. Anchors, `alpha / 5` of what a sub-image keeps, are the highest of the
-object layer (8 of 24, counted from 0); with them stay the tokens one place and one row before and
-behind, by number: the neighbour on the left of a row's first token ends the row above, and what
+object layer (8 of 24 or 15 of 32, from 0); with them stay the tokens one place and one row before
+and behind, by number: the neighbour on the left of a row's first token ends the row above, and what
 lies outside is the first or the last token. The highest of the feature layer fill up.
 Differs: the code's Qwen port can choose a neighbour twice, so that fewer stay, and fails where
 anchors and neighbours are more than it keeps; here the count is exact, and neighbours of the
-weakest anchors give way. The object layer is scaled by depth (the port has 15 of 32). Crops that
-were unpadded have shares in proportion, newlines are kept within the budget (the code drops them);
-of frames each has its share, a reconstruction.
+weakest anchors give way. In an encoder of windows a layer that does not attend globally cannot be
+the object layer; then the feature layer is both. Crops that were unpadded have shares in
+proportion, newlines are kept within the budget (the code drops them); of frames each has its share,
+a reconstruction.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ from vispress.methods.base import Compressor, Evidence, descending, remembered
 from vispress.registry import register_method
 from vispress.types import Placement, Signal, Stage, TokenPlan, VisualTokens
 
-PUBLISHED_OBJECT, PUBLISHED_ENCODER_DEPTH = 8, 24
+PUBLISHED_OBJECT = {24: 8, 32: 15}
+"""By depth of the encoder: CLIP's, and Qwen2.5-VL's, where the layer attends globally."""
 FAMILY = 5
 """An anchor and its four neighbours."""
 
@@ -94,7 +96,8 @@ class HiPrune(Compressor):
 
     Args:
         alpha: Share of the kept tokens that are anchors and neighbours, in `[0, 1]`.
-        object_layer: Encoder layer of the anchors; None for 8 of 24, scaled.
+        object_layer: Encoder layer of the anchors; None for the published one of 24 and of 32
+            layers, or a third of others.
     """
 
     summary: ClassVar[str] = "most attended in a middle encoder layer, with neighbours, and last"
@@ -111,8 +114,8 @@ class HiPrune(Compressor):
             check_integer("object_layer", self.object_layer, low=0)
 
     def encoder_layers(self, num_layers: int, feature_layer: int) -> tuple[int, ...]:
-        layer = PUBLISHED_OBJECT * num_layers // PUBLISHED_ENCODER_DEPTH
-        layer = layer if self.object_layer is None else self.object_layer
+        published = PUBLISHED_OBJECT.get(num_layers, num_layers // 3)
+        layer = published if self.object_layer is None else self.object_layer
         return tuple(sorted({min(layer, feature_layer), feature_layer}))
 
     def placements(self, num_layers: int) -> tuple[Placement, ...]:

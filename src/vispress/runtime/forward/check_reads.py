@@ -46,6 +46,11 @@ def check_reads(
                 f"{method.name} reads transition, but none of its placements names the layers that "
                 "are measured: set Placement.transitions"
             )
+        if Signal.UPDATE_NORM in method.signals() and all(p.layer == 0 for p in own):
+            raise ConfigError(
+                f"{method.name} reads update_norm, but before decoder layer 0 no layer has moved a "
+                "token: act before a later one (Placement.layer)"
+            )
         selector = method.cached_selector()
         step = None if selector is None else selector.decode_placement(layers)
         if step is not None and not 1 <= step.layer < layers:

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vispress.methods.base import upcast
 from vispress.precision import full_precision
 from vispress.runtime.forward.attention_reads import TransitionMeasure
 from vispress.runtime.forward.running import MEASURED, RUNNING, Running
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.compiling import outside
 from vispress_kernels.transition_scores import transition_scores
+
+ROWS = 1024
+"""Rows of a sample whose movement is measured at a time."""
 
 
 def measure_layer(layer: Any, number: int) -> list[Callable[[], None]]:
@@ -51,6 +55,24 @@ def _moved(number: int, args: Any, kwargs: Any, output: Any) -> None:
 
 
 _MOVED_OUTSIDE = outside(_moved)
+
+
+@torch.no_grad()
+def measure_update(state: ForwardState, hidden: Tensor) -> None:
+    """Note how far the decoder layer that has just run moved its rows, `[B, P, D]` behind it."""
+    assert state.entered is not None
+    rows, before = state.entered
+    state.update, state.entered = (rows, update_norms(before.to(hidden.device), hidden)), None
+
+
+def update_norms(before: Tensor, behind: Tensor) -> Tensor:
+    """`[B, P]` fp32: L2 norm of what each row `[B, P, D]` gained.
+
+    Differences are in fp32: what a layer adds is small beside what it is added to.
+    """
+    parts = zip(torch.split(before, ROWS, dim=1), torch.split(behind, ROWS, dim=1), strict=True)
+    norms = [torch.linalg.vector_norm(upcast(y) - upcast(x), dim=2) for x, y in parts]
+    return torch.cat(norms, dim=1).float()
 
 
 def _note(state: ForwardState, number: int, part: int, args: Any, kwargs: Any, output: Any) -> None:

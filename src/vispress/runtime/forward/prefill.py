@@ -19,6 +19,7 @@ from vispress.runtime.forward.documents import (
     warn_of_taught_images,
 )
 from vispress.runtime.forward.expand import expand_output
+from vispress.runtime.forward.measuring import measure_update
 from vispress.runtime.forward.model_call import ModelCall, by_name
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
@@ -219,6 +220,8 @@ def enter_layer(
     """Give what decoder layer `number` is called with: hidden states and keyword arguments."""
     state = running.state
     hidden = _take_placements(running, Entering(number, module, hidden, kwargs))
+    if number + 1 in state.plan.update_layers and number + 1 not in state.decided:
+        state.entered = state.rows_before(number), hidden.detach()
     for enter in running.enters:
         hidden = enter(number, hidden)
     if state.short(number):
@@ -255,6 +258,8 @@ def _take_placements(running: Running, entering: Entering) -> Tensor:
             hidden = apply(decision, hidden, project)
         return hidden
     state.decided[number] = []
+    if state.entered is not None:
+        measure_update(state, hidden)
     for bound in placements:
         entering.hidden = hidden
         running.before_placement(bound, entering)

@@ -65,6 +65,8 @@ def visual_tokens(
         signals["input_norm"] = layer.input_layernorm
     if Signal.TRANSITION in reads:
         signals["transition"] = _transitions(state, placement, view)
+    if Signal.UPDATE_NORM in reads and placement.layer > 0:
+        signals["update_norm"] = _update_norm(state, view)
     if Signal.TEXT_EMBEDDINGS in reads:
         signals["text_embeddings"] = _text_embeddings(state, bucket)
         signals["text_after"] = len(first.text_after)
@@ -203,6 +205,13 @@ def _transitions(
                 )
             )
     return tuple(out)
+
+
+def _update_norm(state: ForwardState, view: BucketView) -> Tensor:
+    """`[Bk, N]`, of the layer that has just run."""
+    assert state.update is not None
+    rows, norms = state.update
+    return view.own(norms).gather(1, view.local(rows))
 
 
 def _asking(state: ForwardState, rows: LiveTokens, view: BucketView) -> Tensor:

@@ -71,6 +71,8 @@ class ForwardState:
         evicted: Of cache layers that were cut behind their attention, what they held, and
             `[B, Hkv or 1, S]` bool, which of it left.
         trains: Whether the call is of a model in training, with gradients: plans may be soft.
+        entered: Rows that entered a decoder layer, and what they were, while it runs.
+        update: The same rows behind it, and `[B, P]` fp32, how far it moved each.
         softened: `[B, Q]` added to the logits of keys from a decoder layer on (differentiable).
     """
 
@@ -101,6 +103,8 @@ class ForwardState:
     evicted: dict[int, tuple[Slots, Tensor]] = field(default_factory=dict)
     trains: bool = False
     softened: list[tuple[int, Tensor]] = field(default_factory=list)
+    entered: tuple[LiveTokens, Tensor] | None = None
+    update: tuple[LiveTokens, Tensor] | None = None
     own_from: int | None = None  # layers that are handed their own mask, short or not
 
     @property
@@ -151,7 +155,7 @@ class ForwardState:
 
     def release(self) -> None:
         """Let go of what no report and no checkpointed layer reads: reports may keep the state."""
-        self.cache = self.input_embeddings = self.mask_2d = None
+        self.cache = self.input_embeddings = self.mask_2d = self.entered = self.update = None
         self.text_embeddings, self.transitions, self.evicted = {}, {}, {}
         self.forget_reads(self.plan.num_layers)
 

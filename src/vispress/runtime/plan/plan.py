@@ -85,6 +85,12 @@ class Plan:
             bound.placement.layer > 0 and bound.method.signals() & self.encoder_signals
             for bound in placements
         )
+        self.update_layers = frozenset(
+            bound.placement.layer
+            for bound in placements
+            if bound.placement.layer > 0 and Signal.UPDATE_NORM in bound.method.signals()
+        )
+        """Decoder layers in front of which it is read how far the one before moved its rows."""
         self.trained = any(method.trained for method in methods)
         self.softens_keys = any(method.softens == "keys" for method in methods)
         self.reads_input = Signal.INPUT_EMBEDDINGS in signals
