@@ -11,7 +11,7 @@ from vispress.bench.tasks.task import (
     register_task,
 )
 from vispress.errors import ConfigError
-from vispress.reference.world.words import EPISODE_KINDS, KINDS
+from vispress.reference.world.words import EPISODE_KINDS, KINDS, LARGE_KINDS
 
 
 def test_the_fourteen_tasks_have_cards():
@@ -36,6 +36,20 @@ def test_prompts_have_pictures_marks_and_evidence(name):
         assert cells or prompt.answer == "zero"
         assert bool(prompt.followups) == (name == "multi_turn")
     assert [p.text for p in get_task(name).draw(3, 1)] == [p.text for p in prompts]
+
+
+@pytest.mark.parametrize("name", LARGE_KINDS)
+def test_large_pictures_are_square_wide_and_tall(name):
+    task = get_task(name)
+    prompts = task.draw(3, 1)
+    sizes = [prompt.images[0].size for prompt in prompts]
+    assert sizes == [(192, 192), (192, 96), (96, 192)]
+    for prompt in prompts:
+        (cells,) = prompt.evidence
+        assert cells
+        assert 0 <= min(cells) <= max(cells) < EVIDENCE_GRID**2
+    assert len(task.needs.split()) > 2
+    assert 0 < task.chance <= 0.5
 
 
 def test_pictures_a_prompt():

@@ -61,3 +61,15 @@ def installed(folder: Path) -> Path:
             f"{folder.name} is in a distribution of its own; run: pip install vispress-references"
         )
     return folder
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """Name the files that hold a model's weights, the parent's first where only a change is stored.
+
+    Args:
+        folder: Of a reference model.
+    """
+    delta = folder / "delta.safetensors"
+    if delta.is_file():
+        return [SHIPPED / "model.safetensors", delta]
+    return [folder / "model.safetensors"]

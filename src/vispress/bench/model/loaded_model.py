@@ -132,7 +132,7 @@ def load_named_model(
         ConfigError: The folder or the device does not exist.
         UnsupportedModelError: No adapter knows the checkpoint's architecture.
     """
-    from vispress.reference.folders import shipped_folder
+    from vispress.reference.folders import shipped_folder, weights_of
     from vispress.reference.model.checkpoint import read
 
     folder = shipped_folder(name) if name in REFERENCES else Path(name)
@@ -142,7 +142,8 @@ def load_named_model(
         return load_checkpoint(name, device=device, dtype=DTYPES[dtype])
     model, processor = read(folder, dtype=DTYPES[dtype])
     to_device(model, device)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    stored = b"".join(file.read_bytes() for file in weights_of(folder))
+    digest = hashlib.sha256(stored).hexdigest()[:16]
     return LoadedModel(name, model.eval(), processor, digest)
 
 

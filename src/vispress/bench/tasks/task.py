@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-    from vispress.reference.world.words import ClipKind, EpisodeKind, QuestionKind
+    from vispress.reference.world.words import ClipKind, EpisodeKind, LargeKind, QuestionKind
 
 MARK: Final = "<image>"
 """Where a picture stands in a prompt's text."""
@@ -109,6 +109,9 @@ _NEEDS = {
     "multi_turn": "other tokens at every turn: a later question was not known at prefill",
     "order": "two objects that are each in one frame of three",
     "change": "one object, in the frames before and after it changed",
+    "fine_print": "two printed digits that only a crop resolves",
+    "small_object": "a dot inside an object that is small in the thumbnail",
+    "across_crops": "two objects that stand in different crops, and where",
     "clip_order": "two objects that are each in one or two of a video's six steps",
     "clip_change": "one object, in the steps of a video before and after it changed",
 }
@@ -136,14 +139,17 @@ def all_tasks() -> dict[str, Task]:
     check_packages(SCENES, "the benchmark's own tasks")
     from vispress.reference.world.clips import CLIP_CHANCE
     from vispress.reference.world.episodes import EPISODE_CHANCE
+    from vispress.reference.world.large import LARGE_CHANCE
     from vispress.reference.world.questions import CHANCE
-    from vispress.reference.world.words import CLIP_KINDS, EPISODE_KINDS, KINDS
+    from vispress.reference.world.words import CLIP_KINDS, EPISODE_KINDS, KINDS, LARGE_KINDS
 
     tasks: dict[str, Task] = {
         kind: Task(kind, _NEEDS[kind], CHANCE[kind], _drawer(kind)) for kind in KINDS
     }
     for kind in EPISODE_KINDS:
         tasks[kind] = Task(kind, _NEEDS[kind], EPISODE_CHANCE[kind], _episode_drawer(kind))
+    for large in LARGE_KINDS:
+        tasks[large] = Task(large, _NEEDS[large], LARGE_CHANCE[large], _large_drawer(large))
     for clip in CLIP_KINDS:
         tasks[clip] = Task(
             clip, _NEEDS[clip], CLIP_CHANCE[clip], _clip_drawer(clip), shows="videos"
@@ -205,6 +211,18 @@ def _episode_drawer(kind: "EpisodeKind") -> Callable[[int, int], list[Prompt]]:
                 episode.followups,
             )
             for episode in held_out_episodes(kind, n, seed=seed)
+        ]
+
+    return draw
+
+
+def _large_drawer(kind: "LargeKind") -> Callable[[int, int], list[Prompt]]:
+    def draw(n: int, seed: int) -> list[Prompt]:
+        from vispress.reference.evaluation.large_sets import held_out_large
+
+        return [
+            Prompt((x.image,), x.question.prompt, x.question.answer, (x.question.patches,))
+            for x in held_out_large(kind, n, seed=seed)
         ]
 
     return draw

@@ -12,9 +12,11 @@ import transformers
 
 from vispress.errors import CheckpointError
 from vispress.model_folders import load_model, read_settings
+from vispress.reference.folders import SHIPPED, weights_of
 from vispress.reference.model.architecture import ARCHITECTURES, Architecture
+from vispress.reference.model.llava_next import read_delta
 
-FILES: Final = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json")
+FILES: Final = ("config.json", "processor_config.json", "tokenizer.json")
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -57,7 +59,7 @@ def export(model: Any, folder: Path, *, dtype: torch.dtype = torch.float16) -> N
 
 
 def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Load a folder that `export` wrote, offline.
+    """Load a folder that `export` or `export_delta` wrote, offline.
 
     Args:
         folder: The folder.
@@ -69,10 +71,13 @@ def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     Raises:
         CheckpointError: A file is missing or damaged, or weights do not fit the configuration.
     """
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    needed = (*FILES, *(file.name for file in weights_of(folder) if file.parent == folder))
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise _error(folder, f"{', '.join(missing)} missing")
     try:
+        if _model_type(folder) == "llava_next":
+            return read_delta(folder, read(SHIPPED)[0], dtype)
         kind = _architecture(folder)
         model, info = load_model(
             getattr(transformers, kind.model_class),
@@ -91,9 +96,13 @@ def read(folder: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     return model.eval(), processor
 
 
+def _model_type(folder: Path) -> str:
+    return str(read_settings(folder / "config.json", "the model")["model_type"])
+
+
 def _architecture(folder: Path) -> Architecture:
     """Find the architecture that a folder's configuration names."""
-    name = read_settings(folder / "config.json", "the model")["model_type"]
+    name = _model_type(folder)
     if name not in ARCHITECTURES:
         raise ValueError(f"model_type {name!r} is none of {[*ARCHITECTURES]}")
     return ARCHITECTURES[name]

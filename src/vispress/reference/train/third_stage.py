@@ -1,4 +1,4 @@
-"""Stage 3 of both references: batches of several layouts, of which each step takes one."""
+"""Stage 3 of the references: batches of several layouts, of which each step takes one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +48,9 @@ def train_third(
     workers: int,
     save_minutes: float,
     report: Callable[[Run], None] | None,
+    peak: float = PEAK,
+    early_until: float = EARLY_UNTIL,
+    mixed: bool = True,
 ) -> None:
     """Train in place, continuing from the state in `folder` if there is one.
 
@@ -64,11 +67,14 @@ def train_third(
         workers: Processes that draw.
         save_minutes: Minutes of training between saved states.
         report: Called after each saved state (evaluation, export).
+        peak: Highest learning rate.
+        early_until: For this share of the stage the first answer word is asked for early, too.
+        mixed: Whether products are in bf16, which CPUs without bf16 units are slower in.
     """
     world, named = rank_and_world()[1], dict(modules)
-    optimizer = make_optimizer(named, lr=PEAK, scales=SCALES)
+    optimizer = make_optimizer(named, lr=peak, scales=SCALES)
     run = Run(
-        folder, named, optimizer, budget=budget, peak=PEAK, floor=FLOOR, settings=dict(settings)
+        folder, named, optimizer, budget=budget, peak=peak, floor=FLOOR, settings=dict(settings)
     )
     run.resume()
     assert isinstance(data, Dataset)
@@ -79,9 +85,9 @@ def train_third(
         while run.progress < 1:
             layout = data.layout(run.at.step * world)
             packed: PackedBatch = next(batches).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 states, images = hidden(layout, packed)
-                loss, hits = answer_loss(model, states, packed, early=run.progress < EARLY_UNTIL)
+                loss, hits = answer_loss(model, states, packed, early=run.progress < early_until)
             run.advance(loss, images)
             means[layout].add({f"{layout}_loss": loss.detach(), layout: hits})
             if run.at.step % LOG_EVERY == 0 or run.progress >= 1:

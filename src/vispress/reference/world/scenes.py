@@ -22,7 +22,7 @@ GRID: Final = IMAGE_SIZE // PATCH_SIZE
 NUM_PATCHES: Final = GRID * GRID
 
 _BOX: Final = 22  # side of the square that holds one object
-_MARGIN: Final = 16  # canvas border, so that masks never need clipping
+MARGIN: Final = 16  # canvas border, so that masks never need clipping
 
 _RGB: Final = np.array(
     [
@@ -112,7 +112,7 @@ def draw_scene(seed: int, split: Split, index: int, *, busy: float = 1.0) -> Sce
         The scene; equal arguments give equal scenes.
     """
     rng = np.random.default_rng((seed, 0 if split == "train" else 1, index))
-    return paint(rng, place_items(rng, _cast(rng, busy)), split)
+    return paint(rng, place_items(rng, draw_cast(rng, busy)), split)
 
 
 def paint(
@@ -121,16 +121,18 @@ def paint(
     split: Split,
     *,
     noise: np.random.Generator | None = None,
+    ground: NDArray[np.float32] | None = None,
 ) -> Scene:
-    """Draw placed items on a fresh background.
+    """Draw placed items on a fresh background, or on a part of a larger one.
 
     Args:
         rng: Source of background, handwriting and noise.
         items: What to draw, in order.
         split: Which handwritten digits are used.
         noise: Source of the noise, where it must not depend on what is drawn.
+        ground: What to draw on, fp32, shape (128, 128, 3): the picture and `MARGIN` around it.
     """
-    canvas = background(rng, IMAGE_SIZE + 2 * _MARGIN)
+    canvas = background(rng, IMAGE_SIZE + 2 * MARGIN) if ground is None else ground.copy()
     coverage = np.zeros((len(items), GRID, GRID), dtype=np.float32)
     labels = np.zeros((4, NUM_PATCHES), dtype=np.uint8)
     best = np.zeros(NUM_PATCHES, dtype=np.float32)
@@ -138,13 +140,13 @@ def paint(
     for i, item in enumerate(items):
         coverage[i] = _draw(rng, canvas, item, split)
         done.append(_label(item, coverage[i].reshape(-1), labels, best, rng, canvas))
-    inner = canvas[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
+    inner = canvas[MARGIN : MARGIN + IMAGE_SIZE, MARGIN : MARGIN + IMAGE_SIZE]
     grain = (rng if noise is None else noise).integers(-9, 10, inner.shape, dtype=np.int8)
     pixels = np.clip(inner + grain, 0, 255).astype(np.uint8)
     return Scene(pixels, tuple(done), labels[0], labels[1], labels[2], labels[3])
 
 
-def _cast(rng: np.random.Generator, busy: float) -> list[Actor]:
+def draw_cast(rng: np.random.Generator, busy: float) -> list[Actor]:
     """Choose what is in the scene: (kind, value, color, dot) each."""
     most = max(3, round(8 * busy))
     n_shapes = int(rng.integers(3, most + 1))
@@ -196,7 +198,7 @@ def place_items(
 
 def _window(x: float, y: float) -> tuple[slice, slice]:
     """Find the rows and columns of the canvas under a mask centred at (x, y)."""
-    left, top = round(x + _MARGIN - WINDOW / 2), round(y + _MARGIN - WINDOW / 2)
+    left, top = round(x + MARGIN - WINDOW / 2), round(y + MARGIN - WINDOW / 2)
     return slice(top, top + WINDOW), slice(left, left + WINDOW)
 
 
@@ -212,7 +214,7 @@ def _paste(
     canvas[where] += alpha[..., None] * (jitter.astype(np.float32) - canvas[where])
     full = np.zeros(canvas.shape[:2], dtype=np.float32)
     full[where] = alpha
-    inner = full[_MARGIN : _MARGIN + IMAGE_SIZE, _MARGIN : _MARGIN + IMAGE_SIZE]
+    inner = full[MARGIN : MARGIN + IMAGE_SIZE, MARGIN : MARGIN + IMAGE_SIZE]
     covered: Alpha = inner.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).sum((1, 3))
     return covered
 

@@ -24,6 +24,9 @@ EPISODE_KINDS: Final[tuple[EpisodeKind, ...]] = get_args(EpisodeKind)
 ClipKind = Literal["clip_order", "clip_change"]
 CLIP_KINDS: Final[tuple[ClipKind, ...]] = get_args(ClipKind)
 
+LargeKind = Literal["fine_print", "small_object", "across_crops"]
+LARGE_KINDS: Final[tuple[LargeKind, ...]] = get_args(LargeKind)
+
 SHAPES: Final = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
 PLURALS: Final = (
     "circles",
