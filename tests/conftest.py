@@ -157,16 +157,3 @@ def values_of(item: pytest.Item) -> list[tuple[str, object]]:
         (name, value if isinstance(value, PLAIN) else id(value))
         for name, value in parameters.items()
     ]
-
-
-GEMMA3 = ("test_law13_masks", "test_sliding_cache", "test_softmax_scores", "test_decoder_kinds")
-
-
-@pytest.fixture(autouse=True)
-def _gemma3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve Gemma 3 by an adapter of the tests, in the files that are about its masks alone."""
-    if request.module.__name__.rsplit(".", 1)[-1] in GEMMA3:
-        from tests.laws.windows import Gemma3TestAdapter
-        from vispress.adapters import registry
-
-        monkeypatch.setitem(registry._ADAPTERS, "Gemma3Model", Gemma3TestAdapter)

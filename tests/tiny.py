@@ -1,4 +1,4 @@
-"""Inputs for tiny random models of seven families (`tiny_models.build`). No hub, no processors.
+"""Inputs for tiny random models (`tiny_models.build`). No hub, no processors.
 
 A prompt is a `Sample` of `Text`, `Image` and `Video` parts; the same samples serve every family.
 One unit of `h` and `w` is one patch of 4 pixels for the AnyRes families and InternVL (which cuts
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tests.families import NEWER, TABLE, like
 from tests.tiny_models import (
     FAMILIES,
     IMAGE_ID,
@@ -38,6 +39,7 @@ Made = TypeVar("Made")
 __all__ = [
     "FAMILIES",
     "GIST",
+    "NEWER",
     "QWEN",
     "VIDEO",
     "Image",
@@ -48,6 +50,7 @@ __all__ = [
     "cache_by_prompts",
     "features",
     "gist_tokens",
+    "like",
     "make_inputs",
     "num_gist_tokens",
     "visual_positions",
@@ -154,7 +157,7 @@ def make_inputs(
     """Arguments for `model(**inputs)` and `model.generate(**inputs)`.
 
     Args:
-        family: One of `FAMILIES`, or `"gemma3"` (an image has 16 tokens).
+        family: One of `FAMILIES` or of `NEWER`.
         samples: The prompts.
         padding: `"left"`, `"right"`, or None when all samples have one length.
         seed: Content of sample `i` depends on `seed`, `i` and its parts only.
@@ -176,10 +179,10 @@ def make_inputs(
         ids[i, start : start + len(row)] = torch.tensor(row)
         mask[i, start : start + len(row)] = 1
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if family in QWEN:
+    if like(family) in QWEN:
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
-    if family == "gemma3":  # whose image tokens see each other
-        inputs["token_type_ids"] = (ids == IMAGE_ID).long()
+    if family in TABLE and (extra := TABLE[family].extra) is not None:
+        inputs |= extra(ids)
     return inputs | _pixel_inputs(family, batch, dtype)
 
 
@@ -194,12 +197,13 @@ def _sample_ids(
         if isinstance(part, Text):
             ids += torch.randint(*TEXT_IDS, (part.n,), generator=generator).tolist()
             continue
-        if sample.bare and family in QWEN and before is not None and not isinstance(before, Text):
+        qwen = like(family) in QWEN
+        if sample.bare and qwen and before is not None and not isinstance(before, Text):
             raise ValueError("adjacent bare images are one image to Qwen models")
         runs = _visual_runs(family, part, alone, batch, generator)
-        wrap = family in QWEN and not sample.bare
+        wrap = qwen and not sample.bare
         for i, run in enumerate(runs):
-            if i and family == "qwen3_vl":  # a timestamp stands before each frame
+            if i and like(family) == "qwen3_vl":  # a timestamp stands before each frame
                 ids += torch.randint(*TEXT_IDS, (3,), generator=generator).tolist()
             ids += [VISION_START, *run, VISION_END] if wrap else run
         ids += [GIST] * _GISTS[-1]
@@ -212,9 +216,12 @@ def _visual_runs(
     """Placeholders of an image or video, one list a run; counts come from the model's own code."""
     _draw(family, part, alone, batch, generator)
     if isinstance(part, Video):
-        runs = part.t if family == "qwen3_vl" else 1
+        runs = part.t if like(family) == "qwen3_vl" else 1
         return [[VIDEO_ID] * (_count(family, part, alone) // runs)] * runs
-    return [[IMAGE_ID] * _count(family, part, alone)]
+    count = _count(family, part, alone)
+    if family in TABLE and (spell := TABLE[family].spell) is not None:
+        return [spell(part, count)]
+    return [[IMAGE_ID] * count]
 
 
 def _draw(
@@ -223,31 +230,41 @@ def _draw(
     """Add the random pixels of an image or video to the batch."""
     draw = functools.partial(torch.randn, generator=generator)
     if isinstance(part, Video):
-        if family not in VIDEO:
+        if not (TABLE[family].videos if family in TABLE else family in VIDEO):
             raise ValueError(f"{family} reads no videos; these do: {VIDEO}")
         t, h, w = grid = (part.t, MERGE * part.h, MERGE * part.w)
-        batch.videos.append(draw(t * h * w, 96) if family in QWEN else draw(t, 3, 20, 20))
+        side = _side(family)
+        frames = (t * h * w, 96) if like(family) in QWEN else (t, 3, side, side)
+        batch.videos.append(draw(*frames))
         batch.video_grids.append(grid)
         return
     batch.images_per_sample[-1] += 1
-    if family in QWEN:
+    if family in TABLE and (own := TABLE[family].draw) is not None:
+        own(part, alone, batch, draw)
+    elif like(family) in QWEN:
         batch.sizes.append((1, MERGE * part.h, MERGE * part.w))
         batch.pixels.append(draw(MERGE * part.h * MERGE * part.w, 96))
     else:
-        size = _counter(family).config.vision_config.image_size
-        side = size if isinstance(size, int) else size[0]
+        side = _side(family)
         batch.sizes.append((PATCH * part.h, PATCH * part.w))
         batch.pixels.append(draw(_crops(family, part, alone), 3, side, side))
 
 
+def _side(family: str) -> int:
+    """Pixels of an edge of what the encoder takes; 0 where it takes every size."""
+    size = getattr(_counter(family).config.vision_config, "image_size", 0)
+    return int(size if isinstance(size, int) else size[0])
+
+
 def _crops(family: str, part: Image, alone: bool) -> int:
     """Encoder sequences that an image becomes (AnyRes crops with the thumbnail; InternVL tiles)."""
-    if family == "internvl":
+    kind = like(family)
+    if kind == "internvl":
         tiles = -(-part.h // 8) * -(-part.w // 8)
         return tiles + (tiles > 1)
-    if family in ("llava", "gemma3") or (family == "llava_onevision" and not alone):
+    if kind == "llava" or (kind == "llava_onevision" and not alone):
         return 1
-    anyres = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    anyres = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     config = _counter(family).config
     size = (PATCH * part.h, PATCH * part.w)
     pinpoints, side = config.image_grid_pinpoints, config.vision_config.image_size
@@ -273,26 +290,30 @@ def _count(family: str, part: Image | Video, alone: bool) -> int:
 
 def _pixel_inputs(family: str, batch: _Batch, dtype: torch.dtype) -> dict[str, Any]:
     """The keyword arguments that carry pixels, sizes and grids; empty for text alone."""
+    if family in TABLE and (own := TABLE[family].pixels) is not None:
+        return own(batch, dtype)
     inputs: dict[str, Any] = {}
+    kind = like(family)
     if batch.pixels:
-        if family in ("llava_next", "llava_onevision"):
+        if kind in ("llava_next", "llava_onevision"):
             most = max(map(len, batch.pixels))
             crops = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in batch.pixels]
             inputs["pixel_values"] = torch.stack(crops).to(dtype)
             inputs["image_sizes"] = torch.tensor(batch.sizes)
         else:
             inputs["pixel_values"] = torch.cat(batch.pixels).to(dtype)
-        if family == "llava_onevision":
+        if kind == "llava_onevision":
             inputs["batch_num_images"] = torch.tensor(batch.images_per_sample)
-        if family in QWEN:
+        if kind in QWEN:
             inputs["image_grid_thw"] = torch.tensor(batch.sizes)
     if batch.videos:
-        join = torch.cat if family in QWEN else torch.stack
+        join = torch.cat if kind in QWEN else torch.stack
         inputs["pixel_values_videos"] = join(batch.videos).to(dtype)
-        if family in QWEN:
+        if kind in QWEN:
             inputs["video_grid_thw"] = torch.tensor(batch.video_grids)
-        if family == "qwen2_5_vl":
-            inputs["second_per_grid_ts"] = torch.full((len(batch.videos),), 0.5)
+        seconds = {"qwen2_5_vl": "second_per_grid_ts"}.get(family)
+        if name := TABLE[family].seconds if family in TABLE else seconds:
+            inputs[name] = torch.full((len(batch.videos),), 0.5)
     return inputs
 
 
@@ -309,10 +330,18 @@ def features(model: Any, inputs: dict[str, Any], modality: str) -> list[Tensor]:
     call = {k: v for k, v in inputs.items() if k in names and not k.startswith("pixel_values")}
     with torch.no_grad():
         found = list(method(pixels, **call, return_dict=True).pooler_output)
+        if apart := getattr(TABLE.get(family_of(model)), "apart", None):
+            return list(apart(model, found))
         if modality == "video" and "pixel_values" in names:
             # until 5.17 the forward of LLaVA-OneVision, not this method, appends the newline
             found = [torch.cat([f, model.model.image_newline[None]]) for f in found]
     return found
+
+
+def family_of(model: Any) -> str:
+    """The further family that a model is of; empty for the seven."""
+    name = type(model).__name__.removesuffix("ForConditionalGeneration")
+    return next((each for each, one in TABLE.items() if one.model == name), "")
 
 
 def visual_positions(family: str, model: Any, inputs: dict[str, Any]) -> list[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Tiny random multimodal models of seven families, built from configs only (no hub)."""
+"""Tiny random multimodal models, built from configs only (no hub): seven, and `families`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,10 +49,6 @@ def _text_config(family: str, layers: int) -> dict[str, Any]:
         if family == "qwen3_vl":
             rope["mrope_interleaved"] = True
         return common | {"rope_parameters": rope}
-    if family == "gemma3":  # a rotary base for each kind of layer
-        rope = {"rope_type": "default", "rope_theta": 1000.0}
-        both = {"full_attention": rope, "sliding_attention": rope | {"rope_theta": 300.0}}
-        return common | {"rope_parameters": both}
     model_type = "llama" if family in ("llava", "llava_next") else "qwen2"
     rope = {"rope_type": "default", "rope_theta": 1000.0}
     return common | {"model_type": model_type, "rope_parameters": rope}
@@ -82,8 +78,6 @@ def _vision_config(family: str) -> dict[str, Any]:
             return common | extra | {"vision_use_head": False}
         case "internvl":
             return common | {"image_size": [32, 32], "patch_size": [PATCH, PATCH]}
-        case "gemma3":
-            return common | {"image_size": 32, "vision_use_head": False}
     raise ValueError(f"unknown family {family!r}; known: {FAMILIES}")
 
 
@@ -100,7 +94,6 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLForConditionalGeneration"),
     "internvl": ("InternVLConfig", "InternVLForConditionalGeneration"),
-    "gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration"),
 }
 
 WINDOWED: dict[str, dict[str, Any]] = {
@@ -128,7 +121,7 @@ def build(
     from uniform. `generate` never stops early (no eos token) and never draws a placeholder.
 
     Args:
-        family: One of `FAMILIES`, or `"gemma3"`.
+        family: One of `FAMILIES` or of `tests.families.NEWER`.
         dtype: Of all weights.
         attn: Attention implementation.
         seed: Of the weights.
@@ -136,6 +129,11 @@ def build(
         text: Settings of the language model in place of the family's (`WINDOWED` has some).
         vision: Settings of the vision encoder in place of the family's.
     """
+    from tests.families import TABLE  # whose files read what is above
+
+    if family in TABLE:
+        config = _config_of(TABLE[family], layers, dict(text or {}), dict(vision or {}))
+        return _made(config, f"{TABLE[family].model}ForConditionalGeneration", dtype, attn, seed)
     config_class, model_class = _CLASSES[family]
     ids = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
     special = {"image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID} | ids
@@ -145,8 +143,6 @@ def build(
             special["video_token_index"] = VIDEO_ID
     elif family == "internvl":
         special = {"image_token_id": IMAGE_ID}
-    elif family == "gemma3":
-        special = {"image_token_id": IMAGE_ID, "mm_tokens_per_image": 16}
     if family in _PINPOINTS:
         special["image_grid_pinpoints"] = _PINPOINTS[family]
     config = getattr(hf, config_class)(
@@ -155,6 +151,27 @@ def build(
         tie_word_embeddings=False,
         **special,
     )
+    return _made(config, model_class, dtype, attn, seed)
+
+
+def _config_of(family: Any, layers: int, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """The configuration of a `tests.families.Family`."""
+    special = dict(zip(family.ids, (IMAGE_ID, VIDEO_ID), strict=False)) | dict(family.special)
+    if family.like in QWEN:
+        special |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    if family.like in _PINPOINTS:
+        special.setdefault("image_grid_pinpoints", _PINPOINTS[family.like])
+    of_like = {} if family.own else _vision_config(family.like)
+    return getattr(hf, f"{family.model}Config")(
+        text_config=_text_config(family.like, layers) | dict(family.text(layers)) | text,
+        vision_config=of_like | dict(family.vision) | vision,
+        tie_word_embeddings=False,
+        **special,
+    )
+
+
+def _made(config: Any, model_class: str, dtype: torch.dtype, attn: str, seed: int) -> Any:
+    """A model of a configuration, with weights of a seed."""
     # grouped products of experts take no fp64
     ways = {"attn_implementation": attn, "experts_implementation": "eager"}
     model = getattr(hf, model_class)._from_config(config, **ways)

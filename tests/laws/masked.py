@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tests.laws.decoding import Stepping, noting_attention
-from tests.laws.oracle import bypassing, gating_of, language_model
+from tests.laws.oracle import adds_behind, bypassing, gating_of, language_model
 from torch import Tensor, nn
 
 from vispress.runtime.kv_cache.hf_compat import cache_of
@@ -106,7 +106,7 @@ def masked_model(
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
         handles.append(layer.register_forward_hook(bypass_of(i)))
         if i in (gates := getattr(values, "gates", {})):
-            handles.append(layer.mlp.register_forward_hook(gating_of(gates[i])))
+            handles.append(adds_behind(layer, gates[i]).register_forward_hook(gating_of(gates[i])))
     try:
         with noting_attention(model, steps):
             yield

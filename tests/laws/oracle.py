@@ -8,6 +8,7 @@ is no cache and no past: for a second turn, give the whole conversation and its 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,14 @@ def gating_of(gate: "Float[Tensor, 'B L'] | Sliced") -> Any:
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     return hook
+
+
+def adds_behind(layer: Any, gate: "Tensor | Sliced") -> nn.Module:
+    """The module whose output a gate scales: the MLP, or a norm behind it (Gemma, GLM-4.1V)."""
+    if isinstance(gate, Sliced):
+        return layer.mlp  # type: ignore[no-any-return]
+    norms = ("post_feedforward_layernorm", "post_mlp_layernorm")
+    return next((getattr(layer, each) for each in norms if hasattr(layer, each)), layer.mlp)
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,9 @@ def _masked(
     valid = inputs.get("attention_mask")
     valid = torch.ones_like(alive[0]) if valid is None else valid.bool()
     seen: dict[str, Any] = {}
+    kinds = getattr(stack.config, "layer_types", None) or ()
+    windowed = any(kind != "full_attention" for kind in kinds)
+    by_type = "layer_type" in signature(stack.rotary_emb.forward).parameters
 
     def note_positions(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen["ids"] = kwargs.get("position_ids")
@@ -183,7 +195,9 @@ def _masked(
             if index in values:
                 rows, new = values[index]
                 hidden = hidden.masked_scatter(rows[..., None], new.to(hidden.dtype))
-            mask = _mask(live, documents, stack.config, hidden.dtype)
+            # windows, and tokens of an image that see each other, are as the model has them
+            own = kwargs["attention_mask"] if windowed else None
+            mask = _mask(live, documents, stack.config, hidden.dtype, own)
             soft = getattr(values, "soft", {}).items()
             for bias in (bias for layer, bias in soft if layer <= index):
                 if mask.dtype == torch.bool:
@@ -193,7 +207,8 @@ def _masked(
             kwargs = kwargs | {"attention_mask": mask}
             if positions == "compact":
                 ids = _compact(seen["ids"], live, valid, documents)
-                kwargs["position_embeddings"] = stack.rotary_emb(hidden, ids)
+                kind = [kinds[index]] if by_type else []
+                kwargs["position_embeddings"] = stack.rotary_emb(hidden, ids, *kind)
             return (hidden,), kwargs
 
         return hook
@@ -203,7 +218,7 @@ def _masked(
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
         handles.append(layer.register_forward_hook(bypass_of(bypassing(alive, i))))
         if i in (gates := getattr(values, "gates", {})):
-            handles.append(layer.mlp.register_forward_hook(gating_of(gates[i])))
+            handles.append(adds_behind(layer, gates[i]).register_forward_hook(gating_of(gates[i])))
     with taken_off(model, handles):
         yield
 
@@ -217,10 +232,17 @@ def _check(model: Any, stack: Any, alive: Sequence[Tensor], positions: Positions
         raise ValueError("compact positions are not defined for M-RoPE models")
 
 
-def _mask(live: Tensor, documents: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
-    """`[B, 1, L, L]`: causal over live keys; other rows see themselves too, to stay finite."""
+def _mask(
+    live: Tensor, documents: Tensor, config: Any, dtype: torch.dtype, models: Tensor | None
+) -> Tensor:
+    """`[B, 1, L, L]`: causal over live keys; other rows see themselves too, to stay finite.
+
+    What the model itself hands a layer stands in place of "causal", where it is given.
+    """
     length = live.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=live.device).tril()
+    if models is not None:
+        causal = (models if models.dtype == torch.bool else models == 0)[:, 0]
     causal = causal & (documents[:, :, None] == documents[:, None])
     own = torch.eye(length, dtype=torch.bool, device=live.device)
     allowed = ((causal & live[:, None]) | (own & ~live[:, :, None]))[:, None]
@@ -342,9 +364,10 @@ def _grow(inputs: Mapping[str, Any], tokens: Sequence[Tensor]) -> dict[str, Any]
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     ones = mask.new_ones(len(mask), len(tokens))
     grown = dict(inputs) | {"input_ids": ids, "attention_mask": torch.cat([mask, ones], dim=1)}
-    if "mm_token_type_ids" in grown:
-        types = grown["mm_token_type_ids"]
-        grown["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(ones).to(types)], dim=1)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in grown:
+            types = grown[name]
+            grown[name] = torch.cat([types, torch.zeros_like(ones).to(types)], dim=1)
     return grown
 
 

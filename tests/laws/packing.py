@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tests.tiny import QWEN, VIDEO, Image, Sample, Text, Video, make_inputs
+from tests.tiny import QWEN, VIDEO, Image, Sample, Text, Video, like, make_inputs
 from torch import Tensor
 
 # an image at the very start and end of a document, several in one, a document without any
@@ -25,7 +25,7 @@ WITH_VIDEOS = (
 )
 VIDEO_ROWS = ((0, 1), (2,))
 
-BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
+BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "labels", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def positions_of(family: str, model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Position ids of one document: `[1, L]`, or `[4, 1, L]` of text and three axes (M-RoPE)."""
     length = inputs["input_ids"].shape[1]
     text = torch.arange(length)[None]
-    if family not in QWEN:
+    if like(family) not in QWEN:
         return text
     axes = text.expand(3, 1, -1)
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -109,7 +109,7 @@ def pack(
     width = max(line["input_ids"].shape[1] for line in lines)
     filled = [_joined([line, _padding(line, width - line["input_ids"].shape[1])]) for line in lines]
     for name in filled[0]:
-        axis = 1 if name == "position_ids" and family in QWEN else 0
+        axis = 1 if name == "position_ids" and like(family) in QWEN else 0
         inputs[name] = torch.cat([line[name] for line in filled], dim=axis)
     del inputs["attention_mask"]
     return Packed(inputs | {"use_cache": False}, tuple(spans), alone)

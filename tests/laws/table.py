@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tests.tiny import (
     FAMILIES,
+    NEWER,
     QWEN,
     VIDEO,
     Image,
@@ -15,6 +16,7 @@ from tests.tiny import (
     Video,
     build,
     gist_tokens,
+    like,
     make_inputs,
     num_gist_tokens,
 )
@@ -22,13 +24,16 @@ from torch import Tensor
 
 from vispress import list_methods
 from vispress.adapters.base import find_adapter
+from vispress.api import plan_of
 from vispress.config import make_compressor
+from vispress.errors import VispressError
 from vispress.methods.base import Compressor
 from vispress.methods.cache_evictor import CacheEvictor
 from vispress.methods.encoder_pooler import EncoderPooler
 from vispress.methods.gist_evictor import GistEvictor
 from vispress.methods.pair_masker import PairMasker
 from vispress.registry import get_method
+from vispress.request import Request
 from vispress.types import CLS_SIGNALS
 
 METHODS = tuple(list_methods())
@@ -73,11 +78,24 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"
 
 
 def fits(family: str, method: str) -> bool:
-    """Whether the family has the kind of input, or of encoder, that the method is made for."""
+    """Whether the family has the kind of input, encoder and LLM that the method is made for."""
+    if family in NEWER and refused(family, method):
+        return False
     needs, adapter = get_method(method).needs, find_adapter(model_of(family))
     if issubclass(get_method(method), EncoderPooler):
         return pools(family, method)
     return needs is None or needs in adapter.kinds
+
+
+@cache
+def refused(family: str, method: str) -> str | None:
+    """Why a method with the settings of its cases is refused on a family; None: it is not."""
+    model = model_of(family)
+    try:
+        plan_of(model, find_adapter(model), Request((make(family, method),)))
+    except VispressError as error:
+        return str(error)
+    return None
 
 
 def pools(family: str, method: str) -> bool:
@@ -94,6 +112,20 @@ def pools(family: str, method: str) -> bool:
 def on_videos() -> list[tuple[str, str]]:
     """Every method on every family that takes videos."""
     return [(f, m) for f in FAMILIES if f in VIDEO for m in METHODS if fits(f, m)]
+
+
+def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
+    """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
+    chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
+    adapter = find_adapter(model_of(family))
+    if get_method(method).reads & CLS_SIGNALS and not adapter.has_cls:
+        chosen["scores"] = "column_mean"
+    return chosen
+
+
+def make(family: str, method: str, **more: Any) -> Compressor:
+    """The compressor of a case."""
+    return make_compressor(method, **settings(family, method, **more))
 
 
 CASES = [
@@ -131,26 +163,12 @@ def _inputs_of(family: str, padding: str, dtype: torch.dtype, gists: int) -> dic
         return make_inputs(family, SAMPLES, padding=padding, dtype=dtype)
 
 
-def settings(family: str, method: str, **more: Any) -> dict[str, Any]:
-    """Arguments that make `method` run on `family` (with the documented [CLS] substitute)."""
-    chosen = dict(SETTINGS.get(method, {"keep_ratio": 0.4})) | more
-    adapter = find_adapter(model_of(family))
-    if get_method(method).reads & CLS_SIGNALS and not adapter.has_cls:
-        chosen["scores"] = "column_mean"
-    return chosen
-
-
-def make(family: str, method: str, **more: Any) -> Compressor:
-    """The compressor of a case."""
-    return make_compressor(method, **settings(family, method, **more))
-
-
 def real_positions(family: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with position ids that do not count padding, as `generate` gives them.
 
     Qwen models work them out by themselves; others count padding in when they are left to it.
     """
-    if family in QWEN:
+    if like(family) in QWEN:
         return dict(inputs)
     ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return dict(inputs) | {"position_ids": ids}

@@ -1,10 +1,10 @@
-"""Tiny models whose layers see a part of the sequence, and a test-only adapter of Gemma 3.
+"""Tiny models whose layers see a part of the sequence.
 
 Gemma 3 hands its language model one mask for each kind of layer, in which the tokens of an image
-see each other; its real adapter comes with the family.
+see each other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -16,10 +16,9 @@ from tests.laws.masked import masked_model, with_valid
 from tests.laws.oracle import oracle_expand
 from tests.tiny import Image, Sample, Text, Video, build, make_inputs
 from tests.tiny_models import WINDOWED
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
-from vispress.adapters.llava import LlavaAdapter
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
 MODELS: dict[str, tuple[str, str]] = {
@@ -43,39 +42,6 @@ VIDEO_SAMPLES = (
 NEW = 4
 """Tokens of an answer."""
 WINDOWS = ("short", "part", "prompt", "answer", "long")
-
-
-class Gemma3TestAdapter(LlavaAdapter):
-    """`Gemma3Model` without what methods would read of its pooling projector."""
-
-    family = "gemma3"
-    base_classes = ("Gemma3Model",)
-
-    def feature_layer(self) -> int:
-        return len(self.encoder_attentions()) - 1
-
-    def encoder_blocks(self) -> Sequence[Any]:
-        return ()
-
-    def two_layer(self) -> None:
-        return None
-
-    def square_encoder(self) -> None:
-        return None
-
-    def check(self) -> None:
-        """Nothing: there is one vision tower."""
-
-    def pack(self, modality: Any, values: Tensor, call: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        side = int(self.base.config.mm_tokens_per_image**0.5)
-        if values.shape[1] != side * side:  # patches are pooled to tokens
-            square = values.transpose(1, 2).unflatten(2, (self._side, self._side))
-            pooled = nn.functional.avg_pool2d(square, self._side // side)
-            values = pooled.flatten(2).transpose(1, 2)
-        return tuple(values.unbind(0))
-
-    def layouts(self, modality: Any, counts: Sequence[int], call: Mapping[str, Any]) -> Any:
-        return [((1, int(count**0.5), int(count**0.5)), None) for count in counts]
 
 
 @cache

@@ -25,6 +25,8 @@ class ModelAdapter(ABC):
     """Name for users, e.g. `"llava"`."""
     base_classes: ClassVar[tuple[str, ...]]
     """Class names of base models this adapter serves."""
+    transformers: ClassVar[str] = "5.17"
+    """Oldest supported release of transformers."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a [CLS] token at index 0 of its sequence."""
     kinds: ClassVar[frozenset[Need]] = frozenset()
@@ -135,8 +137,7 @@ class ModelAdapter(ABC):
             geometry: Whether a method reads grids or crops.
 
         Returns:
-            Tokens of each image or video, and what `layouts` needs in place of an encoder call's
-            arguments.
+            Tokens of each image or video, and what `layouts` needs in place of call arguments.
 
         Raises:
             UnsupportedModelError: They cannot be told apart; says what argument would do.
@@ -171,8 +172,8 @@ class ModelAdapter(ABC):
         """Take the projector's weights, if it is exactly two linear layers around a GELU, or these
         behind a norm of the patches.
 
-        None where anything else may happen between token inputs (`projector_inputs`) and output: an
-        adapter (LoRA), quantised or offloaded weights, a hook on its layers.
+        None where more may happen between `projector_inputs` and output: an adapter (LoRA),
+        quantised or offloaded weights, a hook on its layers.
         """
         return None
 
@@ -195,9 +196,8 @@ class ModelAdapter(ABC):
     ) -> tuple[Tensor, ...]:
         """Carry encoder-side values to visual tokens, exactly as the model carries features.
 
-        Stitching, unpadding, pooling, 2x2 merging (mean) and un-permuting happen here; newline
-        tokens get zeros. With one value a merged token already (projector inputs of mergers) only
-        the order is restored.
+        Stitching, unpadding, pooling, 2x2 merging (mean) and un-permuting happen here; newlines get
+        zeros. With one value a merged token (projector inputs of mergers) only order is restored.
 
         Args:
             modality: Image or video.

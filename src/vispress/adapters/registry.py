@@ -74,6 +74,7 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         for parent in type(module).__mro__:
             if parent.__name__ in _ADAPTERS:
                 adapter = _ADAPTERS[parent.__name__](module)
+                _check_release(adapter)
                 check_decoder(adapter.family, adapter.language_model, adapter.decoder_layers)
                 adapter.check()
                 return adapter
@@ -84,3 +85,16 @@ def find_adapter(model: nn.Module) -> ModelAdapter:
         f"no adapter for {name}{hint}; supported families: {', '.join(list_families())}. "
         "Add one with @vispress.register_adapter"
     )
+
+
+def _check_release(adapter: ModelAdapter) -> None:
+    """Refuse families that the installed transformers has otherwise than newer ones."""
+    import transformers
+    from packaging.version import Version
+
+    installed = transformers.__version__
+    if Version(installed) < Version(adapter.transformers):
+        raise UnsupportedModelError(
+            f"{adapter.family} needs transformers {adapter.transformers} or newer, and "
+            f"{installed} is installed"
+        )
