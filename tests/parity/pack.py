@@ -28,6 +28,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         *("next_2x2_r20", "tall_1x3_r10", "wide_padding_2x2", "alpha_025", "tiny_budget"),
         *("newline_kept", "llava15_r0333"),
     ),
+    "llava_scissor": ("sampled_eps_05", "sampled_eps_04"),
     "mmtok": ("llava576_t64", "odd_105_t33", "alpha_0", "one_word_keep_one", "alpha_2"),
     "openvino_cdpruner": (
         *("image_split_w05", "image_whole_w05", "weight_0", "weight_1", "frames4"),

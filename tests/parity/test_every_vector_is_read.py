@@ -69,6 +69,10 @@ UNREAD = {
     "holitom": dict.fromkeys(
         ("out/keep_sorted", "out/position_ids_after", "param/text_len"), POSITIONS
     ),
+    "llava_scissor": {
+        **dict.fromkeys(("in/order_frame", "in/order_all"), "no links are sampled here"),
+        "out/closest": "the tokens that it leads to are compared",
+    },
     "pmod": {
         "out/undecorated_curve_f64": "of shares that do not decay there is none",
         **dict.fromkeys(
@@ -135,6 +139,8 @@ CASES_UNREAD = {
     ("mmtok", "keywords"): "words of a question, of which a method sees the tokens",
     ("mmtok", "padding_patches"): "how much of a patch is padding, which the adapters say",
     ("openvino_cdpruner", "fallback_kernel"): "reached where OpenVINO compiles no graph",
+    ("llava_scissor", "long_chains"): "the official code loses tokens of chains",
+    ("llava_scissor", "sampled"): "the official code samples links",
     ("scope", "add"): "attention added in place of multiplied, which was not published",
 }
 """By file and the beginning of their names, cases that no test reads, and why."""

@@ -27,6 +27,7 @@ from vispress.methods.hired import HiRED as HiRED
 from vispress.methods.holitom import HoliTom as HoliTom
 from vispress.methods.holov import HoloV as HoloV
 from vispress.methods.layerwise import Layerwise as Layerwise
+from vispress.methods.llava_scissor import LLaVAScissor as LLaVAScissor
 from vispress.methods.lvlm_csp import LVLMCSP as LVLMCSP
 from vispress.methods.max_norm import MaxNorm as MaxNorm
 from vispress.methods.mmtok import MMTok as MMTok
