@@ -15,6 +15,7 @@ def capture(
     *,
     max_graphs: int = 32,
     bucket: int = 256,
+    prompt_bucket: int = 32,
     backend: Literal["cuda", "tape"] | None = None,
 ) -> Any:
     """Capture a model, compressed or not: calls whose like was seen run as CUDA graphs.
@@ -35,6 +36,10 @@ def capture(
         max_graphs: Graphs that are held, at least 1; the one that was used longest ago goes first.
         bucket: Decode steps on growing caches run on buffers whose room is a multiple of so many
             tokens, at least 16: a conversation that outgrows one moves on to the next.
+        prompt_bucket: Prompts whose pictures stand in the same places share a graph up to the next
+            multiple of so many tokens, at least 1: text stands behind them, which nothing sees, and
+            answers are equal but for rounding. 1: a graph is of one length, and exact. So it is
+            where methods read the text or act in the LLM; `report().exact` says so.
         backend: `"cuda"`, or `"tape"`, which records operations on any device and is for tests: it
             is no faster. None: CUDA, on a model that is there.
 
@@ -53,6 +58,7 @@ def capture(
 
     check_integer("max_graphs", max_graphs, low=1)
     check_integer("bucket", bucket, low=16)
+    check_integer("prompt_bucket", prompt_bucket, low=1)
     if backend not in (None, "cuda", "tape"):
         raise ConfigError(f"backend must be 'cuda', 'tape' or None, got {backend!r}")
     adapter = find_adapter(model)
@@ -67,7 +73,7 @@ def capture(
             "records operations anywhere, for tests"
         )
     how = Tapes() if backend == "tape" else CudaGraphs(device)
-    captured = Captured(owner, adapter, how, max_graphs, bucket)
+    captured = Captured(owner, adapter, how, max_graphs, bucket, prompt_bucket)
     captured.attach()
     return captured
 

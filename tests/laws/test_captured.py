@@ -46,8 +46,8 @@ def batches(family: str, samples: tuple[Sample, ...], gists: int = 0) -> list[di
         return [make_inputs(family, samples, padding="left", seed=seed) for seed in SEEDS]
 
 
-def taped(model: Any, **options: Any) -> Any:
-    return capture(model, backend="tape", **options)
+def taped(model: Any, *, prompt_bucket: int = 1, **options: Any) -> Any:
+    return capture(model, backend="tape", prompt_bucket=prompt_bucket, **options)
 
 
 def stored(cache: Any) -> list[Tensor]:
@@ -618,6 +618,8 @@ def test_capture_is_refused_by_name() -> None:
         taped(model, max_graphs=0)
     with pytest.raises(ConfigError, match="bucket"):
         taped(model, bucket=1)
+    with pytest.raises(ConfigError, match="prompt_bucket"):
+        taped(model, prompt_bucket=0)
     with pytest.raises(ConfigError, match="backend must be"):
         capture(model, backend="cpu")  # type: ignore[arg-type]
     with taped(model), pytest.raises(CompressionStateError, match="captured already"):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from vispress.prompts import current_lengths
 from vispress.runtime.forward.owner import GENERATING, LABELS, OWNER_CALL
@@ -26,11 +27,16 @@ def is_supervised() -> bool:
 
 
 @contextmanager
-def rehearsing() -> Iterator[None]:
-    """Inside, calls of a base model do not count as those of the `generate` under way."""
+def rehearsing(*, whole: bool = False) -> Iterator[None]:
+    """Inside, calls of a base model do not count as those of the `generate` under way.
+
+    Args:
+        whole: Its prompts are not told apart from what stands behind them.
+    """
     before = GENERATING.get()
     try:
-        GENERATING.set(None if before is None else replace(before))
+        more: dict[str, Any] = {"prompt_lengths": None} if whole else {}
+        GENERATING.set(None if before is None else replace(before, **more))
         yield
     finally:
         GENERATING.set(before)

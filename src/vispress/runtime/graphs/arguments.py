@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from vispress.runtime.kv_cache.hf_compat import CACHE, OLD
 
+MASK: Final = "attention_mask"
+POSITIONS: Final = "position_ids"
+SEQUENCES: Final = ("input_ids", MASK, POSITIONS, "mm_token_type_ids", "cache_position")
+"""Arguments that have a value for each token, along their last axis."""
 _FLOATS: Final = ("second_per_grid_ts",)
 """Arguments of other numbers on which places of tokens rest."""
 _SUFFIXES: Final = ("_token_id", "_token_index")
@@ -71,6 +75,27 @@ class Arguments:
         """All tensors, by name."""
         return {"input_ids": self.ids, **self.layout, **self.values}
 
+    def lengthened(self, count: int, filler: int) -> "Arguments":
+        """Give them with more text behind the last token of each row.
+
+        Args:
+            count: Tokens of it.
+            filler: Their id.
+        """
+        if not count:
+            return self
+        longer = {
+            name: _lengthened(name, one, count, filler)
+            for name, one in self.tensors.items()
+            if name in SEQUENCES
+        }
+        host = {
+            name: _lengthened(name, one, count, filler) if name in SEQUENCES else one
+            for name, one in self.host.items()
+        }
+        layout = {name: longer.get(name, one) for name, one in self.layout.items()}
+        return Arguments(longer["input_ids"], layout, self.values, self.plain, host)
+
     def key(self, special: Sequence[int]) -> Hashable:
         """Give what calls of one layout share, and no others.
 
@@ -84,6 +109,16 @@ class Arguments:
             tuple((name, one.shape, one.dtype, one.device) for name, one in self.tensors.items()),
             tuple((name, value) for name, value in self.plain.items()),
         )
+
+
+def _lengthened(name: str, tensor: Tensor, count: int, filler: int) -> Tensor:
+    """A tensor with a value for each token, and so many more."""
+    if name in (POSITIONS, "cache_position"):  # they go on
+        more = tensor[..., -1:] + torch.arange(1, count + 1, device=tensor.device).to(tensor)
+    else:
+        value = {"input_ids": filler, MASK: 1}.get(name, 0)
+        more = tensor.new_full((*tensor.shape[:-1], count), value)
+    return torch.cat([tensor, more], dim=-1)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,12 @@ from torch import nn
 from vispress.adapters.base import ModelAdapter
 from vispress.runtime.forward.model_call import brings_images, by_name
 from vispress.runtime.forward.owner import amid_turn
-from vispress.runtime.forward.rehearsal import told_lengths
-from vispress.runtime.graphs.arguments import Arguments, kind_of, special_ids
+from vispress.runtime.graphs.arguments import MASK, Arguments, kind_of
 from vispress.runtime.graphs.backends import Backend
 from vispress.runtime.graphs.counts import CaptureReport
+from vispress.runtime.graphs.lengths import Fitted
 from vispress.runtime.graphs.lodging import lodging_of, why_no_lodging
-from vispress.runtime.graphs.prefill import PrefillGraph, Site
+from vispress.runtime.graphs.prefill import PrefillGraph
 from vispress.runtime.graphs.reasons import (
     has_features,
     why_no_key,
@@ -25,7 +25,8 @@ from vispress.runtime.graphs.reasons import (
     why_no_text,
     why_not,
 )
-from vispress.runtime.graphs.steps import MASK, Guest, Step, StepGraph
+from vispress.runtime.graphs.site import Site
+from vispress.runtime.graphs.steps import Guest, Step, StepGraph
 from vispress.runtime.graphs.watch import NotFixedError
 from vispress.runtime.hooks.instance_patch import Original, forget, patch_instance, undo_all
 from vispress.runtime.kv_cache.cache_layers import is_compressed
@@ -46,6 +47,7 @@ class Captured:
         backend: How graphs are recorded.
         max_graphs: Graphs that are held.
         bucket: Tokens that growing caches are rounded up to a multiple of.
+        prompt_bucket: Likewise prompts.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Captured:
         backend: Backend,
         max_graphs: int,
         bucket: int,
+        prompt_bucket: int,
     ) -> None:
         self._lock, self._undo = RLock(), list[Callable[[], None]]()
-        self._max, self._bucket = max_graphs, bucket
+        self._max, self._bucket, self._prompt_bucket = max_graphs, bucket, prompt_bucket
         original = Original(owner, "forward", owner.__dict__.get("forward"))
         self._site = Site(owner, adapter, original, backend, list(owner.parameters()))
         self._addresses = self._where()
@@ -65,6 +68,7 @@ class Captured:
         self._refused: OrderedDict[Hashable, str] = OrderedDict()
         self._counts: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
+        self._exact: Counter[str] = Counter()
 
     def __reduce__(self) -> Any:
         return _released, ()  # a copy of the model is not captured
@@ -108,6 +112,7 @@ class Captured:
                 counts["prefills"],
                 counts["steps"],
                 dict(self._fallbacks),
+                dict(self._exact),
             )
 
     @property
@@ -168,24 +173,24 @@ class Captured:
         arguments, attachment = Arguments.of(given), self._site.attachment
         if why := why_no_key(arguments.plain):
             return why
-        gist = None if attachment is None else attachment.plan.gist_token
-        special = special_ids(self._site.adapter.base.config, () if gist is None else (gist,))
+        fitted = Fitted.of(self._site, arguments, cache, self._prompt_bucket)
         key = (
             "prefill",
             None if attachment is None else attachment.plan,
-            arguments.key(special),
-            told_lengths(),
+            fitted.key,
             kind_of(cache),
         )
-        made = partial(PrefillGraph, self._site, arguments, special, cache)
+        made = partial(PrefillGraph, self._site, fitted, cache)
         graph = self._graph(key, made)
         if isinstance(graph, str):
             return graph
-        out, record = graph.replay(arguments, cache)
+        out, record = graph.replay(fitted, cache)
         self._counts["prefills"] += 1
+        if fitted.why is not None:
+            self._exact[fitted.why] += 1
         if attachment is not None:
             held = cache if cache is not None else cache_of(out) if isinstance(out, dict) else None
-            base, length = self._site.adapter.base, arguments.ids.shape[1]
+            base, length = self._site.adapter.base, fitted.length
             if record is None:
                 attachment.turns.note_text(base, length, held, fresh=cache is None)
             else:
@@ -286,6 +291,7 @@ def _released() -> Captured:
     made = object.__new__(Captured)
     made._lock, made._undo, made._graphs = RLock(), [], OrderedDict()
     made._refused, made._counts, made._fallbacks = OrderedDict(), Counter(), Counter()
+    made._exact = Counter()
     return made
 
 

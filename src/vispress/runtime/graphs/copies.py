@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from vispress.methods.cached_selector import Selection
 from vispress.runtime.forward.prefill_record import Alive, PrefillRecord
+from vispress.runtime.graphs.lengths import without
 from vispress.runtime.kv_cache.pair_memory import PairMemory, PairSlots
 from vispress.runtime.kv_cache.slots import Slots
 from vispress.runtime.tokens.images import Image, Trace
@@ -43,10 +44,11 @@ class Copies:
 
     Args:
         device: Where memory is written again; tensors elsewhere are shared.
+        behind: Rows behind a lengthened prompt, which are left out.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device.type
+    def __init__(self, device: torch.device, behind: int = 0) -> None:
+        self._device, self._behind = device.type, behind
         self._made: dict[int, tuple[Any, Any]] = {}
 
     def of(self, value: Any) -> Any:
@@ -91,7 +93,8 @@ class Copies:
         """Copy an object and its fields."""
         twin = object.__new__(type(value))
         self._made[id(value)] = value, twin
-        twin.__dict__.update({name: self.of(one) for name, one in vars(value).items()})
+        fields = without(value, self._behind) if self._behind else vars(value)
+        twin.__dict__.update({name: self.of(one) for name, one in fields.items()})
         if isinstance(value, StaticLayer) and value.is_initialized:
             for tensor in (twin.keys, twin.values, twin.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)

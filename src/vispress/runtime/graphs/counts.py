@@ -15,6 +15,7 @@ class CaptureReport:
         prefills: Prefills that ran from one.
         steps: Decode steps that ran from one.
         fallbacks: Calls that ran as they would have, by the reason.
+        exact: Prefills whose graphs are of their length alone, by the reason.
     """
 
     graphs: int
@@ -23,6 +24,7 @@ class CaptureReport:
     prefills: int
     steps: int
     fallbacks: Mapping[str, int]
+    exact: Mapping[str, int]
 
     def __str__(self) -> str:
         lines = [
@@ -30,4 +32,5 @@ class CaptureReport:
             f"({self.recorded} recorded, {self.evicted} evicted)"
         ]
         lines += [f"{count} calls ran without: {why}" for why, count in self.fallbacks.items()]
+        lines += [f"{n} prefills ran by their exact length: {why}" for why, n in self.exact.items()]
         return "\n".join(lines)

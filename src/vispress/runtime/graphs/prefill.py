@@ -5,64 +5,24 @@ sequence (else it is no prefill that can be recorded), so there is nothing to de
 of it, and a second region would only bring buffers between them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from vispress.adapters.base import ModelAdapter
-from vispress.adapters.decoder import window_of
-from vispress.runtime.attachment import ATTRIBUTE, Attachment
 from vispress.runtime.forward.model_call import brings_images, knowing
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.rehearsal import rehearsing
-from vispress.runtime.graphs.arguments import Arguments
-from vispress.runtime.graphs.backends import Backend, record
+from vispress.runtime.graphs.backends import record
 from vispress.runtime.graphs.copies import Copies
+from vispress.runtime.graphs.lengths import KEEP, Fitted, places_of_logits, shown_without
+from vispress.runtime.graphs.site import Site
 from vispress.runtime.graphs.watch import Watch
-from vispress.runtime.kv_cache.hf_compat import CACHE
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """The model that is captured.
-
-    Args:
-        owner: The head, or the base model where there is none.
-        adapter: Knows the model.
-        original: The owner's forward.
-        backend: How it is recorded.
-        weights: Its parameters.
-    """
-
-    owner: nn.Module
-    adapter: ModelAdapter
-    original: Callable[..., Any]
-    backend: Backend
-    weights: Sequence[Tensor]
-
-    @cached_property
-    def windows(self) -> tuple[object, ...]:
-        """What keeps decoder layers from seeing all tokens in one way; empty for nothing."""
-        config, kinds = self.adapter.language_model.config, self.adapter.layer_types
-        found = [window for kind in kinds if (window := window_of(config, kind)) is not None]
-        return tuple(found) if len({*kinds}) == 1 else tuple(kinds)
-
-    @property
-    def attachment(self) -> Attachment | None:
-        """What compresses the model now, if something does."""
-        found: Attachment | None = self.adapter.base.__dict__.get(ATTRIBUTE)
-        return found
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.weights[0].device
+from vispress.runtime.kv_cache.cache_layers import kv_bytes
+from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 
 
 class PrefillGraph:
@@ -70,38 +30,43 @@ class PrefillGraph:
 
     Args:
         site: The model.
-        given: Arguments of one call.
-        special: Token ids that belong to the layout.
+        fitted: Arguments of one call.
         cache: An empty cache like those that calls bring; None where they bring none.
 
     Raises:
         NotFixedError: It is no fixed sequence of operations.
     """
 
-    def __init__(
-        self, site: Site, given: Arguments, special: Sequence[int], cache: Cache | None
-    ) -> None:
-        self._site, self._rows = site, given.ids.shape
+    def __init__(self, site: Site, fitted: Fitted, cache: Cache | None) -> None:
+        given, self._site = fitted.given, site
         with torch.inference_mode(False):
             self._inputs = {name: one.clone() for name, one in given.tensors.items()}
             host = {name: one.clone() for name, one in given.host.items()}
+            self._places: Tensor | None = None
+            if fitted.kept is not None:
+                self._places = places_of_logits(fitted.length, fitted.kept, site.device)
         self._written = ("input_ids", *given.values)
         self._held: Cache | None = None
         values = [self._inputs[name] for name in given.values]
+        plain = dict(given.plain)
+        if self._places is not None:  # of a prompt of any length that fits
+            values.append(self._places)
+            plain[KEEP] = self._places
         ids = [self._inputs["input_ids"], host["input_ids"]]
         empty = None if cache is None else _emptied(cache, site.device)
 
         def watch(answers: Watch | None) -> Watch:
-            return Watch([*site.weights, *values], ids, special, answers=answers)
+            return Watch([*site.weights, *values], ids, site.special, answers=answers)
 
         def run() -> Any:
             self._held = None if empty is None else _emptied(empty, site.device)
             more = {} if self._held is None else {CACHE: self._held}
-            return site.original(**self._inputs, **given.plain, **more)
+            return site.original(**self._inputs, **plain, **more)
 
         before = _tensors_of(site.owner)
         try:
-            with rehearsing(), knowing([(self._inputs[name], host[name]) for name in host]):
+            copies = [(self._inputs[name], host[name]) for name in host]
+            with rehearsing(whole=fitted.behind is not None), knowing(copies):
                 self._recorded, self._result, self._keeps = record(site.backend, run, watch)
         finally:
             after = _tensors_of(site.owner)
@@ -112,24 +77,32 @@ class PrefillGraph:
         if site.attachment is not None and brings_images(given.tensors):
             self._record = site.attachment.turns.last()[1]
 
-    def replay(self, given: Arguments, cache: Cache | None) -> tuple[Any, PrefillRecord | None]:
+    def replay(self, fitted: Fitted, cache: Cache | None) -> tuple[Any, PrefillRecord | None]:
         """Run it on other values.
 
         Args:
-            given: Arguments of the same layout.
+            fitted: Arguments of the same layout.
             cache: The call's cache, which is filled.
 
         Returns:
             What the forward gives, and a record of it where something was compressed.
         """
-        tensors = given.tensors
+        tensors, behind = fitted.given.tensors, fitted.behind or 0
         for name in self._written:
             self._inputs[name].copy_(tensors[name])
+        if self._places is not None:
+            assert fitted.kept is not None
+            self._places.copy_(places_of_logits(fitted.length, fitted.kept, self._site.device))
         self._recorded.replay()
-        copies = Copies(self._site.device)
+        copies = Copies(self._site.device, behind)
         if cache is not None and self._held is not None:
             copies.cache(self._held, cache)
-        out, record = copies.of(self._result), copies.of(self._record)
+        result = self._result
+        if behind and self._places is None:
+            result = shown_without(result, behind)
+        out, record = copies.of(result), copies.of(self._record)
+        if behind and record is not None:
+            record.kv_bytes = kv_bytes(cache if cache is not None else cache_of(out))
         for module, name, tensor in self._left:
             setattr(module, name, copies.of(tensor))
         return out, record

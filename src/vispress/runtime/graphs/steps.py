@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
+from vispress.runtime.graphs.arguments import MASK, POSITIONS
 from vispress.runtime.graphs.backends import record
 from vispress.runtime.graphs.copies import Copies
 from vispress.runtime.graphs.lodging import Lodging
-from vispress.runtime.graphs.prefill import Site
+from vispress.runtime.graphs.site import Site
 from vispress.runtime.graphs.watch import Watch
 from vispress.runtime.kv_cache.hf_compat import CACHE, OLD
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
 from vispress.runtime.tokens import masks
 
-MASK: Final = "attention_mask"
-_IDS: Final = "position_ids"
 _ROUND: Final = 64
 """Slots of a short layer are rounded up to a multiple of this."""
 
@@ -169,8 +168,8 @@ class StepGraph:
         batch, device = len(step.tensors["input_ids"]), site.device
         with torch.inference_mode(False):
             self._inputs = {name: one.clone() for name, one in step.tensors.items()}
-            if _IDS not in self._inputs:
-                self._inputs[_IDS] = torch.zeros(1, 1, dtype=torch.long, device=device)
+            if POSITIONS not in self._inputs:
+                self._inputs[POSITIONS] = torch.zeros(1, 1, dtype=torch.long, device=device)
             whole = step.mask is None or step.mask.ndim == 2
             size = batch, guest.capacity
             self._mask = torch.ones(size, dtype=torch.bool, device=device)
@@ -226,8 +225,8 @@ class StepGraph:
         assert lodging is not None
         for name, tensor in step.tensors.items():
             self._inputs[name].copy_(tensor)
-        if _IDS not in step.tensors:
-            self._inputs[_IDS].fill_(lodging.length)
+        if POSITIONS not in step.tensors:
+            self._inputs[POSITIONS].fill_(lodging.length)
         if step.mask is not None:
             width = step.mask.shape[1] if step.mask.ndim == 2 else None
             (self._mask if width is None else self._mask[:, :width]).copy_(step.mask)
