@@ -110,6 +110,15 @@ def test_an_export_is_refused_with_what_works(strict: bool, pictures: bool) -> N
         torch.export.export(model, (), {**inputs, "use_cache": False}, strict=strict)
 
 
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_jit_trace_is_refused_with_what_works(pictures: bool) -> None:
+    model, inputs = build("llava", dtype=torch.float32), inputs_of("llava", "divprune")
+    inputs = inputs if pictures else {"input_ids": inputs["input_ids"][:, -5:]}
+    refusal = pytest.raises(UnsupportedModelError, match=r"torch.jit.trace .* remove_compression")
+    with torch.no_grad(), compressed(model, make("llava", "divprune")), refusal:
+        torch.jit.trace(model, example_kwarg_inputs={**inputs}, check_trace=False, strict=False)
+
+
 def test_one_graph_of_all_is_refused_with_what_works() -> None:
     model = build("llava", dtype=torch.float32)
     with torch.no_grad(), compressed(model, make("llava", "divprune")):

@@ -30,6 +30,20 @@ def refuse_export() -> None:
         raise UnsupportedModelError(f"torch.export makes one graph of all, and {REASON}")
 
 
+def refuse_trace() -> None:
+    """Refuse `torch.jit.trace` of a compressed model.
+
+    Raises:
+        UnsupportedModelError: Says what would work.
+    """
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        raise UnsupportedModelError(
+            "torch.jit.trace keeps what was chosen for one picture for all others: call "
+            "remove_compression(model) ahead of it; torch.compile(model.forward) and "
+            "vispress.capture(model) run compressed models"
+        )
+
+
 def outside(function: Function) -> Function:
     """Make the twin of a function that runs between graphs, with all that it calls."""
     twin: Any = torch.compiler.disable(function, reason=REASON)  # type: ignore[no-untyped-call]
