@@ -12,9 +12,11 @@ import time
 import pytest
 import torch
 import yaml
+from accelerate import dispatch_model
 from filelock import FileLock
 from tests.bench.stored import manifest_of
 from tests.bench.test_engine import results, stored
+from tests.tiny_checkpoints import save_checkpoint
 
 from vispress.bench.results import shards
 from vispress.bench.results.files import ResultsError
@@ -101,6 +103,51 @@ def test_two_give_the_cells_of_one(make_plan, tmp_path, meeting, monkeypatch):
     assert [sum(numbers) for numbers in counted] == [total, total]
     # another run on the folder finds everything done, and no process holds it
     run(plan, out)
+
+
+@pytest.mark.slow
+def test_a_model_that_accelerate_spreads_gives_the_same_cells(
+    make_plan, tmp_path, meeting, monkeypatch
+):
+    """Two processes whose models are spread over this CPU and a folder, as a device map says."""
+    model = save_checkpoint("llava", tmp_path / "llava")
+    plan, out = make_plan(model=str(model), methods=["fastv"]), tmp_path / "two"
+    run(plan, tmp_path / "one")
+    load, asked = engine.load_named_model, []
+
+    def spread(name, device, dtype):
+        asked.append(device)
+        loaded = load(name, device, dtype)
+        places = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector"), "cpu")
+        decoder = loaded.model.model.language_model
+        for part, _ in decoder.named_children():
+            places[f"model.language_model.{part}"] = "cpu"
+        del places["model.language_model.layers"]
+        for number in range(len(decoder.layers)):
+            places[f"model.language_model.layers.{number}"] = ("cpu", "disk")[number % 2]
+        places["lm_head"] = "cpu"
+        folder = tmp_path / f"offloaded{len(asked)}"
+        dispatch_model(loaded.model, places, main_device="cpu", offload_dir=folder)
+        assert decoder.layers[1].self_attn.q_proj.weight.is_meta
+        return loaded
+
+    monkeypatch.setattr(engine, "load_named_model", spread)
+    shards = [Shard(rank, 2, rank) for rank in (0, 1)]
+    calls = [lambda shard=shard: run(plan, out, shard=shard, device="auto") for shard in shards]
+    assert together(*calls) == [None, None]
+    assert asked == ["auto", "auto"]
+    assert results(out) == results(tmp_path / "one")
+
+
+def test_processes_of_one_machine_do_not_all_take_its_devices(monkeypatch):
+    given = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **ADDRESS}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert this_shard(given).device("auto") == "auto"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(ConfigError, match=r"all 8 GPUs of a machine.* 2 processes"):
+        this_shard(given).device("auto")
+    assert this_shard({**given, "LOCAL_WORLD_SIZE": "1"}).device("auto") == "auto"
+    assert this_shard(given).device("cuda") == "cuda:1"
 
 
 def test_a_foreign_folder_is_refused_by_all(make_plan, tmp_path, meeting):

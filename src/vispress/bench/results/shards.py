@@ -30,11 +30,13 @@ class Shard:
         rank: From 0; the first one opens the folder and writes the summary.
         world: How many processes there are.
         local_rank: Among those of this machine.
+        local_world: How many processes this machine has.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
 
     @property
     def leader(self) -> bool:
@@ -42,7 +44,17 @@ class Shard:
         return self.rank == 0
 
     def device(self, device: str | torch.device) -> str | torch.device:
-        """Choose the device: `"cuda"` is a GPU of its own for each process of a machine."""
+        """Choose the device: `"cuda"` is a GPU of its own for each process of a machine.
+
+        Raises:
+            ConfigError: Each of several processes would spread its model over the same devices.
+        """
+        if str(device) == "auto" and self.local_world > 1 and (have := torch.cuda.device_count()):
+            raise ConfigError(
+                f"device auto spreads the model over all {have} GPUs of a machine, and this one "
+                f"has {self.local_world} processes that would all take them; start one a machine, "
+                "or give cuda, which is a GPU for each"
+            )
         return f"cuda:{self.local_rank}" if self.world > 1 and str(device) == "cuda" else device
 
     def tell(self, problem: str | None) -> None:
@@ -88,14 +100,15 @@ def this_shard(variables: Mapping[str, str] | None = None) -> Shard:
             f"WORLD_SIZE={environment['WORLD_SIZE']} announces several processes, but "
             f"{', '.join(missing)} is not set; start them with accelerate launch or torchrun"
         )
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    usual = {"LOCAL_RANK": environment["RANK"], "LOCAL_WORLD_SIZE": "1"}
     try:
-        rank, world, local = (int(environment.get(name, environment["RANK"])) for name in names)
+        rank, world, local, local_world = (int({**usual, **environment}[name]) for name in names)
     except ValueError as error:
         raise ConfigError(f"{', '.join(names)} must be integers: {error}") from error
     if not 0 <= rank < world:
         raise ConfigError(f"RANK must be in [0, {world}), got {rank}")
-    return Shard(rank, world, local)
+    return Shard(rank, world, local, local_world)
 
 
 @contextmanager
