@@ -7,6 +7,7 @@ from vispress.adapters import llava as llava
 from vispress.adapters import llava_next as llava_next
 from vispress.adapters import llava_next_video as llava_next_video
 from vispress.adapters import llava_onevision as llava_onevision
+from vispress.adapters import mistral3 as mistral3
 from vispress.adapters import qwen_omni as qwen_omni
 from vispress.adapters import qwen_vl as qwen_vl
 from vispress.adapters import vipllava as vipllava

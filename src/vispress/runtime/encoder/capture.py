@@ -11,6 +11,7 @@ from vispress.methods.base import upcast
 from vispress.precision import full_precision
 from vispress.runtime.encoder.merging import EncoderMerge
 from vispress.runtime.encoder.pooling import EncoderPool
+from vispress.runtime.encoder.sequences import bounds_of
 from vispress.runtime.hooks.attention import Softmax, attention_rows, current_sink
 from vispress.types import CropLayout, Signal
 from vispress_kernels import Backend
@@ -80,11 +81,12 @@ class EncoderSink:
         """Called by a watched encoder attention, once a layer or once an image and layer."""
         layer = next((i for i, known in enumerate(self._modules) if known is module), None)
         if layer is not None and layer in self._layers:
-            # a varlen kernel gets all images in one packed sequence; elsewhere the keyword is what
+            # varlen kernels get all images in one packed sequence; elsewhere the keyword is what
             # the caller told the language model, handed on by the base model
             config: Any = module.config
-            flash = self._packed and "flash" in str(config._attn_implementation)
-            bounds = kwargs.get("cu_seq_lens_q") if flash else None
+            bounds = bounds_of(mask) if self._packed else None
+            if self._packed and "flash" in str(config._attn_implementation):
+                bounds = kwargs.get("cu_seq_lens_q")
             self._attention(layer, query, key, float(kwargs["scaling"]), bounds)
         if layer is not None and layer in self._key_layers:
             self.keys.setdefault(layer, []).append(key[:, :, 1:] if self._has_cls else key)
@@ -263,7 +265,7 @@ def _join(parts: Sequence[Tensor], packed: bool) -> Tensor:
 def projector_function(adapter: ModelAdapter) -> Callable[[Tensor], Tensor]:
     """The projector, computing in the dtype of its input, or as autocast has it where that is on.
 
-    Weights that cannot be cast (quantised or offloaded) are used as they are, in their own dtype.
+    Weights that cannot be cast (quantised or offloaded) are used as they are, in their dtype.
     """
 
     def project(x: Tensor) -> Tensor:
@@ -281,9 +283,7 @@ def projector_function(adapter: ModelAdapter) -> Callable[[Tensor], Tensor]:
 
 
 def _clone(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A hook-free twin with cast weights; the original is untouched (other threads may be
-    using it).
-    """
+    """A hook-free twin with cast weights; the original, maybe in use, is untouched."""
     twin = object.__new__(type(module))
     fresh = nn.Module()
     own = {

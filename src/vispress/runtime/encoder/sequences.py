@@ -141,3 +141,20 @@ class Packed(Sequences):
         number = {start: i for i, start in enumerate(self._starts[0].tolist())}
         which = [number[bound // self.unit] for bound in bounds.tolist()]
         return (self._starts[:, which] * self.unit).to(bounds.dtype)
+
+
+def bounds_of(mask: Tensor | None) -> Tensor | None:
+    """Find where images begin in a packed sequence, by its block mask (Pixtral).
+
+    Args:
+        mask: `[1, 1, S, S]`, additive or bool; whole blocks on its diagonal.
+
+    Returns:
+        `[images + 1]` int32, the end last; None without a mask.
+    """
+    if mask is None:
+        return None
+    before = mask[0, 0].diagonal(-1)
+    begins = (~before if before.dtype == torch.bool else before < 0).nonzero().flatten() + 1
+    ends = torch.tensor([mask.shape[-1]], device=mask.device)
+    return torch.cat([torch.zeros_like(ends), begins, ends]).int()
