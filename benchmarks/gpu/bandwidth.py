@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu.cases import CASES, SIZES, TINY, Case, Size
+from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.kernel_tests import statuses
 from benchmarks.gpu.record import Deadline, Part, Row, Settings
+from benchmarks.gpu.sizes import SIZES, TINY, Case, Size
 from benchmarks.gpu.timing import ceilings, graph_ms, in_turns
 
 ORDER = ("video", "llava15", "qwen_16384", "llava_next", "qwen_1296")

@@ -20,6 +20,9 @@ from vispress.runtime.kv_cache.hf_compat import CACHE
 
 STEPS = 8
 """Decode steps that are timed, behind as many that are not."""
+QUESTIONS = 4
+"""Prompts of other lengths that are asked."""
+BY_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids"}
 How = Literal["cuda", "tape"] | None
 
 
@@ -67,6 +70,11 @@ def row(
                 "eager": times(model, given, device),
                 "captured": captured_times(model, given, device, backend),
             }
+            if name == "compressed":
+                found["questions"] = {
+                    "bucketed": question_times(model, given, device, backend, 32),
+                    "exact": question_times(model, given, device, backend, 1),
+                }
     return found | {"ratios": ratios(found)}
 
 
@@ -89,6 +97,33 @@ def captured_times(
         found = times(model, inputs, device)
         report = captured.report()
     return found | {"graphs": report.graphs, "fallbacks": dict(report.fallbacks)}
+
+
+def question_times(
+    model: Any, inputs: Mapping[str, Any], device: torch.device, backend: How, bucket: int
+) -> Row:
+    """Milliseconds of captured prefills whose pictures were seen, and whose lengths were not.
+
+    Args:
+        model: Compressed or not.
+        inputs: A prompt that ends with text.
+        device: Where both are.
+        backend: Of `capture`.
+        bucket: Its `prompt_bucket`.
+    """
+    watch, marks = Stopwatch(device), []
+    with capture(model, backend=backend, prompt_bucket=bucket) as captured:
+        prefill(model, inputs)
+        for less in range(1, QUESTIONS + 1):
+            start = watch.start()
+            prefill(
+                model, {**inputs} | {name: inputs[name][:, :-less] for name in BY_TOKEN & {*inputs}}
+            )
+            marks.append((start, watch.mark()))
+        report = captured.report()
+    synchronize(device)
+    found: Row = quantiles([watch.between(*pair) for pair in marks])
+    return {"ttft_ms": found, "graphs": report.graphs, "exact": dict(report.exact)}
 
 
 @torch.inference_mode()

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu.cases import CASES, SIZES, TINY
+from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.record import Deadline, Part, Row, Settings
+from benchmarks.gpu.sizes import SIZES, TINY
 from benchmarks.gpu.timing import in_turns
 
 Rule = dict[str, Any]

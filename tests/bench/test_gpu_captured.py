@@ -21,3 +21,7 @@ def test_a_row_has_every_variant_eager_and_captured() -> None:
         assert cells["eager"]["step_ms"]["median"] > 0
     assert len(row["ratios"]) == 8
     assert "forward" not in vars(model)
+    questions = row["questions"]
+    assert questions["bucketed"]["graphs"] <= 2
+    assert not questions["bucketed"]["exact"]
+    assert questions["exact"]["graphs"] == 1 + captured.QUESTIONS

@@ -12,18 +12,18 @@ import torch
 from benchmarks import gpu_suite
 from benchmarks.gpu import shapes
 from benchmarks.gpu.budgets import IMPORTANT, by_importance, fitting, published
-from benchmarks.gpu.cases import (
-    CASES,
-    SIZES,
+from benchmarks.gpu.cases import CASES
+from benchmarks.gpu.forwards import Bench
+from benchmarks.gpu.kernel_tests import _finishes, count
+from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
+from benchmarks.gpu.selections import (
     cover_case,
     distinct_case,
     dpp_case,
     kmeans_case,
     maxmin_case,
 )
-from benchmarks.gpu.forwards import Bench
-from benchmarks.gpu.kernel_tests import _finishes, count
-from benchmarks.gpu.record import Deadline, Part, Settings, quantiles, read_json, write_json
+from benchmarks.gpu.sizes import SIZES
 from benchmarks.gpu.targets import TARGETS
 from torch.utils._pytree import tree_leaves
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu.bandwidth import TooSlowError, _plan, within
-from benchmarks.gpu.cases import CASES, SIZES
+from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.record import Deadline, Part, Settings
+from benchmarks.gpu.sizes import SIZES
 from benchmarks.gpu.targets import print_targets, write_summary
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws.capturing import generated, prefill, taped
 from tests.laws.cases import GISTS, cases, make, model_of
-from tests.laws.test_captured import generated, prefill, taped
 from tests.tiny import Image, Sample, Text, build, gist_tokens, make_inputs
 from transformers import StaticCache
 

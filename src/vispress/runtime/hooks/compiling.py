@@ -36,7 +36,8 @@ def refuse_trace() -> None:
     Raises:
         UnsupportedModelError: Says what would work.
     """
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    jit: Any = torch.jit
+    if jit.is_tracing():
         raise UnsupportedModelError(
             "torch.jit.trace keeps what was chosen for one picture for all others: call "
             "remove_compression(model) ahead of it; torch.compile(model.forward) and "
