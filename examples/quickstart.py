@@ -1,14 +1,17 @@
-"""Compress the reference model and see what it keeps. Offline, on a CPU, in seconds.
+"""Compress a model and see what it keeps. Offline, on a CPU, in seconds.
 
 python examples/quickstart.py
+python examples/quickstart.py --model llava-hf/llava-1.5-7b-hf
 """
 
-from vispress import compress_model, compression_report, remove_compression
-from vispress.reference import heldout, load
+from common import open_model, options, questions
 
-model, processor = load()
-image, prompt, answer, _ = heldout("attribute", 1)[0]
-inputs = processor(images=[image], text=[prompt], return_tensors="pt")
+from vispress import compress_model, compression_report, remove_compression
+
+model, processor = open_model(options(__doc__).model)
+(asked,) = questions(processor, 1)
+inputs = processor(images=[asked["image"]], text=[asked["prompt"]], return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
 
 
 def ask() -> str:
@@ -17,7 +20,7 @@ def ask() -> str:
     return processor.decode(new, skip_special_tokens=True)
 
 
-print(f"question: {prompt}  right answer: {answer}")
+print(f"question: {asked['prompt']}  right answer: {asked['answer']}")
 print(f"uncompressed: {ask()}")
 
 for method in ("fastv", "divprune", "random"):

@@ -329,6 +329,8 @@ def test_examples_run(name, monkeypatch, capsys, request):
 
     folder = request.getfixturevalue("checkpoint")
     monkeypatch.setattr(reference, "load", lambda: read(folder))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     known, adapters = dict(registry._METHODS), dict(_ADAPTERS)
     try:
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
@@ -337,4 +339,5 @@ def test_examples_run(name, monkeypatch, capsys, request):
         for table, before in ((registry._METHODS, known), (_ADAPTERS, adapters)):
             table.clear()
             table.update(before)
+        sys.modules.pop("common", None)
     assert "visual tokens" in capsys.readouterr().out
