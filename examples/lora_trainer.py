@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 from vispress import compress_model
 from vispress.trainer import CompressionTrainer
 
-asked = options(__doc__, steps=30, test=32, out="lora")
+asked = options(__doc__, steps=30, test=32, scenes=256, out="lora")
 model, processor = open_model(asked.model)
-train, test = questions(processor, 256, seed=1), questions(processor, asked.test)
+train, test = questions(processor, asked.scenes, seed=1), questions(processor, asked.test)
 
 print(f"uncompressed: {accuracy(model, processor, test):.0%}")
 compress_model(model, "fastv", layer=1, keep_ratio=0.1)

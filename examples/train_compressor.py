@@ -21,10 +21,10 @@ from vispress import (
     set_progress,
 )
 
-asked = options(__doc__, steps=60, test=32, out="selector")
+asked = options(__doc__, steps=60, test=32, scenes=512, out="selector")
 model, processor = open_model(asked.model)
 model.requires_grad_(False)
-test, train = questions(processor, asked.test), questions(processor, 512, seed=1)
+test, train = questions(processor, asked.test), questions(processor, asked.scenes, seed=1)
 
 compress_model(model, "vision_selector", keep_ratio=0.11)  # its network is fresh, and trainable
 print(f"untrained: {accuracy(model, processor, test):.0%}")
@@ -34,7 +34,7 @@ optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
 model.train()
 for step in range(asked.steps):
     set_progress(model, step / asked.steps)  # schedules of the method follow
-    batch = batch_of(processor, train[8 * step % 512 :][:8])
+    batch = batch_of(processor, train[8 * step % len(train) :][:8])
     batch = {name: value.to(model.device) for name, value in batch.items()}
     with compression_loss(model) as extra:  # what the method adds: choose hard
         loss = model(**batch, use_cache=False).loss + extra()

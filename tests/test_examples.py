@@ -12,14 +12,17 @@ from vispress import registry
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RUN = {
     "lora_trainer": (
-        ["--steps", "2", "--test", "2"],
+        ["--steps", "2", "--test", "2", "--scenes", "16"],
         r"compressed, untrained: \d+%\n.*'mean_keep_ratio': '0\.\d+.*compressed, trained: \d+%",
     ),
     "packed_sft": (
         ["--steps", "2", "--test", "2", "--documents", "3"],
         r"of each picture \[9, 9, 9\] went on\ntrained: \d+%",
     ),
-    "train_compressor": (["--steps", "2", "--test", "2"], r"loaded from selector: the same"),
+    "train_compressor": (
+        ["--steps", "2", "--test", "2", "--scenes", "16"],
+        r"loaded from selector: the same",
+    ),
     "video": (["--clips", "1"], r"vidcom2: \['\w+'\]\n  58 of 384, by step: \[\d+(, \d+)+\]"),
     "schedule_search": (["--questions", "2"], r"method: layerwise\n.*with the schedule: \d+%"),
     "bench_own_method": (["--questions", "2"], r"far_from_mean.*random"),
