@@ -28,7 +28,13 @@ from vispress.runtime.forward.model_call import (
 )
 from vispress.runtime.forward.owner import GENERATING, is_traced, prompt_ends
 from vispress.runtime.hooks.attention import current_sink, watching
-from vispress.runtime.hooks.compiling import between, outside, refuse_export, refuse_trace
+from vispress.runtime.hooks.compiling import (
+    between,
+    is_tracing,
+    outside,
+    refuse_export,
+    refuse_trace,
+)
 from vispress.runtime.hooks.instance_patch import Original
 from vispress.runtime.kv_cache.cache_layers import expect_nothing
 from vispress.runtime.kv_cache.hf_compat import cache_of
@@ -67,7 +73,8 @@ def run_base(
     lengths = kwargs.pop(PROMPT_LENGTHS, None)
     call = (plan, decoder, args, kwargs, lengths, told)
     if not torch.compiler.is_compiling():
-        refuse_trace()
+        if is_tracing():
+            refuse_trace()
         return _run(plan, original, partial(_prepare, *call))
     refuse_export()
     if is_traced(args, kwargs) and not takes_embeds(kwargs):

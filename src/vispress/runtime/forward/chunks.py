@@ -20,7 +20,7 @@ from transformers.cache_utils import StaticLayer
 
 from vispress.errors import UnsupportedMethodError, UnsupportedModelError
 from vispress.runtime.forward import prefill
-from vispress.runtime.forward.model_call import ModelCall, by_name
+from vispress.runtime.forward.model_call import ModelCall, by_name, decoder_arguments
 from vispress.runtime.forward.owner import GENERATING
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
@@ -28,7 +28,7 @@ from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.hooks.instance_patch import Original
 from vispress.runtime.kv_cache.cache_layers import check_cache, kv_bytes
 from vispress.runtime.kv_cache.evicting import pack
-from vispress.runtime.kv_cache.hf_compat import CHUNKS_HAVE_PICTURES, cache_of, renamed
+from vispress.runtime.kv_cache.hf_compat import CHUNKS_HAVE_PICTURES, cache_of
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import RuntimeStage
 from vispress.runtime.tokens import masks
@@ -166,9 +166,7 @@ def _begin_chunk(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> tuple[Running, dict[str, Any]]:
-    given = by_name(type(module).forward, (module, *args), kwargs)
-    del given["self"]
-    given, chunks = renamed(given), call.chunks
+    given, chunks = decoder_arguments(module, args, kwargs), call.chunks
     cache, embeds = cache_of(given), given["inputs_embeds"]
     assert cache is not None
     check_cache(cache, plan.windows)

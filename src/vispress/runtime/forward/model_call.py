@@ -17,7 +17,7 @@ from vispress.adapters.base import Modality
 from vispress.errors import CompressionStateError
 from vispress.prompts import check_ends
 from vispress.runtime.encoder.capture import CAPTURE_ATTRIBUTE, EncoderCapture
-from vispress.runtime.kv_cache.hf_compat import cache_of
+from vispress.runtime.kv_cache.hf_compat import cache_of, renamed
 from vispress.runtime.plan.plan import Plan
 
 
@@ -170,3 +170,12 @@ def by_name(
     bound: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
     more: dict[str, Any] = bound.get("kwargs", {})
     return {name: value for name, value in bound.items() if name != "kwargs"} | more
+
+
+def decoder_arguments(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give the arguments of a language model's call by name, of any release of transformers."""
+    given = by_name(type(module).forward, (module, *args), kwargs)
+    del given["self"]
+    return renamed(given)

@@ -20,7 +20,7 @@ from vispress.runtime.forward.documents import (
 )
 from vispress.runtime.forward.expand import expand_output
 from vispress.runtime.forward.measuring import measure_update
-from vispress.runtime.forward.model_call import ModelCall, by_name
+from vispress.runtime.forward.model_call import ModelCall, decoder_arguments
 from vispress.runtime.forward.prefill_record import PrefillRecord
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.softening import check_mode
@@ -33,7 +33,7 @@ from vispress.runtime.kv_cache.cache_layers import (
     kv_bytes,
     refuse_shown_padding,
 )
-from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of, renamed
+from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 from vispress.runtime.modules import held, untrained
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import Entering, RuntimeStage, StageCall
@@ -65,9 +65,7 @@ def begin(
         The call under way (None when it is untouched), and keyword arguments that hold all
         arguments.
     """
-    given = by_name(type(module).forward, (module, *args), kwargs)
-    del given["self"]
-    given, captures = renamed(given), call.captures
+    given, captures = decoder_arguments(module, args, kwargs), call.captures
     cache = cache_of(given)
     if not captures and not is_compressed(cache):
         return None, given

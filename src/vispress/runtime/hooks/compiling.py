@@ -17,6 +17,9 @@ REASON = (
     "remove_compression(model) before torch.export"
 )
 """What torch says to who asks for one graph of all."""
+_JIT: Any = torch.jit
+is_tracing: Callable[[], bool] = _JIT.is_tracing
+"""Whether `torch.jit.trace` runs."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -36,13 +39,11 @@ def refuse_trace() -> None:
     Raises:
         UnsupportedModelError: Says what would work.
     """
-    jit: Any = torch.jit
-    if jit.is_tracing():
-        raise UnsupportedModelError(
-            "torch.jit.trace keeps what was chosen for one picture for all others: call "
-            "remove_compression(model) ahead of it; torch.compile(model.forward) and "
-            "vispress.capture(model) run compressed models"
-        )
+    raise UnsupportedModelError(
+        "torch.jit.trace keeps what was chosen for one picture for all others: call "
+        "remove_compression(model) ahead of it; torch.compile(model.forward) and "
+        "vispress.capture(model) run compressed models"
+    )
 
 
 def outside(function: Function) -> Function:
