@@ -24,7 +24,7 @@ from tests.laws.cases import (
 )
 from tests.laws.packing import Packed, pack
 from tests.laws.test_law12_documents import EXACT, kept_of
-from tests.tiny import Image, Sample, Text, cache_by_prompts, visual_positions
+from tests.tiny import NEWER, Image, Sample, Text, cache_by_prompts, visual_positions
 from torch import Tensor
 
 from vispress import compressed
@@ -73,7 +73,8 @@ def test_masked_images_are_not_there(family: str, method: str) -> None:
         for layer in range(report.num_layers):
             assert not report.alive(layer)[packed.inputs["attention_mask"] == 0].any()
             assert report.visual_per_layer[layer][3] == 0
-    assert [(image.num_kept, image.kept) for image in dummies] == [(0, ())] * 4
+    assert {(image.num_kept, image.kept) for image in dummies} == {(0, ())}
+    assert len(dummies) == 4 or (family in NEWER and len(dummies) > 4)  # one is cut in parts
     for number in LIVE:
         row, start, stop = packed.spans[number]
         with compressed(model, method, **options):

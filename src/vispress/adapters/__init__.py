@@ -2,6 +2,7 @@
 
 from vispress.adapters import cohere2_vision as cohere2_vision
 from vispress.adapters import gemma3 as gemma3
+from vispress.adapters import idefics3 as idefics3
 from vispress.adapters import internvl as internvl
 from vispress.adapters import llava as llava
 from vispress.adapters import llava_next as llava_next
