@@ -1,6 +1,7 @@
 """What the vLLM plug-in keeps count of and refuses, ahead of any engine: no vLLM is needed."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,15 @@ from vispress.adapters.base import find_adapter
 from vispress.errors import ConfigError, UnsupportedMethodError, VispressError
 from vispress.integrations.vllm import releases
 from vispress.integrations.vllm.engine import check_engine, check_places
-from vispress.integrations.vllm.places import RIDING, inside, laid_out, read, written
+from vispress.integrations.vllm.places import (
+    RIDING,
+    data_of,
+    inside,
+    laid_out,
+    read,
+    tokens_alone,
+    written,
+)
 from vispress.integrations.vllm.refusal import refusing
 from vispress.integrations.vllm.spec import read_spec, servable
 from vispress.registry import list_methods
@@ -175,7 +184,7 @@ def test_settings_of_an_engine_that_are_refused(config, setting, words):
 
 
 def test_videos_that_are_not_served_must_be_left_out():
-    spec = read_spec(asked(build("qwen3_vl", layers=4).config, method="divprune", keep_ratio=0.5))
+    spec = read_spec(asked(build("qwen3_vl", layers=4).config, method="cdpruner", keep_ratio=0.5))
     with pytest.raises(UnsupportedMethodError, match=r'limit_mm_per_prompt={"video": 0}'):
         check_engine(spec, engine_config())
     check_engine(spec, engine_config(get_limit_per_prompt=lambda modality: modality != "video"))
@@ -231,10 +240,12 @@ def test_short_prompts_are_laid_out_as_whole_ones():
     full, delta = rule(whole, [feature(2, 12, grids[0]), feature(15, 6, grids[1])])
     # features come in any order
     features = [feature(6, 2, grids[1]), feature(2, 3, grids[0])]
-    found, short_delta = laid_out(rule, adapter, short, features)
+    run = partial(tokens_alone, adapter)
+    found, short_delta = laid_out(rule, run, short, features)
     call = {"image_grid_thw": torch.stack(grids)}
     for number, at in enumerate((slice(2, 5), slice(6, 8))):
-        found[:, at] += inside(rule, adapter, "image", call, number)[:, kept[number]]
+        data = data_of("image", call, number)
+        found[:, at] += inside(rule, run, "image", data)[:, kept[number]]
     stay = [0, 1, *(2 + kept[0]).tolist(), 14, *(15 + kept[1]).tolist(), 21, 22]
     assert found.tolist() == full[:, stay].tolist()
     assert short_delta + len(short) == delta + len(whole)

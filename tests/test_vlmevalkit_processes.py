@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.tiny_checkpoints import picture, save_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -31,6 +31,8 @@ MARK = {
 }
 """What stands for a picture in a text."""
 VIDEO_MARK = {
+    "internvl": "<video>",
+    "qwen3_vl": "<|vision_start|><|video_pad|><|vision_end|>",
     "llava_onevision": "<video>",
     "qwen2_vl": "<|vision_start|><|video_pad|><|vision_end|>",
     "qwen2_5_vl": "<|vision_start|><|video_pad|><|vision_end|>",
@@ -111,7 +113,9 @@ def _qwen(family: str) -> Any:
     }
     tokenizer = tiny_checkpoints._tokenizer(marks, eos_token="</s>")
     grid = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
-    pixels = {"size": {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 36}}
+    # vLLM may normalise both on the device, by one mean
+    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    pixels = norm | {"size": {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 36}}
     kinds = {
         "qwen2_vl": (hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
         "qwen2_5_vl": (hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
@@ -121,5 +125,5 @@ def _qwen(family: str) -> Any:
     return processor(
         image_processor=hf.Qwen2VLImageProcessor(**grid, **pixels),
         tokenizer=tokenizer,
-        video_processor=video(**grid, **pixels),
+        video_processor=video(**grid, **pixels, do_sample_frames=False),
     )

@@ -1,6 +1,7 @@
 """An engine in this process, prompts, and what vispress keeps and answers on transformers."""
 
 import gc
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ class Answer:
 
 def told(processor: Any) -> bool:
     """Whether vLLM wants to be told the times of a video's frames."""
-    return type(processor).__name__ == "Qwen2_5_VLProcessor"
+    return type(processor).__name__ in ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 
 
 def about(video: Any) -> dict[str, Any]:
@@ -82,13 +83,19 @@ def _one(model: Any, processor: Any, prompt: Prompt, compressed: bool) -> Answer
 
 
 def _by_picture(processor: Any, images: Any, prompt: Prompt) -> list[list[int]]:
-    """Kept indices of each picture or video: InternVL's are reported tile by tile."""
+    """Kept indices of each picture or video: InternVL's are reported by tiles and frames."""
     if len(images) == len(prompt.images) + len(prompt.videos):
         return [list(image.kept) for image in images]
     tiles, kept = iter(images), []
-    for picture in prompt.images:
+    counts = {
+        "<IMG_CONTEXT>": [
+            len(processor.image_processor(images=[one])["pixel_values"]) for one in prompt.images
+        ],
+        "<video>": [len(one) for one in prompt.videos],
+    }
+    for mark in re.findall("|".join(counts), prompt.text):
         own, before = [], 0
-        for _ in processor.image_processor(images=[picture])["pixel_values"]:
+        for _ in range(counts[mark].pop(0)):
             tile = next(tiles)
             own += [before + place for place in tile.kept]
             before += tile.num_visual

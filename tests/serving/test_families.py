@@ -50,14 +50,14 @@ def test_as_on_transformers(served, number):
     asked = {"method": SERVED[family][number], "keep_ratio": 0.4}
     shown = prompts(family, processor)
     expected = on_transformers(model, processor, shown, asked)
-    limits = {"image": 5} | ({"video": 0} if family in ("qwen3_vl", "internvl") else {})
+    limits = {"image": 5, "video": 0}
     with engine(folder, processor, asked, limit_mm_per_prompt=limits) as made:
         check(made, shown, expected)
 
 
 def test_videos_that_are_not_served_are_refused_at_start_up(tmp_path):
     _, processor = families.save("qwen3_vl", tmp_path)
-    asked = {"method": "divprune", "keep_ratio": 0.4}
+    asked = {"method": "cdpruner", "keep_ratio": 0.4}
     limits = {"image": 1, "video": 1}
-    with pytest.raises(Exception, match="videos of qwen3_vl cannot be compressed in vLLM"):
+    with pytest.raises(Exception, match="frames of videos of qwen3_vl bring text"):
         Engine(tmp_path, processor, asked, limit_mm_per_prompt=limits)

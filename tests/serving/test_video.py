@@ -26,8 +26,15 @@ def prompts(family: str) -> list[Prompt]:
     ]
 
 
-@pytest.mark.parametrize("method", ["divprune", "evs"])
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl"])
+CASES = [
+    *((family, method) for family in families.VIDEO_MARK for method in ("divprune", "evs")),
+    ("qwen3_vl", "ensemble"),
+    ("internvl", "visionzip"),
+]
+CASES.remove(("internvl", "evs"))  # to InternVL frames are tiles: there are no videos
+
+
+@pytest.mark.parametrize(("family", "method"), CASES)
 def test_as_on_transformers(family, method, tmp_path_factory):
     folder = tmp_path_factory.mktemp(family)
     model, processor = families.save(family, folder)
@@ -38,3 +45,18 @@ def test_as_on_transformers(family, method, tmp_path_factory):
     limits = {"image": 1, "video": 1}
     with engine(folder, processor, asked, limit_mm_per_prompt=limits) as made:
         check(made, prompts(family), expected)
+
+
+@pytest.mark.parametrize("settings", [{"max_num_batched_tokens": 64}, {}], ids=["cut", "cached"])
+def test_frames_among_text(settings, tmp_path):
+    """Chunks cut runs of frames and text, in a batch; repeats are found in the prefix cache."""
+    model, processor = families.save("qwen3_vl", tmp_path)
+    asked = {"method": "divprune", "keep_ratio": 0.4}
+    shown = prompts("qwen3_vl")
+    expected = on_transformers(model, processor, shown, asked)
+    limits = {"limit_mm_per_prompt": {"image": 1, "video": 1}, "max_num_seqs": 8}
+    with engine(tmp_path, processor, asked, **limits | settings) as made:
+        check(made, shown, expected)
+        again = made.ask(shown)
+        assert [one.ids for one in again] == [one.ids for one in expected]
+        assert any(one.cached for one in again)

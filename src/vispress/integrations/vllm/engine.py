@@ -68,8 +68,9 @@ def check_modalities(spec: Spec, count: Callable[[Modality], int]) -> None:
     for modality in spec.refused:
         if count(modality):
             raise UnsupportedMethodError(
-                f"{modality}s of {spec.adapter.family} cannot be compressed in vLLM; set "
-                f'limit_mm_per_prompt={{"{modality}": 0}}'
+                f"{spec.method.name} reads the prompt, to which the frames of {modality}s of "
+                f"{spec.adapter.family} bring text that vLLM writes behind the choice; set "
+                f'limit_mm_per_prompt={{"{modality}": 0}}, or a method that reads no text'
             )
 
 

@@ -21,6 +21,8 @@ RIDING: Final = _DIGITS * _AXES
 Positions = tuple[Tensor, int]
 Rule = Callable[[list[int], list[Any]], Positions]
 """vLLM's: token ids and features of a prompt to positions `[3, L]` and what decoding adds."""
+Run = Callable[[Modality, Mapping[str, Any]], list[int]]
+"""Token ids that stand for a whole image or video, from its modality and vLLM's data of it."""
 
 
 def written(places: Tensor, like: Tensor) -> Tensor:
@@ -36,32 +38,41 @@ def read(digits: Tensor) -> Tensor:
     return found
 
 
-def inside(
-    rule: Rule, adapter: ModelAdapter, modality: Modality, call: Mapping[str, Any], number: int
-) -> Tensor:
-    """Lay out one image or video alone: `[3, N]`, from 0.
+def data_of(modality: Modality, call: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Find vLLM's data of one image or video that says how it is laid out.
 
     Args:
-        rule: vLLM's.
-        adapter: The family.
         modality: Image or video.
         call: Arguments of the encoder call that it is in.
         number: Its place there.
     """
-    names = (f"{modality}_grid_thw", "second_per_grid_ts")
+    names = (f"{modality}_grid_thw", "second_per_grid_ts", "timestamps")
     own = {name: call[name][number] for name in names if call.get(name) is not None}
-    data = {name: SimpleNamespace(data=value.cpu()) for name, value in own.items()}
-    count = _tokens(adapter, modality, data)
-    token = adapter.placeholders()[modality]
-    return rule([token] * count, [_feature(modality, data, 0, count)])[0]
+    return {
+        name: SimpleNamespace(data=value.cpu() if isinstance(value, Tensor) else value)
+        for name, value in own.items()
+    }
 
 
-def laid_out(rule: Rule, adapter: ModelAdapter, ids: Sequence[int], features: Any) -> Positions:
+def inside(rule: Rule, run: Run, modality: Modality, data: Mapping[str, Any]) -> Tensor:
+    """Lay out one image or video alone: `[3, N]`, from 0.
+
+    Args:
+        rule: vLLM's.
+        run: What stands for it.
+        modality: Image or video.
+        data: vLLM's, of it.
+    """
+    ids = run(modality, data)
+    return rule(ids, [_feature(modality, data, 0, len(ids))])[0]
+
+
+def laid_out(rule: Rule, run: Run, ids: Sequence[int], features: Any) -> Positions:
     """Lay out a short prompt as if it were whole, visual rows at the start of their picture.
 
     Args:
         rule: vLLM's, for whole prompts.
-        adapter: The family.
+        run: What stands for an image or video there.
         ids: The short prompt.
         features: vLLM's, with places in the short prompt.
     """
@@ -69,11 +80,11 @@ def laid_out(rule: Rule, adapter: ModelAdapter, ids: Sequence[int], features: An
     shifted, spans, at = [], [], 0
     for one in sorted(features, key=lambda each: each.mm_position.offset):
         start, length = one.mm_position.offset, one.mm_position.length
-        count = _tokens(adapter, one.modality, one.data)
+        own = run(one.modality, one.data)
         whole += ids[at:start]
         spans.append((len(whole), start, length))
-        shifted.append(_feature(one.modality, one.data, len(whole), count))
-        whole += [ids[start]] * count
+        shifted.append(_feature(one.modality, one.data, len(whole), len(own)))
+        whole += own
         at = start + length
     whole += ids[at:]
     positions, delta = rule(whole, shifted)
@@ -85,12 +96,20 @@ def laid_out(rule: Rule, adapter: ModelAdapter, ids: Sequence[int], features: An
     return torch.cat([*parts, positions[:, last:]], dim=1), delta + len(whole) - len(ids)
 
 
-def _tokens(adapter: ModelAdapter, modality: Modality, data: Mapping[str, Any]) -> int:
+def tokens_alone(adapter: ModelAdapter, modality: Modality, data: Mapping[str, Any]) -> list[int]:
+    """List the ids of an image or video that stands in one run of placeholders."""
+    t, h, w = frames(adapter, modality, data)
+    return [adapter.placeholders()[modality]] * (t * h * w)
+
+
+def frames(
+    adapter: ModelAdapter, modality: Modality, data: Mapping[str, Any]
+) -> tuple[int, int, int]:
+    """Find the grid of an image's or video's tokens."""
     name = f"{modality}_grid_thw"
     grids = adapter.picture_grids(modality, {name: data[name].data[None]})
     assert grids is not None
-    ((t, h, w),) = grids
-    return t * h * w
+    return grids[0]
 
 
 def _feature(modality: Modality, data: Any, offset: int, length: int) -> Any:

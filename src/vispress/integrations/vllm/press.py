@@ -30,6 +30,16 @@ def modality_of(call: Mapping[str, Any]) -> Modality:
     return "video" if "pixel_values_videos" in call else "image"
 
 
+def as_tiles(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Name frames of InternVL's videos as its pictures' tiles, which they are to the encoder."""
+    names = {
+        "pixel_values_videos": "pixel_values",
+        "video_num_patches": "image_num_patches",
+        "video_token_id": "image_token_id",
+    }
+    return {names.get(name, name): value for name, value in call.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Shown:
     """An image or video of an encoder call.

@@ -12,7 +12,7 @@ from vllm.multimodal.processing import PromptReplacement
 
 from vispress.adapters.base import Modality
 from vispress.integrations.vllm.engine import check_modalities
-from vispress.integrations.vllm.press import TEXT
+from vispress.integrations.vllm.press import TEXT, as_tiles
 from vispress.integrations.vllm.spec import Layout, Spec, read_spec
 
 _OWN: Final = "vispress_texts"
@@ -154,16 +154,22 @@ def _shortened(spec: Spec, update: Any, items: Any, item: int) -> Any:
     details = update.resolve(item).content
     full = list(details.full)
     shows = [True] * len(full) if details.is_embed is None else details.is_embed(full).tolist()
-    modality: Modality = update.modality
+    modality: Modality = spec.seen(update.modality)
     visual = sum(shows)
     parts = spec.parts(modality, visual)
+    each = visual // parts
     layout: Layout = (None, None)
     if spec.needs_layout:
-        call = MultiModalKwargsItems({modality: [items[modality][item]]}).get_data()
-        layout = spec.adapter.layouts(modality, [visual // parts] * parts, call)[0]
-    left, short = spec.count(modality, visual // parts, layout) * parts, []
+        call = MultiModalKwargsItems({update.modality: [items[update.modality][item]]}).get_data()
+        if modality != update.modality:
+            call = as_tiles(call)
+        layout = spec.adapter.layouts(modality, [each] * parts, call)[0]
+    stays, before, short = spec.count(modality, each, layout), 0, []
     for token, visible in zip(full, shows, strict=True):
-        left -= visible
-        if not visible or left >= 0:
+        if not visible or before % each < stays:
             short.append(token)
+        before += visible
+    if spec.among_text(update.modality) and spec.seen("video") == "video":
+        # which frames the places go to shows behind the encoder, from which all rows come
+        return replace(details, full=short, is_embed=None)
     return replace(details, full=short)

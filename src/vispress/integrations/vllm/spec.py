@@ -82,8 +82,20 @@ class Spec:
 
     @property
     def refused(self) -> tuple[Modality, ...]:
-        """What vLLM serves and the plug-in does not: videos that stand among their timestamps."""
-        return ("video",) if self.adapter.family in ("qwen3_vl", "internvl") else ()
+        """What vLLM serves and the plug-in does not.
+
+        Videos whose frames stand among text (`among_text`), to a method that reads the text: it is
+        written when the video is processed, and is told to methods before that.
+        """
+        return ("video",) if self.reads_text and self.among_text("video") else ()
+
+    def among_text(self, modality: Modality) -> bool:
+        """Whether an item's visual tokens stand in several runs, with text between."""
+        return modality == "video" and self.adapter.family in ("qwen3_vl", "internvl")
+
+    def seen(self, modality: Modality) -> Modality:
+        """Tell what an item is to the model: frames of InternVL's videos are tiles of pictures."""
+        return "image" if self.adapter.family == "internvl" else modality
 
     @property
     def reads_text(self) -> bool:
