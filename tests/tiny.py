@@ -179,7 +179,7 @@ def make_inputs(
         ids[i, start : start + len(row)] = torch.tensor(row)
         mask[i, start : start + len(row)] = 1
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if like(family) in QWEN:
+    if like(family) in QWEN and (family not in TABLE or TABLE[family].typed):
         inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
     if family in TABLE and (extra := TABLE[family].extra) is not None:
         inputs |= extra(ids)

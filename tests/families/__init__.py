@@ -33,6 +33,7 @@ class Family:
         draw: Adds the pixels of an image (`part, alone, batch, draw`) to the batch.
         spell: All tokens of an image (`part, count`), placeholders and what stands among them.
         pixels: Arguments of the model (`batch, dtype`) that carry pixels.
+        typed: Whether it takes `mm_token_type_ids` where `like` does.
         extra: Arguments of the model that follow from the ids `[B, L]`.
         apart: Features of a call, one tensor an image, from what the model gives.
         windowed: Whether layers see a window, so that their caches are no longer than it.
@@ -53,6 +54,7 @@ class Family:
     draw: Callable[..., None] | None = None
     spell: Callable[..., list[int]] | None = None
     pixels: Callable[..., dict[str, Any]] | None = None
+    typed: bool = True
     extra: Callable[..., dict[str, Any]] | None = None
     apart: Callable[..., list[Any]] | None = None
     windowed: bool = False

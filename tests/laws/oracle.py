@@ -380,7 +380,10 @@ def generate_positions(model: Any, inputs: Mapping[str, Any], prompt: int) -> Te
         return text.expand(3, -1, -1)
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     cut = {k: v[:, :prompt] if k in names else v for k, v in inputs.items()}
-    start, _ = model.model.get_rope_index(**cut)
+    if "video_second_per_grid" in cut:  # what thinkers call it
+        cut["second_per_grids"] = cut["video_second_per_grid"]
+    known = signature(model.model.get_rope_index).parameters
+    start, _ = model.model.get_rope_index(**{k: v for k, v in cut.items() if k in known})
     # generate counts on from the last position of the prompt, on each axis; behind a long video
     # neither the rope index of the longer sequence nor the rope delta says the same
     new = torch.arange(1, text.shape[1] - prompt + 1, device=text.device)

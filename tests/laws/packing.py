@@ -62,7 +62,8 @@ def positions_of(family: str, model: Any, inputs: Mapping[str, Any]) -> Tensor:
     grids = {name: inputs[name] for name in names if name in inputs}
     if grids:
         names = ("input_ids", "attention_mask", "mm_token_type_ids")
-        axes, _ = model.model.get_rope_index(**{name: inputs[name] for name in names}, **grids)
+        told = {name: inputs[name] for name in names if name in inputs}
+        axes, _ = model.model.get_rope_index(**told, **grids)
     return torch.cat([text[None], axes])
 
 

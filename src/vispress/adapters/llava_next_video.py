@@ -20,6 +20,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     """
 
     family = "llava_next_video"
+    transformers = "5.24"
     kinds = frozenset({"anyres", "video"})
 
     @property
@@ -31,10 +32,6 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         """Image and video token ids."""
         config = self.base.config
         return {"image": config.image_token_id, "video": config.video_token_id}
-
-    def features(self, modality: Modality, output: Any) -> tuple[Tensor, ...]:
-        """One `[N_i, D]` an image or video; older releases give a video's by frame."""
-        return tuple(feature.flatten(0, -2) for feature in super().features(modality, output))
 
     def encoder_grids(
         self, modality: Modality, call: Mapping[str, Any]

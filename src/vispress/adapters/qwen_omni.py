@@ -20,6 +20,7 @@ class Qwen25OmniAdapter(Qwen25VLAdapter):
     """
 
     family = "qwen2_5_omni"
+    transformers = "5.24"
     _videos_apart = True
 
 
@@ -28,6 +29,7 @@ class Qwen3OmniMoeAdapter(Qwen3VLAdapter):
     """`Qwen3OmniMoeThinkerModel`: as Qwen3-VL, with a mixture of experts."""
 
     family = "qwen3_omni_moe"
+    transformers = "5.24"
 
     def _merger_parts(self) -> tuple[nn.Module, tuple[Any, Any, Any]]:
         merger: Any = self.projector

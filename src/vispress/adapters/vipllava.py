@@ -18,6 +18,7 @@ class VipLlavaAdapter(LlavaAdapter):
     """
 
     family = "vipllava"
+    transformers = "5.24"
 
     @property
     def _read_layers(self) -> list[int]:
