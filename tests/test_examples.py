@@ -33,6 +33,7 @@ ELSEWHERE = {
     "common": "what the others share",
     "quickstart": "tests/test_cli.py",
     "new_method": "tests/test_cli.py",
+    "lmms_eval_run": "tests/integrations/test_lmms_eval.py",
     "serve_vllm": "docs/serving.md tells when it last ran",
     "new_model": "tests/test_cli.py",
 }

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import re
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from tests.tiny_checkpoints import picture
@@ -197,3 +200,15 @@ def test_an_error_that_lmms_eval_swallows_is_raised(folders, task, monkeypatch):
     assert answers == [[""], [""]]
     with pytest.raises(RuntimeError, match="broken on purpose"):
         evaluate("vispress_llava_hf", f"{given},method=none", task, simple=False)
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    """`examples/lmms_eval_run.py`, on the model that ships and a task of its own."""
+    example = Path(__file__).parents[2] / "examples" / "lmms_eval_run.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(example.parent))
+    monkeypatch.setattr(sys, "argv", [example.name, "--questions", "4"])
+    runpy.run_path(str(example), run_name="__main__")
+    sys.modules.pop("common")
+    found = dict(re.findall(r"^(method=\w+).*right, (\d+) tokens", capsys.readouterr().out, re.M))
+    assert (found["method=none"], found["method=divprune"]) == ("144", "36")
