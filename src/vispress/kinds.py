@@ -54,6 +54,7 @@ class Signal(StrEnum):
     CLS_LOGITS = "cls_logits"
     CLS_WIDE_ATTENTION = "cls_wide_attention"
     COLUMN_ATTENTION = "column_attention"
+    PATCH_ATTENTION = "patch_attention"
     VISION_KEYS = "vision_keys"
     VISION_FEATURES = "vision_features"
     PROJECTOR = "projector"
@@ -80,7 +81,7 @@ class Signal(StrEnum):
 
 CLS_SIGNALS = frozenset({Signal.CLS_ATTENTION, Signal.CLS_LOGITS, Signal.CLS_WIDE_ATTENTION})
 """What only an encoder with a [CLS] token gives."""
-ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION}
+ATTENTION_SIGNALS = CLS_SIGNALS | {Signal.COLUMN_ATTENTION, Signal.PATCH_ATTENTION}
 """What is read of the encoder's attention."""
 ENCODER_SIGNALS = ATTENTION_SIGNALS | {
     Signal.VISION_KEYS,

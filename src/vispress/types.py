@@ -77,6 +77,8 @@ class VisualTokens:
         cls_wide_attention: As `cls_attention`, with all heads as one of full width: H = 1.
         column_attention: As `cls_attention`, with the mean over query rows in place of the [CLS]
             row.
+        patch_attention: As `cls_attention`, with the mean over the other patches in place of the
+            [CLS] row: neither a token's own row nor [CLS]'s.
         vision_keys: `[B, Hv, N, Dh]`, keys of the (last) encoder layer that is asked for.
         vision_features: `[B, N, Dv]`, input of the projector for each token.
         encoder_groups: `[B, N]` int64; equal for tokens that left the encoder as one.
@@ -124,6 +126,7 @@ class VisualTokens:
     cls_logits: Float[Tensor, "B *EH N"] | None = None
     cls_wide_attention: Float[Tensor, "B *EW N"] | None = None
     column_attention: Float[Tensor, "B *EH N"] | None = None
+    patch_attention: Float[Tensor, "B *EH N"] | None = None
     vision_keys: Float[Tensor, "B Hv N Dh"] | None = None
     vision_features: Float[Tensor, "B N Dv"] | None = None
     encoder_groups: Int[Tensor, "B N"] | None = None

@@ -71,6 +71,7 @@ def test_families_without_cls_are_the_ones_meant() -> None:
         "holov",
         "prumerge",
         "scope",
+        "visiontrim",
         "visionzip",
         "vispruner",
         "vmtc",

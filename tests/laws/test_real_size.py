@@ -99,6 +99,11 @@ DECLARED = {
         "attention before it runs, at three depths: 94 operations each",
         {"llava_1_5_7b": 285, "llava_next_7b": 290},
     ),
+    "visiontrim": Declared(
+        "three rounds in which targets gather tokens and are projected anew; crops of two shares "
+        "are worked on apart",
+        {"llava_next_7b": 310},
+    ),
     "vmtc": Declared(
         "ten rounds of k-means, each on the centres of the one before: 18 operations a round",
         {"llava_1_5_7b": 320, "llava_next_7b": 335},

@@ -131,6 +131,9 @@ def make_tokens(
         num_original=N,
         cls_attention=attention(B, *layers, heads).to(dtype),
         column_attention=attention(B, *layers, heads).to(dtype),
+        patch_attention=torch.rand(
+            B, *layers, heads, N, generator=torch.Generator().manual_seed(seed + 2)
+        ).to(dtype),
         cls_logits=normal(B, *layers, heads, N).to(dtype),
         cls_wide_attention=attention(B, *layers, 1).to(dtype),
         vision_keys=normal(B, heads, N, 5).to(dtype),
@@ -235,6 +238,7 @@ def take(tokens, keep):
         index=tokens.index[rows, keep],
         cls_attention=left(tokens.cls_attention),
         column_attention=left(tokens.column_attention),
+        patch_attention=left(tokens.patch_attention),
         cls_logits=left(tokens.cls_logits),
         cls_wide_attention=left(tokens.cls_wide_attention),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),

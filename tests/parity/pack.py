@@ -39,6 +39,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "scope": ("llava576_t64", "anyres5_t160"),
     "v2drop": ("llava_long_text", "qwen_typical"),
     "vidcom2": ("r15",),
+    "visiontrim": ("n100_48_16", "batch2", "no_complement"),
     "vscan": ("t192", "t64_divides", "t101_odd", "batch2_t96", "least_32"),
 }
 """By file, cases that are too large for the repository. Each was green when its file was packed:

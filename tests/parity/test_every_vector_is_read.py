@@ -141,6 +141,7 @@ CASES_UNREAD = {
     ("openvino_cdpruner", "fallback_kernel"): "reached where OpenVINO compiles no graph",
     ("llava_scissor", "long_chains"): "the official code loses tokens of chains",
     ("llava_scissor", "sampled"): "the official code samples links",
+    ("visiontrim", "ltam"): "a score that the released code computes and does not use",
     ("scope", "add"): "attention added in place of multiplied, which was not published",
 }
 """By file and the beginning of their names, cases that no test reads, and why."""

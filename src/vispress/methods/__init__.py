@@ -53,6 +53,7 @@ from vispress.methods.uniform import Uniform as Uniform
 from vispress.methods.v2drop import V2Drop as V2Drop
 from vispress.methods.vidcom2 import VidCom2 as VidCom2
 from vispress.methods.vision_selector import VisionSelector as VisionSelector
+from vispress.methods.visiontrim import VisionTrim as VisionTrim
 from vispress.methods.visionzip import VisionZip as VisionZip
 from vispress.methods.vispruner import VisPruner as VisPruner
 from vispress.methods.vmtc import VMTC as VMTC

@@ -10,6 +10,7 @@ from vispress.adapters.base import Modality, ModelAdapter
 from vispress.methods.base import upcast
 from vispress.precision import full_precision
 from vispress.runtime.encoder.merging import EncoderMerge
+from vispress.runtime.encoder.patch_attention import patch_attention
 from vispress.runtime.encoder.pooling import EncoderPool
 from vispress.runtime.encoder.sequences import bounds_of
 from vispress.runtime.hooks.attention import Softmax, attention_rows, current_sink
@@ -96,18 +97,17 @@ class EncoderSink:
     ) -> None:
         if Signal.CLS_ATTENTION in self._wanted:
             row = query_attention(query[:, :, :1], key, scale=scaling, backend=self._backend)
-            row = row[:, :, 0, 1:]
-            self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row)
+            self.attention.setdefault((Signal.CLS_ATTENTION, layer), []).append(row[:, :, 0, 1:])
         if Signal.CLS_LOGITS in self._wanted:
             logits = upcast(query[:, :, :1]) @ upcast(key).mT * scaling
             self.attention.setdefault((Signal.CLS_LOGITS, layer), []).append(logits[:, :, 0, 1:])
         if Signal.CLS_WIDE_ATTENTION in self._wanted:
-            wide_query, wide_key = (
-                x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (query[:, :, :1], key)
-            )
-            row = attention_rows(wide_query, wide_key, None, Softmax(wide_key.shape[-1] ** -0.5))
-            row = row[:, :, 0, 1:]
+            cls, wide = (x.transpose(1, 2).flatten(2)[:, None] for x in (query[:, :, :1], key))
+            row = attention_rows(cls, wide, None, Softmax(wide.shape[-1] ** -0.5))[:, :, 0, 1:]
             self.attention.setdefault((Signal.CLS_WIDE_ATTENTION, layer), []).append(row)
+        if Signal.PATCH_ATTENTION in self._wanted:
+            mean = patch_attention(query, key, scaling, bounds, int(self._has_cls), self._backend)
+            self.attention.setdefault((Signal.PATCH_ATTENTION, layer), []).append(mean)
         if Signal.COLUMN_ATTENTION in self._wanted:
             mean = column_attention(
                 query, key, cu_seqlens=bounds, scale=scaling, backend=self._backend

@@ -176,7 +176,7 @@ class Plan:
         layers = method.encoder_layers(
             len(self.adapter.encoder_attentions()), self.adapter.feature_layer()
         )
-        if signal is Signal.COLUMN_ATTENTION:
+        if signal in (Signal.COLUMN_ATTENTION, Signal.PATCH_ATTENTION):
             comparable = set(self.adapter.global_layers())
             layers = tuple(layer for layer in layers if layer in comparable)
         return layers or (self.adapter.feature_layer(),)
