@@ -151,6 +151,13 @@ def test_its_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}
 
 
+def test_files_that_pages_lead_to_are_published() -> None:
+    """What is left out is of `docs/` itself: mkdocs says nothing of links to what is left out."""
+    settings = (ROOT / "mkdocs.yml").read_text("utf-8")
+    (left_out,) = re.findall(r"^exclude_docs: \|\n((?:  .+\n)+)", settings, re.MULTILINE)
+    assert all(line.strip().startswith("/") for line in left_out.splitlines())
+
+
 def test_every_page_is_in_the_navigation() -> None:
     """`make docs` holds the same, for pages that are made too."""
     listed = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
