@@ -194,6 +194,8 @@ def _randomise(model: Any, seed: int) -> None:
             noise *= 6 / HIDDEN**0.5
         elif id(parameter) in embeddings or name.endswith(_FREE):
             pass
+        elif name.endswith("A_log"):  # states last for some ten tokens
+            noise = 0.5 * noise - 3
         elif parameter.dim() == 1:
             # norms and layer scales; Qwen3 normalises q and k, so its attention is sharpened here
             noise = (1.4 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1) + 0.2 * noise

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vispress.adapters.base import ModelAdapter, find_adapter
+from vispress.adapters.decoder import first_attention
 from vispress.chain import share_mean
 from vispress.config import Config
 from vispress.errors import CompressionStateError
@@ -246,8 +247,7 @@ def plan_of(model: nn.Module, adapter: ModelAdapter, request: Request) -> tuple[
     placements, remarks = bind_placements(methods, adapter, request.positions)
     notes += remarks
     stages = bind_all(Binding(adapter, methods, placements, notes, request.backend))
-    layer: Any = adapter.decoder_layers[0]
-    shards = find_shards(model, layer.self_attn)
+    shards = find_shards(model, first_attention(adapter.decoder_layers))
     remembering = Remembering(tuple(s.remembers for s in stages if s.remembers is not None))
     cached = request.cache_layouts
     plan = Plan(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from vispress.adapters.base import find_adapter
+from vispress.adapters.decoder import linear_layers
 from vispress.checks import check_integer
 from vispress.errors import CompressionStateError, ConfigError, UnsupportedModelError
 
@@ -62,6 +63,11 @@ def capture(
     if backend not in (None, "cuda", "tape"):
         raise ConfigError(f"backend must be 'cuda', 'tape' or None, got {backend!r}")
     adapter = find_adapter(model)
+    if linear_layers(adapter.layer_types):
+        raise UnsupportedModelError(
+            f"{adapter.family} has layers with linear attention, whose states no graph keeps; "
+            "leave capture out (static caches work)"
+        )
     held = adapter.base.__dict__.get(CAPTURED)
     if held is not None and held.active:
         raise CompressionStateError("the model is captured already; call remove() on its handle")

@@ -50,12 +50,14 @@ class Family:
         models: Class names of its base models in transformers.
         has_cls: Whether its vision encoder has [CLS]; None where the checkpoint decides.
         kinds: Special kinds of visual input it has.
+        attention_every: One decoder layer in so many has attention; others have linear attention.
     """
 
     name: str
     models: tuple[str, ...]
     has_cls: bool | None
     kinds: frozenset[Need] = frozenset()
+    attention_every: int = 1
 
 
 def families() -> list[Family]:
@@ -68,7 +70,8 @@ def families() -> list[Family]:
         has_cls = inspect.getattr_static(cls, "has_cls")
         # a property looks at the checkpoint's encoder
         known = has_cls if isinstance(has_cls, bool) else None
-        found[cls.family] = Family(cls.family, tuple(cls.base_classes), known, cls.kinds)
+        every = getattr(cls, "attention_every", 1)
+        found[cls.family] = Family(cls.family, tuple(cls.base_classes), known, cls.kinds, every)
     return [found[name] for name in sorted(found)]
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, Final
 
+from vispress.budget import PUBLISHED_DEPTH
 from vispress.doctor import Family
+from vispress.errors import BudgetError, ConfigError
 from vispress.listing import does, reads, where
 from vispress.methods.base import Compressor
 from vispress.registry import get_method
@@ -93,11 +95,46 @@ def family_gap(cls: type[Compressor], family: Family) -> str | None:
     """Say why a method does not work on a family, whatever the checkpoint; None where it may."""
     if cls.needs is not None and cls.needs not in family.kinds:
         return f"made for {cls.needs} input"
+    if family.attention_every > 1 and (gap := _linear_gap(cls, family.attention_every)) is not None:
+        return gap
     if not cls.reads & CLS_SIGNALS or family.has_cls is not False:
         return None
     if any(field.name == "scores" for field in fields(cls)):
         return "its encoder has no [CLS] token; scores='column_mean' is the substitute"
     return "its encoder has no [CLS] token"
+
+
+def _linear_gap(cls: type[Compressor], every: int) -> str | None:
+    """Say what a method reads of layers with linear attention, at its published layers."""
+    from vispress.runtime.forward.attention_reads import attention_layers
+
+    for ratio in (None, 0.5):
+        try:
+            method = cls(keep_ratio=ratio)
+            placements = method.placements(PUBLISHED_DEPTH)
+            break
+        except (BudgetError, ConfigError):
+            continue
+    else:
+        return None
+    parts = (
+        method.pair_masker(),
+        method.cache_evictor(),
+        method.gist_evictor(),
+        method.cached_selector(),
+        method.compute_pruner(),
+    )
+    kind = "linear attention in most layers"
+    if method.gates or method.softens == "keys" or any(part is not None for part in parts):
+        return f"{kind}: a state, and no attention weights, keys or values to mask or evict"
+    for place in placements:
+        for layer in sorted({*place.transitions, *attention_layers(place)}):
+            if (layer + 1) % every:
+                return (
+                    f"{kind}, layer {layer} among them, whose attention it reads at its published "
+                    f"setting; layers {every - 1}, {2 * every - 1} and so on have attention weights"
+                )
+    return None
 
 
 def _setting(field: "Field[Any]", meanings: dict[str, str]) -> Setting:

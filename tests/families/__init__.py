@@ -38,6 +38,7 @@ class Family:
         apart: Features of a call, one tensor an image, from what the model gives.
         windowed: Whether layers see a window, so that their caches are no longer than it.
         rounds: Whether norms or states compute in fp32 where the oracle does so in another order.
+        hybrid: Whether some layers have linear attention.
         needs: Release of transformers from which on it is there.
     """
 
@@ -59,6 +60,7 @@ class Family:
     apart: Callable[..., list[Any]] | None = None
     windowed: bool = False
     rounds: bool = False
+    hybrid: bool = False
     needs: str = "5.17"
 
 

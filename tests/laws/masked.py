@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from tests.laws.decoding import Stepping, noting_attention
-from tests.laws.oracle import adds_behind, bypassing, gating_of, language_model
+from tests.laws.oracle import adds_behind, bypassing, gating_of, is_linear, language_model
 from torch import Tensor, nn
 
-from vispress.runtime.kv_cache.hf_compat import cache_of
+from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
 
 
 @contextmanager
@@ -40,15 +40,18 @@ def masked_model(
     by_type = "layer_type" in signature(stack.rotary_emb.forward).parameters
 
     def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen["ids"] = kwargs.get("position_ids")
+        seen["ids"], cache = kwargs.get("position_ids"), cache_of(kwargs)
+        seen["past"] = 0 if cache is None else int(cache.get_seq_length())
+        seen["total"] = seen["past"] + kwargs["inputs_embeds"].shape[1]
 
     def hook_of(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             (hidden,) = args
-            cache = cache_of(kwargs)
-            past = 0 if cache is None else int(cache.get_seq_length(index))
+            cache, linear = cache_of(kwargs), is_linear(stack.layers[index])
+            past = seen["past"]
+            if cache is not None and not linear:
+                past = int(cache.get_seq_length(index))
             total = past + hidden.shape[1]
-            seen["total"] = total
             live = _grow(alive[index], hidden.shape[0], total)
             valid = _grow(seen["valid"], hidden.shape[0], total)
             if past == 0 and index in (values or {}):
@@ -60,6 +63,8 @@ def masked_model(
                     counts = rows.sum(1).tolist()
                     new = torch.cat([part.repeat(repeats, 1) for part in new.split(counts)])
                 hidden = hidden.masked_scatter(where[..., None], new.to(hidden.dtype))
+            if linear:
+                return (hidden,), kwargs
             at = torch.arange(past, total)
             allow, first = _models_own(kwargs["attention_mask"], past, total)
             own = torch.arange(first, total) == at[:, None]
@@ -105,6 +110,8 @@ def masked_model(
     for i, layer in enumerate(stack.layers):
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
         handles.append(layer.register_forward_hook(bypass_of(i)))
+        if is_linear(layer):
+            layer.linear_attn.forward = _of_living(layer.linear_attn, alive[i])
         if i in (gates := getattr(values, "gates", {})):
             handles.append(adds_behind(layer, gates[i]).register_forward_hook(gating_of(gates[i])))
     try:
@@ -113,6 +120,8 @@ def masked_model(
     finally:
         for handle in handles:
             handle.remove()
+        for layer in filter(is_linear, stack.layers):
+            layer.linear_attn.__dict__.pop("forward", None)
 
 
 def _models_own(mask: Tensor | None, past: int, total: int) -> tuple[Tensor, int]:
@@ -122,6 +131,27 @@ def _models_own(mask: Tensor | None, past: int, total: int) -> tuple[Tensor, int
         return (torch.arange(total) <= at[:, None])[None, None], 0
     mask = mask if mask.dtype == torch.bool else mask == 0
     return mask, total - mask.shape[-1]
+
+
+def _of_living(module: Any, alive: Tensor) -> Any:
+    """The forward of a linear layer whose state sees living rows of the prompt alone.
+
+    They stand at the right, behind zeros, which leave a state as it begins.
+    """
+
+    def forward(hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        hidden, length = hidden_states, hidden_states.shape[1]
+        run, cache = type(module).forward, kwargs.get(CACHE)
+        later = cache is not None and cache.has_previous_state(module.layer_idx)
+        if later or length < alive.shape[1]:
+            return run(module, hidden, attention_mask=attention_mask, **kwargs)
+        live = _grow(alive, len(hidden), length)
+        order = live.long().argsort(dim=1, stable=True)
+        index = order[..., None].expand_as(hidden)
+        right = run(module, hidden.gather(1, index), attention_mask=live.gather(1, order), **kwargs)
+        return torch.zeros_like(right).scatter(1, index, right)
+
+    return forward
 
 
 def with_valid(alive: Sequence[Tensor], valid: Tensor) -> list[Tensor]:

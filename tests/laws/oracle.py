@@ -196,6 +196,8 @@ def _masked(
                 rows, new = values[index]
                 hidden = hidden.masked_scatter(rows[..., None], new.to(hidden.dtype))
             # windows, and tokens of an image that see each other, are as the model has them
+            if is_linear(stack.layers[index]):
+                return (hidden,), kwargs
             own = kwargs["attention_mask"] if windowed else None
             mask = _mask(live, documents, stack.config, hidden.dtype, own)
             soft = getattr(values, "soft", {}).items()
@@ -216,11 +218,39 @@ def _masked(
     handles = [stack.register_forward_pre_hook(note_positions, with_kwargs=True)]
     for i, layer in enumerate(stack.layers):
         handles.append(layer.register_forward_pre_hook(hook_of(i), with_kwargs=True))
+        live = alive[i] & valid
+        if is_linear(layer) and not torch.equal(live, valid):
+            hook = shorter(live)
+            handles.append(layer.linear_attn.register_forward_hook(hook, with_kwargs=True))
         handles.append(layer.register_forward_hook(bypass_of(bypassing(alive, i))))
         if i in (gates := getattr(values, "gates", {})):
             handles.append(adds_behind(layer, gates[i]).register_forward_hook(gating_of(gates[i])))
     with taken_off(model, handles):
         yield
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a decoder layer has a state in place of keys and values."""
+    return hasattr(layer, "linear_attn")
+
+
+def shorter(live: Bool[Tensor, "B L"]) -> Any:
+    """A forward hook by which a linear layer runs on the shorter sequence of each sample.
+
+    A masked row is no missing one there: its zeros go through the convolution, and time passes.
+    """
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        hidden, found = kwargs["hidden_states"], []
+        for sample, rows in zip(hidden, live, strict=True):
+            own = torch.zeros_like(sample)
+            if rows.any():
+                short = type(module).forward(module, sample[rows][None])[0]
+                own = own.masked_scatter(rows[:, None], short)
+            found.append(own)
+        return torch.stack(found)
+
+    return hook
 
 
 def _check(model: Any, stack: Any, alive: Sequence[Tensor], positions: Positions) -> None:

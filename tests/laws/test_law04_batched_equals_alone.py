@@ -24,7 +24,8 @@ from vispress import compressed, compression_report
 from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune
 
-EXACT = 1e-9
+EXACT = 1e-8
+"""GLM routes by fp32 products."""
 
 
 @cache_by_prompts

@@ -13,7 +13,10 @@ from vispress.errors import UnsupportedModelError
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
 CHUNKED: Final = "chunked_attention"
-_PARTS = ("input_layernorm", "self_attn", "mlp")
+LINEAR: Final = "linear_attention"
+"""Gated delta nets (Qwen3.5): a state that rows write to, in place of keys and values."""
+_PARTS = ("input_layernorm", "mlp")
+_DELTA_NETS = ("Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 _GATED_MLP = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _WORKS = (
     "Llama-like decoders (Llama, Mistral, Qwen) work, whose layers all have full, sliding-window "
@@ -52,9 +55,20 @@ def window_of(config: Any, kind: str) -> int | None:
 def mlp_branch(layer: Any) -> Any:
     """Find the module whose output a decoder layer adds to its rows behind the attention.
 
-    The MLP, or the norm behind it (Gemma, OLMo 2), which would undo a factor in front of it.
+    The MLP, or the norm behind it (Gemma, OLMo 2, GLM), which would undo a factor in front of it.
     """
-    return getattr(layer, "post_feedforward_layernorm", layer.mlp)
+    names = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+def linear_layers(kinds: Sequence[str]) -> frozenset[int]:
+    """Find the decoder layers that have a state in place of keys and values."""
+    return frozenset(number for number, kind in enumerate(kinds) if kind == LINEAR)
+
+
+def first_attention(layers: Sequence[Any]) -> nn.Module:
+    """Give the attention of the first decoder layer that has one."""
+    return next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
 
 
 def has_rotary_by_type(language_model: Any) -> bool:
@@ -71,7 +85,9 @@ def check_decoder(family: str, language_model: Any, layers: Sequence[Any]) -> No
     name = f"{family} with {type(language_model).__name__} is not supported"
     missing = [] if hasattr(language_model, "rotary_emb") else ["rotary_emb"]
     for number, layer in enumerate(layers):
-        lacks = [part for part in _PARTS if not hasattr(layer, part)] + missing
+        mixer = "linear_attn" if _is_delta_net(layer) else "self_attn"
+        parts = (_PARTS[0], mixer, _PARTS[1])
+        lacks = [part for part in parts if not hasattr(layer, part)] + missing
         if lacks:
             where = f"layer {number} ({type(layer).__name__}) " if number else ""
             raise UnsupportedModelError(
@@ -79,7 +95,9 @@ def check_decoder(family: str, language_model: Any, layers: Sequence[Any]) -> No
             )
     config = language_model.config
     for number, kind in enumerate(layer_types(config, len(layers))):
-        if kind not in (FULL, SLIDING, CHUNKED):
+        if kind not in (FULL, SLIDING, CHUNKED) and not (
+            kind == LINEAR and _is_delta_net(layers[number])
+        ):
             raise UnsupportedModelError(f"{name}: decoder layer {number} is {kind!r}; {_WORKS}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
@@ -93,6 +111,11 @@ def check_decoder(family: str, language_model: Any, layers: Sequence[Any]) -> No
             f"{name} with {setting}={getattr(config, setting)!r}: text must be causal, since what "
             "is kept must not depend on the answer"
         )
+
+
+def _is_delta_net(layer: Any) -> bool:
+    """Whether a decoder layer's rows meet in a state that is known."""
+    return type(getattr(layer, "linear_attn", None)).__name__ in _DELTA_NETS
 
 
 def check_gated_mlp(family: str, number: int, layer: Any) -> int:

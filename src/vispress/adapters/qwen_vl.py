@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: one packed encoder sequence, 2 x 2 merging, M-RoPE."""
+"""Qwen2-VL to Qwen3-VL-MoE: one packed encoder sequence, 2 x 2 merging, M-RoPE."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +26,9 @@ MERGERS = (
     "Qwen3VLVisionPatchMerger",
     "Qwen2_5OmniPatchMerger",
     "Qwen3OmniMoeVisionPatchMerger",
+    "Qwen3VLMoeVisionPatchMerger",
+    "Qwen3_5VisionPatchMerger",
+    "Qwen3_5MoeVisionPatchMerger",
 )
 """Mergers of transformers: a norm of patches (or of all of a token's), and a two-layer MLP."""
 
@@ -258,6 +261,13 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     def encoder_taps(self) -> Sequence[nn.Module]:
         """The mergers of DeepStack."""
         return list(self.base.visual.deepstack_merger_list)
+
+
+@register_adapter("Qwen3VLMoeModel")
+class Qwen3VLMoeAdapter(Qwen3VLAdapter):
+    """`Qwen3VLMoeModel`: Qwen3-VL with experts in the MLPs of the language model."""
+
+    family = "qwen3_vl_moe"
 
 
 def _grid(modality: Modality, call: Mapping[str, Any]) -> Tensor:

@@ -35,7 +35,7 @@ from vispress.runtime.forward.running import (
 )
 from vispress.runtime.forward.static_decode import StaticDecodeCall
 from vispress.runtime.forward.turns import Turns
-from vispress.runtime.hooks.attention import watch
+from vispress.runtime.hooks.attention import watch, watch_layer
 from vispress.runtime.hooks.compiling import outside
 from vispress.runtime.hooks.instance_patch import (
     Original,
@@ -135,8 +135,7 @@ class Attachment:
             ends = partial(self._layer_ends, number)
             hook = layers[number].register_forward_hook(ends, with_kwargs=True, prepend=True)
             undo.append(hook.remove)
-        for number in sorted(footprint.watched):
-            undo.append(watch(layers[number].self_attn))
+        undo += [each for n in sorted(footprint.watched) for each in watch_layer(layers[n])]
         for number in sorted(footprint.measured):
             undo += measure_layer(layers[number], number)
         for number in sorted(footprint.gated):
@@ -287,7 +286,8 @@ class Attachment:
         else:
             enter = _ENTER_OUTSIDE if torch.compiler.is_compiling() else prefill.enter_layer
             hidden, kwargs = enter(running, number, module, hidden, kwargs)
-        if number not in self._footprint.watched:  # its attention would hand the keyword on
+        # other layers would hand the keyword on
+        if number not in self._footprint.watched or number in self.plan.linear:
             kwargs = {name: value for name, value in kwargs.items() if name != RUNNING}
         return (hidden, *args[1:]), kwargs
 

@@ -169,7 +169,7 @@ def _begin_chunk(
     given, chunks = decoder_arguments(module, args, kwargs), call.chunks
     cache, embeds = cache_of(given), given["inputs_embeds"]
     assert cache is not None
-    check_cache(cache, plan.windows)
+    check_cache(cache, plan.windows, plan.linear)
     state = prefill.make_state(plan, call, given, cache, embeds, trains=False)
     masks.check_windows(plan.implementation, plan.windows, state.past + embeds.shape[1])
     running = given[RUNNING] = Running(state, prefill.open_stages(stages, state))

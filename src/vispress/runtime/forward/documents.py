@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vispress.devices import sent
-from vispress.errors import ConfigError
+from vispress.errors import ConfigError, UnsupportedModelError
 from vispress.runtime.forward.model_call import ModelCall
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.layout import (
@@ -40,6 +40,12 @@ def find_documents(state: ForwardState, given: Mapping[str, Any]) -> tuple[Docum
     breaks = None if state.past or length < 2 else _breaks(state, given, batch, length)
     if breaks is None or not bool(breaks[:, 1:].any()):
         return whole_rows(batch, length)
+    if state.plan.linear:
+        raise UnsupportedModelError(
+            "rows hold several documents, and layers with linear attention carry their states from "
+            "one to the next (transformers tells them apart in attention alone); give each "
+            "document a row of its own"
+        )
     documents = split_documents(breaks)
     state.packed = True
     valid = state.host_valid

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
@@ -21,9 +21,11 @@ def expand_output(state: ForwardState, output: Any) -> Any:
     """
     maps = None if isinstance(output, tuple) else output.get("attentions")
     if maps:
+        # layers with linear attention give none
+        numbers = [n for n in range(state.plan.num_layers) if n not in state.plan.linear]
         output.attentions = tuple(
             _expand_map(weights, state.rows_at(number), *_columns(state, number))
-            for number, weights in enumerate(maps)
+            for number, weights in zip(numbers, maps, strict=True)
         )
     if state.untouched:
         return output if maps else None
@@ -52,9 +54,13 @@ def expand_step(cache: Cache, output: Any) -> Any:
         return None
     output.attentions = tuple(
         _expand_map(weights, None, *_stored(held, 0))
-        for weights, held in zip(maps, cache.layers, strict=True)
+        for weights, held in zip(maps, filter(_has_keys, cache.layers), strict=True)
     )
     return output
+
+
+def _has_keys(held: Any) -> bool:
+    return isinstance(held, CacheLayerMixin)
 
 
 def _expand(hidden: Tensor, rows: LiveTokens, backend: Backend) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from vispress.errors import UnsupportedModelError
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.cache_layers import layer_at, slots_ahead, upgrade
 from vispress.runtime.kv_cache.hf_compat import CACHE
@@ -47,6 +48,8 @@ class LayerInputs:
         rows = self.state.rows_at(layer)
         if rows.index.device != hidden.device:
             rows = rows.to(hidden.device)
+        if layer in self.state.plan.linear:
+            return kwargs | {"attention_mask": self._state_mask(rows), "position_ids": None}
         held = None if kwargs.get(CACHE) is None else self._short_layer(layer, rows)
         before = None if held is None else held.slots
         capacity = None if held is None else held.logical_capacity
@@ -68,6 +71,21 @@ class LayerInputs:
         if self.state.packed:
             out |= varlen_kwargs(rows, self._kind, kwargs)
         return out
+
+    def _state_mask(self, rows: LiveTokens) -> Tensor | None:
+        """`[B, P]`, rows that write to the state of a layer; it has seen survivors alone.
+
+        Raises:
+            UnsupportedModelError: Padding would stand between what it has seen and what it will.
+        """
+        valid = self.state.valid_rows(rows)
+        if valid is not None and self.state.past and not rows.whole:
+            raise UnsupportedModelError(
+                "samples keep unequal numbers of tokens on a KV cache that is not empty, and in "
+                "layers with linear attention padding between turns changes the state; run these "
+                "conversations one by one, or without prefill_chunk_size"
+            )
+        return valid
 
     def peek_kwargs(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the layer's attention would get for the rows still there; stores nothing."""

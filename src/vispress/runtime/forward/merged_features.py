@@ -63,12 +63,17 @@ def note_merged(plan: Plan, call: ModelCall, told: set[str]) -> None:
     call.arguments = {**call.arguments, "input_ids": ids}
     call.fetch()
     shown = call.on_host(ids)
-    for modality, token in plan.adapter.placeholders().items():
+    tokens, sizes = plan.adapter.placeholders(), {**prompts, **given}
+    for modality, token in tokens.items():
+        other = next((one for one in tokens if one != modality and tokens[one] == token), None)
+        # one token for both (GLM): sizes tell, and without any they are pictures
+        if other and (modality == "video") != (sizes.get("video_grid_thw") is not None):
+            continue
         marks = torch.eq(shown, token)
         runs = [stop - start for row in marks for start, stop in runs_of(row)]
         if runs:
             _refuse_readers(plan)
-            call.captures[modality] = _capture(plan, modality, {**prompts, **given}, runs)
+            call.captures[modality] = _capture(plan, modality, sizes, runs)
 
 
 def _ids_beside(

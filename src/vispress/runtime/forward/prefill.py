@@ -31,6 +31,7 @@ from vispress.runtime.kv_cache.cache_layers import (
     holds_padding,
     is_compressed,
     kv_bytes,
+    note_states,
     refuse_shown_padding,
 )
 from vispress.runtime.kv_cache.hf_compat import CACHE, cache_of
@@ -83,7 +84,7 @@ def begin(
     if cache is None and captures and _caches(module, given, trains):
         cache = given[CACHE] = DynamicCache(config=module.config)
     if cache is not None:
-        check_cache(cache, plan.windows)
+        check_cache(cache, plan.windows, plan.linear)
     state = make_state(plan, call, given, cache, embeds, trains)
     if cache is not None and state.past:
         plan.remembering.check(cache)
@@ -227,7 +228,9 @@ def enter_layer(
     for change in running.kwargs:
         kwargs = change(number, hidden, kwargs)
     state.rotary = kwargs.get("position_embeddings")
-    if not hidden.shape[1] and (held := state.cache_layer(number)) is not None:
+    if number in state.plan.linear:
+        note_states(state.cache, halfway=True)
+    elif not hidden.shape[1] and (held := state.cache_layer(number)) is not None:
         held.store_nothing()  # a chunk of which nothing is left passes its layers by
     return hidden, kwargs
 
@@ -285,6 +288,7 @@ def finish(running: Running, output: Any) -> tuple[Any, ForwardState, PrefillRec
         images came.
     """
     state = running.state
+    note_states(state.cache, halfway=False)
     for call in running.calls:
         if call.end is not None:
             call.end()

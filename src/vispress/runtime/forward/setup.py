@@ -92,7 +92,10 @@ def _survey(
 ) -> None:
     """Locate the images of a call."""
     marks = torch.zeros(embeds.shape[:2], dtype=torch.long)
+    taken = {plan.placeholders[modality] for modality in call.captures}
     for modality, token in plan.placeholders.items():
+        if token in taken and modality not in call.captures:
+            continue  # one token for both (GLM): those of this call are of the other
         here = _placeholder_mask(plan, call, token)
         marks = marks.masked_fill(here, _CODES[modality])
     valid = state.host_valid

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from vispress.runtime.hooks.attention import Softmax
-from vispress.runtime.kv_cache.hf_compat import cache_of
+from vispress.runtime.kv_cache.hf_compat import LINEAR_LAYERS, cache_of
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
 from vispress.runtime.plan.plan import Plan
 from vispress.runtime.stages.base import RuntimeStage, Watched
@@ -45,7 +45,7 @@ class StaticDecodeCall:
         cache = cache_of(kwargs)
         if cache is None:
             return None
-        layers = getattr(cache, "layers", ())
+        layers = [x for x in getattr(cache, "layers", ()) if not isinstance(x, LINEAR_LAYERS)]
         if not all(isinstance(layer, StaticLayer) and layer.is_initialized for layer in layers):
             return None
         if not any(isinstance(layer, CompressedStaticLayer) for layer in layers):

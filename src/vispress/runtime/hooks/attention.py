@@ -114,6 +114,11 @@ def watch(module: nn.Module) -> Callable[[], None]:
     return partial(setattr, module, "config", original)
 
 
+def watch_layer(layer: Any) -> list[Callable[[], None]]:
+    """Let the attention of a decoder layer be seen, if it has weights; returns the undo."""
+    return [watch(layer.self_attn)] if hasattr(layer, "self_attn") else []
+
+
 def implementation_of(module: nn.Module) -> str:
     """The attention implementation of a module, watched or not."""
     config: Any = module.config

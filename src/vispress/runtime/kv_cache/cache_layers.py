@@ -1,6 +1,6 @@
 """A user's cache: which kinds of layers work, their compressed twins, what methods left in it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from vispress.runtime.kv_cache.dynamic import (
     ForgettingLayer,
     ForgettingSlidingLayer,
 )
-from vispress.runtime.kv_cache.hf_compat import GROWING_LAYERS_FORGET
+from vispress.runtime.kv_cache.hf_compat import GROWING_LAYERS_FORGET, LINEAR_LAYERS
 from vispress.runtime.kv_cache.sliding import CompressedSlidingLayer
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin, Slots
 from vispress.runtime.kv_cache.static import CompressedStaticLayer
@@ -34,6 +34,7 @@ _KINDS = (
     CompressedDynamicLayer,
     CompressedSlidingLayer,
     CompressedStaticLayer,
+    *LINEAR_LAYERS,
 )
 _FORGETTING: dict[type[CacheLayerMixin], type[ForgettingLayer]] = (
     {}
@@ -42,6 +43,8 @@ _FORGETTING: dict[type[CacheLayerMixin], type[ForgettingLayer]] = (
 )
 
 _ATTRIBUTE: Final = "_vispress_remembering"
+_HALFWAY: Final = "_vispress_halfway"
+"""Attribute of a cache whose linear-attention states a forward has changed, and not ended."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,16 @@ def refuse_shown_padding(padded: bool) -> None:
         )
 
 
+def note_states(cache: Cache | None, *, halfway: bool) -> None:
+    """Note that a forward changes the states of a cache, or that it has ended."""
+    if cache is None:
+        return
+    if halfway:
+        setattr(cache, _HALFWAY, True)
+    else:
+        cache.__dict__.pop(_HALFWAY, None)
+
+
 def expect_nothing(cache: Cache | None) -> None:
     """Take back what layers of a cache expect of a call that was interrupted."""
     for layer in [] if cache is None else getattr(cache, "layers", ()):
@@ -114,12 +127,13 @@ def expect_nothing(cache: Cache | None) -> None:
             layer.expect_nothing()
 
 
-def check_cache(cache: Cache, windows: Sequence[int | None]) -> None:
+def check_cache(cache: Cache, windows: Sequence[int | None], linear: Collection[int] = ()) -> None:
     """Refuse, by name, cache kinds whose rows the runtime cannot keep short.
 
     Args:
         cache: The cache.
         windows: Positions that each decoder layer sees; None for all.
+        linear: Decoder layers that have a state in place of keys and values.
 
     Raises:
         UnsupportedModelError: The cache or one of its layers is of an unsupported kind.
@@ -146,6 +160,12 @@ def check_cache(cache: Cache, windows: Sequence[int | None]) -> None:
             raise UnsupportedModelError(
                 f"cache layers of kind {kind.__name__} are not supported under compression; {works}"
             )
+    kinds = [isinstance(layer, LINEAR_LAYERS) for layer in cache.layers[: len(windows)]]
+    if linear and kinds != [number in linear for number in range(len(windows))]:
+        raise UnsupportedModelError(
+            "this KV cache has not the kinds of layers that the model has (some with linear "
+            "attention); use DynamicCache(config=model.config.get_text_config())"
+        )
     for number, (layer, window) in enumerate(zip(cache.layers, windows, strict=False)):
         held = getattr(layer, "sliding_window", None)
         if held is not None and (window is None or held < window):
@@ -164,11 +184,18 @@ def _check_whole(cache: Cache, num_layers: int) -> None:
     Raises:
         CompressionStateError: Names both lengths.
     """
-    layers = cache.layers
+    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    if getattr(cache, _HALFWAY, False) and any(
+        any(layer.has_previous_state.values()) for layer in cache.layers if layer not in layers
+    ):
+        raise CompressionStateError(
+            "this KV cache holds a part of an interrupted forward, in the states of layers with "
+            "linear attention; start with a new cache"
+        )
     if not layers or isinstance(layers[0], StaticLayer):  # whose lengths would wait for the device
         return
     first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
-    last = last if len(layers) >= num_layers else 0
+    last = last if len(cache.layers) >= num_layers else 0
     if first != last:
         raise CompressionStateError(
             f"this KV cache holds a part of an interrupted forward (layer 0 {first} tokens, layer "
@@ -232,6 +259,6 @@ def kv_bytes(cache: Cache | None) -> int:
     layers = [] if cache is None else cache.layers
     total = 0
     for layer in layers:
-        for tensor in (layer.keys, layer.values):
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             total += 0 if tensor is None else tensor.numel() * tensor.element_size()
     return total

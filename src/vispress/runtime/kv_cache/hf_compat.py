@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import utils as generation
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -12,6 +13,11 @@ OLD: Final = "past_key_values"
 
 CACHE: Final = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD
 """`"cache"` since transformers 5.24, `"past_key_values"` before."""
+
+LINEAR_LAYERS: Final[tuple[type, ...]] = tuple(
+    {getattr(cache_utils, "LinearAttentionLayer", None)} - {None}
+)
+"""Cache layers that hold the states of a linear-attention layer; none in old releases."""
 
 GROWING_LAYERS_FORGET: Final = "reset" in vars(DynamicLayer)
 """Whether `reset` empties them; transformers 5.17 zeroes keys and values and keeps their length."""

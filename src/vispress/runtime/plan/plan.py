@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vispress.adapters.base import ModelAdapter
-from vispress.adapters.decoder import has_rotary_by_type, window_of
+from vispress.adapters.decoder import has_rotary_by_type, linear_layers, window_of
 from vispress.errors import CompressionStateError
 from vispress.kinds import ATTENTION_SIGNALS, ENCODER_SIGNALS, Queries, Signal
 from vispress.methods.base import Compressor
@@ -62,6 +62,8 @@ class Plan:
         self.feature_choice = adapter.feature_choice({})
         self.placeholders = adapter.placeholders()
         self.layer_types = tuple(adapter.layer_types)
+        self.linear = linear_layers(self.layer_types)
+        """Decoder layers that have a state in place of keys and values."""
         config = adapter.language_model.config
         self.windows = tuple(window_of(config, kind) for kind in self.layer_types)
         """Positions that each decoder layer sees; None for all."""

@@ -5,6 +5,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from vispress.adapters.decoder import linear_layers
+from vispress.errors import UnsupportedMethodError
+from vispress.runtime.forward.attention_reads import attention_layers
 from vispress.runtime.forward.check_reads import check_reads
 
 
@@ -29,7 +32,39 @@ def bind_all(binding: Any) -> tuple[Any, ...]:
     check_reads(binding.methods, binding.placements, layers)
     found = (module.bind(binding) for module in stage_files())
     stages = sorted((stage for stage in found if stage is not None), key=lambda s: s.order)
+    _refuse_linear(binding, stages)
     for stage in stages:
         if stage.refuse is not None:
             stage.refuse(binding.adapter.language_model.config._attn_implementation, None)
     return tuple(stages)
+
+
+def _refuse_linear(binding: Any, stages: Any) -> None:
+    """Refuse what needs the attention, the keys or the gates of layers with linear attention.
+
+    Raises:
+        UnsupportedMethodError: Names the layers, and where a method may act.
+    """
+    linear = linear_layers(binding.adapter.layer_types)
+    if not linear:
+        return
+    full = sorted({*range(len(binding.adapter.decoder_layers))} - linear)
+    kind = "linear attention: a state, and no attention weights, keys or values to"
+    for bound in binding.placements:
+        place = bound.placement
+        met = sorted(linear & {*attention_layers(place), *place.transitions})
+        if met:
+            raise UnsupportedMethodError(
+                f"{bound.method.name} reads the attention of decoder layer {met[0]}, which has "
+                f"{kind} read; layers {', '.join(map(str, full))} have some: act one layer behind "
+                "those, or before the LLM"
+            )
+    for stage in stages:
+        met = sorted(linear & (stage.watched_layers | stage.gated_layers | stage.mlp_layers))
+        if met:
+            names = " and ".join(dict.fromkeys(method.name for method in binding.methods))
+            raise UnsupportedMethodError(
+                f"{names} acts in the attention, the cache or the MLP of decoder layer {met[0]}, "
+                f"which has {kind} mask or evict; layers {', '.join(map(str, full))} have some. "
+                "Methods that drop tokens before the LLM (divprune) or between its layers work"
+            )

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vispress.runtime.forward.apply_placement import asks
 from vispress.runtime.forward.attention_reads import EnoughRead, attention_layers
 from vispress.runtime.forward.running import RUNNING, Running, carry_deepstack
 from vispress.runtime.forward.state import ForwardState
 from vispress.runtime.kv_cache.cache_layers import compressed_twin, slots_ahead
-from vispress.runtime.kv_cache.hf_compat import CACHE
+from vispress.runtime.kv_cache.hf_compat import CACHE, LINEAR_LAYERS
 from vispress.runtime.kv_cache.slots import CompressedLayerMixin
 from vispress.runtime.plan.bound import BoundPlacement
 from vispress.runtime.stages.base import Binding, Entering, RuntimeStage, StageCall
@@ -91,7 +91,11 @@ def _view(cache: Cache, count: int) -> Cache:
     return view
 
 
-def _twin(held: CacheLayerMixin) -> CacheLayerMixin:
+def _twin(held: Any) -> Any:
+    if isinstance(held, LINEAR_LAYERS):  # its states are written in place
+        twin = copy(held)
+        twin.__dict__.update({name: _cloned(value) for name, value in vars(held).items()})
+        return twin
     if isinstance(held, DynamicLayer):
         return copy(held)  # grows into new tensors
     layer, length = DynamicLayer(), slots_ahead(held)  # a static buffer grows in place
@@ -100,6 +104,13 @@ def _twin(held: CacheLayerMixin) -> CacheLayerMixin:
     layer.update(held.keys[:, :, :length], held.values[:, :, :length])
     short = isinstance(held, CompressedLayerMixin)
     return compressed_twin(layer, held.slots) if short else layer
+
+
+def _cloned(value: Any) -> Any:
+    """A dictionary of tensors and settings with tensors of its own; else what it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in value.items()}
 
 
 def _cut(mask: Any, length: int) -> Any:

@@ -70,7 +70,7 @@ def allowed(mask: Tensor) -> Tensor:
 def shown(mask: Any, past: int, batch: int) -> Tensor | None:
     """Which logical positions are real, read off a 4-D mask: a real token sees itself."""
     if isinstance(mask, dict):  # that of a sliding window has no columns for what is out of it
-        given = (m for m in mask.values() if isinstance(m, Tensor))
+        given = (m for m in mask.values() if isinstance(m, Tensor) and m.ndim == 4)
         mask = max(given, key=lambda m: m.shape[-1], default=None)
     if not isinstance(mask, Tensor):
         return None
