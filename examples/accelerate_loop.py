@@ -1,4 +1,4 @@
-"""Train a compressed model on several processes by Hugging Face accelerate. 20 seconds on a CPU.
+"""Train a compressed model on several processes by Hugging Face accelerate. A minute on a CPU.
 
 `compress_model` goes before `prepare`: DDP and FSDP2 wrap what they find. A rank may meet a batch
 without pictures; `compression_loss` keeps the methods' parameters in its graph all the same.

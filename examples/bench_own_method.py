@@ -1,4 +1,4 @@
-"""Measure a method of your own beside others: one class, one plan, one page. 30 seconds on a CPU.
+"""Measure a method of your own beside others: one class, one plan, one page. A minute on a CPU.
 
 The plan has the controls that a claim wants: random and a grid at the same number of tokens. The
 results folder goes on where it stopped, and `vispress report own_method/` makes its page.

@@ -1,4 +1,4 @@
-"""Evaluate a compressed model by lmms-eval: accuracy, and what was kept. A minute on a CPU.
+"""Evaluate a compressed model by lmms-eval: accuracy, and what was kept. Minutes on a CPU.
 
 vispress gives lmms-eval the models `vispress_llava_hf`, `vispress_qwen2_5_vl` and
 `vispress_qwen3_vl`; arguments of `compress_model` are model arguments. Without `--tasks` the task

@@ -1,4 +1,4 @@
-"""Fine-tune a compressed model with LoRA (PEFT) and transformers' Trainer. A minute on a CPU.
+"""Fine-tune a compressed model with LoRA (PEFT) and transformers' Trainer. Minutes on a CPU.
 
 The answers are trained through the tokens that stay, so that the model learns to live with them;
 labels say where each prompt ends, and the prompt alone decides what is kept. A plain `Trainer`

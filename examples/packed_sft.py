@@ -1,7 +1,7 @@
 """Fine-tune by hand on packed rows: several dialogues in one row, no Trainer, no padding.
 
 vispress tells documents apart by position ids that restart, as transformers does, and each gives
-what it gives alone: its own pictures, prompt and budget. Half a minute on a CPU. For models of the
+what it gives alone: its own pictures, prompt and budget. Minutes on a CPU. For models of the
 LLaVA family; Qwen's positions have three axes (`docs/fine-tuning.md`).
 
 python examples/packed_sft.py

@@ -1,4 +1,4 @@
-"""Search how many visual tokens each decoder layer needs, and use what was found. A minute.
+"""Search how many visual tokens each decoder layer needs, and use what was found. Minutes on a CPU.
 
 From the last layer to the first, the least rate that moves the first answer token by less than a
 tolerance (KL, in nats). No labels are needed. `vispress search` is the same with more options.

@@ -1,4 +1,4 @@
-"""Train a compressor for a frozen model, save it, load it again, evaluate it. Two minutes on a CPU.
+"""Train a compressor for a frozen model, save it, load it again, evaluate it. Minutes on a CPU.
 
 VisionSelector has a small network that scores tokens. In training its choice is soft, so that the
 loss of answers reaches it; behind training it drops tokens for good. The model does not change:

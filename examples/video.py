@@ -1,7 +1,7 @@
-"""Compress a video: what methods keep of each step in time, and what the model answers. 15 seconds.
+"""Compress a video: what methods keep of each step in time, and what the model answers.
 
 Methods made for videos compare frames; those for pictures go frame by frame. The shipped model is a
-small Qwen2.5-VL that has seen clips (`pip install vispress-references`).
+small Qwen2.5-VL that has seen clips (`pip install vispress-references`). A minute on a CPU.
 
 python examples/video.py
 python examples/video.py --model Qwen/Qwen2.5-VL-3B-Instruct
