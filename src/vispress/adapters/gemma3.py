@@ -1,6 +1,7 @@
 """Gemma 3: SigLIP patches pooled to a fixed number of tokens, which see each other in the LLM."""
 
 from collections.abc import Mapping, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Gemma3Adapter(TowerAdapter):
     @property
     def _tokens(self) -> int:
         """Tokens along one edge of an image."""
-        return round(int(self.base.config.mm_tokens_per_image) ** 0.5)
+        return isqrt(int(self.base.config.mm_tokens_per_image))
 
     def feature_layer(self) -> int:
         """The last layer."""
@@ -74,7 +75,7 @@ class Gemma3Adapter(TowerAdapter):
     ) -> tuple[Tensor, ...]:
         """Mean over the patches of a window; token rows are in order already."""
         if values.shape[1] != self._tokens**2:
-            square = values.transpose(1, 2).unflatten(2, (self._side, self._side))
+            square = values.transpose(1, 2).reshape(len(values), -1, self._side, self._side)
             pooled = nn.functional.avg_pool2d(square, self._side // self._tokens)
             values = pooled.flatten(2).transpose(1, 2)
         return tuple(values.unbind(0))

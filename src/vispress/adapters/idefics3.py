@@ -87,7 +87,7 @@ class Idefics3Adapter(TowerAdapter):
     def features(self, modality: Modality, output: Any) -> tuple[Tensor, ...]:
         """One for each sub-picture, in order of samples."""
         side = self._side // self._scale
-        return torch.cat(list(output.pooler_output)).split(side**2)
+        return torch.split(torch.cat(list(output.pooler_output)), side**2)
 
     def layouts(
         self, modality: Modality, counts: Sequence[int], call: Mapping[str, Any]

@@ -64,7 +64,7 @@ class Mistral3Adapter(ModelAdapter):
     def project(self, projector: nn.Module, features: Tensor) -> Tensor:
         """Split token inputs into patches again, norm and merge them, and run the MLP."""
         own: Any = projector
-        patches = own.norm(features.unflatten(-1, (self._merge**2, -1)))
+        patches = own.norm(features.reshape(*features.shape[:-1], self._merge**2, -1))
         merged = own.patch_merger.merging_layer(patches.transpose(-1, -2).flatten(-2))
         return own.linear_2(own.act(own.linear_1(merged)))  # type: ignore[no-any-return]
 
@@ -86,9 +86,8 @@ class Mistral3Adapter(ModelAdapter):
         """`[S, C]` patches as `[N_i, merge**2, C]` an image."""
         m, found = self._merge, []
         grids = self._grids(call)
-        for part, (h, w) in zip(
-            patches.split([h * w * m**2 for h, w in grids]), grids, strict=True
-        ):
+        parts = torch.split(patches, [h * w * m**2 for h, w in grids])
+        for part, (h, w) in zip(parts, grids, strict=True):
             found.append(part.view(h, m, w, m, -1).transpose(1, 2).reshape(h * w, m**2, -1))
         return found
 
