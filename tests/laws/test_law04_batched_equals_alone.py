@@ -24,7 +24,7 @@ from vispress import compressed, compression_report
 from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune
 
-EXACT = 1e-8
+EXACT = 1e-7
 """GLM routes by fp32 products."""
 
 

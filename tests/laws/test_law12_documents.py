@@ -34,7 +34,7 @@ from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV, PyramidDrop, Random, TransPrune
 from vispress.methods.base import Compressor
 
-EXACT = 1e-9
+EXACT = 1e-7  # GLM routes by fp32 products; others are within 1e-9
 ORACLE = 1e-5  # logits of scale 20, fp64 weights; norms and rotary tables are fp32 in transformers
 FORMS = ("positions", "mask", "additive", "cached")
 """How a caller says which tokens belong together (kernels with bounds: `test_varlen`)."""

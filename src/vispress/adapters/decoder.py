@@ -68,7 +68,8 @@ def linear_layers(kinds: Sequence[str]) -> frozenset[int]:
 
 def first_attention(layers: Sequence[Any]) -> nn.Module:
     """Give the attention of the first decoder layer that has one."""
-    return next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
+    found: nn.Module = next(x.self_attn for x in layers if hasattr(x, "self_attn"))
+    return found
 
 
 def has_rotary_by_type(language_model: Any) -> bool:

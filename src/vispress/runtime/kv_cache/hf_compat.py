@@ -15,7 +15,7 @@ CACHE: Final = "cache" if "cache" in inspect.signature(LlamaModel.forward).param
 """`"cache"` since transformers 5.24, `"past_key_values"` before."""
 
 LINEAR_LAYERS: Final[tuple[type, ...]] = tuple(
-    {getattr(cache_utils, "LinearAttentionLayer", None)} - {None}
+    vars(cache_utils)[name] for name in ("LinearAttentionLayer",) if hasattr(cache_utils, name)
 )
 """Cache layers that hold the states of a linear-attention layer; none in old releases."""
 
