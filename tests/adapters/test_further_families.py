@@ -7,9 +7,11 @@ import torch
 from tests.adapters.test_adapters import IMAGES, VIDEOS, Seen, newlines
 from tests.families import TABLE
 from tests.families.qwen_omni import AUDIO_END, AUDIO_ID, AUDIO_START
-from tests.laws.cases import inputs_of, make, model_of, run
+from tests.laws.cases import inputs_of, make, model_of, real_positions, run
 from tests.laws.oracle import oracle_expand, oracle_forward
+from tests.laws.windows import expected_logits
 from tests.tiny import build
+from tests.tiny_models import WINDOWED
 
 from vispress import compress_model, unsupported_methods
 from vispress.adapters.base import find_adapter
@@ -120,3 +122,14 @@ def test_audio_is_text(family: str) -> None:
         result.alive[-1],
     )
     assert (result.logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_internvl_over_gpt_oss_equals_the_masked_model(method: str) -> None:
+    """Its sinks and windows are eager and in fp32."""
+    text = WINDOWED["gpt_oss"] | {"sliding_window": 20}
+    model = build("internvl", dtype=torch.float32, attn="eager", text=text)
+    inputs = real_positions("internvl", inputs_of("internvl", "right", torch.float32))
+    result = run(model, inputs, make("internvl", method))
+    difference = (result.logits - expected_logits(model, result, inputs)).abs()
+    assert difference[inputs["attention_mask"].bool()].max() < 1e-4

@@ -1,6 +1,7 @@
 """Model families; importing this package registers the built-in adapters."""
 
 from vispress.adapters import cohere2_vision as cohere2_vision
+from vispress.adapters import fast_vlm as fast_vlm
 from vispress.adapters import gemma3 as gemma3
 from vispress.adapters import glm4v as glm4v
 from vispress.adapters import idefics3 as idefics3

@@ -72,7 +72,7 @@ class Cohere2VisionAdapter(TowerAdapter):
         """Mean over the patches that become a token; joined rows are in order already."""
         if values.shape[1] == self._side**2:
             joined = self._join(values)
-            values = joined.unflatten(-1, (-1, values.shape[-1])).mean(-2)
+            values = joined.reshape(*joined.shape[:2], -1, values.shape[-1]).mean(-2)
         return tuple(values.unbind(0))
 
     def layouts(

@@ -55,7 +55,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         if modality == "image":
             return super().pack(modality, values, call)
         if values.shape[1] == self._side**2:
-            raster = values.transpose(1, 2).unflatten(2, (self._side, self._side))
+            raster = values.transpose(1, 2).reshape(len(values), -1, self._side, self._side)
             values = avg_pool2d(raster, self._stride).flatten(2).transpose(1, 2)
         videos = video_pixels(call).shape[0]
         return tuple(values.reshape(videos, -1, values.shape[-1]))

@@ -16,6 +16,7 @@ Layout = tuple[tuple[int, int, int] | None, CropLayout | None]
 
 
 TWO_LAYER = (
+    "FastVlmMultiModalProjector",
     "LlavaMultiModalProjector",
     "LlavaNextMultiModalProjector",
     "LlavaNextVideoMultiModalProjector",
