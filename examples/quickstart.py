@@ -1,17 +1,14 @@
 """Compress a model and see what it keeps. Offline, on a CPU, in seconds.
 
 python examples/quickstart.py
-python examples/quickstart.py --model llava-hf/llava-1.5-7b-hf
 """
 
-from common import open_model, options, questions
-
 from vispress import compress_model, compression_report, remove_compression
+from vispress.reference import heldout, load
 
-model, processor = open_model(options(__doc__).model)
-(asked,) = questions(processor, 1)
-inputs = processor(images=[asked["image"]], text=[asked["prompt"]], return_tensors="pt")
-inputs = inputs.to(model.device, model.dtype)
+model, processor = load()  # any LLaVA or Qwen-VL of transformers in its place
+image, prompt, answer, _ = heldout("attribute", 1)[0]
+inputs = processor(images=[image], text=[prompt], return_tensors="pt")
 
 
 def ask() -> str:
@@ -20,7 +17,7 @@ def ask() -> str:
     return processor.decode(new, skip_special_tokens=True)
 
 
-print(f"question: {asked['prompt']}  right answer: {asked['answer']}")
+print(f"question: {prompt}  right answer: {answer}")
 print(f"uncompressed: {ask()}")
 
 for method in ("fastv", "divprune", "random"):
