@@ -36,6 +36,7 @@ class Family:
         typed: Whether it takes `mm_token_type_ids` where `like` does.
         extra: Arguments of the model that follow from the ids `[B, L]`.
         apart: Features of a call, one tensor an image, from what the model gives.
+        split: Whether a picture is several sub-pictures, each of which is an image to methods.
         windowed: Whether layers see a window, so that their caches are no longer than it.
         rounds: Whether norms or states compute in fp32 where the oracle does so in another order.
         hybrid: Whether some layers have linear attention.
@@ -58,6 +59,7 @@ class Family:
     typed: bool = True
     extra: Callable[..., dict[str, Any]] | None = None
     apart: Callable[..., list[Any]] | None = None
+    split: bool = False
     windowed: bool = False
     rounds: bool = False
     hybrid: bool = False

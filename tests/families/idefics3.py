@@ -65,6 +65,7 @@ _IDEFICS3 = Family(
     },
     special={"scale_factor": 2},
     own=True,
+    split=True,
     draw=_draw,
     spell=_spell,
     pixels=_pixels,

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from tests.families import TABLE
 from tests.tiny import (
     FAMILIES,
     NEWER,
@@ -79,12 +80,19 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"
 
 def fits(family: str, method: str) -> bool:
     """Whether the family has the kind of input, encoder and LLM that the method is made for."""
-    if family in NEWER and refused(family, method):
+    if family in NEWER and (refused(family, method) or _refused_in_calls(family, method)):
         return False
     needs, adapter = get_method(method).needs, find_adapter(model_of(family))
     if issubclass(get_method(method), EncoderPooler):
         return pools(family, method)
     return needs is None or needs in adapter.kinds
+
+
+def _refused_in_calls(family: str, method: str) -> bool:
+    """Whether caches of windows, or sub-pictures without gists behind them, do not take it."""
+    kind, newer = get_method(method), TABLE[family]
+    gists = issubclass(kind, GistEvictor)
+    return (newer.split and gists) or (newer.windowed and (gists or issubclass(kind, CacheEvictor)))
 
 
 @cache
