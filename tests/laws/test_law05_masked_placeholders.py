@@ -14,6 +14,7 @@ from tests.laws.cases import (
     QWEN,
     SAMPLES,
     cases,
+    exact,
     greedy,
     inputs_of,
     logits_of,
@@ -23,7 +24,7 @@ from tests.laws.cases import (
     settings,
 )
 from tests.laws.packing import Packed, pack
-from tests.laws.test_law12_documents import EXACT, kept_of
+from tests.laws.test_law12_documents import kept_of
 from tests.tiny import NEWER, Image, Sample, Text, cache_by_prompts, visual_positions
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def test_masked_images_are_not_there(family: str, method: str) -> None:
         with compressed(model, method, **options):
             expected = logits_of(model, real_positions(family, packed.alone[number]))[0]
             assert kept[number] == kept_of(model)[0]
-        assert (together[row, start:stop] - expected).abs().max() < EXACT
+        assert (together[row, start:stop] - expected).abs().max() < exact(family)
 
 
 @pytest.mark.parametrize("side", ["before", "behind"])
@@ -155,7 +156,7 @@ def test_a_partly_masked_image_has_lost_those_tokens_before_anything_acts(
         got = logits_of(model, whole | {"attention_mask": mask})
         assert [i.kept for s in report.samples for i in s.images] == kept
         assert all(torch.equal(report.alive(n), each) for n, each in enumerate(alive))
-    assert (got - expected)[mask.bool()].abs().max() < EXACT
+    assert (got - expected)[mask.bool()].abs().max() < exact(family)
 
 
 def positions(family: str, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -185,7 +186,7 @@ def test_a_row_of_nothing_but_padding_is_no_one_elses_concern(
     with compressed(model, method, **options) as report:
         expected, samples = logits_of(model, inputs)[real], report.samples
         got = logits_of(model, filled)
-        assert (got[:-1][real] - expected).abs().max() < EXACT
+        assert (got[:-1][real] - expected).abs().max() < exact(family)
         assert got.isfinite().all()
         assert report.samples[:-1] == samples
         assert report.samples[-1].images == ()
@@ -210,4 +211,4 @@ def test_generation_behind_a_masked_image_is_generation_without_it(
         tokens, steps = greedy(model, inputs)
         expected_tokens, expected = greedy(model, alone)
     assert torch.equal(tokens[:, -3:], expected_tokens[:, -3:])
-    assert (steps - expected).abs().max() < EXACT
+    assert (steps - expected).abs().max() < exact(family)

@@ -9,6 +9,7 @@ from tests.laws.cases import (
     FAMILIES,
     cases,
     encoding_as,
+    exact,
     fits,
     logits_of,
     make,
@@ -34,7 +35,6 @@ from vispress.errors import CompressionStateError
 from vispress.methods import DivPrune, FastV, PyramidDrop, Random, TransPrune
 from vispress.methods.base import Compressor
 
-EXACT = 1e-7  # GLM routes by fp32 products; others are within 1e-9
 ORACLE = 1e-5  # logits of scale 20, fp64 weights; norms and rotary tables are fp32 in transformers
 FORMS = ("positions", "mask", "additive", "cached")
 """How a caller says which tokens belong together (kernels with bounds: `test_varlen`)."""
@@ -79,7 +79,7 @@ def assert_each_as_alone(family: str, packed: Packed, method: Any, **options: An
         with compressed(model, method, **options):
             expected = logits_of(model, real_positions(family, packed.alone[number]))[0]
             assert kept[number] == kept_of(model)[0]
-        assert (together[row, start:stop] - expected).abs().max() < EXACT
+        assert (together[row, start:stop] - expected).abs().max() < exact(family)
 
 
 @pytest.mark.parametrize(("family", "method", "form"), cases(12, turning=FORMS))
