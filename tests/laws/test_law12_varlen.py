@@ -10,6 +10,7 @@ from tests.laws.cases import (
     MASKING,
     QWEN,
     cases,
+    exact,
     logits_of,
     model_of,
     real_positions,
@@ -17,7 +18,7 @@ from tests.laws.cases import (
 )
 from tests.laws.emulated_flash import CALLS, NAME, VARLEN, Call, emulating, running_flash
 from tests.laws.packing import DOCUMENTS, ROWS, Packed, pack
-from tests.laws.test_law12_documents import EXACT, kept_of
+from tests.laws.test_law12_documents import kept_of
 
 from vispress import compressed, compression_report
 from vispress.errors import ConfigError
@@ -78,7 +79,7 @@ def assert_each_as_alone(family: str, packed: Packed, method: Any, **options: An
         with compressed(model, method, **options):
             expected = logits_of(model, real_positions(family, packed.alone[number]))[0]
             assert kept[number] == kept_of(model)[0]
-        assert (together[row, start:stop] - expected).abs().max() < EXACT
+        assert (together[row, start:stop] - expected).abs().max() < exact(family)
 
 
 @pytest.mark.parametrize(("family", "method", "form"), cases("varlen", UNMASKED, turning=FORMS))

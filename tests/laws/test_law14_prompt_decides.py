@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.cases import CASES, cases, logits_of, make, model_of, settings
+from tests.laws.cases import CASES, cases, exact, logits_of, make, model_of, settings
 from tests.laws.packing import DOCUMENTS, QWEN, ROWS, pack
-from tests.laws.test_law12_documents import EXACT, kept_of
+from tests.laws.test_law12_documents import kept_of
 from tests.tiny import Image, Sample, Text, build, cache_by_prompts, make_inputs
 
 from vispress import compressed, prompt_lengths
@@ -67,7 +67,7 @@ def test_answers_change_nothing_of_what_is_kept(family: str, method: str, paddin
             assert kept_of(model) == kept
             for row, length in enumerate(lengths.tolist()):
                 own = got[row][inputs["attention_mask"][row].bool()][:length]
-                assert (own - expected[row][real[row]]).abs().max() < EXACT
+                assert (own - expected[row][real[row]]).abs().max() < exact(family)
 
         for answers, other in (((2, 2, 2), False), ((1, 4, 3), True)):
             check(with_answers(family, answers, padding, other))
