@@ -102,10 +102,14 @@ def compressor(name: str) -> Compressor:
     return make_compressor(name, **SETTINGS.get(name, own))
 
 
+QUADRATIC = frozenset({"llava_scissor"})
+"""Methods for videos that compare all pairs by definition: components of all that frames left."""
+
+
 def judged(name: str) -> bool:
     """Whether a method scores tokens or is made for videos: both must stay near linear."""
     cls = get_method(name)
-    return issubclass(cls, ScorePruner) or cls.needs == "video"
+    return name not in QUADRATIC and (issubclass(cls, ScorePruner) or cls.needs == "video")
 
 
 def tokens_for(method: Compressor, N: int) -> VisualTokens:
@@ -135,6 +139,7 @@ def tokens_for(method: Compressor, N: int) -> VisualTokens:
     made: dict[Signal, Callable[[], Any]] = {
         Signal.CLS_ATTENTION: lambda: rows(1, *many, HEADS, N),
         Signal.COLUMN_ATTENTION: lambda: rows(1, *many, HEADS, N),
+        Signal.PATCH_ATTENTION: lambda: rows(1, *many, HEADS, N),
         Signal.CLS_LOGITS: lambda: normal(1, *many, HEADS, N),
         Signal.CLS_WIDE_ATTENTION: lambda: rows(1, *many, 1, N),
         Signal.VISION_KEYS: lambda: normal(1, HEADS, N, WIDTH // HEADS),
@@ -153,6 +158,7 @@ def tokens_for(method: Compressor, N: int) -> VisualTokens:
         made |= {
             Signal.QUERY_ATTENTION: lambda: rows(1, *asked, HEADS, WORDS, N),
             Signal.MEAN_ATTENTION: lambda: rows(1, N),
+            Signal.UPDATE_NORM: lambda: rows(1, N),
             Signal.KEY_NORMS: lambda: rows(1, N + WORDS),
             Signal.ROTARY_PRIOR: lambda: 1 + rows(1, WORDS, N),
             Signal.TEXT_STATES: lambda: normal(1, WORDS, WIDTH),

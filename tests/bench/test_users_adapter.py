@@ -122,7 +122,7 @@ def test_what_an_adapter_does_not_say_is_refused_by_name(far, prompts):
     plain = far(PlainAdapter)
     inputs = plain.encode(prompts)
     words = "one grid of visual tokens over the whole picture, which far does not have; it works on"
-    with pytest.raises(UnsupportedMethodError, match=f"oracle needs {words} llava, qwen2_5_vl"):
+    with pytest.raises(UnsupportedMethodError, match=f"oracle needs {words} .*llava, .*qwen2_5_vl"):
         with_evidence(Oracle(num_tokens=4), plain.model, inputs, prompts)
     with pytest.raises(UnsupportedMethodError, match=f"downsample needs {words}"):
         smaller(Downsample(num_tokens=4), plain, inputs, prompts)

@@ -36,6 +36,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "gamma_mod",
         "hicom",
         "holitom",
+        "llava_scissor",
         "lvlm_csp",
         "pmod",
         "prumerge",
@@ -45,6 +46,7 @@ def test_methods_that_need_no_budget_are_the_ones_meant() -> None:
         "sparsevlm",
         "sparsevlm_plus",
         "transprune",
+        "v2drop",
     }
 
 

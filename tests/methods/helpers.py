@@ -238,7 +238,7 @@ def take(tokens, keep):
         index=tokens.index[rows, keep],
         cls_attention=left(tokens.cls_attention),
         column_attention=left(tokens.column_attention),
-        patch_attention=left(tokens.patch_attention),
+        patch_attention=None if tokens.patch_attention is None else left(tokens.patch_attention),
         cls_logits=left(tokens.cls_logits),
         cls_wide_attention=left(tokens.cls_wide_attention),
         vision_keys=tokens.vision_keys.transpose(1, 2)[rows, keep].transpose(1, 2),
@@ -248,7 +248,7 @@ def take(tokens, keep):
         query_attention=None,
         mean_attention=tokens.mean_attention[rows, keep],  # a probe runs on what is left
         rotary_prior=None,
-        update_norm=tokens.update_norm[rows, keep],
+        update_norm=None if tokens.update_norm is None else tokens.update_norm[rows, keep],
         transition=None,
     )
 

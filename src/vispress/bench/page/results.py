@@ -10,6 +10,9 @@ from vispress.bench.results.store import read_manifest, read_results
 from vispress.bench.results.stored import Stored
 from vispress.bench.results.summary import Summary, summary_of
 
+READABLE = ("0.1.0",)
+"""Earlier versions whose results have the form of this one's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
@@ -65,12 +68,12 @@ def read(folder: str | Path) -> Results:
     """Read a results folder.
 
     Raises:
-        ResultsError: It holds no run, a file in it is damaged or of another run, or another version
-            of vispress wrote it.
+        ResultsError: It holds no run, a file in it is damaged or of another run, or a version of
+            vispress wrote it whose results this one does not read.
     """
     folder = Path(folder)
     written = read_manifest(folder)["identity"]["version"]
-    if written != vispress.__version__:
+    if written not in {vispress.__version__, *READABLE}:
         raise ResultsError(
             f"{folder} holds results of vispress {written}, this is {vispress.__version__}: make "
             "the page with that version, or run the benchmark again with this one"
