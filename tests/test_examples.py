@@ -34,7 +34,7 @@ ELSEWHERE = {
     "quickstart": "tests/test_cli.py",
     "new_method": "tests/test_cli.py",
     "lmms_eval_run": "tests/integrations/test_lmms_eval.py",
-    "serve_vllm": "docs/serving.md tells when it last ran",
+    "serve_vllm": "tests/serving/test_example.py",
     "new_model": "tests/test_cli.py",
 }
 
