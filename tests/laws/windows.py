@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from tests.families import ABSENT
 from tests.laws.cases import Run, encoding_as
 from tests.laws.decoding import Stepping
 from tests.laws.masked import masked_model, with_valid
@@ -21,13 +22,14 @@ from transformers import DynamicCache
 
 from vispress.runtime.kv_cache.hf_compat import CACHE
 
-MODELS: dict[str, tuple[str, str]] = {
+_ALL: dict[str, tuple[str, str]] = {
     "mistral": ("llava", "sdpa"),
     "qwen2": ("llava", "sdpa"),
     "gpt_oss": ("llava", "eager"),
     "gemma3": ("gemma3", "sdpa"),
     "video": ("llava_onevision", "sdpa"),
 }
+MODELS = {name: model for name, model in _ALL.items() if model[0] not in ABSENT}
 """Family and attention by name of a model; that for videos is over the mixed Qwen2."""
 
 SAMPLES = (
