@@ -229,7 +229,7 @@ def test_generation_is_short_and_removal_leaves_nothing(
         sequences, steps = greedy(model, given, 3)
         assert list(model.state_dict()) == names
     first = min(place.layer for place in compressor.placements(report.num_layers))
-    rows = rows_per_layer(report, first)
+    rows = rows_per_layer(model, report, first)
     assert stored(cache_of(out)) == rows
     assert report.kv_bytes == bytes_of(rows, len(logits), FP32.itemsize)
     assert rows[-1] < logits.shape[1]
