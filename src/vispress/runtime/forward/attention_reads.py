@@ -82,12 +82,12 @@ class AttentionRead:
     asked: Tensor | None = None  # [B, R], which of them ask
 
     def serves(self, placement: Placement, layer: int) -> bool:
-        """Whether these are the rows that a placement reads of a layer."""
+        """Say whether these are the rows that a placement reads of a layer."""
         asked = (layer, mode_of(placement), placement.queries)
         return (self.layer, self.mode, self.queries) == asked
 
     def needed(self, buckets: Sequence[Bucket]) -> bool:
-        """Whether a compressor reads them for any of these images."""
+        """Say whether a compressor reads them for any of these images."""
         return any(
             not bucket.passes(needs) and bucket.reads_attention(number)
             for bucket in buckets

@@ -15,7 +15,7 @@ from vispress_kernels.gather_tokens import gather_tokens
 
 @dataclass(eq=False)
 class BucketView:
-    """What of a call's tensors belongs to a bucket."""
+    """Hold what of a call's tensors belongs to a bucket."""
 
     bucket: Bucket
     _local: list[tuple[LiveTokens, Tensor]] = field(default_factory=list)
@@ -58,7 +58,7 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def stacked(values: Sequence[Tensor]) -> Tensor:
-    """As `torch.stack`, without a copy of a single one."""
+    """Stack as `torch.stack` does, without a copy of a single one."""
     return values[0][None] if len(values) == 1 else torch.stack(list(values))
 
 
